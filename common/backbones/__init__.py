@@ -1,0 +1,1 @@
+"""Backbones: frozen feature extractors with their preprocessing, one file per source."""

@@ -1,0 +1,65 @@
+"""One mechanism for everything that is chosen by name."""
+
+import difflib
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+from fedhead.errors import UserError
+
+T = TypeVar("T")
+
+
+def suggest(name: str, known: list[str]) -> str:
+    """Return the end of a sentence that names what `name` may have meant, or all that is known."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if close:
+        return f"Did you mean {' or '.join(map(repr, close))}?"
+    return f"Known: {', '.join(known)}." if len(known) <= 20 else f"There are {len(known)} known names."
+
+
+class Registry(Generic[T]):
+    """Names and what they stand for; a decorator adds an entry.
+
+    Example:
+        >>> heads: Registry[type] = Registry("head")
+        >>> @heads.register("linear")
+        ... class Linear: ...
+        >>> heads["linear"] is Linear
+        True
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Return a decorator that enters what it decorates under `name`.
+
+        Raises:
+            ValueError: if `name` is taken.
+        """
+
+        def enter(entry: T) -> T:
+            if name in self._entries:
+                raise ValueError(f"The {self.kind} {name!r} is registered already.")
+            self._entries[name] = entry
+            return entry
+
+        return enter
+
+    def __getitem__(self, name: str) -> T:
+        """Return the entry.
+
+        Raises:
+            UserError: if there is none, with the close names.
+        """
+        try:
+            return self._entries[name]
+        except KeyError:
+            raise UserError(f"There is no {self.kind} {name!r}. {suggest(name, list(self))}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._entries))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
