@@ -53,6 +53,26 @@ class Head(nn.Module, ABC):
             features: `[..., n, d]`.
         """
 
+    def gradients(
+        self, parameters: Mapping[str, Tensor], features: Tensor, labels: Tensor, weights: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the weighted cross entropy's gradients, each shaped as its parameter, and its values `[...]`.
+
+        Args:
+            parameters: by name, each with the same leading dimensions as `features`.
+            features: `[..., n, d]`.
+            labels: `[..., n]`, int64.
+            weights: `[..., n]`, what each row's cross entropy counts.
+        """
+        with torch.enable_grad():
+            leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
+            logits = self.logits(leaves, features)
+            losses = functional.cross_entropy(logits.movedim(-1, 1), labels, reduction="none")
+            values = (losses * weights).sum(-1)
+            # A value depends only on the parameters of its own leading index, so one sum serves them all.
+            slopes = torch.autograd.grad(values.sum(), list(leaves.values()))
+        return dict(zip(leaves, slopes, strict=True)), values.detach()
+
     @abstractmethod
     def randomise(self, generator: torch.Generator) -> None:
         """Draw the parameters at random."""
@@ -107,6 +127,19 @@ class LinearHead(Head):
 
     def logits(self, parameters: Mapping[str, Tensor], features: Tensor) -> Tensor:
         return features @ parameters["weight"].mT + parameters["bias"].unsqueeze(-2)
+
+    @torch.no_grad()
+    def gradients(
+        self, parameters: Mapping[str, Tensor], features: Tensor, labels: Tensor, weights: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        # Softmax minus one-hot, with classes before rows [..., C, n]: torch's softmax over a short last dimension is slow.
+        logits = parameters["weight"] @ features.mT + parameters["bias"].unsqueeze(-1)
+        logs = functional.log_softmax(logits, dim=-2)
+        labels = labels.unsqueeze(-2)
+        values = -(logs.gather(-2, labels).squeeze(-2) * weights).sum(-1)
+        residuals = logs.exp_().scatter_add_(-2, labels, logs.new_full((1,), -1.0).expand_as(labels))
+        residuals *= weights.unsqueeze(-2)
+        return {"weight": residuals @ features, "bias": residuals.sum(-1)}, values
 
     def randomise(self, generator: torch.Generator) -> None:
         _fill_normal(self.weight, self.num_features**-0.5, generator)

@@ -1,7 +1,8 @@
 """One mechanism for everything that is chosen by name."""
 
 import difflib
-from collections.abc import Callable, Iterator
+import importlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Generic, TypeVar
 
 from fedhead.errors import UserError
@@ -28,9 +29,16 @@ class Registry(Generic[T]):
         True
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, modules: Mapping[str, str] | None = None) -> None:
+        """Start empty.
+
+        Args:
+            kind: what an entry is, for messages.
+            modules: names whose entry is made by importing a module, done when they are first asked for.
+        """
         self.kind = kind
         self._entries: dict[str, T] = {}
+        self._modules = dict(modules or {})
 
     def register(self, name: str) -> Callable[[T], T]:
         """Return a decorator that enters what it decorates under `name`.
@@ -53,13 +61,12 @@ class Registry(Generic[T]):
         Raises:
             UserError: if there is none, with the close names.
         """
+        if name not in self._entries and name in self._modules:
+            importlib.import_module(self._modules[name])
         try:
             return self._entries[name]
         except KeyError:
             raise UserError(f"There is no {self.kind} {name!r}. {suggest(name, list(self))}") from None
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._entries))
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return iter(sorted(self._entries.keys() | self._modules.keys()))

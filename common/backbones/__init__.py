@@ -1,1 +1,14 @@
-"""Backbones: frozen feature extractors with their preprocessing, one file per source."""
+"""Backbones: frozen feature extractors with their preprocessing, one file per source.
+
+A source of your own is a function of `(name, weights, layer, seed)` that returns a `Backbone`:
+
+    from fedhead.backbones import Backbone, backbone_sources
+
+    @backbone_sources.register("ours")
+    def load(name, weights, layer, seed): ...
+"""
+
+from fedhead.backbones.backbone import Backbone as Backbone
+from fedhead.backbones.backbone import Preprocessing as Preprocessing
+from fedhead.backbones.backbone import backbone_sources as backbone_sources
+from fedhead.backbones.backbone import load_backbone as load_backbone

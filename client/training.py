@@ -1,0 +1,344 @@
+"""The one trainer: the heads of S sites at once on cached features, in batched products.
+
+A real client is S = 1, a simulation of a thousand sites S = 1,000. What a site's head becomes depends only on
+the site, the incoming head, the settings, the seed and the round: not on which sites are trained beside it, nor on
+their order. Only the rounding of the parameters' own dtype may differ, since batched products may add up in another order.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fedhead.config import LocalConfig
+from fedhead.heads import Head
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+
+CHUNK_BYTES = 256 * 2**20
+"""Working memory of one chunk, unless told otherwise."""
+
+
+@dataclass(frozen=True)
+class LabelledFeatures:
+    """Features `[N, d]` and labels `[N]` (int64) on any device, perhaps memory-mapped; shared by all sites.
+
+    With `standardisation`, a mean and a scale `[d]`, heads see `(x - mean) / scale`.
+    """
+
+    features: Tensor
+    labels: Tensor
+    standardisation: tuple[Tensor, Tensor] | None = None
+
+    def gather(self, rows: IntArray, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the features `[..., d]` and labels `[...]` of `rows` `[...]`, with the device and dtype of `like`."""
+        index = torch.from_numpy(rows.ravel())
+        features = self.features.index_select(0, index.to(self.features.device)).to(like)
+        labels = self.labels.index_select(0, index.to(self.labels.device)).to(like.device)
+        if self.standardisation is not None:
+            mean, scale = self.standardisation
+            features.sub_(mean.to(like)).div_(scale.to(like))
+        return features.view(*rows.shape, -1), labels.view(rows.shape)
+
+
+@dataclass(frozen=True)
+class SiteRows:
+    """A site's name and its rows `[n]` among the shared features."""
+
+    name: str
+    rows: IntArray
+
+
+@dataclass(frozen=True)
+class TrainedHeads:
+    """What local training made of the incoming head at S sites.
+
+    Attributes:
+        parameters: by name, each `[S, ...]`.
+        losses: `[S]`, mean cross entropy of the rows in the last epoch, each as its batch met it; 0 without rows.
+        rows: `[S]`, how many rows each site trained on.
+    """
+
+    parameters: dict[str, Tensor]
+    losses: FloatArray
+    rows: IntArray
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How one head does at S sites, as sums that add across sites.
+
+    Attributes:
+        losses: `[S]`, cross entropy summed over the site's rows.
+        correct: `[S]`, rows whose largest logit is their label's.
+        rows: `[S]`.
+    """
+
+    losses: FloatArray
+    correct: IntArray
+    rows: IntArray
+
+
+def shuffled(seed: int, name: str, round_number: int, epoch: int, count: int) -> IntArray:
+    """Return the order `[count]` in which the site `name` passes over its rows in one epoch.
+
+    A function of its arguments alone: the same in every process and under every version of numpy, whose own
+    permutations may change.
+    """
+    stream = hashlib.shake_128(f"{seed}/{round_number}/{epoch}/{name}".encode())
+    return np.frombuffer(stream.digest(8 * count), dtype="<u8").argsort(kind="stable")
+
+
+def train_heads(
+    head: Head,
+    incoming: Mapping[str, Tensor],
+    data: LabelledFeatures,
+    sites: Sequence[SiteRows],
+    settings: LocalConfig,
+    *,
+    seed: int,
+    round_number: int,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> TrainedHeads:
+    """Train one copy of `incoming` at each site, and return them in the order of `sites`.
+
+    See `train_in_chunks`, which does not keep all of them at once.
+    """
+    count = len(sites)
+    parameters = {name: value.new_empty((count, *value.shape)) for name, value in incoming.items()}
+    losses, rows = np.zeros(count), np.zeros(count, dtype=np.int64)
+    for positions, trained in train_in_chunks(
+        head, incoming, data, sites, settings, seed=seed, round_number=round_number, chunk_bytes=chunk_bytes
+    ):
+        for name, value in trained.parameters.items():
+            parameters[name][torch.from_numpy(positions).to(value.device)] = value
+        losses[positions], rows[positions] = trained.losses, trained.rows
+    return TrainedHeads(parameters, losses, rows)
+
+
+def train_in_chunks(
+    head: Head,
+    incoming: Mapping[str, Tensor],
+    data: LabelledFeatures,
+    sites: Sequence[SiteRows],
+    settings: LocalConfig,
+    *,
+    seed: int,
+    round_number: int,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Iterator[tuple[IntArray, TrainedHeads]]:
+    """Train one copy of `incoming` at each site, as many sites at once as `chunk_bytes` hold.
+
+    Each site minimises the mean cross entropy of its minibatches, the last one of an epoch as short as it comes, plus
+    `proximal_mu / 2 * ||w - incoming||^2` (FedProx; Li et al., MLSys 2020). Optimisers start afresh, and do what
+    `torch.optim.SGD` and `torch.optim.AdamW` do.
+
+    Args:
+        head: gives the form of the logits; its own parameters are not used.
+        incoming: the parameters to start from, by name; training happens in their dtype and on their device.
+        data: the features and labels of all sites.
+        sites: who holds which rows.
+        settings: epochs, batches and optimiser.
+        seed: the run's.
+        round_number: the round; another one gives other minibatches.
+        chunk_bytes: an estimate, which one site with large batches may exceed.
+
+    Yields:
+        Positions `[k]` in `sites`, and the heads trained there; larger sites first.
+    """
+    sizes = np.array([len(site.rows) for site in sites], dtype=np.int64)
+    for positions in _chunks(sizes, settings, incoming, chunk_bytes):
+        yield positions, _train_chunk(head, incoming, data, [sites[i] for i in positions], settings, seed, round_number)
+
+
+@torch.inference_mode()
+def evaluate_head(
+    head: Head,
+    parameters: Mapping[str, Tensor],
+    data: LabelledFeatures,
+    sites: Sequence[SiteRows],
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Evaluation:
+    """Evaluate one head at each site, as many rows at once as `chunk_bytes` hold."""
+    like = next(iter(parameters.values()))
+    sizes = np.array([len(site.rows) for site in sites], dtype=np.int64)
+    rows = np.concatenate([np.empty(0, dtype=np.int64), *(site.rows for site in sites)])
+    losses, correct = np.empty(len(rows)), np.empty(len(rows), dtype=bool)
+    step = max(1, chunk_bytes // _row_bytes(parameters))
+    for start in range(0, len(rows), step):
+        block = slice(start, start + step)
+        features, labels = data.gather(rows[block], like)
+        logits = head.logits(parameters, features)
+        losses[block] = functional.cross_entropy(logits, labels, reduction="none").cpu().numpy()
+        correct[block] = (logits.argmax(-1) == labels).cpu().numpy()
+    owner = np.repeat(np.arange(len(sites)), sizes)
+    return Evaluation(
+        losses=np.bincount(owner, weights=losses, minlength=len(sites)),
+        correct=np.bincount(owner[correct], minlength=len(sites)),
+        rows=sizes,
+    )
+
+
+def _row_bytes(parameters: Mapping[str, Tensor]) -> int:
+    """Estimate what one row takes on its way to the loss: itself and its units, with their gradients."""
+    units = sum(len(value) for value in parameters.values())
+    like = next(iter(parameters.values()))
+    width = max(value.shape[-1] for value in parameters.values())
+    return 4 * like.element_size() * (width + units)
+
+
+def _chunks(
+    sizes: IntArray, settings: LocalConfig, incoming: Mapping[str, Tensor], chunk_bytes: int
+) -> Iterator[IntArray]:
+    """Yield the positions of sites that are trained at once, by size, descending."""
+    order = np.argsort(-sizes, kind="stable")
+    widths = np.minimum(sizes[order], settings.batch_size)
+    copies = 6  # parameter, gradient, up to two of optimiser state, temporaries
+    head_bytes = copies * sum(value.nbytes for value in incoming.values())
+    start = 0
+    while start < len(order):
+        width = int(widths[start])
+        room = max(1, chunk_bytes // (head_bytes + width * _row_bytes(incoming)))
+        # Rows are padded to the widest batch: a chunk ends where that would more than double them.
+        alike = int(np.count_nonzero(2 * widths >= width))
+        stop = min(start + room, alike)
+        yield order[start:stop]
+        start = stop
+
+
+@torch.no_grad()
+def _train_chunk(
+    head: Head,
+    incoming: Mapping[str, Tensor],
+    data: LabelledFeatures,
+    sites: Sequence[SiteRows],
+    settings: LocalConfig,
+    seed: int,
+    round_number: int,
+) -> TrainedHeads:
+    """Train at sites that come with their rows descending in number."""
+    like = next(iter(incoming.values()))
+    parameters = {name: value.expand(len(sites), *value.shape).clone() for name, value in incoming.items()}
+    losses = like.new_zeros(len(sites))
+    optimizer = _OPTIMIZERS[settings.optimizer](settings)
+    for batch in _batches(sites, settings, seed, round_number):
+        count = len(batch.rows)
+        active = {name: value[:count] for name, value in parameters.items()}
+        features, labels = data.gather(batch.rows, like)
+        weights = torch.from_numpy(batch.weights).to(like)
+        gradients, values = head.gradients(active, features, labels, weights)
+        losses[:count] += torch.from_numpy(batch.share).to(like) * values
+        if settings.proximal_mu:
+            for name, value in active.items():
+                gradients[name] = gradients[name].add(value - incoming[name], alpha=settings.proximal_mu)
+        optimizer.step(active, gradients)
+    sizes = np.array([len(site.rows) for site in sites], dtype=np.int64)
+    return TrainedHeads(parameters, losses.double().cpu().numpy(), sizes)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """One minibatch of `b` rows at each of the first `k` sites of a chunk.
+
+    Attributes:
+        rows: `[k, b]`; a shorter batch repeats its last row.
+        weights: `[k, b]`, one over the batch's true length, and 0 for repeated rows.
+        share: `[k]`, the batch's share of the site's rows in the last epoch; 0 in the epochs before.
+    """
+
+    rows: IntArray
+    weights: FloatArray
+    share: FloatArray
+
+
+def _batches(
+    sites: Sequence[SiteRows], settings: LocalConfig, seed: int, round_number: int
+) -> Iterator[_Batch]:
+    """Yield the minibatches of all epochs; those still at work are always the first of `sites`."""
+    sizes = np.array([len(site.rows) for site in sites], dtype=np.int64)
+    ends = np.cumsum(sizes)
+    starts = ends - sizes
+    per_epoch = -(-sizes // settings.batch_size)
+    steps = per_epoch * settings.epochs
+    order = np.empty(sizes.sum(), dtype=np.int64)
+    for step in range(steps[0]):
+        count = np.count_nonzero(steps > step)
+        epoch, within = np.divmod(step, per_epoch[:count])
+        for i in np.flatnonzero(within == 0):
+            permutation = shuffled(seed, sites[i].name, round_number, int(epoch[i]), int(sizes[i]))
+            order[starts[i] : ends[i]] = sites[i].rows[permutation]
+        first = starts[:count] + within * settings.batch_size
+        lengths = np.minimum(settings.batch_size, ends[:count] - first)
+        columns = np.arange(lengths.max())
+        rows = order[np.minimum(first[:, None] + columns, ends[:count, None] - 1)]
+        weights = (columns < lengths[:, None]) / lengths[:, None]
+        share = (epoch == settings.epochs - 1) * lengths / sizes[:count]
+        yield _Batch(rows, weights, share)
+
+
+class _Optimizer(ABC):
+    """Steps of heads `[k, ...]`; their number `k` may fall from step to step, never rise."""
+
+    def __init__(self, settings: LocalConfig) -> None:
+        self.settings = settings
+
+    @abstractmethod
+    def step(self, parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
+        """Change `parameters` in place."""
+
+
+class _SGD(_Optimizer):
+    def __init__(self, settings: LocalConfig) -> None:
+        super().__init__(settings)
+        self.velocities: dict[str, Tensor] = {}
+
+    def step(self, parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
+        momentum, decay = self.settings.momentum, self.settings.weight_decay
+        for name, parameter in parameters.items():
+            gradient = gradients[name]
+            if decay:
+                gradient = gradient.add(parameter, alpha=decay)
+            if momentum:
+                if name in self.velocities:
+                    gradient = self.velocities[name][: len(gradient)].mul_(momentum).add_(gradient)
+                else:
+                    gradient = self.velocities[name] = gradient.clone()
+            parameter.sub_(gradient, alpha=self.settings.lr)
+
+
+class _AdamW(_Optimizer):
+    """Loshchilov & Hutter, ICLR 2019, with the betas and epsilon of torch."""
+
+    beta1, beta2, epsilon = 0.9, 0.999, 1e-8
+
+    def __init__(self, settings: LocalConfig) -> None:
+        super().__init__(settings)
+        self.steps = 0
+        self.means: dict[str, Tensor] = {}
+        self.squares: dict[str, Tensor] = {}
+
+    def step(self, parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
+        self.steps += 1
+        lr = self.settings.lr
+        mean_bias, square_bias = 1 - self.beta1**self.steps, 1 - self.beta2**self.steps
+        for name, parameter in parameters.items():
+            gradient = gradients[name]
+            if self.steps == 1:
+                self.means[name] = torch.zeros_like(gradient)
+                self.squares[name] = torch.zeros_like(gradient)
+            mean = self.means[name][: len(gradient)].lerp_(gradient, 1 - self.beta1)
+            square = self.squares[name][: len(gradient)].mul_(self.beta2)
+            square.addcmul_(gradient, gradient, value=1 - self.beta2)
+            parameter.mul_(1 - lr * self.settings.weight_decay)
+            parameter.addcdiv_(mean, square.sqrt().div_(square_bias**0.5).add_(self.epsilon), value=-lr / mean_bias)
+
+
+_OPTIMIZERS: dict[str, type[_Optimizer]] = {"sgd": _SGD, "adamw": _AdamW}

@@ -1,0 +1,310 @@
+"""Backbone: a frozen feature extractor, never separated from its preprocessing and its digests."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, Self
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from fedhead.errors import UserError
+from fedhead.files import write_atomically
+from fedhead.registry import Registry
+
+BackboneSource = Callable[[str, str, str, int], "Backbone"]
+"""What a source registers: a function of name, weights, layer and seed."""
+
+backbone_sources: Registry[BackboneSource] = Registry(
+    "backbone source",
+    {name: f"fedhead.backbones.{name}" for name in ("bundled", "torchvision")},
+)
+
+FORMAT = "fedhead-backbone-1"
+PROBES = 2
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From an image to what a backbone takes; a value, so that a digest can cover it.
+
+    Attributes:
+        channels: 1 for grey, 3 for RGB.
+        resize: what the image is resized to: `(height, width)`, or its shorter side.
+        crop: `(height, width)` cut from the middle afterwards; None for nothing.
+        mean: subtracted from each channel, whose values are in 0..1.
+        std: divides each channel afterwards.
+        interpolation: Pillow's name of a filter.
+    """
+
+    channels: Literal[1, 3]
+    resize: int | tuple[int, int]
+    crop: tuple[int, int] | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bilinear"
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of what comes out (of a square image, if only the shorter side is set)."""
+        if self.crop is not None:
+            return self.crop
+        return (self.resize, self.resize) if isinstance(self.resize, int) else self.resize
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """Return float32 `[channels, height, width]`."""
+        image = image.convert("L" if self.channels == 1 else "RGB")
+        width, height = image.size
+        if isinstance(self.resize, int):
+            short = min(width, height)
+            target = (int(self.resize * width / short), int(self.resize * height / short))
+        else:
+            target = (self.resize[1], self.resize[0])
+        if target != image.size:
+            image = image.resize(target, Image.Resampling[self.interpolation.upper()])
+        if self.crop is not None:
+            top = round((image.size[1] - self.crop[0]) / 2)
+            left = round((image.size[0] - self.crop[1]) / 2)
+            image = image.crop((left, top, left + self.crop[1], top + self.crop[0]))
+        pixels = torch.from_numpy(np.array(image)).reshape(image.size[1], image.size[0], self.channels)
+        mean = torch.tensor(self.mean).reshape(-1, 1, 1)
+        std = torch.tensor(self.std).reshape(-1, 1, 1)
+        return pixels.permute(2, 0, 1).to(torch.float32).div_(255).sub_(mean).div_(std)
+
+
+class Backbone:
+    """A frozen map from images to features `[n, d]`.
+
+    Frozen means: no gradient, eval mode, buffers unmoved, the same features twice.
+
+    Args:
+        spec: `source:name`.
+        module: takes a batch `[n, channels, height, width]`; returns `[n, d]`, or maps that are averaged to it.
+        preprocessing: what makes the batch from images.
+        layer: which layer's output `module` returns.
+        trained: False for random weights.
+    """
+
+    def __init__(
+        self,
+        spec: str,
+        module: nn.Module,
+        preprocessing: Preprocessing,
+        *,
+        layer: str = "penultimate",
+        trained: bool = True,
+    ) -> None:
+        self.spec = spec
+        self.module = module.eval().requires_grad_(False)
+        self.preprocessing = preprocessing
+        self.layer = layer
+        self.trained = trained
+
+    def __repr__(self) -> str:
+        return f"Backbone({self.spec!r}, layer={self.layer!r}, {self.num_features} features)"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next((tensor.device for tensor in self.module.state_dict().values()), torch.device("cpu"))
+
+    def to(self, device: torch.device) -> Self:
+        """Move the weights."""
+        self.module.to(device)
+        return self
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the weights by name, in canonical order; batch counters, which nothing reads, left out."""
+        state = self.module.state_dict()
+        return {name: state[name] for name in sorted(state) if not name.endswith("num_batches_tracked")}
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """How many numbers `tensors` holds."""
+        return sum(tensor.numel() for tensor in self.tensors().values())
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """How many bytes `tensors` takes: what shipping the backbone costs."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+
+    @cached_property
+    def weights_digest(self) -> str:
+        """SHA-256 over the canonically ordered tensors: what must be transported."""
+        return digest_tensors(self.tensors())
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over spec, weights, layer and preprocessing: what keys cached features."""
+        described = {
+            "spec": self.spec,
+            "weights": self.weights_digest,
+            "layer": self.layer,
+            "preprocessing": asdict(self.preprocessing),
+        }
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def num_features(self) -> int:
+        """`d`."""
+        return self.probe().shape[1]
+
+    @torch.inference_mode()
+    def features(self, batch: Tensor) -> Tensor:
+        """Return float32 features `[n, d]` of a preprocessed batch, on the backbone's device.
+
+        Raises:
+            UserError: if the layer's output is no vector, map or sequence per image.
+        """
+        output: Tensor = self.module(batch.to(self.device))
+        if output.ndim == 4:
+            output = output.mean(dim=(2, 3))
+        elif output.ndim == 3:
+            output = output.mean(dim=1)
+        if output.ndim != 2 or len(output) != len(batch):
+            raise UserError(
+                f"Layer {self.layer!r} of {self.spec} gives {list(output.shape)} for {len(batch)} images; "
+                "expected a vector, a map or a sequence for each."
+            )
+        return output.to(torch.float32)
+
+    def probe(self) -> Tensor:
+        """Return the features `[PROBES, d]` of fixed images, by which two machines tell that they agree."""
+        noise = np.random.default_rng(0).integers(0, 256, (PROBES, 24, 24, 3), dtype=np.uint8)
+        batch = torch.stack([self.preprocessing(Image.fromarray(image)) for image in noise])
+        return self.features(batch).cpu()
+
+    def to_bytes(self) -> bytes:
+        """Return the backbone as a safetensors file: weights, and how to build and feed the module."""
+        metadata = {
+            "format": FORMAT,
+            "spec": self.spec,
+            "layer": self.layer,
+            "digest": self.digest,
+            "weights_digest": self.weights_digest,
+        }
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.tensors().items()}
+        return save(tensors, metadata)
+
+    def save(self, path: Path | str) -> None:
+        """Write `to_bytes` to `path`, whole or not at all."""
+        write_atomically(Path(path), self.to_bytes())
+
+    @staticmethod
+    def load(path: Path | str) -> "Backbone":
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: if the file is not a backbone's, is damaged, or builds another one here.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"The backbone {path} cannot be read: {error}.") from None
+        if metadata.get("format") != FORMAT:
+            raise UserError(f"{path} is not a backbone that fedhead saved; give it as weights of a backbone.")
+        backbone = load_backbone(metadata["spec"], weights=str(path), layer=metadata["layer"])
+        if backbone.digest != metadata["digest"]:
+            raise UserError(
+                f"{path} gives another backbone here than where it was saved: it is damaged, or this version "
+                f"of {metadata['spec'].partition(':')[0]} builds or feeds {metadata['spec']} differently."
+            )
+        return backbone
+
+
+def load_backbone(spec: str, *, weights: str = "default", layer: str = "penultimate", seed: int = 0) -> Backbone:
+    """Build the backbone that a spec `source:name` names.
+
+    Args:
+        spec: such as `bundled:glyphnet` or `torchvision:resnet18`.
+        weights: `default`, a safetensors or state-dict file, or `random`.
+        layer: `penultimate`, or the name of a layer of the source's.
+        seed: draws random weights.
+
+    Raises:
+        UserError: for an unknown source, name or layer, and for weights that do not fit.
+    """
+    source, colon, name = spec.partition(":")
+    if not colon or not name:
+        raise UserError(f"A backbone is named source:name, as in 'bundled:glyphnet', not {spec!r}.")
+    return backbone_sources[source](name, weights, layer, seed)
+
+
+def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of names, types, shapes and values, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def read_weights(path: str) -> dict[str, Tensor]:
+    """Read a safetensors file or a state dict, without running anything that it holds.
+
+    Raises:
+        UserError: if it is missing, damaged, or holds more than tensors.
+    """
+    if not Path(path).is_file():
+        raise UserError(
+            f"There is no weights file {path!r}. Expected 'default', 'random' or the path of a "
+            "safetensors or state-dict file."
+        )
+    try:
+        return load_file(path)
+    except SafetensorError as not_safetensors:
+        if path.endswith(".safetensors"):
+            raise UserError(f"The weights {path} cannot be read: {not_safetensors}.") from None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    # torch.load raises nearly anything on damaged input.
+    except Exception as error:
+        raise UserError(
+            f"The weights {path} are neither safetensors nor a plain state dict: {str(error).splitlines()[0]}"
+        ) from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"The weights {path} hold more than named tensors; save the model's state_dict().")
+    return state
+
+
+def assign_weights(module: nn.Module, weights: Mapping[str, Tensor], ignored: set[str], spec: str, path: str) -> None:
+    """Copy `weights` into `module`, to the last key.
+
+    Args:
+        module: what to fill.
+        weights: by name; must hold all of the module's but batch counters.
+        ignored: names that `weights` may hold although the module does not (a classifier that was cut off).
+        spec: the backbone, for messages.
+        path: the file, for messages.
+
+    Raises:
+        UserError: naming the keys that are missing, unexpected or of another shape.
+    """
+    own = {k: v for k, v in module.state_dict().items() if not k.endswith("num_batches_tracked")}
+    counted = {key for key in weights if key.endswith("num_batches_tracked")}
+    missing = sorted(own.keys() - weights.keys())
+    unexpected = sorted(weights.keys() - own.keys() - ignored - counted)
+    reshaped = [
+        f"{key} is {list(weights[key].shape)}, not {list(own[key].shape)}"
+        for key in sorted(own.keys() & weights.keys())
+        if weights[key].shape != own[key].shape
+    ]
+    if missing or unexpected or reshaped:
+        parts = [
+            f"{words}: {', '.join(keys[:4])}{f' and {len(keys) - 4} more' if len(keys) > 4 else ''}"
+            for words, keys in (("missing", missing), ("unknown", unexpected), ("of another shape", reshaped))
+            if keys
+        ]
+        raise UserError(f"The weights {path} are not those of {spec}; {'; '.join(parts)}.")
+    module.load_state_dict({key: weights[key] for key in own}, strict=False)

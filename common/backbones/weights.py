@@ -1,0 +1,48 @@
+"""Where a machine keeps backbones it was sent, under their weights' digest."""
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load
+
+from fedhead.backbones.backbone import Backbone, digest_tensors, load_backbone
+from fedhead.errors import FedheadError
+from fedhead.files import home, write_atomically
+
+
+def weights_path(weights_digest: str) -> Path:
+    """Return where the weights of this digest are, or would be."""
+    return home() / "weights" / f"{weights_digest}.safetensors"
+
+
+def find_backbone(spec: str, layer: str, weights_digest: str) -> Backbone | None:
+    """Return the backbone if the package carries its weights or they were installed here; None if not.
+
+    Raises:
+        UserError: if there is no such spec or layer.
+    """
+    if weights_path(weights_digest).is_file():
+        return load_backbone(spec, weights=str(weights_path(weights_digest)), layer=layer)
+    if spec.startswith("bundled:"):
+        backbone = load_backbone(spec, layer=layer)
+        if backbone.weights_digest == weights_digest:
+            return backbone
+    return None
+
+
+def install_weights(blob: bytes, weights_digest: str) -> Path:
+    """Verify a safetensors file and keep it under its digest; it is never needed again.
+
+    Raises:
+        FedheadError: if it is damaged or of another digest; nothing is kept then.
+    """
+    try:
+        received = digest_tensors(load(blob))
+    except SafetensorError as error:
+        raise FedheadError(f"The weights that arrived cannot be read: {error}.") from None
+    if received != weights_digest:
+        raise FedheadError(f"The weights that arrived have the digest {received[:12]}…, not {weights_digest[:12]}….")
+    path = weights_path(weights_digest)
+    if not path.is_file():
+        write_atomically(path, blob)
+    return path

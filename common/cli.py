@@ -1,0 +1,306 @@
+"""One command, `fedhead`, thin: parse, call, print. It imports what a command needs when that is called."""
+
+import functools
+import json
+import logging
+import sys
+import traceback
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fedhead.errors import FedheadError
+
+if TYPE_CHECKING:
+    from fedhead.server.coordinator import Round
+    from fedhead.simulations.simulate import RunResult
+
+PARTS = {"simulate": "fedhead.simulations"}
+"""Which subpackage serves a command."""
+
+INTERRUPTED = 130
+MOST_LINES = 26
+
+app = typer.Typer(
+    help="Federated transfer learning on Flower: ship the backbone once, share only the heads.",
+    epilog="Example: [bold]fedhead simulate[/bold] runs ten sites on bundled data, offline.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    add_completion=False,
+)
+errors = Console(stderr=True)
+
+
+def main() -> None:
+    """Run the command line; the entry point `fedhead`."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from fedhead import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def fedhead(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Federated transfer learning on Flower: ship the backbone once, share only the heads."""
+
+
+def _in_sentences(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn failures into one sentence on stderr and an exit status, unless `--debug` asks for the traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **options: Any) -> None:
+        logging.basicConfig(
+            level=logging.WARNING,
+            format="%(message)s",
+            handlers=[RichHandler(console=errors, show_time=False, show_path=False, markup=False)],
+        )
+        try:
+            command(*args, **options)
+        except KeyboardInterrupt:
+            errors.print(
+                "[bold]Interrupted.[/bold] Features extracted so far are kept; start again to go on from them."
+            )
+            raise typer.Exit(INTERRUPTED) from None
+        except FedheadError as error:
+            if options["debug"]:
+                traceback.print_exc()
+            errors.print("[bold red]Error:[/bold red]", end=" ")
+            errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(error.exit_status) from None
+        except Exception as error:
+            if options["debug"]:
+                raise
+            errors.print("[bold red]Error:[/bold red]", end=" ")
+            said = str(error).strip().splitlines()
+            errors.print(
+                f"An unexpected {type(error).__name__}{f': {said[0]}' if said else ''}. Run again with --debug for the "
+                "traceback, and please report it.",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
+            raise typer.Exit(1) from None
+
+    return wrapped
+
+
+_RUN, _SIMULATION, _OUTPUT = "The run", "The simulation", "Output"
+
+
+@app.command(
+    epilog="Example: [bold]fedhead simulate run.toml --sites 20 --partition dirichlet:0.1 --set local.lr=0.05[/bold]"
+)
+@_in_sentences
+def simulate(
+    config: Annotated[Path | None, typer.Argument(help="A TOML file; flags lie over it.", show_default=False)] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="source:name, as in torchvision:resnet18.", rich_help_panel=_RUN)
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="'default', a safetensors or state-dict file, or 'random'.", rich_help_panel=_RUN)
+    ] = None,
+    layer: Annotated[
+        str | None, typer.Option(help="'penultimate', or the name of a layer.", rich_help_panel=_RUN)
+    ] = None,
+    head: Annotated[str | None, typer.Option(help="'linear', 'mlp:256' or 'cosine'.", rich_help_panel=_RUN)] = None,
+    init: Annotated[str | None, typer.Option(help="What the head starts from.", rich_help_panel=_RUN)] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="Class names, with commas between; by default the data's.", rich_help_panel=_RUN)
+    ] = None,
+    classes_from: Annotated[
+        str | None, typer.Option(help="A data spec to take the class names from.", rich_help_panel=_RUN)
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(help="Rounds of training.", rich_help_panel=_RUN)] = None,
+    holdout: Annotated[
+        float | None, typer.Option(help="Share of rows each site holds out for evaluation.", rich_help_panel=_RUN)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same result.", rich_help_panel=_RUN)] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="'digits', folder:PATH or python:MODULE:FUNCTION.", rich_help_panel=_SIMULATION),
+    ] = None,
+    test_data: Annotated[
+        str | None, typer.Option(help="A pooled test set, as a data spec.", rich_help_panel=_SIMULATION)
+    ] = None,
+    sites: Annotated[int | None, typer.Option(help="How many sites.", rich_help_panel=_SIMULATION)] = None,
+    partition: Annotated[
+        str | None,
+        typer.Option(
+            help="Who holds what: iid, dirichlet:ALPHA, shards:K, quantity:ALPHA or folder.",
+            rich_help_panel=_SIMULATION,
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="'auto', 'cpu', 'cuda' or 'mps'.", rich_help_panel=_SIMULATION)
+    ] = None,
+    strict_data: Annotated[
+        bool | None,
+        typer.Option("--strict-data", help="Stop at unreadable rows instead of skipping.", rich_help_panel=_SIMULATION),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Any other setting, as in strategy.name=FedAdam."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run folder; by default a new one under runs/.", rich_help_panel=_OUTPUT)
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object and nothing else.", rich_help_panel=_OUTPUT)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.", rich_help_panel=_OUTPUT)] = False,
+) -> None:
+    """Run many sites on this machine: a frozen backbone, private rows, shared heads."""
+    from fedhead.config import RunConfig, merge, parse_assignments
+
+    flags = {
+        "backbone": backbone,
+        "weights": weights,
+        "layer": layer,
+        "head": head,
+        "init": init,
+        "classes": None if classes is None else [name.strip() for name in classes.split(",")],
+        "classes_from": classes_from,
+        "rounds": rounds,
+        "holdout": holdout,
+        "seed": seed,
+    }
+    table = {
+        "data": data,
+        "test_data": test_data,
+        "sites": sites,
+        "partition": partition,
+        "device": device,
+        "strict_data": strict_data,
+    }
+    given = {key: value for key, value in flags.items() if value is not None}
+    given_table = {key: value for key, value in table.items() if value is not None}
+    changes = merge({**given, "simulation": given_table}, parse_assignments(set_ or []))
+    run = RunConfig.from_toml(config, changes) if config else RunConfig.from_values(changes)
+    with _progress() as progress:
+        extraction = progress.add_task("Features", total=None)
+        training = progress.add_task("Rounds", total=run.rounds)
+        result = import_module(PARTS["simulate"]).simulate(
+            run,
+            out=out,
+            on_extraction=lambda done, total: progress.update(extraction, completed=done, total=total),
+            on_round=lambda finished: progress.update(training, completed=finished.number),
+        )
+    if as_json:
+        typer.echo(json.dumps(result.summary()))
+    else:
+        _print_result(result, Console())
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description:<9}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=errors,
+        transient=True,
+    )
+
+
+def _print_result(result: "RunResult", console: Console) -> None:
+    console.print(_history_table(result))
+    summary = result.summary()
+    share = summary["bytes_full_model"] / max(summary["bytes_down"] + summary["bytes_up"], 1)
+    tested = ""
+    if result.test_accuracy is not None:
+        tested = f"{_percent(result.test_accuracy)} on the test set; "
+    sites = result.sites
+    if sites:
+        worst = min(sites, key=lambda name: sites[name].accuracy)
+        rows = sum(score.rows for score in sites.values())
+        tested += (
+            f"{_percent(result.accuracy_held_out)} on {rows} held-out rows of {len(sites)} sites "
+            f"(mean of sites {_percent(result.accuracy_mean_site)}, worst {worst} {_percent(sites[worst].accuracy)})"
+        )
+    lines = Table.grid(padding=(0, 2))
+    lines.add_row("Accuracy", tested or "unknown: nothing is held out, and there is no test set")
+    lines.add_row("Head", f"of round {summary['kept_round']}, the best by held-out loss, on {result.config.backbone}")
+    lines.add_row(
+        "Traffic",
+        f"{_size(summary['bytes_down'])} down, {_size(summary['bytes_up'])} up; the whole model each round would have "
+        f"taken {_size(summary['bytes_full_model'])}" + (f", {share:.0f} times as much" if share > 1 else ""),
+    )
+    lines.add_row(
+        "Time",
+        f"{summary['seconds']:.1f} s: features {summary['seconds_extraction']:.1f} s "
+        f"({summary['rows_extracted']} rows extracted), rounds {summary['seconds_rounds']:.1f} s",
+    )
+    if summary["rows_skipped"]:
+        lines.add_row("Skipped", f"{summary['rows_skipped']} unreadable rows")
+    if result.empty_sites:
+        lines.add_row(
+            "No rows", f"{len(result.empty_sites)} sites had none to train on: {', '.join(result.empty_sites)}"
+        )
+    for site, reason in result.outcome.refused.items():
+        lines.add_row("Refused", f"{site}: {reason}")
+    lines.add_row("Run folder", str(result.run_dir))
+    console.print(lines, highlight=False)
+
+
+def _history_table(result: "RunResult") -> Table:
+    table = Table(
+        title=f"{result.config.strategy.name} on {len(result.outcome.participants)} sites", title_justify="left"
+    )
+    history = result.history
+    has_test = result.test_accuracy is not None
+    for column in ("round", "sites", "loss", "accuracy", *(("test",) if has_test else ()), "down", "up", "seconds"):
+        table.add_column(column, justify="right")
+    step = -(-len(history) // MOST_LINES)
+    for finished in history:
+        if finished.number % step and finished is not history[-1]:
+            continue
+        table.add_row(
+            *_cells(finished, has_test), style="bold" if finished.number == result.outcome.kept_round else None
+        )
+    return table
+
+
+def _cells(finished: "Round", has_test: bool) -> list[str]:
+    return [
+        str(finished.number),
+        f"{finished.sites}" + (f" (-{len(finished.dropped)})" if finished.dropped else "") if finished.number else "",
+        "" if finished.loss is None else f"{finished.loss:.4f}",
+        _percent(finished.accuracy),
+        *([_percent(finished.test_accuracy)] if has_test else []),
+        _size(finished.bytes_down),
+        _size(finished.bytes_up),
+        f"{finished.seconds:.2f}",
+    ]
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f} %"
+
+
+def _size(count: int) -> str:
+    if count < 1000:
+        return f"{count} B"
+    for unit, factor in (("kB", 1e3), ("MB", 1e6)):
+        if count < 1000 * factor:
+            return f"{count / factor:.3g} {unit}"
+    return f"{count / 1e9:.3g} GB"

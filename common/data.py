@@ -1,0 +1,349 @@
+"""Data specs to samples: `digits`, `folder:PATH`, `python:MODULE:FUNCTION`, or a source users register.
+
+Labels are known at once; images are read one at a time, when asked for.
+"""
+
+import hashlib
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from fedhead.errors import FedheadError, UserError
+from fedhead.registry import Registry
+
+IntArray = npt.NDArray[np.int64]
+KeyArray = npt.NDArray[np.uint64]
+BoolArray = npt.NDArray[np.bool_]
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+sources: Registry[Callable[[str], "Samples"]] = Registry("data source")
+
+
+class UnreadableSampleError(FedheadError):
+    """One sample cannot be read; the others can."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A data set of `n` labelled images.
+
+    Attributes:
+        spec: what it was loaded from.
+        classes: the names that `labels` index.
+        labels: `[n]` int64.
+        read: row number to image; raises `UnreadableSampleError`.
+        name: row number to what a person would call the row.
+        fingerprint: changes whenever labels or content may have changed.
+        groups: for each row what it must not be parted from by the held-out split (a patient, a writer).
+        sites: for each row the site that holds it, where the data says so.
+    """
+
+    spec: str
+    classes: tuple[str, ...]
+    labels: IntArray
+    read: Callable[[int], Image.Image]
+    name: Callable[[int], str]
+    fingerprint: str
+    groups: tuple[str, ...] | None = None
+    sites: tuple[str, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def key(self, row: int, image: Image.Image) -> int:
+        """Return the 64-bit identity by which `row` is held out: its group's, or else its content's."""
+        digest = hashlib.blake2b(digest_size=8)
+        if self.groups is not None:
+            digest.update(f"group {self.groups[row]}".encode())
+        else:
+            digest.update(f"{image.mode} {image.size}".encode())
+            digest.update(image.tobytes())
+        return int.from_bytes(digest.digest(), "little")
+
+
+def load_samples(spec: str) -> Samples:
+    """Load what a data spec `source:argument` names.
+
+    Raises:
+        UserError: for an unknown source, a path that is missing or empty, or an argument that does not fit.
+    """
+    source, _, argument = spec.partition(":")
+    return sources[source](argument)
+
+
+def load_sites(spec: str) -> Samples:
+    """Load `folder:PATH` whose every sub-folder is a site with a sub-folder per class.
+
+    Raises:
+        UserError: if the spec is of another source or the folders are not laid out so.
+    """
+    source, _, argument = spec.partition(":")
+    if source != "folder":
+        raise UserError(f"The partition 'folder' needs data 'folder:PATH', not {spec!r}.")
+    root = _existing_folder(argument)
+    parts = [_folder_files(site) for site in _subfolders(root)]
+    if not parts:
+        raise UserError(f"{root} has no sub-folders; the partition 'folder' takes each one as a site.")
+    files = [file for part in parts for file in part]
+    classes = tuple(sorted({file.parent.name for file in files}))
+    sites = tuple(file.parent.parent.name for file in files)
+    return replace(_samples_of_files(root, files, classes), sites=sites)
+
+
+def relabel(samples: Samples, classes: Sequence[str]) -> IntArray:
+    """Return `[n]` labels that index `classes`, of which the samples may hold any subset.
+
+    Raises:
+        UserError: if a sample's class is not among `classes`, with its name and the known ones.
+    """
+    known = {name: index for index, name in enumerate(classes)}
+    held = np.unique(samples.labels)
+    for label in held:
+        if (name := samples.classes[label]) not in known:
+            row = int(np.flatnonzero(samples.labels == label)[0])
+            raise UserError(
+                f"{samples.name(row)} is of class {name!r}, which this run does not know. "
+                f"Its classes are: {', '.join(classes)}."
+            )
+    table = np.full(len(samples.classes), -1, dtype=np.int64)
+    table[held] = [known[samples.classes[label]] for label in held]
+    return table[samples.labels]
+
+
+def held_out(keys: KeyArray, share: float, seed: int) -> BoolArray:
+    """Return which rows are held out: those with `hash(seed, key) < share`.
+
+    The choice depends on nothing but a row's own key, so it is the same under any partition, and rows of
+    equal content or group never straddle. Mixing is SplitMix64's (Steele, Lea & Flood, OOPSLA 2014).
+
+    Args:
+        keys: `[n]` 64-bit row keys.
+        share: the expected share of rows, in 0..1.
+        seed: the run's.
+    """
+    start = int.from_bytes(hashlib.blake2b(f"held out {seed}".encode(), digest_size=8).digest(), "little")
+    mixed = keys ^ np.uint64(start)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+    mixed ^= mixed >> np.uint64(31)
+    below: BoolArray = (mixed >> np.uint64(11)) < np.uint64(share * 2**53)
+    return below
+
+
+@sources.register("digits")
+def load_digits(argument: str) -> Samples:
+    """scikit-learn's 1,797 handwritten digits of 8 x 8 grey levels (Alpaydin & Kaynak, 1998)."""
+    if argument:
+        raise UserError(f"The data 'digits' takes no argument, but was given {argument!r}.")
+    from sklearn.datasets import load_digits as load
+
+    bunch = load()
+    pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
+    return samples_from_arrays(pixels, bunch.target, classes=tuple(map(str, range(10))), spec="digits")
+
+
+@sources.register("folder")
+def load_folder(argument: str) -> Samples:
+    """A folder with a sub-folder of images per class."""
+    root = _existing_folder(argument)
+    files = _folder_files(root)
+    return _samples_of_files(root, files, tuple(sorted({file.parent.name for file in files})))
+
+
+@sources.register("python")
+def load_python(argument: str) -> Samples:
+    """What a function of the user's returns: `(images, labels)`, `Samples`, or a sized data set of pairs.
+
+    A data set (such as torchvision's) is indexed for `(image, label)`; its `classes` and `groups` are used
+    where it has them. Images are PIL images, uint8 arrays `[H, W]` or `[H, W, 3]`, float arrays in 0..1, or
+    tensors `[C, H, W]`.
+    """
+    module_name, _, function_name = argument.partition(":")
+    if not module_name or not function_name:
+        raise UserError(f"Expected python:MODULE:FUNCTION, not 'python:{argument}'.")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except ImportError as error:
+        raise UserError(f"The module of 'python:{argument}' cannot be imported: {error}.") from error
+    except AttributeError:
+        raise UserError(f"The module {module_name!r} has no function {function_name!r}.") from None
+    loaded = function()
+    if isinstance(loaded, Samples):
+        return loaded
+    if isinstance(loaded, tuple) and len(loaded) == 2:
+        return samples_from_arrays(*loaded, spec=f"python:{argument}")
+    if hasattr(loaded, "__getitem__") and hasattr(loaded, "__len__"):
+        return _samples_of_pairs(loaded, f"python:{argument}")
+    raise UserError(
+        f"'python:{argument}' returned {type(loaded).__name__}; expected (images, labels) or a data set with "
+        "a length, indexed for (image, label)."
+    )
+
+
+def samples_from_arrays(
+    images: Any, labels: Any, *, classes: Sequence[str] | None = None, spec: str = "arrays"
+) -> Samples:
+    """Wrap images and labels held in memory.
+
+    Args:
+        images: `[n, H, W]` or `[n, H, W, 3]` uint8 or 0..1 floats, `[n, C, H, W]` tensors, or a list of images.
+        labels: `[n]` integers that index `classes`, or class names.
+        classes: the class names; by default the labels' own values in order.
+        spec: what messages call the data.
+
+    Raises:
+        UserError: if there are no rows, the lengths differ, or a label names no class.
+    """
+    if len(images) != len(labels):
+        raise UserError(f"{spec} has {len(images)} images but {len(labels)} labels.")
+    classes, indices = _index_labels(labels, classes, spec)
+    digest = hashlib.sha256(repr(classes).encode())
+    digest.update(indices.tobytes())
+    for image in images:
+        digest.update(np.asarray(image).tobytes())
+    return Samples(
+        spec=spec,
+        classes=classes,
+        labels=indices,
+        read=lambda row: to_image(images[row], f"{spec}[{row}]"),
+        name=lambda row: f"{spec}[{row}]",
+        fingerprint=digest.hexdigest(),
+    )
+
+
+def to_image(value: Any, name: str) -> Image.Image:
+    """Turn a PIL image, an array or a tensor into a PIL image of mode L or RGB.
+
+    Raises:
+        UnreadableSampleError: if its shape or its values are not an image's.
+    """
+    if isinstance(value, Image.Image):
+        return value
+    array = np.asarray(value)
+    if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3):
+        array = array.transpose(1, 2, 0)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] == 3):
+        raise UnreadableSampleError(f"{name} has shape {list(array.shape)}, which is not a grey or colour image's.")
+    if array.dtype.kind == "f":
+        if not np.isfinite(array).all() or array.min() < 0 or array.max() > 1:
+            raise UnreadableSampleError(f"{name} has values outside 0..1 (or not finite), as floats must be.")
+        array = np.rint(array * 255).astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise UnreadableSampleError(f"{name} has values of type {array.dtype}; expected uint8, or floats in 0..1.")
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def read_image(path: Path) -> Image.Image:
+    """Decode an image file whole, turned as its EXIF data says.
+
+    Raises:
+        UnreadableSampleError: if it is missing, truncated or not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return ImageOps.exif_transpose(image)
+    # Pillow's decoders raise nearly anything on damaged input.
+    except Exception as error:
+        raise UnreadableSampleError(f"{path} cannot be read as an image: {error}.") from error
+
+
+def _existing_folder(argument: str) -> Path:
+    if not argument:
+        raise UserError("Expected a path, as in folder:/data/xrays.")
+    root = Path(argument).expanduser()
+    if not root.exists():
+        raise UserError(f"There is no folder {root}.")
+    if not root.is_dir():
+        raise UserError(f"{root} is not a folder.")
+    return root
+
+
+def _subfolders(root: Path) -> list[Path]:
+    try:
+        return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"{root} cannot be read: {error.strerror}.") from None
+
+
+def _folder_files(root: Path) -> list[Path]:
+    files = [
+        path
+        for folder in _subfolders(root)
+        for path in sorted(folder.iterdir())
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+    ]
+    if not files:
+        nested = any(_subfolders(folder) for folder in _subfolders(root))
+        advice = " If its sub-folders are sites, say partition = 'folder'." if nested else ""
+        raise UserError(
+            f"{root} holds no images. Expected a sub-folder per class, each with files such as 1.jpg "
+            f"({', '.join(IMAGE_SUFFIXES)}).{advice}"
+        )
+    return files
+
+
+def _samples_of_files(root: Path, files: list[Path], classes: tuple[str, ...]) -> Samples:
+    digest = hashlib.sha256()
+    for file in files:
+        stat = file.stat()
+        digest.update(f"{file.relative_to(root).as_posix()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    index = {name: label for label, name in enumerate(classes)}
+    return Samples(
+        spec=f"folder:{root.resolve()}",
+        classes=classes,
+        labels=np.array([index[file.parent.name] for file in files], dtype=np.int64),
+        read=lambda row: read_image(files[row]),
+        name=lambda row: str(files[row]),
+        fingerprint=digest.hexdigest(),
+    )
+
+
+def _samples_of_pairs(pairs: Any, spec: str) -> Samples:
+    """Wrap a data set of `(image, label)`; one pass reads labels and content, not known otherwise."""
+    labels = []
+    digest = hashlib.sha256()
+    for row in range(len(pairs)):
+        image, label = pairs[row]
+        labels.append(label)
+        digest.update(np.asarray(image).tobytes())
+    classes, indices = _index_labels(labels, getattr(pairs, "classes", None), spec)
+    groups = getattr(pairs, "groups", None)
+    digest.update(repr((classes, labels, groups)).encode())
+    return Samples(
+        spec=spec,
+        classes=classes,
+        labels=indices,
+        read=lambda row: to_image(pairs[row][0], f"{spec}[{row}]"),
+        name=lambda row: f"{spec}[{row}]",
+        fingerprint=digest.hexdigest(),
+        groups=None if groups is None else tuple(map(str, groups)),
+    )
+
+
+def _index_labels(labels: Any, classes: Sequence[str] | None, spec: str) -> tuple[tuple[str, ...], IntArray]:
+    labels = np.asarray(labels)
+    if labels.ndim != 1:
+        raise UserError(f"{spec} has labels of shape {list(labels.shape)}; expected one label a row.")
+    if len(labels) == 0:
+        raise UserError(f"{spec} holds no rows.")
+    if classes is None:
+        values, indices = np.unique(labels, return_inverse=True)
+        return tuple(map(str, values.tolist())), indices.astype(np.int64)
+    if labels.dtype.kind not in "iu":
+        raise UserError(f"{spec} names its classes, so its labels must be their indices, not {labels.dtype}.")
+    if labels.min() < 0 or labels.max() >= len(classes):
+        raise UserError(f"{spec} has labels from {labels.min()} to {labels.max()} for {len(classes)} classes.")
+    return tuple(map(str, classes)), labels.astype(np.int64)

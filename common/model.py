@@ -1,0 +1,134 @@
+"""TransferModel: a backbone and a head that classify images; what a run delivers."""
+
+import json
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from fedhead.backbones import Backbone
+from fedhead.backbones.weights import find_backbone, weights_path
+from fedhead.data import read_image, to_image
+from fedhead.errors import FedheadError, UserError
+from fedhead.files import write_atomically
+from fedhead.heads import Head, make_head
+
+FORMAT = "fedhead-model-1"
+
+
+class TransferModel:
+    """Images to class probabilities.
+
+    Args:
+        backbone: frozen.
+        head: its number of features is the backbone's.
+        classes: the names of the head's outputs.
+        head_spec: what `make_head` builds the head from.
+
+    Raises:
+        UserError: if the dimensions do not fit each other.
+    """
+
+    def __init__(self, backbone: Backbone, head: Head, classes: Sequence[str], head_spec: str = "linear") -> None:
+        if head.num_features != backbone.num_features:
+            raise UserError(
+                f"The head takes {head.num_features} features, but {backbone.spec} gives {backbone.num_features}."
+            )
+        if head.num_classes != len(classes):
+            raise UserError(f"The head has {head.num_classes} outputs for {len(classes)} class names.")
+        self.backbone = backbone
+        self.head = head.eval()
+        self.classes = tuple(classes)
+        self.head_spec = head_spec
+
+    def __repr__(self) -> str:
+        return f"TransferModel({self.backbone.spec!r}, {self.head_spec!r}, {len(self.classes)} classes)"
+
+    @torch.inference_mode()
+    def probabilities(self, images: Iterable[Any], *, batch_size: int = 64) -> Tensor:
+        """Return class probabilities `[n, C]`.
+
+        Args:
+            images: paths, PIL images, arrays or tensors; read `batch_size` at a time.
+            batch_size: images that go through the backbone together.
+
+        Raises:
+            UnreadableSampleError: naming the image that is not one.
+        """
+        remaining = iter(images)
+        parts = []
+        while batch := list(islice(remaining, batch_size)):
+            inputs = torch.stack([self.backbone.preprocessing(_open(image)) for image in batch])
+            features = self.backbone.features(inputs)
+            parts.append(self.head.to(features.device)(features).softmax(-1).cpu())
+        return torch.cat(parts) if parts else torch.empty(0, len(self.classes))
+
+    def predict(self, images: Iterable[Any], *, batch_size: int = 64) -> list[str]:
+        """Return the most probable class of each image; see `probabilities`."""
+        best = self.probabilities(images, batch_size=batch_size).argmax(-1)
+        return [self.classes[index] for index in best.tolist()]
+
+    def save(self, path: Path | str) -> None:
+        """Write the head as safetensors, with the backbone by its digest and the classes; nothing in it can run."""
+        described = {
+            "format": FORMAT,
+            "backbone": self.backbone.spec,
+            "layer": self.backbone.layer,
+            "backbone_digest": self.backbone.digest,
+            "weights_digest": self.backbone.weights_digest,
+            "head": self.head_spec,
+            "classes": self.classes,
+        }
+        tensors = {name: value.detach().cpu().contiguous() for name, value in self.head.state_dict().items()}
+        write_atomically(Path(path), save(tensors, {"model": json.dumps(described)}))
+
+    @classmethod
+    def load(cls, path: Path | str, backbone: Backbone | None = None) -> Self:
+        """Read what `save` wrote.
+
+        Args:
+            path: the file, or a run folder that holds one.
+            backbone: the model's, where it is neither bundled nor installed on this machine.
+
+        Raises:
+            UserError: if the file is missing, damaged or not a model's, or `backbone` is another one.
+            FedheadError: if its backbone is not on this machine.
+        """
+        path = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                described = json.loads((file.metadata() or {})["model"])
+            tensors = load_file(path)
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise UserError(f"The model {path} cannot be read: {error}.") from None
+        if described.get("format") != FORMAT:
+            raise UserError(f"The model {path} has the format {described.get('format')!r}, not {FORMAT!r}.")
+        if backbone is None:
+            backbone = find_backbone(described["backbone"], described["layer"], described["weights_digest"])
+        if backbone is None:
+            raise FedheadError(
+                f"The weights of {described['backbone']} are not on this machine: looked for "
+                f"{weights_path(described['weights_digest'])}. Pass the backbone, as in TransferModel.load(path, "
+                "load_backbone(spec, weights=FILE))."
+            )
+        if backbone.digest != described["backbone_digest"]:
+            raise UserError(
+                f"The model {path} belongs to another backbone than {backbone.spec} with digest "
+                f"{backbone.digest[:12]}…: its own is {described['backbone']}, {described['backbone_digest'][:12]}…."
+            )
+        head = make_head(described["head"], backbone.num_features, len(described["classes"]))
+        try:
+            head.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise UserError(f"The model {path} is damaged: {error}") from None
+        return cls(backbone, head, described["classes"], described["head"])
+
+
+def _open(image: Any) -> Image.Image:
+    return read_image(Path(image)) if isinstance(image, str | Path) else to_image(image, "the image")

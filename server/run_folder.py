@@ -1,0 +1,66 @@
+"""The folder of one run: its configuration, its metrics as they come, its model and its result."""
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from fedhead.config import RunConfig
+from fedhead.errors import UserError
+from fedhead.files import disk_errors, write_atomically
+from fedhead.model import TransferModel
+
+
+class RunFolder:
+    """A folder under `runs/` (or where told) that belongs to one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, path: Path | str | None, name: str) -> Self:
+        """Make a new folder: `path`, or one under `runs/` that says when and what `name` was run.
+
+        Raises:
+            UserError: if it holds something already, or cannot be written.
+        """
+        chosen = Path(path) if path is not None else _unused(Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}")
+        if chosen.exists() and (not chosen.is_dir() or any(chosen.iterdir())):
+            raise UserError(f"{chosen} exists and is not an empty folder; a run needs one of its own.")
+        folder = cls(chosen.resolve())
+        with disk_errors(chosen):
+            chosen.mkdir(parents=True, exist_ok=True)
+            (chosen / "metrics.jsonl").touch()
+        return folder
+
+    def write_config(self, config: RunConfig) -> None:
+        """Write what runs, as a TOML file that reproduces it."""
+        write_atomically(self.path / "run.toml", config.to_toml())
+
+    def append_metrics(self, values: Mapping[str, Any]) -> None:
+        """Append one line."""
+        with disk_errors(self.path), (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def discard_if_unused(self) -> None:
+        """Remove the folder of a run that ended before its first round did."""
+        if not (self.path / "metrics.jsonl").read_text():
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def write_model(self, model: TransferModel) -> None:
+        """Write the model that the run delivers."""
+        model.save(self.path / "model.safetensors")
+
+    def write_result(self, values: Mapping[str, Any]) -> None:
+        """Write the closing summary; a folder without it belongs to a run that did not finish."""
+        write_atomically(self.path / "result.json", json.dumps(values, indent=2) + "\n")
+
+
+def _unused(path: Path) -> Path:
+    number, chosen = 1, path
+    while chosen.exists():
+        number += 1
+        chosen = path.with_name(f"{path.name}-{number}")
+    return chosen

@@ -1,0 +1,249 @@
+"""Any Flower strategy by name, behind a screen that drops bad replies before the strategy sees them."""
+
+import hashlib
+import inspect
+import logging
+import random
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import flwr.serverapp.strategy
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.serverapp import Grid
+from flwr.serverapp.exception import AggregationError, InconsistentMessageReplies
+from flwr.serverapp.strategy import (
+    Bulyan,
+    FedAdagrad,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedProx,
+    FedYogi,
+    Krum,
+    MultiKrum,
+    Strategy,
+)
+from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
+from flwr.supercore.run import Run
+
+from fedhead.config import StrategyConfig
+from fedhead.errors import FedheadError, UserError
+from fedhead.messages import METRICS, Arrays, HeadReply, MessageError
+from fedhead.registry import suggest
+
+NAMES = (
+    "Bulyan",
+    "FedAdagrad",
+    "FedAdam",
+    "FedAvg",
+    "FedAvgM",
+    "FedMedian",
+    "FedProx",
+    "FedTrimmedAvg",
+    "FedYogi",
+    "Krum",
+    "MultiKrum",
+    "QFedAvg",
+)
+"""Flower's strategies that average or select heads."""
+
+EXAMPLES = METRICS.index("examples")
+TRAIN_LOSS = METRICS.index("train_loss")
+
+
+def build_strategy(config: StrategyConfig) -> Strategy:
+    """Build a Flower strategy from its Flower name and its parameters.
+
+    Raises:
+        UserError: for an unknown name, an unknown or missing parameter, or a value that does not fit.
+    """
+    if config.name not in NAMES:
+        raise UserError(f"There is no strategy {config.name!r}. {suggest(config.name, list(NAMES))}")
+    made: type[Strategy] = getattr(flwr.serverapp.strategy, config.name)
+    parameters = inspect.signature(made).parameters
+    types = typing.get_type_hints(made.__init__)
+    scalars = {name: types[name] for name in parameters if types[name] in (int, float, str)}
+    for name, value in config.parameters.items():
+        if name not in scalars:
+            raise UserError(f"{config.name} has no parameter {name!r}. {suggest(name, list(scalars))}")
+        expected = scalars[name]
+        if not (isinstance(value, expected) or (expected is float and isinstance(value, int))):
+            raise UserError(f"{config.name} needs {expected.__name__} as {name}, not {value!r}.")
+    missing = [n for n, p in parameters.items() if p.default is p.empty and n not in config.parameters]
+    if missing:
+        raise UserError(f"{config.name} needs the parameter {missing[0]!r}, as in --set strategy.{missing[0]}=0.1.")
+    try:
+        # Flower's constructors log what they are given; the run's own output says it.
+        with _quiet_flower():
+            return made(**config.parameters)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{config.name} refuses its parameters: {error}") from None
+
+
+def required_sites(strategy: Strategy) -> int:
+    """Return how many sites the strategy's rule is defined for at the least (Blanchard 2017; El Mhamdi 2018)."""
+    if isinstance(strategy, Bulyan):
+        return 4 * strategy.num_malicious_nodes + 3
+    if isinstance(strategy, Krum | MultiKrum):
+        return 2 * strategy.num_malicious_nodes + 3
+    return 1
+
+
+def averages(strategy: Strategy) -> bool:
+    """Tell whether the strategy sees replies only through their weighted mean, so that a mean may stand for them."""
+    means = (FedAvg, FedProx, FedAvgM, FedAdam, FedAdagrad, FedYogi)
+    # A subclass may look at single replies, and so may a metrics function of the user's.
+    return type(strategy) in means and getattr(strategy, "train_metrics_aggr_fn", None) is aggregate_metricrecords
+
+
+class Cohort(Grid):
+    """A Grid on which only this round's sites exist, so that a strategy can sample no others."""
+
+    def __init__(self, grid: Grid, node_ids: Sequence[int]) -> None:
+        self._grid = grid
+        self._node_ids = list(node_ids)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return self._node_ids
+
+    def get_nodes(self) -> Iterable[NodeInfo]:
+        return [node for node in self._grid.get_nodes() if node.node_id in self._node_ids]
+
+    def set_run(self, run: Run) -> None:
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        return self._grid.run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return self._grid.pull_messages(message_ids)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        return self._grid.send_and_receive(messages, timeout=timeout)
+
+
+def sample_sites(strategy: Strategy, names: Sequence[str], seed: int, server_round: int) -> list[str]:
+    """Draw a round's sites by name: as many as `fraction_train` and `min_train_nodes` of the strategy say.
+
+    A strategy without these gets all sites, and samples by itself.
+    """
+    fraction = getattr(strategy, "fraction_train", 1.0)
+    size = max(int(len(names) * fraction), getattr(strategy, "min_train_nodes", 0))
+    if size >= len(names):
+        return sorted(names)
+    digest = hashlib.sha256(f"sites {seed} {server_round}".encode()).digest()
+    generator = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
+    return sorted(np.array(sorted(names))[generator.permutation(len(names))[:size]].tolist())
+
+
+def configure_round(
+    strategy: Strategy, server_round: int, head: Arrays, grid: Grid, node_ids: Sequence[int]
+) -> list[Message]:
+    """Let the strategy make this round's messages, to `node_ids` and no others."""
+    arrays = ArrayRecord({name: Array(np.ascontiguousarray(value)) for name, value in head.items()})
+    with _taking_all(strategy), _quiet_flower():
+        return list(strategy.configure_train(server_round, arrays, ConfigRecord(), Cohort(grid, node_ids)))
+
+
+def aggregate_round(
+    strategy: Strategy, server_round: int, replies: Sequence[tuple[Message, HeadReply]], expected: Arrays
+) -> Arrays | None:
+    """Let the strategy make a new head of screened replies, ordered by site name.
+
+    Args:
+        strategy: Flower's or the user's.
+        server_round: from 1.
+        replies: each with the message that it answers.
+        expected: arrays with the head's names, shapes and dtype.
+
+    Returns:
+        The head, or None if the strategy made none.
+
+    Raises:
+        FedheadError: if the strategy fails, or makes a head of another form.
+    """
+    key = getattr(strategy, "arrayrecord_key", "arrays")
+    weight = getattr(strategy, "weighted_by_key", "num-examples")
+    messages = []
+    for instruction, reply in replies:
+        examples = reply.metrics[:, EXAMPLES]
+        loss = float(examples @ reply.metrics[:, TRAIN_LOSS] / max(examples.sum(), 1.0))
+        metrics = MetricRecord({weight: int(examples.sum()), "train_loss": loss})
+        arrays = ArrayRecord({name: Array(np.ascontiguousarray(value)) for name, value in reply.arrays.items()})
+        messages.append(Message(RecordDict({key: arrays, "metrics": metrics}), reply_to=instruction))
+    try:
+        with _quiet_flower():
+            made, _ = strategy.aggregate_train(server_round, messages)
+    except (AggregationError, InconsistentMessageReplies, ValueError, ArithmeticError) as error:
+        raise FedheadError(f"{type(strategy).__name__} failed in round {server_round}: {error}") from error
+    if made is None:
+        return None
+    aggregated = {name: made[name].numpy().astype(like.dtype) for name, like in expected.items() if name in made}
+    for name, like in expected.items():
+        if name not in aggregated or aggregated[name].shape != like.shape or not np.isfinite(aggregated[name]).all():
+            raise FedheadError(
+                f"{type(strategy).__name__} made no usable {name!r} in round {server_round}: it is missing, of another "
+                "shape, or not finite. A smaller learning rate may help; the head before it is kept."
+            )
+    return aggregated
+
+
+def screen(content: RecordDict, expected: Arrays, rows: Mapping[str, int], site: str, *, merged: bool) -> HeadReply:
+    """Read a site's reply to `TRAIN` or `EVALUATE`, and vouch for it.
+
+    Args:
+        content: what the message carries.
+        expected: arrays with the head's names, shapes and dtype; none where none is asked for.
+        rows: how many rows each site said that it has.
+        site: who replies.
+        merged: whether it may speak for several sites.
+
+    Raises:
+        MessageError: for other keys, shapes, dtypes, values that are not finite, or a weight that is not there.
+    """
+    reply = HeadReply.from_content(content, expected, merged=merged)
+    if not expected:
+        return reply
+    for name, examples in zip(reply.sites or (site,), reply.metrics[:, EXAMPLES], strict=False):
+        if not 0 < examples <= rows.get(name, 0):
+            raise MessageError(f"it claims {examples:.0f} training rows, of {rows.get(name, 0)} that {name} has")
+    return reply
+
+
+@contextmanager
+def _taking_all(strategy: Strategy) -> Iterator[None]:
+    """Make the strategy take every node it is shown, and leave the global random state as it was."""
+    everything = {"fraction_train": 1.0, "min_train_nodes": 0, "min_available_nodes": 0}
+    own = {name: getattr(strategy, name) for name in everything if hasattr(strategy, name)}
+    state = random.getstate()
+    for name in own:
+        setattr(strategy, name, everything[name])
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        for name, value in own.items():
+            setattr(strategy, name, value)
+
+
+@contextmanager
+def _quiet_flower() -> Iterator[None]:
+    logger = logging.getLogger("flwr")
+    level = logger.level
+    logger.setLevel(max(level, logging.ERROR))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,169 @@
+"""Who holds what: partitions of a data set's rows among simulated sites, by name."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fedhead.data import IntArray
+from fedhead.errors import UserError
+from fedhead.registry import Registry
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a partition is asked to divide.
+
+    Attributes:
+        labels: `[n]`, of the rows that are to be divided.
+        sites: how many sites there are.
+        owners: `[n]` the site that the data itself names for each row, or None.
+        generator: seeded by the run.
+    """
+
+    labels: IntArray
+    sites: int
+    owners: Sequence[str] | None
+    generator: np.random.Generator
+
+
+Partition = Callable[[str, Question], dict[str, IntArray]]
+"""From an argument and a question to the rows `[n_s]` of each site, each row at one site at most."""
+
+partitions: Registry[Partition] = Registry("partition")
+
+
+def divide(
+    spec: str, labels: IntArray, sites: int, seed: int, owners: Sequence[str] | None = None
+) -> dict[str, IntArray]:
+    """Divide rows among sites as `spec` says; sites may be left with none.
+
+    Args:
+        spec: `iid`, `dirichlet:ALPHA`, `shards:K`, `quantity:ALPHA` or `folder`.
+        labels: `[n]`.
+        sites: how many.
+        seed: same seed, same division.
+        owners: the site of each row, where the data says so.
+
+    Raises:
+        UserError: for an unknown name, an argument that does not fit, or more sites than rows.
+    """
+    name, _, argument = spec.partition(":")
+    partition = partitions[name]
+    if name != "folder" and sites > len(labels):
+        raise UserError(f"{sites} sites cannot share {len(labels)} rows; take at most {len(labels)} sites.")
+    return partition(argument, Question(labels, sites, owners, np.random.default_rng([seed, 0x5175])))
+
+
+def check_rows(rows: Sequence[npt.ArrayLike], total: int) -> dict[str, IntArray]:
+    """Check a user's own list of row numbers per site, and name the sites.
+
+    Raises:
+        UserError: if a number is no row, or stands twice.
+    """
+    sites = {
+        name: np.asarray(part, dtype=np.int64).ravel() for name, part in zip(site_names(len(rows)), rows, strict=True)
+    }
+    together = np.concatenate([np.empty(0, dtype=np.int64), *sites.values()])
+    if len(together) and not (together.min() >= 0 and together.max() < total):
+        raise UserError(f"The sites' rows go from {together.min()} to {together.max()}, but there are {total} rows.")
+    if len(np.unique(together)) < len(together):
+        values, counts = np.unique(together, return_counts=True)
+        raise UserError(f"Row {values[counts > 1][0]} is given to more than one site.")
+    return sites
+
+
+def site_names(count: int) -> list[str]:
+    """Return `site-0` and so on, padded so that names sort as numbers do."""
+    width = len(str(max(count - 1, 0)))
+    return [f"site-{number:0{width}d}" for number in range(count)]
+
+
+@partitions.register("iid")
+def iid(argument: str, question: Question) -> dict[str, IntArray]:
+    """Deal rows out evenly, at random."""
+    if argument:
+        raise UserError(f"The partition 'iid' takes no argument, but was given {argument!r}.")
+    rows = question.generator.permutation(len(question.labels))
+    return _named(np.array_split(rows, question.sites))
+
+
+@partitions.register("dirichlet")
+def dirichlet(argument: str, question: Question) -> dict[str, IntArray]:
+    """Divide each class by shares drawn from Dirichlet(ALPHA) (Hsu, Qi & Brown, 2019); smaller is more skewed."""
+    alpha = _positive("dirichlet", argument)
+    parts: list[list[IntArray]] = [[] for _ in range(question.sites)]
+    for label in np.unique(question.labels):
+        rows = question.generator.permutation(np.flatnonzero(question.labels == label))
+        for part, piece in zip(parts, _split(rows, _shares(alpha, question)), strict=True):
+            part.append(piece)
+    return _named([np.concatenate(part) for part in parts])
+
+
+@partitions.register("quantity")
+def quantity(argument: str, question: Question) -> dict[str, IntArray]:
+    """Give sites unequal numbers of rows, by shares drawn from Dirichlet(ALPHA), of all classes alike."""
+    alpha = _positive("quantity", argument)
+    rows = question.generator.permutation(len(question.labels))
+    return _named(_split(rows, _shares(alpha, question)))
+
+
+@partitions.register("shards")
+def shards(argument: str, question: Question) -> dict[str, IntArray]:
+    """Give each site K shards of one class each (McMahan et al., 2017): K classes a site, or fewer."""
+    if not argument.isdecimal() or int(argument) == 0:
+        raise UserError(f"The partition 'shards' needs the classes per site, as in 'shards:2', not {argument!r}.")
+    per_site = int(argument)
+    wanted = per_site * question.sites
+    if wanted > len(question.labels):
+        raise UserError(f"{question.sites} sites with {per_site} shards each need {wanted} rows or more.")
+    classes, counts = np.unique(question.labels, return_counts=True)
+    # As many shards a class as its share of the rows, one at the least, until there are enough.
+    pieces = np.maximum(1, np.floor(counts / counts.sum() * wanted).astype(int))
+    while pieces.sum() < wanted:
+        pieces[np.argmax(counts / pieces)] += 1
+    cut = [
+        piece
+        for label, number in zip(classes, pieces, strict=True)
+        for piece in np.array_split(question.generator.permutation(np.flatnonzero(question.labels == label)), number)
+    ]
+    order = question.generator.permutation(len(cut))
+    return _named([np.concatenate([cut[i] for i in order[site :: question.sites]]) for site in range(question.sites)])
+
+
+@partitions.register("folder")
+def folder(argument: str, question: Question) -> dict[str, IntArray]:
+    """Take the sites that the data names: each sub-folder of `folder:PATH` is one."""
+    if argument:
+        raise UserError(f"The partition 'folder' takes no argument, but was given {argument!r}.")
+    if question.owners is None:
+        raise UserError("The partition 'folder' needs data whose sub-folders are sites.")
+    owners = np.asarray(question.owners)
+    return {str(name): np.flatnonzero(owners == name) for name in np.unique(owners)}
+
+
+def _positive(name: str, argument: str) -> float:
+    try:
+        value = float(argument)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise UserError(f"The partition {name!r} needs a positive number, as in '{name}:0.3', not {argument!r}.")
+    return value
+
+
+def _shares(alpha: float, question: Question) -> npt.NDArray[np.float64]:
+    shares = question.generator.dirichlet(np.full(question.sites, alpha))
+    # For tiny ALPHA the gamma draws behind it may all underflow; the limit gives everything to one site.
+    if not np.isfinite(shares).all():
+        shares = np.eye(question.sites)[question.generator.integers(question.sites)]
+    return shares
+
+
+def _split(rows: IntArray, shares: npt.NDArray[np.float64]) -> list[IntArray]:
+    return np.split(rows, np.rint(np.cumsum(shares)[:-1] * len(rows)).astype(int))
+
+
+def _named(parts: Sequence[IntArray]) -> dict[str, IntArray]:
+    return {name: np.sort(part) for name, part in zip(site_names(len(parts)), parts, strict=True)}

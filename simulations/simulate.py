@@ -1,0 +1,347 @@
+"""`simulate(config, data, sites) -> RunResult`: many sites on one machine, by the real coordinator and apps."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor
+
+from fedhead.backbones import Backbone, load_backbone
+from fedhead.backbones.weights import install_weights
+from fedhead.client.site_data import Holding, check_backbone
+from fedhead.client.training import LabelledFeatures, SiteRows
+from fedhead.config import RunConfig
+from fedhead.data import BoolArray, IntArray, Samples, held_out, load_samples, load_sites, relabel
+from fedhead.devices import pick_device
+from fedhead.features import FeatureStore, Progress
+from fedhead.flower import in_process_identity
+from fedhead.heads import Head
+from fedhead.messages import Manifest
+from fedhead.model import TransferModel
+from fedhead.server.coordinator import Coordinator, Outcome, Round, SiteScore, initial_head
+from fedhead.server.run_folder import RunFolder
+from fedhead.server.strategies import build_strategy
+from fedhead.simulations.grid import InProcessGrid
+from fedhead.simulations.partition import check_rows, divide
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a simulated run gives.
+
+    Attributes:
+        config: what ran, with nothing left to defaults that data decides.
+        model: the model that the run delivers.
+        outcome: history, per-site scores, refusals and traffic.
+        test_accuracy: of the delivered model on the pooled test set; None without one.
+        empty_sites: sites that the partition left without rows; they took no part.
+        skipped: why each unreadable row was skipped, by row.
+        extracted: rows that the backbone ran over; the others' features were there.
+        seconds: of extraction, of the rounds, and of everything, by name.
+        run_dir: the run folder.
+    """
+
+    config: RunConfig
+    model: TransferModel
+    outcome: Outcome
+    test_accuracy: float | None
+    empty_sites: tuple[str, ...]
+    skipped: Mapping[int, str]
+    extracted: int
+    seconds: Mapping[str, float]
+    run_dir: Path
+
+    @property
+    def history(self) -> Sequence[Round]:
+        """Every head of the run, from the one it starts from."""
+        return self.outcome.history
+
+    @property
+    def sites(self) -> Mapping[str, SiteScore]:
+        """The delivered head on each site's held-out rows."""
+        return self.outcome.sites
+
+    @property
+    def accuracy(self) -> float | None:
+        """On the pooled test set where there is one, else on the pooled held-out rows; None without either."""
+        return self.test_accuracy if self.test_accuracy is not None else self.accuracy_held_out
+
+    @property
+    def accuracy_held_out(self) -> float | None:
+        """The delivered head on the sites' held-out rows, pooled."""
+        rows = sum(score.rows for score in self.sites.values())
+        return sum(score.correct for score in self.sites.values()) / rows if rows else None
+
+    @property
+    def accuracy_mean_site(self) -> float | None:
+        """The mean over sites."""
+        return float(np.mean([score.accuracy for score in self.sites.values()])) if self.sites else None
+
+    @property
+    def accuracy_worst_site(self) -> float | None:
+        """The least over sites."""
+        return min((score.accuracy for score in self.sites.values()), default=None)
+
+    @property
+    def bytes_down(self) -> int:
+        """Payload from the coordinator to all sites."""
+        return sum(finished.bytes_down for finished in self.history)
+
+    @property
+    def bytes_up(self) -> int:
+        """Payload from all sites to the coordinator."""
+        return sum(finished.bytes_up for finished in self.history)
+
+    def summary(self) -> dict[str, Any]:
+        """Return the figures of the run as plain values."""
+        return {
+            "accuracy": self.accuracy,
+            "accuracy_held_out": self.accuracy_held_out,
+            "accuracy_test": self.test_accuracy,
+            "accuracy_mean_site": self.accuracy_mean_site,
+            "accuracy_worst_site": self.accuracy_worst_site,
+            "rounds": self.config.rounds,
+            "kept_round": self.outcome.kept_round,
+            "sites": len(self.outcome.participants),
+            "bytes_down": self.bytes_down,
+            "bytes_up": self.bytes_up,
+            "bytes_full_model": self.outcome.full_model_bytes,
+            "seconds": self.seconds["total"],
+            "seconds_extraction": self.seconds["extraction"],
+            "seconds_rounds": self.seconds["rounds"],
+            "rows_extracted": self.extracted,
+            "rows_skipped": len(self.skipped),
+            "sites_empty": list(self.empty_sites),
+            "sites_refused": dict(self.outcome.refused),
+            "run_dir": str(self.run_dir),
+        }
+
+
+class SharedData:
+    """What all simulated sites of a process share: one backbone, and one store of features.
+
+    Args:
+        backbone: of the run.
+        data: the features and labels of all rows.
+        held_out: `[N]`, which rows are held out.
+    """
+
+    def __init__(self, backbone: Backbone, data: LabelledFeatures, held_out: BoolArray) -> None:
+        self.backbone = backbone
+        self.data = data
+        self.held_out = held_out
+        self._installed: set[str] = set()
+
+    @cached_property
+    def probe(self) -> Tensor:
+        """The features of the probe."""
+        return self.backbone.probe()
+
+    def install(self, blob: bytes, weights_digest: str) -> None:
+        """Verify and keep what is sent to the first site; the others of this process are sent the same."""
+        if weights_digest not in self._installed:
+            install_weights(blob, weights_digest)
+            self._installed.add(weights_digest)
+
+
+class SimulatedSite:
+    """A site that is a list of row numbers; like a new machine, it lacks every backbone the package does not carry.
+
+    Args:
+        name: of the site.
+        rows: `[n]`, its rows of the shared data.
+        shared: the same for all sites.
+    """
+
+    def __init__(self, name: str, rows: IntArray, shared: SharedData) -> None:
+        self.name = name
+        self.num_rows = len(rows)
+        self._shared = shared
+        self._has_weights = shared.backbone.spec.startswith("bundled:") and shared.backbone.trained
+        out = shared.held_out[rows]
+        self._holding = Holding(shared.data, train=SiteRows(name, rows[~out]), held_out=SiteRows(name, rows[out]))
+
+    def has_weights(self, manifest: Manifest) -> bool:
+        return self._has_weights
+
+    def install(self, manifest: Manifest, blob: bytes) -> None:
+        self._shared.install(blob, manifest.weights_digest)
+        self._has_weights = True
+
+    def check(self, manifest: Manifest, probe: Tensor) -> None:
+        check_backbone(self._shared.backbone, self._shared.probe, manifest, probe)
+
+    def open(self, manifest: Manifest) -> Holding:
+        return self._holding
+
+
+def simulate(
+    config: RunConfig | None = None,
+    data: str | Samples | None = None,
+    sites: int | Sequence[npt.ArrayLike] | None = None,
+    *,
+    test_data: str | Samples | None = None,
+    strategy: Strategy | None = None,
+    apps: Mapping[str, ClientApp] | None = None,
+    out: Path | str | None = None,
+    on_extraction: Progress = lambda done, total: None,
+    on_round: Callable[[Round], None] = lambda finished: None,
+) -> RunResult:
+    """Run `config` over simulated sites in this process.
+
+    Args:
+        config: the run; `RunConfig()` by default.
+        data: overrides `config.simulation.data`; may be samples in memory.
+        sites: overrides `config.simulation.sites`; may be each site's own row numbers, instead of a partition.
+        test_data: overrides `config.simulation.test_data`; a pooled test set beside the sites' held-out rows.
+        strategy: a Flower `Strategy` of your own, instead of `config.strategy`.
+        apps: `ClientApp`s of sites that do not run fedhead's, by site name.
+        out: the run folder; by default a new one under `runs/`.
+        on_extraction: called with rows done and rows in all.
+        on_round: called with each finished line of the history.
+
+    Raises:
+        UserError: if something asked for does not exist or does not fit; before anything is run.
+        FedheadError: if the run fails.
+    """
+    started = time.perf_counter()
+    given = _override(config or RunConfig(), data=data, sites=sites, test_data=test_data)
+    table = given.simulation
+    chosen_strategy = strategy or build_strategy(given.strategy)
+    device = pick_device(table.device)
+    owners_needed = table.partition.partition(":")[0] == "folder"
+    samples = data if isinstance(data, Samples) else (load_sites if owners_needed else load_samples)(table.data)
+    test_samples = (
+        test_data if isinstance(test_data, Samples) else load_samples(table.test_data) if table.test_data else None
+    )
+    classes = given.classes or (load_samples(given.classes_from).classes if given.classes_from else samples.classes)
+    labels = relabel(samples, classes)
+    test_labels = relabel(test_samples, classes) if test_samples else None
+
+    def assign_rows(readable: IntArray) -> dict[str, IntArray]:
+        if sites is not None and not isinstance(sites, int):
+            return {name: np.intersect1d(rows, readable) for name, rows in check_rows(sites, len(samples)).items()}
+        owners = None if samples.sites is None else [samples.sites[row] for row in readable]
+        parts = divide(table.partition, labels[readable], table.sites, given.seed, owners)
+        return {name: readable[part] for name, part in parts.items()}
+
+    # Once before anything is run, so that a partition that does not fit is refused at once.
+    assign_rows(np.arange(len(samples)))
+    backbone = load_backbone(given.backbone, weights=given.weights, layer=given.layer, seed=given.seed).to(device)
+    if not backbone.trained:
+        logger.warning("The weights of %s are random, as asked for: nothing is transferred.", backbone.spec)
+    head = initial_head(given, backbone.num_features, len(classes))
+    ran = given.changed(
+        {
+            "init": given.init or head.inits[0],
+            "classes": list(classes),
+            "classes_from": "",
+            "weights": str(Path(config.weights).resolve())
+            if config.weights not in ("default", "random")
+            else config.weights,
+            "simulation": {"data": samples.spec, "test_data": test_samples.spec if test_samples else ""},
+        }
+    )
+    folder = RunFolder.create(out, f"{backbone.spec}-{samples.spec.partition(':')[0]}".replace(":", "-"))
+    try:
+        folder.write_config(ran)
+        total = len(samples) + (len(test_samples) if test_samples else 0)
+        store = FeatureStore.open(
+            backbone, samples, strict=table.strict_data, progress=lambda done, _: on_extraction(done, total)
+        )
+        test_store = None
+        if test_samples:
+            test_store = FeatureStore.open(
+                backbone,
+                test_samples,
+                strict=table.strict_data,
+                progress=lambda done, _: on_extraction(len(samples) + done, total),
+            )
+        on_extraction(total, total)
+        extracted_at = time.perf_counter()
+        shared = SharedData(
+            backbone,
+            LabelledFeatures(store.features.to(device), torch.from_numpy(labels).to(device)),
+            held_out(store.keys, ran.holdout, ran.seed),
+        )
+        assigned = assign_rows(store.readable())
+        empty = tuple(name for name, rows in assigned.items() if shared.held_out[rows].all())
+        if empty:
+            logger.warning("%d sites have no rows to train on and take no part: %s.", len(empty), ", ".join(empty[:5]))
+        grid = InProcessGrid(
+            [SimulatedSite(name, rows, shared) for name, rows in assigned.items() if name not in empty], apps
+        )
+
+        def finished(row: Round) -> None:
+            folder.append_metrics(asdict(row))
+            on_round(row)
+
+        test = None
+        if test_store is not None and test_labels is not None:
+            test = _accuracy_on(test_store, torch.from_numpy(test_labels))
+        with in_process_identity(run_id=1):
+            outcome = Coordinator(ran, grid, backbone, classes, chosen_strategy, on_round=finished, test=test).run()
+        model = TransferModel(backbone.to(torch.device("cpu")), outcome.head, classes, ran.head)
+        ended = time.perf_counter()
+        result = RunResult(
+            config=ran,
+            model=model,
+            outcome=outcome,
+            test_accuracy=test(outcome.head) if test else None,
+            empty_sites=empty,
+            skipped=store.skipped,
+            extracted=store.extracted + (test_store.extracted if test_store else 0),
+            seconds={
+                "extraction": extracted_at - started,
+                "rounds": ended - extracted_at,
+                "total": ended - started,
+            },
+            run_dir=folder.path,
+        )
+        folder.write_model(model)
+        folder.write_result(result.summary() | {"by_site": {name: asdict(s) for name, s in result.sites.items()}})
+        return result
+    except BaseException:
+        folder.discard_if_unused()
+        raise
+
+
+def _override(
+    config: RunConfig,
+    data: str | Samples | None,
+    sites: int | Sequence[npt.ArrayLike] | None,
+    test_data: str | Samples | None,
+) -> RunConfig:
+    changes = {
+        "data": data.spec if isinstance(data, Samples) else data,
+        "test_data": test_data.spec if isinstance(test_data, Samples) else test_data,
+        "sites": sites if sites is None or isinstance(sites, int) else len(sites),
+    }
+    return config.changed({"simulation": {key: value for key, value in changes.items() if value is not None}})
+
+
+def _absolute(weights: str) -> str:
+    return weights if weights in ("default", "random") else str(Path(weights).resolve())
+
+
+def _accuracy_on(store: FeatureStore, labels: Tensor) -> Callable[[Head], float]:
+    rows = torch.from_numpy(store.readable())
+
+    @torch.inference_mode()
+    def accuracy(head: Head) -> float:
+        parts = torch.split(rows, 8192)
+        correct = sum(int((head(store.features[part]).argmax(-1) == labels[part]).sum()) for part in parts)
+        return correct / len(rows)
+
+    return accuracy

@@ -1,0 +1,167 @@
+import errno
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fedhead import features as features_module
+from fedhead.backbones import Backbone, load_backbone
+from fedhead.data import Samples, UnreadableSampleError, samples_from_arrays
+from fedhead.errors import FedheadError, UserError
+from fedhead.features import FeatureStore
+
+
+class Counting(Backbone):
+    """A real backbone that counts the rows that went through it."""
+
+    def __init__(self) -> None:
+        pixels = load_backbone("bundled:pixels")
+        super().__init__(pixels.spec, pixels.module, pixels.preprocessing)
+        self.rows = 0
+        assert self.num_features == 3072
+        self.rows = 0
+
+    def features(self, batch: torch.Tensor) -> torch.Tensor:
+        self.rows += len(batch)
+        return super().features(batch)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(features_module, "BLOCK", 16)
+    yield
+
+
+@pytest.fixture
+def samples() -> Samples:
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (50, 12, 10), dtype=np.uint8)
+    return samples_from_arrays(images, np.arange(50) % 3)
+
+
+def direct(backbone: Backbone, samples: Samples) -> torch.Tensor:
+    return backbone.features(torch.stack([backbone.preprocessing(samples.read(row)) for row in range(len(samples))]))
+
+
+def test_features_are_the_backbones_and_the_second_opening_runs_nothing(tmp_path: Path, samples: Samples) -> None:
+    backbone = Counting()
+    store = FeatureStore.open(backbone, samples, root=tmp_path)
+    assert torch.equal(store.features, direct(load_backbone("bundled:pixels"), samples))
+    assert store.extracted == backbone.rows == 50
+    again = FeatureStore.open(backbone, samples, root=tmp_path)
+    assert (again.extracted, backbone.rows) == (0, 50)
+    assert torch.equal(again.features, store.features)
+    assert np.array_equal(again.keys, store.keys)
+
+
+def test_other_data_or_another_backbone_has_a_store_of_its_own(tmp_path: Path, samples: Samples) -> None:
+    backbone = Counting()
+    first = FeatureStore.open(backbone, samples, root=tmp_path)
+    images = [samples.read(row) for row in range(50)]
+    images[7] = Image.new("L", (10, 12))
+    other = samples_from_arrays(images, samples.labels)
+    assert FeatureStore.open(backbone, other, root=tmp_path).path != first.path
+    glyphnet = load_backbone("bundled:glyphnet", weights="random")
+    assert FeatureStore.open(glyphnet, samples, root=tmp_path).path != first.path
+
+
+def test_an_interrupted_extraction_resumes_at_the_last_block(tmp_path: Path, samples: Samples) -> None:
+    class Interrupted(Counting):
+        def features(self, batch: torch.Tensor) -> torch.Tensor:
+            if self.rows >= 40:
+                raise KeyboardInterrupt
+            return super().features(batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        FeatureStore.open(Interrupted(), samples, batch_size=8, root=tmp_path)
+    backbone = Counting()
+    store = FeatureStore.open(backbone, samples, batch_size=8, root=tmp_path)
+    assert backbone.rows == store.extracted == 50 - 32
+    assert torch.equal(store.features, direct(load_backbone("bundled:pixels"), samples))
+
+
+@pytest.mark.parametrize("name", ["features.bin", "keys.bin", "meta.json"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "remove"])
+def test_a_damaged_store_is_rebuilt(tmp_path: Path, samples: Samples, name: str, damage: str) -> None:
+    backbone = Counting()
+    good = FeatureStore.open(backbone, samples, root=tmp_path)
+    expected = good.features.clone()
+    path = good.path / name
+    content = path.read_bytes()
+    if damage == "remove":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(content[:-9])
+    else:
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    store = FeatureStore.open(backbone, samples, root=tmp_path)
+    assert torch.equal(store.features, expected)
+
+
+def test_a_damaged_partial_store_starts_again(tmp_path: Path, samples: Samples) -> None:
+    good = FeatureStore.open(Counting(), samples, root=tmp_path)
+    partial = good.path.with_suffix(".partial")
+    good.path.rename(partial)
+    (partial / "features.bin").write_bytes(b"short")
+    meta = json.loads((partial / "meta.json").read_text())
+    (partial / "meta.json").write_text(json.dumps({**meta, "done": 32, "checksums": meta["checksums"][:2]}))
+    assert FeatureStore.open(Counting(), samples, root=tmp_path).extracted == 50
+
+
+def with_unreadable(samples: Samples, broken: set[int]) -> Samples:
+    def read(row: int) -> Image.Image:
+        if row in broken:
+            raise UnreadableSampleError(f"row {row} cannot be read.")
+        return samples.read(row)
+
+    return Samples("broken", samples.classes, samples.labels, read, samples.name, f"broken {broken}")
+
+
+def test_unreadable_rows_are_skipped_and_reported(tmp_path: Path, samples: Samples) -> None:
+    broken = with_unreadable(samples, {3, 20})
+    for _ in range(2):
+        store = FeatureStore.open(Counting(), broken, root=tmp_path)
+        assert store.skipped == {3: "row 3 cannot be read.", 20: "row 20 cannot be read."}
+        assert set(range(50)) - set(store.readable()) == {3, 20}
+    kept = store.readable()
+    assert torch.equal(store.features[kept], direct(load_backbone("bundled:pixels"), samples)[kept])
+    with pytest.raises(UserError, match="row 3 cannot be read"):
+        FeatureStore.open(Counting(), broken, root=tmp_path, strict=True)
+
+
+def test_strict_data_stops_at_the_first_unreadable_row(tmp_path: Path, samples: Samples) -> None:
+    with pytest.raises(UserError, match="row 3 cannot be read"):
+        FeatureStore.open(Counting(), with_unreadable(samples, {3}), root=tmp_path, strict=True)
+
+
+def test_data_without_one_readable_row_is_refused(tmp_path: Path, samples: Samples) -> None:
+    with pytest.raises(FedheadError, match="Not one row"):
+        FeatureStore.open(Counting(), with_unreadable(samples, set(range(50))), root=tmp_path)
+
+
+def test_a_full_disk_is_a_sentence_and_nothing_is_lost(
+    tmp_path: Path, samples: Samples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    syncs = iter(range(100))
+
+    def fsync(handle: int) -> None:
+        if next(syncs) == 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(features_module.os, "fsync", fsync)
+    with pytest.raises(FedheadError, match="disk is full"):
+        FeatureStore.open(Counting(), samples, root=tmp_path)
+    monkeypatch.undo()
+    store = FeatureStore.open(Counting(), samples, root=tmp_path)
+    assert torch.equal(store.features, direct(load_backbone("bundled:pixels"), samples))
+
+
+def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path, samples: Samples) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        FeatureStore.open(Counting(), samples, root=tmp_path / "file" / "below")
