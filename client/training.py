@@ -2,7 +2,7 @@
 
 A real client is S = 1, a simulation of a thousand sites S = 1,000. What a site's head becomes depends only on
 the site, the incoming head, the settings, the seed and the round: not on which sites are trained beside it, nor on
-their order. Only the rounding of the parameters' own dtype may differ, since batched products may add up in another order.
+their order. Only rounding in the parameters' own dtype may differ, since batched products may add up in another order.
 """
 
 import hashlib
@@ -148,7 +148,7 @@ def train_in_chunks(
         settings: epochs, batches and optimiser.
         seed: the run's.
         round_number: the round; another one gives other minibatches.
-        chunk_bytes: an estimate, which one site with large batches may exceed.
+        chunk_bytes: an estimate: heads without closed-form gradients may take twice that, one large site more.
 
     Yields:
         Positions `[k]` in `sites`, and the heads trained there; larger sites first.
@@ -181,7 +181,7 @@ def evaluate_head(
         correct[block] = (logits.argmax(-1) == labels).cpu().numpy()
     owner = np.repeat(np.arange(len(sites)), sizes)
     return Evaluation(
-        losses=np.bincount(owner, weights=losses, minlength=len(sites)),
+        losses=np.bincount(owner, weights=losses, minlength=len(sites)).astype(np.float64),
         correct=np.bincount(owner[correct], minlength=len(sites)),
         rows=sizes,
     )
@@ -241,7 +241,7 @@ def _train_chunk(
                 gradients[name] = gradients[name].add(value - incoming[name], alpha=settings.proximal_mu)
         optimizer.step(active, gradients)
     sizes = np.array([len(site.rows) for site in sites], dtype=np.int64)
-    return TrainedHeads(parameters, losses.double().cpu().numpy(), sizes)
+    return TrainedHeads(parameters, losses.cpu().double().numpy(), sizes)
 
 
 @dataclass(frozen=True)
@@ -259,9 +259,7 @@ class _Batch:
     share: FloatArray
 
 
-def _batches(
-    sites: Sequence[SiteRows], settings: LocalConfig, seed: int, round_number: int
-) -> Iterator[_Batch]:
+def _batches(sites: Sequence[SiteRows], settings: LocalConfig, seed: int, round_number: int) -> Iterator[_Batch]:
     """Yield the minibatches of all epochs; those still at work are always the first of `sites`."""
     sizes = np.array([len(site.rows) for site in sites], dtype=np.int64)
     ends = np.cumsum(sizes)
@@ -272,7 +270,7 @@ def _batches(
     for step in range(steps[0]):
         count = np.count_nonzero(steps > step)
         epoch, within = np.divmod(step, per_epoch[:count])
-        for i in np.flatnonzero(within == 0):
+        for i in np.flatnonzero(within == 0).tolist():
             permutation = shuffled(seed, sites[i].name, round_number, int(epoch[i]), int(sizes[i]))
             order[starts[i] : ends[i]] = sites[i].rows[permutation]
         first = starts[:count] + within * settings.batch_size

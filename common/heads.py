@@ -104,6 +104,7 @@ class Head(nn.Module, ABC):
                 raise ValueError(
                     f"Parameter {name!r} has shape {list(parameters[name].shape)}, not {list(value.shape)}."
                 )
+        for name, value in own.items():
             value.copy_(parameters[name])
 
 
@@ -132,7 +133,7 @@ class LinearHead(Head):
     def gradients(
         self, parameters: Mapping[str, Tensor], features: Tensor, labels: Tensor, weights: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
-        # Softmax minus one-hot, with classes before rows [..., C, n]: torch's softmax over a short last dimension is slow.
+        # Softmax minus one-hot, with classes before rows: torch's softmax over a short last dimension is slow.
         logits = parameters["weight"] @ features.mT + parameters["bias"].unsqueeze(-1)
         logs = functional.log_softmax(logits, dim=-2)
         labels = labels.unsqueeze(-2)
