@@ -1,7 +1,7 @@
 """The Flower `ClientApp`: one handler per action. Light to import; torch comes with the first message."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,8 @@ from fedhead.messages import (
     METRICS,
     PROTOCOL,
     RECORD,
+    STANDARDISE,
+    STATISTICS,
     Arrays,
     Description,
     FloatArray,
@@ -23,13 +25,21 @@ from fedhead.messages import (
     HeadRequest,
     Manifest,
     Payload,
+    StatisticsRequest,
+    check_arrays,
 )
 
 if TYPE_CHECKING:
-    from fedhead.client.site_data import Site
+    from torch import Tensor
+
+    from fedhead.client.site_data import Holding, Site
+    from fedhead.client.training import LabelledFeatures
     from fedhead.heads import Head
 
 SiteOf = Callable[[Context], "Site"]
+
+STATISTICS_ROWS = 8192
+"""Rows whose features are in memory at a time while sums are taken."""
 
 
 def make_app(site_of: SiteOf) -> ClientApp:
@@ -44,22 +54,33 @@ def make_app(site_of: SiteOf) -> ClientApp:
     def install(message: Message, context: Context) -> Message:
         site = site_of(context)
         blob = Payload.from_content(message.content).arrays["weights"].tobytes()
-        site.install(manifest_of(context), blob)
+        site.install(kept(context).manifest, blob)
         return Message(_describe(site, context), reply_to=message)
+
+    @app.query(STATISTICS.split(".")[1])
+    def statistics(message: Message, context: Context) -> Message:
+        request = StatisticsRequest(**Payload.from_content(message.content).values)
+        arrays = site_statistics(site_of(context), kept(context), request)
+        return Message(Payload({}, arrays).to_content(), reply_to=message)
+
+    @app.query(STANDARDISE.split(".")[1])
+    def standardise(message: Message, context: Context) -> Message:
+        keep_standardisation(Payload.from_content(message.content), context)
+        return Message(Payload().to_content(), reply_to=message)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        manifest = manifest_of(context)
-        request = HeadRequest.from_content(message.content, empty_head(manifest))
-        (trained,) = train_sites([site_of(context)], manifest, request)
+        agreed = kept(context)
+        request = HeadRequest.from_content(message.content, empty_head(agreed.manifest))
+        (trained,) = train_sites([site_of(context)], agreed, request)
         (reply,) = trained.replies()
         return Message(reply.to_content(), reply_to=message)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        manifest = manifest_of(context)
-        request = HeadRequest.from_content(message.content, empty_head(manifest))
-        metrics = evaluate_sites([site_of(context)], manifest, request)
+        agreed = kept(context)
+        request = HeadRequest.from_content(message.content, empty_head(agreed.manifest))
+        metrics = evaluate_sites([site_of(context)], agreed, request)
         return Message(HeadReply(metrics).to_content(), reply_to=message)
 
     return app
@@ -82,33 +103,97 @@ def describe_site(site: "Site", content: RecordDict, context: Context) -> Record
 
 
 def _describe(site: "Site", context: Context) -> RecordDict:
-    import torch
-
-    manifest = manifest_of(context)
-    record = context.state[RECORD]
-    assert isinstance(record, ConfigRecord)
-    probe = np.frombuffer(record["probe"], dtype="<f4").reshape(-1, manifest.num_features)  # type: ignore[arg-type]
+    agreed = kept(context)
     has_weights, refusal = False, ""
     try:
-        has_weights = site.has_weights(manifest)
+        has_weights = site.has_weights(agreed.manifest)
         if has_weights:
-            site.check(manifest, torch.from_numpy(probe.copy()))
+            site.check(agreed.manifest, agreed.probe)
     except FedheadError as error:
         refusal = str(error)
     described = Description(site=site.name, rows=site.num_rows, has_weights=has_weights, refusal=refusal)
     return Payload(described.model_dump()).to_content()
 
 
-def manifest_of(context: Context) -> Manifest:
-    """Return the manifest that this site was described under.
+@dataclass(frozen=True)
+class Kept:
+    """What a site was told of the run so far, in its `Context`; it answers nothing without.
+
+    Attributes:
+        manifest: what was agreed on.
+        probe: the coordinator's features `[PROBES, d]` of the probe; their mean is the origin of all sums.
+        standardisation: mean and scale `[d]` that heads are trained under, once they are known.
+    """
+
+    manifest: Manifest
+    probe: "Tensor"
+    standardisation: "tuple[Tensor, Tensor] | None"
+
+
+def kept(context: Context) -> Kept:
+    """Return what this site was told.
 
     Raises:
-        FedheadError: if it was not, in this process or its kept state.
+        FedheadError: if it was told nothing, in this process or its kept state.
     """
     record = context.state.get(RECORD)
     if not isinstance(record, ConfigRecord):
         raise FedheadError("This site has no manifest of the run; the coordinator must describe it again.")
-    return Manifest.model_validate_json(str(record["manifest"]))
+    manifest = Manifest.model_validate_json(str(record["manifest"]))
+    standardisation = None
+    if "mean" in record:
+        standardisation = (_tensor(record, "mean"), _tensor(record, "scale"))
+    return Kept(manifest, _tensor(record, "probe").reshape(-1, manifest.num_features), standardisation)
+
+
+def keep_standardisation(payload: Payload, context: Context) -> None:
+    """Keep the mean and scale that heads are trained under.
+
+    Raises:
+        MessageError: if they are not of the manifest's form.
+    """
+    manifest = kept(context).manifest
+    like = np.zeros(manifest.num_features, np.float32)
+    check_arrays(payload.arrays, {"mean": like, "scale": like})
+    record = context.state[RECORD]
+    assert isinstance(record, ConfigRecord)
+    for name, array in payload.arrays.items():
+        record[name] = array.tobytes()
+
+
+def _tensor(record: ConfigRecord, name: str) -> "Tensor":
+    import torch
+
+    blob = record[name]
+    assert isinstance(blob, bytes)
+    return torch.frombuffer(bytearray(blob), dtype=torch.float32)
+
+
+def site_statistics(site: "Site", agreed: Kept, request: StatisticsRequest) -> Arrays:
+    """Return the sums over a site's rows, accumulated block by block in float64 about the probe's mean."""
+    import torch
+
+    from fedhead.moments import FeatureMoments
+    from fedhead.statistics import FeatureStatistics, projection_for
+
+    holding = site.open(agreed.manifest)
+    rows = torch.from_numpy((holding.train if request.rows == "train" else holding.held_out).rows)
+    blocks = torch.split(rows, STATISTICS_ROWS)
+    features, labels = holding.data.features, holding.data.labels
+    origin = agreed.probe.mean(0)
+    if request.what == "moments":
+        moments = FeatureMoments.empty(origin)
+        for block in blocks:
+            moments = moments.updated(features[block].cpu())
+        return {name: tensor.numpy() for name, tensor in moments.to_tensors().items()}
+    project = projection_for(agreed.manifest.num_features, agreed.manifest.seed)
+    # A projected origin might differ in its last bits between machines, and sums about different origins do not add.
+    origin = origin if project is None else torch.zeros(project.narrow)
+    stats = FeatureStatistics.empty(len(origin), len(agreed.manifest.classes), origin)
+    for block in blocks:
+        chosen = features[block].cpu()
+        stats.update(chosen if project is None else project(chosen), labels[block].cpu())
+    return {name: tensor.numpy() for name, tensor in stats.to_tensors().items()}
 
 
 def head_of(manifest: Manifest) -> "Head":
@@ -137,7 +222,7 @@ class TrainedSites:
             yield HeadReply(self.metrics[row : row + 1], {name: value[row] for name, value in self.arrays.items()})
 
 
-def train_sites(sites: Sequence["Site"], manifest: Manifest, request: HeadRequest) -> Iterator[TrainedSites]:
+def train_sites(sites: Sequence["Site"], agreed: Kept, request: HeadRequest) -> Iterator[TrainedSites]:
     """Train the head at all `sites` at once, and evaluate the one that arrived on their held-out rows.
 
     Sites must share one `LabelledFeatures`, as those of a simulation do; a real site is alone.
@@ -145,15 +230,11 @@ def train_sites(sites: Sequence["Site"], manifest: Manifest, request: HeadReques
     Yields:
         Chunks of sites, each by its positions in `sites`.
     """
-    import torch
-
     from fedhead.client.training import train_in_chunks
 
-    holdings = [site.open(manifest) for site in sites]
-    data = holdings[0].data
-    head = head_of(manifest).to(data.features.device)
-    incoming = {name: torch.from_numpy(value.copy()).to(data.features.device) for name, value in request.arrays.items()}
-    metrics = evaluate_sites(sites, manifest, request)
+    manifest = agreed.manifest
+    holdings, data, head, incoming = _ready(sites, agreed, request)
+    metrics = evaluate_sites(sites, agreed, request)
     local = manifest.local
     if request.proximal_mu is not None:
         local = local.model_copy(update={"proximal_mu": request.proximal_mu})
@@ -173,27 +254,30 @@ def train_sites(sites: Sequence["Site"], manifest: Manifest, request: HeadReques
         yield TrainedSites(positions.tolist(), arrays, table)
 
 
-def evaluate_sites(sites: Sequence["Site"], manifest: Manifest, request: HeadRequest) -> FloatArray:
+def evaluate_sites(sites: Sequence["Site"], agreed: Kept, request: HeadRequest) -> FloatArray:
     """Evaluate the head on the held-out rows of all `sites` at once; return metrics `[S, len(METRICS)]`."""
-    import torch
-
     from fedhead.client.training import evaluate_head
 
-    holdings = [site.open(manifest) for site in sites]
-    data = holdings[0].data
-    head = head_of(manifest).to(data.features.device)
-    parameters = {
-        name: torch.from_numpy(value.copy()).to(data.features.device) for name, value in request.arrays.items()
-    }
+    holdings, data, head, parameters = _ready(sites, agreed, request)
     evaluation = evaluate_head(head, parameters, data, [holding.held_out for holding in holdings])
     metrics = np.zeros((len(sites), len(METRICS)))
-    for name, values in (
-        ("held_out", evaluation.rows),
-        ("loss_sum", evaluation.losses),
-        ("correct", evaluation.correct),
-    ):
-        metrics[:, METRICS.index(name)] = values
+    metrics[:, METRICS.index("held_out")] = evaluation.rows
+    metrics[:, METRICS.index("loss_sum")] = evaluation.losses
+    metrics[:, METRICS.index("correct")] = evaluation.correct
     return metrics
+
+
+def _ready(
+    sites: Sequence["Site"], agreed: Kept, request: HeadRequest
+) -> "tuple[list[Holding], LabelledFeatures, Head, dict[str, Tensor]]":
+    import torch
+
+    holdings = [site.open(agreed.manifest) for site in sites]
+    data = replace(holdings[0].data, standardisation=agreed.standardisation)
+    device = data.features.device
+    head = head_of(agreed.manifest).to(device)
+    parameters = {name: torch.from_numpy(value.copy()).to(device) for name, value in request.arrays.items()}
+    return holdings, data, head, parameters
 
 
 @cache

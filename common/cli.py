@@ -239,12 +239,12 @@ def _print_result(result: "RunResult", console: Console) -> None:
         )
     lines = Table.grid(padding=(0, 2))
     lines.add_row("Accuracy", tested or "unknown: nothing is held out, and there is no test set")
-    lines.add_row("Head", f"of round {summary['kept_round']}, the best by held-out loss, on {result.config.backbone}")
-    lines.add_row(
-        "Traffic",
-        f"{_size(summary['bytes_down'])} down, {_size(summary['bytes_up'])} up; the whole model each round would have "
-        f"taken {_size(summary['bytes_full_model'])}" + (f", {share:.0f} times as much" if share > 1 else ""),
-    )
+    lines.add_row("Head", _origin_of_head(result))
+    traffic = f"{_size(summary['bytes_down'])} down, {_size(summary['bytes_up'])} up"
+    if summary["bytes_full_model"]:
+        traffic += f"; the whole model each round would have taken {_size(summary['bytes_full_model'])}"
+        traffic += f", {share:.0f} times as much" if share > 1 else ""
+    lines.add_row("Traffic", traffic)
     lines.add_row(
         "Time",
         f"{summary['seconds']:.1f} s: features {summary['seconds_extraction']:.1f} s "
@@ -253,13 +253,21 @@ def _print_result(result: "RunResult", console: Console) -> None:
     if summary["rows_skipped"]:
         lines.add_row("Skipped", f"{summary['rows_skipped']} unreadable rows")
     if result.empty_sites:
-        lines.add_row(
-            "No rows", f"{len(result.empty_sites)} sites had none to train on: {', '.join(result.empty_sites)}"
-        )
+        lines.add_row("No rows", f"{len(result.empty_sites)} sites: {', '.join(result.empty_sites)}")
     for site, reason in result.outcome.refused.items():
         lines.add_row("Refused", f"{site}: {reason}")
     lines.add_row("Run folder", str(result.run_dir))
     console.print(lines, highlight=False)
+
+
+def _origin_of_head(result: "RunResult") -> str:
+    outcome = result.outcome
+    if outcome.all_rows:
+        return f"{result.config.init}, of one exchange, solved again of all rows, held-out ones included"
+    if outcome.kept_round == 0:
+        return f"{result.config.init}, before any round"
+    kept = "" if outcome.kept_round == len(outcome.history) - 1 else ", the best by held-out loss"
+    return f"of round {outcome.kept_round}{kept}"
 
 
 def _history_table(result: "RunResult") -> Table:

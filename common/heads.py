@@ -110,9 +110,9 @@ class Head(nn.Module, ABC):
 
 @heads.register("linear")
 class LinearHead(Head):
-    """Logits `x W^T + b`, weight `[C, d]`, bias `[C]`. Starts at zeros."""
+    """Logits `x W^T + b`, weight `[C, d]`, bias `[C]`. Zero when made."""
 
-    inits = ("zeros", "random")
+    inits = ("lda", "ridge", "nearest-mean", "zeros", "random")
 
     def __init__(self, num_features: int, num_classes: int) -> None:
         super().__init__(num_features, num_classes)
@@ -192,7 +192,7 @@ class CosineHead(Head):
     Weight `[C, d]` and sharpness `[1]` are trained; shift and scale `[d]` are constants.
     """
 
-    inits = ("random",)
+    inits = ("nearest-mean", "random")
     shift: Tensor
     scale: Tensor
 

@@ -7,7 +7,7 @@ A message carries one `Payload`: plain values and named arrays as one safetensor
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,8 @@ PROTOCOL = 1
 
 DESCRIBE = "query.describe"
 INSTALL = "query.install"
+STATISTICS = "query.statistics"
+STANDARDISE = "query.standardise"
 TRAIN = "train"
 EVALUATE = "evaluate"
 
@@ -108,6 +110,15 @@ class Manifest(BaseModel):
     holdout: float
     seed: int
     local: LocalConfig
+
+
+class StatisticsRequest(BaseModel):
+    """Which sums a site is asked for: of the rows it trains on or of those held out, with a Gram matrix or without."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    what: Literal["gram", "moments"] = "gram"
+    rows: Literal["train", "held_out"] = "train"
 
 
 class Description(BaseModel):

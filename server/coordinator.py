@@ -1,9 +1,10 @@
-"""The run as a reader would tell it: describe, install, train, finish."""
+"""The run as a reader would tell it: describe, install, statistics, train, finish."""
 
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,29 +15,35 @@ from flwr.serverapp.strategy import Strategy
 from fedhead.backbones import Backbone
 from fedhead.config import RunConfig
 from fedhead.errors import FedheadError, UserError
-from fedhead.heads import Head, make_head
+from fedhead.heads import Head
 from fedhead.messages import (
     DESCRIBE,
     EVALUATE,
     INSTALL,
     METRICS,
+    STANDARDISE,
+    STATISTICS,
     Arrays,
     Description,
-    FloatArray,
     HeadReply,
     HeadRequest,
     Manifest,
     MessageError,
     Payload,
+    StatisticsRequest,
     payload_bytes,
 )
+from fedhead.moments import FeatureMoments
+from fedhead.server.exchange import EXAMPLES, TRAIN_LOSS, Exchange, Messenger
+from fedhead.server.starting_head import UNSOLVED, HeadForm
 from fedhead.server.strategies import aggregate_round, averages, configure_round, required_sites, sample_sites, screen
+from fedhead.statistics import FeatureStatistics
 
 logger = logging.getLogger(__name__)
 
-POLL_SECONDS = 0.05
+Sums = TypeVar("Sums", FeatureStatistics, FeatureMoments)
+
 HELD_OUT, LOSS_SUM, CORRECT = (METRICS.index(name) for name in ("held_out", "loss_sum", "correct"))
-EXAMPLES, TRAIN_LOSS = METRICS.index("examples"), METRICS.index("train_loss")
 
 
 @dataclass(frozen=True)
@@ -87,8 +94,10 @@ class Outcome:
     """What a run ends with.
 
     Attributes:
-        head: the head that is delivered.
+        head: the head that is delivered, for features as they are.
         kept_round: the round it comes from, the best by pooled held-out loss.
+        all_rows: whether it is the statistics head solved again of all rows, held-out ones included; what is reported
+            of it was measured without them. Else it has seen no held-out row.
         history: from round 0.
         participants: the sites that took part.
         sites: how the delivered head does at each of them that holds rows out.
@@ -98,35 +107,12 @@ class Outcome:
 
     head: Head
     kept_round: int
+    all_rows: bool
     history: Sequence[Round]
     participants: Sequence[str]
     sites: Mapping[str, SiteScore]
     refused: Mapping[str, str]
     full_model_bytes: int
-
-
-@dataclass
-class _Exchange:
-    """What one message to each site, and the replies, brought and took.
-
-    Attributes:
-        replies: usable heads with the message each answers, by site name.
-        metrics: `[len(METRICS)]` of each site that answered usably.
-        dropped: the other sites, with the reason.
-    """
-
-    replies: list[tuple[Message, HeadReply]] = field(default_factory=list)
-    metrics: dict[str, FloatArray] = field(default_factory=dict)
-    dropped: dict[str, str] = field(default_factory=dict)
-    bytes_down: int = 0
-    bytes_up: int = 0
-
-    def sums(self) -> FloatArray:
-        """Return the metrics `[len(METRICS)]` summed over sites, losses of training weighted by their rows."""
-        table = np.array([self.metrics[name] for name in sorted(self.metrics)]).reshape(-1, len(METRICS))
-        table[:, TRAIN_LOSS] *= table[:, EXAMPLES]
-        total: FloatArray = table.sum(axis=0)
-        return total
 
 
 @dataclass(frozen=True)
@@ -135,7 +121,7 @@ class _Version:
 
     number: int
     arrays: Arrays
-    made_by: _Exchange
+    made_by: Exchange
     seconds: float
 
 
@@ -171,13 +157,11 @@ class Coordinator:
         if len(classes) < 2:
             raise UserError(f"A classifier needs two classes or more; this run has {list(classes)}.")
         self.config = config
-        self.grid = grid
         self.backbone = backbone
         self.strategy = strategy
         self.on_round = on_round
         self.test = test
-        self.deadline = deadline
-        self.head = initial_head(config, backbone.num_features, len(classes))
+        self.form = HeadForm(config, backbone.num_features, len(classes))
         self.manifest = Manifest(
             backbone=backbone.spec,
             layer=backbone.layer,
@@ -190,40 +174,47 @@ class Coordinator:
             seed=config.seed,
             local=config.local,
         )
-        # A Grid in this process may answer for many sites at once; one that answers so has answered all.
-        self._in_process = bool(getattr(grid, "merges_replies", False))
-        self._merge = self._in_process and averages(strategy)
+        self._messenger = Messenger(grid, deadline)
         self._nodes: dict[str, int] = {}
         self._rows: dict[str, int] = {}
         self._refused: dict[str, str] = {}
         self._full_model_bytes = 0
-        self._started = time.perf_counter()
+        self._marked = time.perf_counter()
 
     def run(self) -> Outcome:
         """Run to the end.
 
         Raises:
-            FedheadError: if too few sites can take part, or no reply of a round can be used.
+            FedheadError: if too few sites can take part, or no reply of an exchange can be used.
         """
         history: list[Round] = []
-        evaluated: list[tuple[_Version, _Exchange]] = []
-        current = self._version(0, _arrays(self.head), self._gather_sites())
+        evaluated: list[tuple[_Version, Exchange]] = []
+        first = Exchange()
+        self._gather_sites(first)
+        stats = self._sum_statistics(StatisticsRequest(), first) if self.form.init not in UNSOLVED else None
+        if self.config.rounds:
+            self._standardise(stats, first)
+        current = self._version(0, self.form.start(stats), first)
         for number in range(1, self.config.rounds + 1):
             exchange = self._train(number, current.arrays)
             evaluated.append((current, exchange))
             history.append(self._round(current, exchange))
             current = self._aggregate(number, current, exchange)
         exchange = self._evaluate(current.arrays)
-        # Nothing is made of this exchange, so what it took belongs to the head that it evaluates.
+        evaluated.append((current, exchange))
+        kept, evaluation = _best(evaluated)
+        head = self.form.leave(kept.arrays)
+        all_rows = kept.number == 0 and stats is not None and self.config.holdout > 0
+        if stats is not None and all_rows:
+            head = self.form.solve(stats + self._sum_statistics(StatisticsRequest(rows="held_out"), exchange))
+        # Nothing more is made of the last exchange, so what it took belongs to the head that it evaluates.
         current.made_by.bytes_down += exchange.bytes_down
         current.made_by.bytes_up += exchange.bytes_up
-        evaluated.append((current, exchange))
         history.append(self._round(current, exchange))
-        kept, evaluation = _best(evaluated)
-        _assign(self.head, kept.arrays)
         return Outcome(
-            head=self.head,
+            head=head,
             kept_round=kept.number,
+            all_rows=all_rows,
             history=history,
             participants=sorted(self._nodes),
             sites=_scores(evaluation),
@@ -231,26 +222,24 @@ class Coordinator:
             full_model_bytes=self._full_model_bytes,
         )
 
-    def _gather_sites(self) -> _Exchange:
+    def _gather_sites(self, exchange: Exchange) -> None:
         """Describe the run to every site, install the backbone where it is missing, and know who takes part."""
-        traffic = _Exchange()
-        nodes = list(self.grid.get_node_ids())
+        nodes = {str(node): node for node in self._messenger.grid.get_node_ids()}
         probe = self.backbone.probe().numpy()
-        described = Payload(self.manifest.model_dump(mode="json"), {"probe": probe}).to_content()
+        content = Payload(self.manifest.model_dump(mode="json"), {"probe": probe}).to_content()
         lacking: dict[str, int] = {}
-        descriptions = self._ask({str(node): node for node in nodes}, DESCRIBE, described, traffic)
-        for key, description in sorted(descriptions.items(), key=lambda item: item[1].site):
-            if description.site in self._nodes or description.site in lacking:
+        for key, description in sorted(self._descriptions(nodes, DESCRIBE, content, exchange).items()):
+            if description.site in self._nodes.keys() | lacking.keys() | self._refused.keys():
                 raise FedheadError(f"Two sites call themselves {description.site!r}; give each its own name.")
-            if not self._accept(description, int(key)):
-                lacking[description.site] = int(key)
+            if not self._accept(description, nodes[key]):
+                lacking[description.site] = nodes[key]
         if lacking:
             blob = np.frombuffer(self.backbone.to_bytes(), dtype=np.uint8)
-            installed = self._ask(lacking, INSTALL, Payload({}, {"weights": blob}).to_content(), traffic)
-            for site, description in sorted(installed.items()):
-                if not self._accept(description, lacking[site]):
+            content = Payload({}, {"weights": blob}).to_content()
+            for site, description in self._descriptions(lacking, INSTALL, content, exchange).items():
+                if description.site != site or not self._accept(description, lacking[site]):
                     self._refused[site] = "The weights were sent, but it still has none."
-        self._refused.update(traffic.dropped)
+        self._refused.update(exchange.dropped)
         for site, reason in sorted(self._refused.items()):
             logger.warning("%s takes no part: %s", site, reason)
         needed = required_sites(self.strategy)
@@ -260,7 +249,18 @@ class Coordinator:
                 f"{len(self._nodes)} of {len(nodes)} sites can take part, and {type(self.strategy).__name__} needs "
                 f"{needed} or more.{reasons}"
             )
-        return traffic
+
+    def _descriptions(
+        self, nodes: Mapping[str, int], action: str, content: RecordDict, exchange: Exchange
+    ) -> dict[str, Description]:
+        descriptions = {}
+        for name, answer in self._messenger.ask(nodes, action, content, exchange):
+            try:
+                descriptions[name] = Description.from_content(answer)
+                exchange.bytes_up += payload_bytes(answer)
+            except MessageError as error:
+                exchange.drop(name, str(error))
+        return descriptions
 
     def _accept(self, description: Description, node_id: int) -> bool:
         """Note what a site said of itself; return False if it still lacks the backbone."""
@@ -273,32 +273,72 @@ class Coordinator:
             self._rows[description.site] = description.rows
         return True
 
-    def _ask(
-        self, nodes: Mapping[str, int], action: str, content: RecordDict, traffic: _Exchange
-    ) -> dict[str, Description]:
-        messages = {name: Message(content, node_id, action) for name, node_id in nodes.items()}
-        descriptions = {}
-        for name, _, reply in self._exchange(messages, traffic):
+    def _sum_statistics(self, request: StatisticsRequest, exchange: Exchange) -> FeatureStatistics:
+        """Fold the sites' statistics into one as they come."""
+        total: FeatureStatistics | None = None
+        for name, tensors in self._sums(request, exchange):
             try:
-                descriptions[name] = Description.from_content(reply)
-                traffic.bytes_up += payload_bytes(reply)
-            except MessageError as error:
-                traffic.dropped[name] = f"Its reply is not usable: {error}."
-        return descriptions
+                stats = FeatureStatistics.from_tensors(tensors)
+                self._vouch(name, stats.rows, stats.num_classes == len(self.manifest.classes) and not stats.multi_label)
+                total = stats if total is None else total + stats
+            except ValueError as error:
+                exchange.drop(name, str(error))
+        return _at_least_one(total, exchange)
 
-    def _train(self, number: int, head: Arrays) -> _Exchange:
+    def _sum_moments(self, exchange: Exchange) -> FeatureMoments:
+        origin = self.backbone.probe().mean(0)
+        total: FeatureMoments | None = None
+        for name, tensors in self._sums(StatisticsRequest(what="moments"), exchange):
+            try:
+                moments = FeatureMoments.from_tensors(tensors, origin)
+                self._vouch(name, moments.rows, True)
+                total = moments if total is None else total + moments
+            except ValueError as error:
+                exchange.drop(name, str(error))
+        return _at_least_one(total, exchange)
+
+    def _sums(self, request: StatisticsRequest, exchange: Exchange) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        content = Payload(request.model_dump()).to_content()
+        for name, answer in self._messenger.ask(self._nodes, STATISTICS, content, exchange):
+            try:
+                arrays = Payload.from_content(answer).arrays
+                exchange.bytes_up += payload_bytes(answer)
+            except MessageError as error:
+                exchange.drop(name, str(error))
+                continue
+            yield name, {key: torch.from_numpy(np.array(array)) for key, array in arrays.items()}
+
+    def _vouch(self, name: str, rows: int, fits: bool) -> None:
+        if rows > self._rows[name]:
+            raise ValueError(f"it sums {rows} rows, of {self._rows[name]} that it has")
+        if not fits:
+            raise ValueError("its statistics are of other classes")
+
+    def _standardise(self, stats: FeatureStatistics | None, exchange: Exchange) -> None:
+        """Agree with the sites on the mean and scale that heads are trained under."""
+        same_width = stats is not None and stats.num_features == self.backbone.num_features
+        sums = stats if stats is not None and same_width else self._sum_moments(exchange)
+        mean, scale = sums.mean().float(), sums.scale().float()
+        self.form.standardisation = (mean, scale)
+        content = Payload({}, {"mean": mean.numpy(), "scale": scale.numpy()}).to_content()
+        for _, answer in self._messenger.ask(self._nodes, STANDARDISE, content, exchange):
+            exchange.bytes_up += payload_bytes(answer)
+
+    def _train(self, number: int, head: Arrays) -> Exchange:
         cohort = sample_sites(self.strategy, list(self._nodes), self.config.seed, number)
         names = {self._nodes[name]: name for name in cohort}
         messages: dict[str, Message] = {}
         packed: dict[int, RecordDict] = {}
-        for message in configure_round(self.strategy, number, head, self.grid, list(names)):
+        records = []
+        for message in configure_round(self.strategy, number, head, self._messenger.grid, list(names)):
             # A strategy gives most sites one and the same record: pack it once.
-            record = message.content
-            if id(record) not in packed:
-                packed[id(record)] = self._request(record, number).to_content()
-            message.content = packed[id(record)]
+            records.append(message.content)  # kept, so that no other gets its id
+            if id(message.content) not in packed:
+                packed[id(message.content)] = self._request(message.content, number).to_content()
+            message.content = packed[id(message.content)]
             messages[names[message.metadata.dst_node_id]] = message
-        self._full_model_bytes += 2 * len(messages) * (self.backbone.num_bytes + _nbytes(head))
+        whole_model = self.backbone.num_bytes + sum(array.nbytes for array in head.values())
+        self._full_model_bytes += 2 * len(messages) * whole_model
         return self._heads(messages, head)
 
     def _request(self, record: RecordDict, number: int) -> HeadRequest:
@@ -309,129 +349,69 @@ class Coordinator:
             {name: array.numpy() for name, array in arrays.items()},
             server_round=number,
             proximal_mu=float(mu) if isinstance(mu, int | float) else None,
-            merge=self._merge,
+            merge=self._messenger.in_process and averages(self.strategy),
         )
 
-    def _evaluate(self, head: Arrays) -> _Exchange:
-        content = HeadRequest(head, server_round=self.config.rounds, merge=self._in_process).to_content()
+    def _evaluate(self, head: Arrays) -> Exchange:
+        request = HeadRequest(head, server_round=self.config.rounds, merge=self._messenger.in_process)
+        content = request.to_content()
         messages = {name: Message(content, node_id, EVALUATE) for name, node_id in sorted(self._nodes.items())}
         return self._heads(messages, {})
 
-    def _heads(self, messages: Mapping[str, Message], expected: Arrays) -> _Exchange:
+    def _heads(self, messages: Mapping[str, Message], expected: Arrays) -> Exchange:
         """Exchange messages about a head; screen what comes back, and order it by site name."""
-        exchange = _Exchange()
+        exchange = Exchange()
         replies: dict[str, tuple[Message, HeadReply]] = {}
-        for name, instruction, content in self._exchange(messages, exchange):
+        for name, instruction, content in self._messenger.send(messages, exchange):
             try:
-                reply = screen(content, expected, self._rows, name, merged=self._in_process)
+                reply = screen(content, expected, self._rows, name, merged=self._messenger.in_process)
             except MessageError as error:
-                exchange.dropped[name] = f"{error}"
+                exchange.drop(name, str(error))
                 continue
             exchange.bytes_up += reply.num_bytes
-            exchange.dropped.update(reply.dropped)
-            if len(reply.metrics):
+            for site, reason in reply.dropped.items():
+                exchange.drop(site, reason)
+            exchange.metrics.update(zip(reply.sites or (name,), reply.metrics, strict=False))
+            # A site may hold out all of its rows; then it evaluates, and its head is no more than the one it was sent.
+            if reply.metrics[:, EXAMPLES].any():
                 replies[name] = (instruction, reply)
-                exchange.metrics.update(zip(reply.sites or (name,), reply.metrics, strict=True))
         exchange.replies = [replies[name] for name in sorted(replies)]
-        for name, reason in sorted(exchange.dropped.items()):
-            logger.warning("A reply of %s is dropped: %s.", name, reason.rstrip("."))
         return exchange
 
-    def _exchange(
-        self, messages: Mapping[str, Message], traffic: _Exchange
-    ) -> Iterator[tuple[str, Message, RecordDict]]:
-        """Send messages, and yield what each site answers with what it answers to; note those that fail or are lost."""
-        sizes: dict[int, int] = {}
-        for message in messages.values():
-            if id(message.content) not in sizes:
-                sizes[id(message.content)] = payload_bytes(message.content)
-            traffic.bytes_down += sizes[id(message.content)]
-        ids = self.grid.push_messages(list(messages.values()))
-        waiting = dict(zip(ids, messages, strict=True))
-        stop = time.monotonic() + self.deadline
-        while waiting:
-            for reply in self.grid.pull_messages(list(waiting)):
-                # A lost node's error comes from node 1, so the message that is answered names the site.
-                name = waiting.pop(reply.metadata.reply_to_message_id, None)
-                if name is None:
-                    continue
-                if reply.has_error():
-                    traffic.dropped[name] = reply.error.reason or "It failed without a reason."
-                else:
-                    yield name, messages[name], reply.content
-            if self._in_process:
-                return
-            if waiting and time.monotonic() > stop:
-                traffic.dropped.update(dict.fromkeys(waiting.values(), f"No reply within {self.deadline:.0f} s."))
-                return
-            time.sleep(POLL_SECONDS if waiting else 0)
-
-    def _aggregate(self, number: int, current: _Version, exchange: _Exchange) -> _Version:
+    def _aggregate(self, number: int, current: _Version, exchange: Exchange) -> _Version:
         if not exchange.replies:
-            reasons = " ".join(f"{name}: {reason}." for name, reason in sorted(exchange.dropped.items())[:3])
-            raise FedheadError(f"Not one reply of round {number} could be used. {reasons}")
+            raise FedheadError(f"Not one reply of round {number} could be used.{_first_reasons(exchange)}")
         made = aggregate_round(self.strategy, number, exchange.replies, current.arrays)
         if made is None:
             logger.warning("%s made no head in round %d; the one before stays.", type(self.strategy).__name__, number)
         return self._version(number, made or current.arrays, exchange)
 
-    def _version(self, number: int, arrays: Arrays, made_by: _Exchange) -> _Version:
+    def _version(self, number: int, arrays: Arrays, made_by: Exchange) -> _Version:
         now = time.perf_counter()
-        seconds, self._started = now - self._started, now
+        seconds, self._marked = now - self._marked, now
         return _Version(number, arrays, made_by, seconds)
 
-    def _round(self, version: _Version, evaluation: _Exchange) -> Round:
+    def _round(self, version: _Version, evaluation: Exchange) -> Round:
         sums = evaluation.sums()
         trained = version.made_by.sums()
         held_out = sums[HELD_OUT]
-        test_accuracy = None
-        if self.test is not None:
-            _assign(self.head, version.arrays)
-            test_accuracy = self.test(self.head)
         finished = Round(
             number=version.number,
-            sites=len(version.made_by.metrics),
+            sites=sum(row[EXAMPLES] > 0 for row in version.made_by.metrics.values()),
             seconds=version.seconds,
             bytes_down=version.made_by.bytes_down,
             bytes_up=version.made_by.bytes_up,
             train_loss=float(trained[TRAIN_LOSS] / trained[EXAMPLES]) if trained[EXAMPLES] else None,
             loss=float(sums[LOSS_SUM] / held_out) if held_out else None,
             accuracy=float(sums[CORRECT] / held_out) if held_out else None,
-            test_accuracy=test_accuracy,
+            test_accuracy=self.test(self.form.leave(version.arrays)) if self.test else None,
             dropped=dict(sorted(version.made_by.dropped.items())),
         )
         self.on_round(finished)
         return finished
 
 
-def initial_head(config: RunConfig, num_features: int, num_classes: int) -> Head:
-    """Build the head that a run starts from.
-
-    Raises:
-        UserError: if the head cannot start as `config.init` says.
-    """
-    head = make_head(config.head, num_features, num_classes)
-    init = config.init or head.inits[0]
-    if init not in head.inits:
-        raise UserError(f"A head {config.head!r} cannot start from {init!r}, only from: {', '.join(head.inits)}.")
-    if init == "random":
-        head.randomise(torch.Generator().manual_seed(config.seed))
-    return head
-
-
-def _arrays(head: Head) -> Arrays:
-    return {name: value.cpu().numpy() for name, value in head.trainable().items()}
-
-
-def _assign(head: Head, arrays: Arrays) -> None:
-    head.assign({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()})
-
-
-def _nbytes(arrays: Arrays) -> int:
-    return sum(array.nbytes for array in arrays.values())
-
-
-def _best(evaluated: Sequence[tuple[_Version, _Exchange]]) -> tuple[_Version, _Exchange]:
+def _best(evaluated: Sequence[tuple[_Version, Exchange]]) -> tuple[_Version, Exchange]:
     """Return the head with the least pooled held-out loss, over the sites that evaluated every head.
 
     Where these hold less than half of the held-out rows, as when few sites are sampled each round, heads cannot be
@@ -445,9 +425,19 @@ def _best(evaluated: Sequence[tuple[_Version, _Exchange]]) -> tuple[_Version, _E
     return min(evaluated, key=lambda pair: sum(pair[1].metrics[name][LOSS_SUM] for name in common))
 
 
-def _scores(evaluation: _Exchange) -> dict[str, SiteScore]:
+def _scores(evaluation: Exchange) -> dict[str, SiteScore]:
     return {
         name: SiteScore(int(row[HELD_OUT]), int(row[CORRECT]), float(row[LOSS_SUM] / row[HELD_OUT]))
         for name, row in sorted(evaluation.metrics.items())
         if row[HELD_OUT]
     }
+
+
+def _at_least_one(total: Sums | None, exchange: Exchange) -> Sums:
+    if total is None:
+        raise FedheadError(f"Not one site's statistics could be used.{_first_reasons(exchange)}")
+    return total
+
+
+def _first_reasons(exchange: Exchange) -> str:
+    return "".join(f" {name}: {reason.rstrip('.')}." for name, reason in sorted(exchange.dropped.items())[:3])

@@ -10,7 +10,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
-from fedhead.client.app import TrainedSites, empty_head, evaluate_sites, make_app, manifest_of, train_sites
+from fedhead.client.app import Kept, TrainedSites, empty_head, evaluate_sites, kept, make_app, train_sites
 from fedhead.client.site_data import Site
 from fedhead.errors import FedheadError
 from fedhead.flower import set_message_id
@@ -99,15 +99,9 @@ class InProcessGrid(Grid):
         except Exception as error:
             return Message(Error(FAILED, f"{error}"), reply_to=message)
 
-    def _request(self, messages: Sequence[Message]) -> tuple[HeadRequest, list[Site]]:
-        manifest = manifest_of(self._contexts[messages[0].metadata.dst_node_id])
-        request = HeadRequest.from_content(messages[0].content, empty_head(manifest))
-        return request, [self._sites[message.metadata.dst_node_id] for message in messages]
-
     def _train(self, messages: Sequence[Message]) -> Iterator[Message]:
-        manifest = manifest_of(self._contexts[messages[0].metadata.dst_node_id])
-        request, sites = self._request(messages)
-        for chunk in train_sites(sites, manifest, request):
+        sites, agreed, request = self._read(messages)
+        for chunk in train_sites(sites, agreed, request):
             answered = [messages[position] for position in chunk.positions]
             if request.merge:
                 names = [sites[position].name for position in chunk.positions]
@@ -117,17 +111,21 @@ class InProcessGrid(Grid):
                     yield Message(reply.to_content(), reply_to=message)
 
     def _evaluate(self, messages: Sequence[Message]) -> Iterator[Message]:
-        manifest = manifest_of(self._contexts[messages[0].metadata.dst_node_id])
-        request, sites = self._request(messages)
-        metrics = evaluate_sites(sites, manifest, request)
+        sites, agreed, request = self._read(messages)
+        metrics = evaluate_sites(sites, agreed, request)
         if request.merge:
-            single = HeadReply(metrics[:1])
             names = tuple(site.name for site in sites)
-            reply = HeadReply(metrics, sites=names, num_bytes=len(sites) * single.single_bytes())
+            reply = HeadReply(metrics, sites=names, num_bytes=len(sites) * HeadReply(metrics[:1]).single_bytes())
             yield Message(reply.to_content(), reply_to=messages[0])
         else:
             for message, row in zip(messages, metrics, strict=True):
                 yield Message(HeadReply(row[None]).to_content(), reply_to=message)
+
+    def _read(self, messages: Sequence[Message]) -> tuple[list[Site], Kept, HeadRequest]:
+        """Read messages that carry one content, to sites that were told the same."""
+        agreed = kept(self._contexts[messages[0].metadata.dst_node_id])
+        request = HeadRequest.from_content(messages[0].content, empty_head(agreed.manifest))
+        return [self._sites[message.metadata.dst_node_id] for message in messages], agreed, request
 
 
 def node_id_of(name: str) -> int:
@@ -149,8 +147,6 @@ def merge(chunk: TrainedSites, names: Sequence[str]) -> HeadReply:
             check_metrics(chunk.metrics[row : row + 1], 1)
             if not arrays_finite[row]:
                 raise MessageError("its head holds values that are not finite")
-            if chunk.metrics[row, EXAMPLES] == 0:
-                raise MessageError("it has no training rows")
             kept.append(row)
         except MessageError as error:
             dropped[name] = str(error)

@@ -24,11 +24,12 @@ from fedhead.data import BoolArray, IntArray, Samples, held_out, load_samples, l
 from fedhead.devices import pick_device
 from fedhead.features import FeatureStore, Progress
 from fedhead.flower import in_process_identity
-from fedhead.heads import Head
+from fedhead.heads import Head, make_head
 from fedhead.messages import Manifest
 from fedhead.model import TransferModel
-from fedhead.server.coordinator import Coordinator, Outcome, Round, SiteScore, initial_head
+from fedhead.server.coordinator import Coordinator, Outcome, Round, SiteScore
 from fedhead.server.run_folder import RunFolder
+from fedhead.server.starting_head import resolve_init
 from fedhead.server.strategies import build_strategy
 from fedhead.simulations.grid import InProcessGrid
 from fedhead.simulations.partition import check_rows, divide
@@ -217,104 +218,155 @@ def simulate(
     """
     started = time.perf_counter()
     given = _override(config or RunConfig(), data=data, sites=sites, test_data=test_data)
-    table = given.simulation
-    chosen_strategy = strategy or build_strategy(given.strategy)
-    device = pick_device(table.device)
-    owners_needed = table.partition.partition(":")[0] == "folder"
-    samples = data if isinstance(data, Samples) else (load_sites if owners_needed else load_samples)(table.data)
-    test_samples = (
-        test_data if isinstance(test_data, Samples) else load_samples(table.test_data) if table.test_data else None
-    )
-    classes = given.classes or (load_samples(given.classes_from).classes if given.classes_from else samples.classes)
-    labels = relabel(samples, classes)
-    test_labels = relabel(test_samples, classes) if test_samples else None
-
-    def assign_rows(readable: IntArray) -> dict[str, IntArray]:
-        if sites is not None and not isinstance(sites, int):
-            return {name: np.intersect1d(rows, readable) for name, rows in check_rows(sites, len(samples)).items()}
-        owners = None if samples.sites is None else [samples.sites[row] for row in readable]
-        parts = divide(table.partition, labels[readable], table.sites, given.seed, owners)
-        return {name: readable[part] for name, part in parts.items()}
-
-    # Once before anything is run, so that a partition that does not fit is refused at once.
-    assign_rows(np.arange(len(samples)))
-    backbone = load_backbone(given.backbone, weights=given.weights, layer=given.layer, seed=given.seed).to(device)
-    if not backbone.trained:
-        logger.warning("The weights of %s are random, as asked for: nothing is transferred.", backbone.spec)
-    head = initial_head(given, backbone.num_features, len(classes))
-    ran = given.changed(
-        {
-            "init": given.init or head.inits[0],
-            "classes": list(classes),
-            "classes_from": "",
-            "weights": str(Path(config.weights).resolve())
-            if config.weights not in ("default", "random")
-            else config.weights,
-            "simulation": {"data": samples.spec, "test_data": test_samples.spec if test_samples else ""},
-        }
-    )
-    folder = RunFolder.create(out, f"{backbone.spec}-{samples.spec.partition(':')[0]}".replace(":", "-"))
+    plan = _plan(given, data, sites, test_data, strategy)
+    name = f"{plan.backbone.spec}-{plan.samples.spec.partition(':')[0]}".replace(":", "-")
+    folder = RunFolder.create(out, name)
     try:
-        folder.write_config(ran)
-        total = len(samples) + (len(test_samples) if test_samples else 0)
-        store = FeatureStore.open(
-            backbone, samples, strict=table.strict_data, progress=lambda done, _: on_extraction(done, total)
-        )
-        test_store = None
-        if test_samples:
-            test_store = FeatureStore.open(
-                backbone,
-                test_samples,
-                strict=table.strict_data,
-                progress=lambda done, _: on_extraction(len(samples) + done, total),
-            )
-        on_extraction(total, total)
-        extracted_at = time.perf_counter()
-        shared = SharedData(
-            backbone,
-            LabelledFeatures(store.features.to(device), torch.from_numpy(labels).to(device)),
-            held_out(store.keys, ran.holdout, ran.seed),
-        )
-        assigned = assign_rows(store.readable())
-        empty = tuple(name for name, rows in assigned.items() if shared.held_out[rows].all())
-        if empty:
-            logger.warning("%d sites have no rows to train on and take no part: %s.", len(empty), ", ".join(empty[:5]))
-        grid = InProcessGrid(
-            [SimulatedSite(name, rows, shared) for name, rows in assigned.items() if name not in empty], apps
-        )
-
-        def finished(row: Round) -> None:
-            folder.append_metrics(asdict(row))
-            on_round(row)
-
-        test = None
-        if test_store is not None and test_labels is not None:
-            test = _accuracy_on(test_store, torch.from_numpy(test_labels))
-        with in_process_identity(run_id=1):
-            outcome = Coordinator(ran, grid, backbone, classes, chosen_strategy, on_round=finished, test=test).run()
-        model = TransferModel(backbone.to(torch.device("cpu")), outcome.head, classes, ran.head)
-        ended = time.perf_counter()
-        result = RunResult(
-            config=ran,
-            model=model,
-            outcome=outcome,
-            test_accuracy=test(outcome.head) if test else None,
-            empty_sites=empty,
-            skipped=store.skipped,
-            extracted=store.extracted + (test_store.extracted if test_store else 0),
-            seconds={
-                "extraction": extracted_at - started,
-                "rounds": ended - extracted_at,
-                "total": ended - started,
-            },
-            run_dir=folder.path,
-        )
-        folder.write_model(model)
-        folder.write_result(result.summary() | {"by_site": {name: asdict(s) for name, s in result.sites.items()}})
-        return result
+        folder.write_config(plan.config)
+        return _run(plan, folder, started, apps, on_extraction, on_round)
     except BaseException:
         folder.discard_if_unused()
         raise
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Everything that can be known, and refused, before anything is run."""
+
+    config: RunConfig
+    strategy: Strategy
+    backbone: Backbone
+    samples: Samples
+    labels: IntArray
+    test_samples: Samples | None
+    test_labels: IntArray | None
+    own_rows: Mapping[str, IntArray] | None
+
+    def assign(self, readable: IntArray) -> dict[str, IntArray]:
+        """Return each site's rows of those that are readable."""
+        if self.own_rows is not None:
+            return {name: np.intersect1d(rows, readable) for name, rows in self.own_rows.items()}
+        table = self.config.simulation
+        owners = None if self.samples.sites is None else [self.samples.sites[row] for row in readable]
+        parts = divide(table.partition, self.labels[readable], table.sites, self.config.seed, owners)
+        return {name: readable[part] for name, part in parts.items()}
+
+
+def _plan(
+    given: RunConfig,
+    data: str | Samples | None,
+    sites: int | Sequence[npt.ArrayLike] | None,
+    test_data: str | Samples | None,
+    strategy: Strategy | None,
+) -> _Plan:
+    table = given.simulation
+    strategy = strategy or build_strategy(given.strategy)
+    device = pick_device(table.device)
+    load_data = load_sites if table.partition.partition(":")[0] == "folder" else load_samples
+    samples = data if isinstance(data, Samples) else load_data(table.data)
+    test_samples = test_data if isinstance(test_data, Samples) else None
+    if test_samples is None and table.test_data:
+        test_samples = load_samples(table.test_data)
+    classes = given.classes or (load_samples(given.classes_from).classes if given.classes_from else samples.classes)
+    backbone = load_backbone(given.backbone, weights=given.weights, layer=given.layer, seed=given.seed).to(device)
+    if not backbone.trained:
+        logger.warning("The weights of %s are random, as asked for: nothing is transferred.", backbone.spec)
+    init = resolve_init(given, make_head(given.head, backbone.num_features, len(classes)))
+    plan = _Plan(
+        config=given.changed(
+            {
+                "init": init,
+                "classes": list(classes),
+                "classes_from": "",
+                "weights": _absolute(given.weights),
+                "simulation": {"data": samples.spec, "test_data": test_samples.spec if test_samples else ""},
+            }
+        ),
+        strategy=strategy,
+        backbone=backbone,
+        samples=samples,
+        labels=relabel(samples, classes),
+        test_samples=test_samples,
+        test_labels=relabel(test_samples, classes) if test_samples else None,
+        own_rows=None if sites is None or isinstance(sites, int) else check_rows(sites, len(samples)),
+    )
+    plan.assign(np.arange(len(samples)))
+    return plan
+
+
+def _run(
+    plan: _Plan,
+    folder: RunFolder,
+    started: float,
+    apps: Mapping[str, ClientApp] | None,
+    on_extraction: Progress,
+    on_round: Callable[[Round], None],
+) -> RunResult:
+    config, backbone = plan.config, plan.backbone
+    store, test_store = _extract(plan, on_extraction)
+    shared = SharedData(
+        backbone,
+        LabelledFeatures(store.features.to(backbone.device), torch.from_numpy(plan.labels).to(backbone.device)),
+        held_out(store.keys, config.holdout, config.seed),
+    )
+    assigned = plan.assign(store.readable())
+    empty = tuple(name for name, rows in assigned.items() if len(rows) == 0)
+    if empty:
+        logger.warning("%d sites have no rows and take no part: %s.", len(empty), ", ".join(empty[:5]))
+    present = [SimulatedSite(name, rows, shared) for name, rows in assigned.items() if name not in empty]
+    test = None
+    if test_store is not None and plan.test_labels is not None:
+        test = _accuracy_on(test_store, torch.from_numpy(plan.test_labels))
+
+    def finish_round(finished: Round) -> None:
+        folder.append_metrics(asdict(finished))
+        on_round(finished)
+
+    extracted_at = time.perf_counter()
+    with in_process_identity(run_id=1):
+        outcome = Coordinator(
+            config,
+            InProcessGrid(present, apps),
+            backbone,
+            config.classes,
+            plan.strategy,
+            on_round=finish_round,
+            test=test,
+        ).run()
+    ended = time.perf_counter()
+    result = RunResult(
+        config=config,
+        model=TransferModel(backbone.to(torch.device("cpu")), outcome.head, config.classes, config.head),
+        outcome=outcome,
+        test_accuracy=test(outcome.head) if test else None,
+        empty_sites=empty,
+        skipped=store.skipped,
+        extracted=store.extracted + (test_store.extracted if test_store else 0),
+        seconds={"extraction": extracted_at - started, "rounds": ended - extracted_at, "total": ended - started},
+        run_dir=folder.path,
+    )
+    folder.write_model(result.model)
+    folder.write_result(result.summary() | {"by_site": {name: asdict(score) for name, score in result.sites.items()}})
+    return result
+
+
+def _extract(plan: _Plan, on_extraction: Progress) -> tuple[FeatureStore, FeatureStore | None]:
+    """Open the stores of the sites' data and of the test set, counted together."""
+    wanted = [samples for samples in (plan.samples, plan.test_samples) if samples is not None]
+    total = sum(map(len, wanted))
+    stores: list[FeatureStore] = []
+    before = 0
+
+    def progress(done: int, _: int) -> None:
+        on_extraction(before + done, total)
+
+    for samples in wanted:
+        stores.append(
+            FeatureStore.open(plan.backbone, samples, strict=plan.config.simulation.strict_data, progress=progress)
+        )
+        before += len(samples)
+    on_extraction(total, total)
+    return stores[0], stores[1] if len(stores) == 2 else None
 
 
 def _override(

@@ -1,0 +1,61 @@
+"""The Flower `ServerApp`: reads the `RunConfig`, calls the coordinator."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedhead.backbones import load_backbone
+from fedhead.config import RunConfig
+from fedhead.data import load_samples
+from fedhead.errors import UserError
+from fedhead.model import TransferModel
+from fedhead.server.coordinator import Coordinator, Outcome
+from fedhead.server.run_folder import RunFolder
+from fedhead.server.strategies import build_strategy
+
+
+def coordinate(config: RunConfig, grid: Grid, out: Path | str | None = None) -> tuple[Outcome, RunFolder]:
+    """Run `config` over the sites of `grid`, and write its run folder.
+
+    Raises:
+        UserError: if the configuration names no classes, or something that does not exist or fit.
+        FedheadError: if the run fails.
+    """
+    classes = config.classes or (load_samples(config.classes_from).classes if config.classes_from else ())
+    if not classes:
+        raise UserError("A run over real sites needs classes = [...] (or classes_from), since their data is not here.")
+    strategy = build_strategy(config.strategy)
+    backbone = load_backbone(config.backbone, weights=config.weights, layer=config.layer, seed=config.seed)
+    folder = RunFolder.create(out, backbone.spec.replace(":", "-"))
+    coordinator = Coordinator(
+        config, grid, backbone, classes, strategy, on_round=lambda finished: folder.append_metrics(asdict(finished))
+    )
+    folder.write_config(config)
+    outcome = coordinator.run()
+    folder.write_model(TransferModel(backbone, outcome.head, classes, config.head))
+    folder.write_result(
+        {
+            "accuracy": outcome.history[outcome.kept_round].accuracy,
+            "kept_round": outcome.kept_round,
+            "sites": len(outcome.participants),
+            "sites_refused": dict(outcome.refused),
+        }
+    )
+    return outcome, folder
+
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run what the run config's `config` (a TOML file) describes, into its `out` (a folder)."""
+    path = context.run_config.get("config")
+    if not path:
+        raise UserError(
+            "The run config lacks 'config', the path of a TOML file: flwr run . --run-config 'config=\"…\"'."
+        )
+    out = context.run_config.get("out")
+    coordinate(RunConfig.from_toml(Path(str(path))), grid, str(out) if out else None)

@@ -1,0 +1,204 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fedhead.backbones import Backbone, Preprocessing, backbone_sources, load_backbone
+from fedhead.backbones.backbone import read_weights
+from fedhead.backbones.weights import find_backbone, install_weights, weights_path
+from fedhead.errors import FedheadError, UserError
+
+
+def image(height: int = 30, width: int = 20) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("spec", ["bundled:glyphnet", "bundled:pixels", "torchvision:squeezenet1_1"])
+def test_frozen_means_the_same_features_twice_and_no_gradient(spec: str) -> None:
+    backbone = load_backbone(spec, weights="random")
+    batch = torch.stack([backbone.preprocessing(image())] * 3)
+    digest = backbone.weights_digest
+    first = backbone.features(batch)
+    assert torch.equal(first, backbone.features(batch))
+    assert first.shape == (3, backbone.num_features)
+    assert not first.requires_grad
+    assert not backbone.module.training
+    assert load_backbone(spec, weights="random").to(torch.device("cpu")).weights_digest == digest
+
+
+def test_batch_norm_buffers_do_not_move() -> None:
+    backbone = load_backbone("torchvision:resnet18", weights="random")
+    before = {name: value.clone() for name, value in backbone.module.state_dict().items()}
+    backbone.features(torch.randn(2, 3, 64, 64))
+    assert all(torch.equal(value, before[name]) for name, value in backbone.module.state_dict().items())
+
+
+def test_what_is_saved_loads_to_the_same_digest_and_features(tmp_path: Path) -> None:
+    backbone = load_backbone("torchvision:squeezenet1_1", weights="random", layer="features.9.cat", seed=3)
+    backbone.save(tmp_path / "b.safetensors")
+    loaded = Backbone.load(tmp_path / "b.safetensors")
+    assert (loaded.digest, loaded.layer) == (backbone.digest, "features.9.cat")
+    assert torch.equal(loaded.probe(), backbone.probe())
+
+
+def test_a_saved_backbone_that_was_changed_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "b.safetensors"
+    load_backbone("bundled:glyphnet").save(path)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="another backbone"):
+        Backbone.load(path)
+    path.write_bytes(content[:100])
+    with pytest.raises(UserError, match="cannot be read"):
+        Backbone.load(path)
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match="not a backbone"):
+        Backbone.load(path)
+
+
+def test_digests_cover_weights_layer_and_preprocessing() -> None:
+    def made(seed: int = 0, mean: float = 0.5, layer: str = "penultimate") -> Backbone:
+        torch.manual_seed(seed)
+        module = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+        return Backbone("x:y", module, Preprocessing(3, (2, 2), None, (mean,) * 3, (1.0,) * 3), layer=layer)
+
+    reference = made()
+    assert made().digest == reference.digest
+    assert made(seed=1).weights_digest != reference.weights_digest
+    for other in (made(seed=1), made(mean=0.4), made(layer="other")):
+        assert other.digest != reference.digest
+    assert made(mean=0.4).weights_digest == reference.weights_digest
+
+
+@pytest.mark.parametrize("size", [(30, 20), (20, 30), (8, 8), (300, 257)])
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0", "vit_b_16"])
+def test_preprocessing_equals_torchvisions(name: str, size: tuple[int, int]) -> None:
+    from torchvision.models import get_model_weights
+
+    transforms = get_model_weights(name).DEFAULT.transforms()
+    own = load_backbone(f"torchvision:{name}", weights="random").preprocessing
+    assert torch.allclose(own(image(*size)), transforms(image(*size)), atol=1e-6)
+
+
+def test_grey_images_have_three_equal_channels_where_a_backbone_wants_colour() -> None:
+    preprocessing = Preprocessing(3, (4, 4), None, (0.0,) * 3, (1.0,) * 3)
+    grey = preprocessing(Image.new("L", (9, 5), 51))
+    assert torch.allclose(grey, torch.full((3, 4, 4), 0.2))
+
+
+@pytest.mark.parametrize(
+    ("spec", "width"),
+    [("resnet18", 512), ("vgg11", 4096), ("mobilenet_v3_small", 1024), ("squeezenet1_1", 512), ("densenet121", 1024)],
+)
+def test_the_penultimate_layer_is_the_classifiers_input(spec: str, width: int) -> None:
+    import torchvision
+
+    backbone = load_backbone(f"torchvision:{spec}", weights="random", seed=5)
+    assert backbone.num_features == width
+    torch.manual_seed(5)
+    plain = torchvision.models.get_model(spec, weights=None).eval()
+    batch = torch.stack([backbone.preprocessing(image())] * 2)
+    modules = [m for m in plain.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    seen: list[torch.Tensor] = []
+    modules[-1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    plain(batch)
+    expected = seen[0].mean((2, 3)) if seen[0].ndim == 4 else seen[0]
+    assert torch.allclose(backbone.features(batch), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("save", ["safetensors", "state dict", "nested"])
+def test_weights_come_from_a_file_that_may_lack_the_classifier(tmp_path: Path, save: str) -> None:
+    import torchvision
+
+    torch.manual_seed(1)
+    state = torchvision.models.squeezenet1_1(weights=None).state_dict()
+    expected = {name: value for name, value in state.items() if name.startswith("features.")}
+    if save == "safetensors":
+        path = tmp_path / "w.safetensors"
+        save_file(expected, path)
+    else:
+        path = tmp_path / "w.pth"
+        torch.save(state if save == "state dict" else {"epoch": 3, "state_dict": state}, path)
+    backbone = load_backbone("torchvision:squeezenet1_1", weights=str(path))
+    assert backbone.tensors().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in backbone.tensors().items())
+
+
+def test_weights_of_another_architecture_name_the_keys(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    load_backbone("torchvision:squeezenet1_0", weights="random").save(path)
+    with pytest.raises(UserError, match=r"squeezenet1_1; missing: .*unknown: .*shape: features\.0\.weight|features\.0"):
+        load_backbone("torchvision:squeezenet1_1", weights=str(path))
+    with pytest.raises(UserError, match="not those of bundled:glyphnet"):
+        load_backbone("bundled:glyphnet", weights=str(path))
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return (Path.touch, (tmp_path / "ran",))  # type: ignore[return-value]
+
+    torch.save({"x": Evil()}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="neither safetensors nor a plain state dict"):
+        read_weights(str(tmp_path / "w.pth"))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"spec": "glyphnet"}, "source:name"),
+        ({"spec": "bundeld:glyphnet"}, "Did you mean 'bundled'"),
+        ({"spec": "bundled:glyphent"}, "Did you mean 'glyphnet'"),
+        ({"spec": "bundled:glyphnet", "layer": "x"}, "only the layer 'penultimate'"),
+        ({"spec": "bundled:pixels", "weights": "x"}, "no weights to load"),
+        ({"spec": "torchvision:resnet19"}, "Did you mean 'resnet1"),
+        ({"spec": "torchvision:resnet18", "weights": "random", "layer": "layer5"}, "no layer 'layer5'. Did you mean"),
+        ({"spec": "torchvision:resnet18", "weights": "/none.pth"}, "no weights file"),
+    ],
+)
+def test_what_does_not_exist_is_a_sentence(arguments: dict[str, str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        load_backbone(**arguments)  # type: ignore[arg-type]
+
+
+def test_weights_that_cannot_be_downloaded_say_the_other_ways(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    with pytest.raises(FedheadError, match=r"could not be downloaded.*--weights FILE") as caught:
+        load_backbone("torchvision:mobilenet_v2")
+    assert caught.value.exit_status == 1
+
+
+def test_a_source_of_the_users_own() -> None:
+    @backbone_sources.register("ours")
+    def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
+        return Backbone(f"ours:{name}", nn.Flatten(), Preprocessing(1, (4, 4), None, (0.0,), (1.0,)))
+
+    assert load_backbone("ours:tiny").num_features == 16
+
+
+def test_installed_weights_are_verified_kept_and_found() -> None:
+    backbone = load_backbone("torchvision:squeezenet1_1", weights="random", seed=9)
+    blob, digest = backbone.to_bytes(), backbone.weights_digest
+    assert find_backbone(backbone.spec, backbone.layer, digest) is None
+    for damaged in (blob[:-1] + bytes([blob[-1] ^ 1]), blob[:50]):
+        with pytest.raises(FedheadError, match="weights that arrived"):
+            install_weights(damaged, digest)
+        assert not weights_path(digest).exists()
+    install_weights(blob, digest)
+    found = find_backbone(backbone.spec, backbone.layer, digest)
+    assert found is not None
+    assert found.digest == backbone.digest
+    assert load_file(weights_path(digest)).keys() == backbone.tensors().keys()
+
+
+def test_bundled_weights_are_always_there() -> None:
+    glyphnet = load_backbone("bundled:glyphnet")
+    assert find_backbone(glyphnet.spec, glyphnet.layer, glyphnet.weights_digest) is not None
+    assert find_backbone(glyphnet.spec, glyphnet.layer, "0" * 64) is None

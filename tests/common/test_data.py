@@ -1,0 +1,210 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from fedhead.data import (
+    UnreadableSampleError,
+    held_out,
+    load_samples,
+    load_sites,
+    read_image,
+    relabel,
+    samples_from_arrays,
+    to_image,
+)
+from fedhead.errors import UserError
+
+
+def write_image(path: Path, seed: int = 0, mode: str = "RGB") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shape = (9, 7, 3) if mode == "RGB" else (9, 7)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)).save(path)
+
+
+def test_digits_are_scikit_learns() -> None:
+    samples = load_samples("digits")
+    assert (len(samples), samples.classes) == (1797, tuple("0123456789"))
+    assert np.bincount(samples.labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    image = np.asarray(samples.read(0))
+    assert image.shape == (8, 8)
+    assert image.max() == 239  # 15 of 16
+
+
+def test_a_folder_has_a_class_per_sub_folder(tmp_path: Path) -> None:
+    for number, name in enumerate(["b/1.png", "a/2.PNG", "a/1.jpg", ".hidden/1.png", "a/.x.png", "a/notes.txt"]):
+        write_image(tmp_path / name, number) if not name.endswith("txt") else (tmp_path / name).write_text("")
+    samples = load_samples(f"folder:{tmp_path}")
+    assert samples.classes == ("a", "b")
+    assert samples.labels.tolist() == [0, 0, 1]
+    assert [Path(samples.name(row)).name for row in range(3)] == ["1.jpg", "2.PNG", "1.png"]
+    assert samples.read(2).size == (7, 9)
+
+
+def test_a_folders_fingerprint_changes_with_its_files(tmp_path: Path) -> None:
+    write_image(tmp_path / "a" / "1.png")
+    before = load_samples(f"folder:{tmp_path}").fingerprint
+    assert load_samples(f"folder:{tmp_path}").fingerprint == before
+    write_image(tmp_path / "b" / "1.png")
+    assert load_samples(f"folder:{tmp_path}").fingerprint != before
+
+
+def test_sub_folders_may_be_sites(tmp_path: Path) -> None:
+    for name in ("north/a/1.png", "north/b/1.png", "south/b/1.png"):
+        write_image(tmp_path / name)
+    samples = load_sites(f"folder:{tmp_path}")
+    assert samples.sites == ("north", "north", "south")
+    assert [samples.classes[label] for label in samples.labels] == ["a", "b", "b"]
+    with pytest.raises(UserError, match="partition = 'folder'"):
+        load_samples(f"folder:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("folder:/nowhere/at/all", "There is no folder"),
+        ("folder:", "Expected a path"),
+        ("folders:x", "Did you mean 'folder'"),
+        ("digits:x", "takes no argument"),
+        ("python:nothing", "python:MODULE:FUNCTION"),
+        ("python:no_such_module:f", "cannot be imported"),
+        ("python:json:nothing", "no function 'nothing'"),
+        ("python:builtins:dict.fromkeys", "no function"),
+    ],
+)
+def test_a_spec_that_names_nothing_is_a_sentence(spec: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        load_samples(spec)
+
+
+def test_an_empty_folder_and_a_file_are_sentences(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no images"):
+        load_samples(f"folder:{tmp_path}")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is not a folder"):
+        load_samples(f"folder:{tmp_path / 'file'}")
+
+
+def test_labels_follow_the_runs_classes() -> None:
+    samples = samples_from_arrays(np.zeros((3, 4, 4), np.uint8), ["cat", "dog", "cat"])
+    assert relabel(samples, ["dog", "bird", "cat"]).tolist() == [2, 0, 2]
+    with pytest.raises(UserError, match=r"arrays\[1\] is of class 'dog'.*bird, cat"):
+        relabel(samples, ["bird", "cat"])
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "classes", "words"),
+    [
+        (np.zeros((2, 4, 4), np.uint8), [0], None, "2 images but 1 labels"),
+        (np.zeros((0, 4, 4), np.uint8), [], None, "holds no rows"),
+        (np.zeros((1, 4, 4), np.uint8), [3], ["a", "b"], "labels from 3 to 3 for 2 classes"),
+        (np.zeros((1, 4, 4), np.uint8), ["a"], ["a", "b"], "must be their indices"),
+        (np.zeros((1, 4, 4), np.uint8), [[0, 1]], None, "one label a row"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_sentences(images: object, labels: object, classes: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        samples_from_arrays(images, labels, classes=classes)
+
+
+def test_every_form_of_an_image_is_read_alike() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    forms = [
+        pixels,
+        torch.from_numpy(pixels.transpose(2, 0, 1).copy()),
+        pixels / 255.0,
+        torch.from_numpy(pixels).permute(2, 0, 1) / 255,
+        Image.fromarray(pixels),
+    ]
+    for form in forms:
+        assert np.array_equal(np.asarray(to_image(form, "x")), pixels)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [np.zeros(4), np.zeros((4, 4), np.int64), np.full((4, 4), 2.0), np.full((4, 4), np.nan), np.zeros((2, 9, 5))],
+)
+def test_what_is_no_image_is_refused(value: object) -> None:
+    with pytest.raises(UnreadableSampleError, match="the scan"):
+        to_image(value, "the scan")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
+def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "x.png"
+    write_image(path)
+    content = {"truncated": path.read_bytes()[:80], "empty": b"", "text": b"not an image"}[damage]
+    path.write_bytes(content)
+    with pytest.raises(UnreadableSampleError, match=r"x\.png"):
+        read_image(path)
+
+
+def test_a_photograph_is_turned_as_its_exif_says(tmp_path: Path) -> None:
+    image = Image.new("RGB", (8, 4))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "x.jpg", exif=exif)
+    assert read_image(tmp_path / "x.jpg").size == (4, 8)
+
+
+@given(st.integers(0, 2**63 - 1), st.floats(0, 1, exclude_max=True), st.data())
+def test_a_row_is_held_out_whatever_stands_beside_it(seed: int, share: float, data: st.DataObject) -> None:
+    keys = np.array(data.draw(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=20)), dtype=np.uint64)
+    out = held_out(keys, share, seed)
+    order = np.array(data.draw(st.permutations(range(len(keys)))))
+    assert np.array_equal(held_out(keys[order], share, seed), out[order])
+    assert np.array_equal(held_out(keys[:1], share, seed), out[:1])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.2, 0.7])
+def test_the_share_held_out_is_the_one_asked_for(share: float) -> None:
+    samples = load_samples("digits")
+    keys = np.array([samples.key(row, samples.read(row)) for row in range(len(samples))], dtype=np.uint64)
+    shares = [held_out(keys, share, seed).mean() for seed in range(20)]
+    assert np.mean(shares) == pytest.approx(share, abs=4 * (share * (1 - share) / 1797 / 20) ** 0.5 + 1e-12)
+    masks = [held_out(keys, 0.5, seed) for seed in (1, 2)]
+    assert 0.4 < (masks[0] == masks[1]).mean() < 0.6
+
+
+def test_equal_rows_and_rows_of_a_group_never_straddle() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8), dtype=np.uint8)[[0, 1, 2, 3, 0]]
+    samples = samples_from_arrays(images, np.arange(5))
+    keys = [samples.key(row, samples.read(row)) for row in range(5)]
+    assert keys[0] == keys[4]
+    assert len(set(keys)) == 4
+
+    class Scans:
+        classes = ("a", "b")
+        groups = ("ann", "bob", "ann", "bob", "cid")
+
+        def __len__(self) -> int:
+            return 5
+
+        def __getitem__(self, row: int) -> tuple[object, int]:
+            return images[row], row % 2
+
+    grouped = Scans()
+    import fedhead.data as data_module
+
+    loaded = data_module._samples_of_pairs(grouped, "scans")
+    keys = [loaded.key(row, loaded.read(row)) for row in range(5)]
+    assert keys[0] == keys[2] != keys[1] == keys[3]
+    assert keys[4] not in keys[:4]
+
+
+def test_a_function_of_the_users_gives_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "our_scans.py").write_text(
+        "import numpy as np\n"
+        "def arrays(): return np.zeros((4, 5, 5), np.uint8), ['x', 'y', 'x', 'y']\n"
+        "def wrong(): return 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    samples = load_samples("python:our_scans:arrays")
+    assert (len(samples), samples.classes) == (4, ("x", "y"))
+    assert samples.read(0).size == (5, 5)
+    with pytest.raises(UserError, match="returned int"):
+        load_samples("python:our_scans:wrong")

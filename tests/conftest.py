@@ -1,0 +1,27 @@
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep features and weights of the tests apart from the user's, and share them among the tests."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDHEAD_HOME", str(home))
+        yield home
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """Real weights and photographs, where a developer has them."""
+    named = os.environ.get("FEDHEAD_ASSETS")
+    folder = Path(named) if named else Path(__file__).parents[2] / "shared" / "assets"
+    if not folder.is_dir():
+        pytest.skip("needs real weights and photographs: set FEDHEAD_ASSETS to the folder that holds them")
+    return folder

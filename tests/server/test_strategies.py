@@ -1,0 +1,68 @@
+import random
+
+import numpy as np
+import pytest
+from flwr.app import MetricRecord
+from flwr.serverapp.strategy import FedAvg
+
+from fedhead.config import StrategyConfig
+from fedhead.errors import UserError
+from fedhead.server.strategies import NAMES, averages, build_strategy, required_sites, sample_sites
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_strategy_is_built_by_its_flower_name(name: str) -> None:
+    parameters = {"client_learning_rate": 0.1} if name == "QFedAvg" else {}
+    strategy = build_strategy(StrategyConfig(name=name, fraction_train=0.5, **parameters))
+    assert type(strategy).__name__ == name
+    assert strategy.fraction_train == 0.5  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"name": "FedAdm"}, "Did you mean 'FedAdam'"),
+        ({"name": "FedXgbBagging"}, "no strategy"),
+        ({"name": "FedAdam", "etta": 0.1}, "Did you mean 'eta'"),
+        ({"name": "FedAdam", "eta": "large"}, "needs float as eta, not 'large'"),
+        ({"name": "FedAvg", "min_train_nodes": 0.5}, "needs int as min_train_nodes"),
+        ({"name": "FedAvg", "train_metrics_aggr_fn": "f"}, "no parameter"),
+        ({"name": "FedTrimmedAvg", "beta": 0.7}, "FedTrimmedAvg refuses its parameters"),
+        ({"name": "QFedAvg"}, "needs the parameter 'client_learning_rate'"),
+    ],
+)
+def test_a_strategy_that_cannot_be_built_is_a_sentence(config: dict[str, object], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        build_strategy(StrategyConfig.model_validate(config))
+
+
+def test_only_strategies_that_see_nothing_but_the_mean_get_a_mean() -> None:
+    parameters = {"QFedAvg": {"client_learning_rate": 0.1}}
+    means = {name for name in NAMES if averages(build_strategy(StrategyConfig(name=name, **parameters.get(name, {}))))}
+    assert means == {"FedAvg", "FedProx", "FedAvgM", "FedAdam", "FedAdagrad", "FedYogi"}
+
+    class Own(FedAvg):
+        pass
+
+    assert not averages(Own())
+    assert not averages(FedAvg(train_metrics_aggr_fn=lambda records, key: MetricRecord()))
+
+
+def test_robust_strategies_say_how_many_sites_they_need() -> None:
+    assert required_sites(build_strategy(StrategyConfig(name="Bulyan", num_malicious_nodes=2))) == 11
+    assert required_sites(build_strategy(StrategyConfig(name="Krum", num_malicious_nodes=2))) == 7
+    assert required_sites(FedAvg()) == 1
+
+
+def test_sites_are_sampled_by_name_and_the_global_generator_is_left_alone() -> None:
+    names = [f"s{number}" for number in range(20)]
+    strategy = FedAvg(fraction_train=0.25)
+    random.seed(0)
+    state = random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index, union-attr]
+    first = sample_sites(strategy, names, 0, 1)
+    assert first == sample_sites(strategy, names[::-1], 0, 1)
+    assert len(first) == 5
+    assert any(sample_sites(strategy, names, 0, number) != first for number in range(2, 9))
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == state  # type: ignore[index, union-attr]
+    assert sample_sites(FedAvg(fraction_train=0.01, min_train_nodes=3), names, 0, 1).__len__() == 3
+    assert sample_sites(FedAvg(), ["only"], 0, 1) == ["only"]

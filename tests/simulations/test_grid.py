@@ -1,0 +1,185 @@
+from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi, Strategy
+
+from fedhead.client.app import make_app
+from fedhead.client.site_data import LocalSite
+from fedhead.config import RunConfig
+from fedhead.data import Samples, load_samples, samples_from_arrays, sources
+from fedhead.messages import EVALUATE, TRAIN
+from fedhead.server.strategies import NAMES
+from fedhead.simulations import RunResult, simulate
+
+ROWS = 240
+# Unequal on purpose: sites of such different sizes are trained, and answered for, in more than one chunk.
+BOUNDS = [0, 4, 12, 40, 60, 140, ROWS]
+SITES = [np.arange(start, stop) for start, stop in pairwise(BOUNDS)]
+
+
+@pytest.fixture(autouse=True)
+def own_folder_and_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """On a busy machine, threads that share so little work mostly wait for each other."""
+    monkeypatch.chdir(tmp_path)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def digits() -> Samples:
+    return some_digits(np.arange(ROWS))
+
+
+def some_digits(rows: np.ndarray[Any, np.dtype[np.int64]]) -> Samples:
+    whole = load_samples("digits")
+    images = [whole.read(int(row)) for row in rows]
+    return samples_from_arrays(images, whole.labels[rows], classes=whole.classes, spec="some digits")
+
+
+@sources.register("digits-of-a-site")
+def digits_of_a_site(argument: str) -> Samples:
+    return some_digits(SITES[int(argument)])
+
+
+def head_of(result: RunResult) -> dict[str, torch.Tensor]:
+    return dict(result.model.head.state_dict())
+
+
+def assert_equal_runs(one: RunResult, other: RunResult, tolerance: float = 1e-6) -> None:
+    first, second = head_of(one), head_of(other)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(value, second[name], rtol=tolerance, atol=tolerance)
+    assert one.outcome.kept_round == other.outcome.kept_round
+    assert one.sites.keys() == other.sites.keys()
+    assert [(line.sites, line.accuracy) for line in one.history] == [
+        (line.sites, line.accuracy) for line in other.history
+    ]
+    for line, like in zip(one.history, other.history, strict=True):
+        assert line.loss == pytest.approx(like.loss, rel=10 * tolerance)
+        assert (line.train_loss or 0.0) == pytest.approx(like.train_loss or 0.0, rel=10 * tolerance)
+
+
+class LooksAtEveryFedAvg(FedAvg):
+    pass
+
+
+class LooksAtEveryFedProx(FedProx):
+    pass
+
+
+class LooksAtEveryFedAvgM(FedAvgM):
+    pass
+
+
+class LooksAtEveryFedAdam(FedAdam):
+    pass
+
+
+class LooksAtEveryFedAdagrad(FedAdagrad):
+    pass
+
+
+class LooksAtEveryFedYogi(FedYogi):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("merging", "single", "parameters"),
+    [
+        (FedAvg, LooksAtEveryFedAvg, {}),
+        (FedProx, LooksAtEveryFedProx, {"proximal_mu": 0.1}),
+        (FedAvgM, LooksAtEveryFedAvgM, {"server_momentum": 0.5}),
+        (FedAdam, LooksAtEveryFedAdam, {"eta": 0.05}),
+        (FedAdagrad, LooksAtEveryFedAdagrad, {"eta": 0.05}),
+        (FedYogi, LooksAtEveryFedYogi, {"eta": 0.05}),
+    ],
+)
+def test_merged_replies_give_what_single_ones_give(
+    digits: Samples, merging: type[Strategy], single: type[Strategy], parameters: dict[str, float]
+) -> None:
+    config = RunConfig(rounds=3)
+    merged = simulate(config, digits, SITES, strategy=merging(**parameters))
+    each = simulate(config, digits, SITES, strategy=single(**parameters))
+    assert_equal_runs(merged, each)
+    assert [line.bytes_down for line in merged.history] == [line.bytes_down for line in each.history]
+    ups = [line.bytes_up for line in merged.history]
+    assert ups == pytest.approx([line.bytes_up for line in each.history], rel=0.02)
+
+
+class Recording(ClientApp):
+    """Any app, with a list of what it was asked for."""
+
+    def __init__(self, app: ClientApp) -> None:
+        super().__init__()
+        self.app = app
+        self.actions: list[str] = []
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        self.actions.append(message.metadata.message_type)
+        return self.app(message, context)
+
+
+@pytest.mark.parametrize("strategy", ["FedAvg", "FedMedian"])
+def test_apps_one_by_one_give_what_the_grid_trains_together(digits: Samples, strategy: str) -> None:
+    config = RunConfig(rounds=3, strategy={"name": strategy})
+    alone = {}
+    for number in (0, 3, 5):
+        site = LocalSite(f"site-{number}", f"digits-of-a-site:{number}", device="cpu")
+        alone[site.name] = Recording(make_app(lambda context, site=site: site))  # type: ignore[misc]
+    together = simulate(config, digits, SITES)
+    mixed = simulate(config, digits, SITES, apps=alone)
+    assert mixed.outcome.refused == {}
+    assert all(not line.dropped for line in mixed.history)
+    # Features extracted in other batches differ by rounding.
+    assert_equal_runs(together, mixed, tolerance=1e-4)
+    for app in alone.values():
+        counts = Counter(app.actions)
+        assert (counts[TRAIN], counts[EVALUATE]) == (3, 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_strategy_runs(digits: Samples, name: str) -> None:
+    parameters: dict[str, float] = {"QFedAvg": {"client_learning_rate": 0.1}, "FedAdam": {"eta": 0.01}}.get(name, {})
+    config = RunConfig(rounds=2, strategy={"name": name, **parameters})
+    sites = np.array_split(np.random.default_rng(0).permutation(ROWS), 5)
+    result = simulate(config, digits, sites)
+    assert [line.number for line in result.history] == [0, 1, 2]
+    assert [line.sites for line in result.history[1:]] == [5, 5]
+    assert all(not line.dropped for line in result.history)
+    assert all(bool(torch.isfinite(value).all()) for value in head_of(result).values())
+    assert result.history[-1].accuracy is not None
+    assert result.history[-1].accuracy > 0.3
+
+
+def test_fedprox_sets_the_proximal_term(digits: Samples) -> None:
+    def run(strategy: dict[str, Any], mu: float = 0.0) -> RunResult:
+        local = {"epochs": 3, "proximal_mu": mu}
+        return simulate(RunConfig(rounds=2, strategy=strategy, local=local), digits, SITES)
+
+    plain = run({"name": "FedAvg"})
+    by_hand = run({"name": "FedAvg"}, mu=1.0)
+    by_strategy = run({"name": "FedProx", "proximal_mu": 1.0})
+    over_hand = run({"name": "FedProx", "proximal_mu": 1.0}, mu=5.0)
+    assert_equal_runs(by_strategy, by_hand)
+    assert_equal_runs(over_hand, by_hand)
+    assert not torch.allclose(head_of(by_strategy)["weight"], head_of(plain)["weight"], atol=1e-4)
+
+
+def test_a_site_without_held_out_rows_trains_and_is_not_scored(digits: Samples) -> None:
+    # One row each: held out by its content, so some sites hold nothing out and others nothing else.
+    sites: list[Any] = [[row] for row in range(8)]
+    result = simulate(RunConfig(rounds=1, holdout=0.5), digits, [*sites, np.arange(8, ROWS)])
+    assert 0 < len(result.empty_sites) < 8
+    assert set(result.sites) == {"site-8"}
+    assert result.history[1].sites == 9 - len(result.empty_sites)
