@@ -6,11 +6,13 @@ import logging
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -19,10 +21,11 @@ from rich.table import Table
 from fedhead.errors import FedheadError
 
 if TYPE_CHECKING:
+    from fedhead.config import RunConfig
     from fedhead.server.coordinator import Round
     from fedhead.simulations.simulate import RunResult
 
-PARTS = {"simulate": "fedhead.simulations"}
+PARTS = {"rank": "fedhead.simulations", "simulate": "fedhead.simulations"}
 """Which subpackage serves a command."""
 
 INTERRUPTED = 130
@@ -106,6 +109,54 @@ def _in_sentences(command: Callable[..., None]) -> Callable[..., None]:
 
 _RUN, _SIMULATION, _OUTPUT = "The run", "The simulation", "Output"
 
+Weights = Annotated[
+    str | None, typer.Option(help="'default', a safetensors or state-dict file, or 'random'.", rich_help_panel=_RUN)
+]
+Layer = Annotated[str | None, typer.Option(help="'penultimate', or the name of a layer.", rich_help_panel=_RUN)]
+Head = Annotated[str | None, typer.Option(help="'linear', 'mlp:256' or 'cosine'.", rich_help_panel=_RUN)]
+Init = Annotated[
+    str | None,
+    typer.Option(help="What the head starts from: lda, ridge, nearest-mean, zeros or random.", rich_help_panel=_RUN),
+]
+Classes = Annotated[
+    str | None, typer.Option(help="Class names, with commas between; by default the data's.", rich_help_panel=_RUN)
+]
+ClassesFrom = Annotated[
+    str | None, typer.Option(help="A data spec to take the class names from.", rich_help_panel=_RUN)
+]
+Rounds = Annotated[
+    int | None,
+    typer.Option(help="Rounds of training; 0 stops after the one exchange of statistics.", rich_help_panel=_RUN),
+]
+Holdout = Annotated[
+    float | None, typer.Option(help="Share of rows each site holds out for evaluation.", rich_help_panel=_RUN)
+]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same result.", rich_help_panel=_RUN)]
+Data = Annotated[
+    str | None, typer.Option(help="'digits', folder:PATH or python:MODULE:FUNCTION.", rich_help_panel=_SIMULATION)
+]
+TestData = Annotated[str | None, typer.Option(help="A pooled test set, as a data spec.", rich_help_panel=_SIMULATION)]
+Sites = Annotated[int | None, typer.Option(help="How many sites.", rich_help_panel=_SIMULATION)]
+Partition = Annotated[
+    str | None,
+    typer.Option(
+        help="Who holds what: iid, dirichlet:ALPHA, shards:K, quantity:ALPHA or folder.", rich_help_panel=_SIMULATION
+    ),
+]
+Device = Annotated[str | None, typer.Option(help="'auto', 'cpu', 'cuda' or 'mps'.", rich_help_panel=_SIMULATION)]
+StrictData = Annotated[
+    bool | None,
+    typer.Option("--strict-data", help="Stop at unreadable rows instead of skipping.", rich_help_panel=_SIMULATION),
+]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="TABLE.KEY=VALUE", help="Any other setting, as in strategy.name=FedAdam.", rich_help_panel=_RUN
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else.", rich_help_panel=_OUTPUT)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", rich_help_panel=_OUTPUT)]
+
 
 @app.command(
     epilog="Example: [bold]fedhead simulate run.toml --sites 20 --partition dirichlet:0.1 --set local.lr=0.05[/bold]"
@@ -116,86 +167,53 @@ def simulate(
     backbone: Annotated[
         str | None, typer.Option(help="source:name, as in torchvision:resnet18.", rich_help_panel=_RUN)
     ] = None,
-    weights: Annotated[
-        str | None, typer.Option(help="'default', a safetensors or state-dict file, or 'random'.", rich_help_panel=_RUN)
-    ] = None,
-    layer: Annotated[
-        str | None, typer.Option(help="'penultimate', or the name of a layer.", rich_help_panel=_RUN)
-    ] = None,
-    head: Annotated[str | None, typer.Option(help="'linear', 'mlp:256' or 'cosine'.", rich_help_panel=_RUN)] = None,
-    init: Annotated[str | None, typer.Option(help="What the head starts from.", rich_help_panel=_RUN)] = None,
-    classes: Annotated[
-        str | None, typer.Option(help="Class names, with commas between; by default the data's.", rich_help_panel=_RUN)
-    ] = None,
-    classes_from: Annotated[
-        str | None, typer.Option(help="A data spec to take the class names from.", rich_help_panel=_RUN)
-    ] = None,
-    rounds: Annotated[int | None, typer.Option(help="Rounds of training.", rich_help_panel=_RUN)] = None,
-    holdout: Annotated[
-        float | None, typer.Option(help="Share of rows each site holds out for evaluation.", rich_help_panel=_RUN)
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same result.", rich_help_panel=_RUN)] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(help="'digits', folder:PATH or python:MODULE:FUNCTION.", rich_help_panel=_SIMULATION),
-    ] = None,
-    test_data: Annotated[
-        str | None, typer.Option(help="A pooled test set, as a data spec.", rich_help_panel=_SIMULATION)
-    ] = None,
-    sites: Annotated[int | None, typer.Option(help="How many sites.", rich_help_panel=_SIMULATION)] = None,
-    partition: Annotated[
-        str | None,
-        typer.Option(
-            help="Who holds what: iid, dirichlet:ALPHA, shards:K, quantity:ALPHA or folder.",
-            rich_help_panel=_SIMULATION,
-        ),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="'auto', 'cpu', 'cuda' or 'mps'.", rich_help_panel=_SIMULATION)
-    ] = None,
-    strict_data: Annotated[
-        bool | None,
-        typer.Option("--strict-data", help="Stop at unreadable rows instead of skipping.", rich_help_panel=_SIMULATION),
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Any other setting, as in strategy.name=FedAdam."),
-    ] = None,
+    weights: Weights = None,
+    layer: Layer = None,
+    head: Head = None,
+    init: Init = None,
+    classes: Classes = None,
+    classes_from: ClassesFrom = None,
+    rounds: Rounds = None,
+    holdout: Holdout = None,
+    seed: Seed = None,
+    data: Data = None,
+    test_data: TestData = None,
+    sites: Sites = None,
+    partition: Partition = None,
+    device: Device = None,
+    strict_data: StrictData = None,
+    set_: Assignments = None,
     out: Annotated[
         Path | None, typer.Option(help="The run folder; by default a new one under runs/.", rich_help_panel=_OUTPUT)
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object and nothing else.", rich_help_panel=_OUTPUT)
-    ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.", rich_help_panel=_OUTPUT)] = False,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Run many sites on this machine: a frozen backbone, private rows, shared heads."""
-    from fedhead.config import RunConfig, merge, parse_assignments
-
-    flags = {
-        "backbone": backbone,
-        "weights": weights,
-        "layer": layer,
-        "head": head,
-        "init": init,
-        "classes": None if classes is None else [name.strip() for name in classes.split(",")],
-        "classes_from": classes_from,
-        "rounds": rounds,
-        "holdout": holdout,
-        "seed": seed,
-    }
-    table = {
-        "data": data,
-        "test_data": test_data,
-        "sites": sites,
-        "partition": partition,
-        "device": device,
-        "strict_data": strict_data,
-    }
-    given = {key: value for key, value in flags.items() if value is not None}
-    given_table = {key: value for key, value in table.items() if value is not None}
-    changes = merge({**given, "simulation": given_table}, parse_assignments(set_ or []))
-    run = RunConfig.from_toml(config, changes) if config else RunConfig.from_values(changes)
+    run = _config(
+        config,
+        set_,
+        {
+            "backbone": backbone,
+            "weights": weights,
+            "layer": layer,
+            "head": head,
+            "init": init,
+            "classes": _names(classes),
+            "classes_from": classes_from,
+            "rounds": rounds,
+            "holdout": holdout,
+            "seed": seed,
+        },
+        {
+            "data": data,
+            "test_data": test_data,
+            "sites": sites,
+            "partition": partition,
+            "device": device,
+            "strict_data": strict_data,
+        },
+    )
     with _progress() as progress:
         extraction = progress.add_task("Features", total=None)
         training = progress.add_task("Rounds", total=run.rounds)
@@ -209,6 +227,86 @@ def simulate(
         typer.echo(json.dumps(result.summary()))
     else:
         _print_result(result, Console())
+
+
+@app.command(
+    epilog="Example: [bold]fedhead rank bundled:glyphnet bundled:pixels torchvision:resnet18=resnet18.pth --data "
+    "folder:scans[/bold]"
+)
+@_in_sentences
+def rank(
+    backbones: Annotated[list[str], typer.Argument(help="Specs, each perhaps with =FILE for its weights.")],
+    config: Annotated[Path | None, typer.Option(help="A TOML file; flags lie over it.", rich_help_panel=_RUN)] = None,
+    classes: Classes = None,
+    classes_from: ClassesFrom = None,
+    holdout: Holdout = None,
+    seed: Seed = None,
+    data: Data = None,
+    test_data: TestData = None,
+    sites: Sites = None,
+    partition: Partition = None,
+    device: Device = None,
+    strict_data: StrictData = None,
+    set_: Assignments = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Tell which backbone fits the sites' task, from one exchange each, without training."""
+    run = _config(
+        config,
+        set_,
+        {"classes": _names(classes), "classes_from": classes_from, "holdout": holdout, "seed": seed},
+        {
+            "data": data,
+            "test_data": test_data,
+            "sites": sites,
+            "partition": partition,
+            "device": device,
+            "strict_data": strict_data,
+        },
+    )
+    with _progress() as progress:
+
+        def on_backbone(spec: str) -> Callable[[int, int], None]:
+            task = progress.add_task(spec, total=None)
+            return lambda done, total: progress.update(task, completed=done, total=total)
+
+        ranked = import_module(PARTS["rank"]).rank(backbones, run, on_backbone=on_backbone)
+    if as_json:
+        typer.echo(json.dumps([asdict(one) for one in ranked]))
+        return
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("backbone", no_wrap=True)
+    for column in ("LogME", "H-score", "held out", "test", "features", "a site", "seconds"):
+        table.add_column(column, justify="right")
+    for one in ranked:
+        table.add_row(
+            one.backbone,
+            f"{one.logme:.4f}",
+            f"{one.h_score:.3f}",
+            _percent(one.accuracy),
+            _percent(one.accuracy_test),
+            str(one.num_features),
+            _size(one.bytes_per_site),
+            f"{one.seconds_extraction:.1f}",
+        )
+    Console().print(table)
+
+
+def _config(
+    path: Path | None, assignments: list[str] | None, flags: dict[str, Any], simulation: dict[str, Any]
+) -> "RunConfig":
+    """Lay flags and assignments over a file, or over the defaults."""
+    from fedhead.config import RunConfig, merge, parse_assignments
+
+    given = {key: value for key, value in flags.items() if value is not None}
+    table = {key: value for key, value in simulation.items() if value is not None}
+    changes = merge({**given, "simulation": table}, parse_assignments(assignments or []))
+    return RunConfig.from_toml(path, changes) if path else RunConfig.from_values(changes)
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",")]
 
 
 def _progress() -> Progress:

@@ -9,6 +9,18 @@ from pathlib import Path
 
 from fedhead.errors import FedheadError, UserError
 
+_REFUSALS = (
+    errno.EACCES,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+)
+
 
 def home() -> Path:
     """Return where features and weights are kept: `FEDHEAD_HOME`, or `~/.cache/fedhead`."""
@@ -32,9 +44,16 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"The disk is full: {path} could not be written. What was complete is kept. Free some space, "
                 "or point FEDHEAD_HOME (features, weights) or --out (runs) to another disk, and start again."
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in _REFUSALS and _concerns(error.filename, path):
             raise UserError(f"{path} cannot be written: {error.strerror}.") from error
         raise
+
+
+def _concerns(filename: object, path: Path) -> bool:
+    """Tell whether what could not be opened is `path`, beside or below it, or a folder above; not something else."""
+    if not isinstance(filename, str | os.PathLike):
+        return True
+    return Path(filename).is_relative_to(path.parent) or path.is_relative_to(filename)
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

@@ -1,25 +1,41 @@
 """TransferModel: a backbone and a head that classify images; what a run delivers."""
 
-import json
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from PIL import Image
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fedhead.backbones import Backbone
+from fedhead.backbones.backbone import digest_tensors
 from fedhead.backbones.weights import find_backbone, weights_path
 from fedhead.data import read_image, to_image
 from fedhead.errors import FedheadError, UserError
 from fedhead.files import write_atomically
 from fedhead.heads import Head, make_head
 
-FORMAT = "fedhead-model-1"
+Digest = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+
+
+class _Description(BaseModel):
+    """What a model's file says beside the head's tensors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["fedhead-model-1"] = "fedhead-model-1"
+    backbone: str
+    layer: str
+    backbone_digest: Digest
+    weights_digest: Digest
+    head: str
+    head_digest: Digest
+    classes: tuple[str, ...]
 
 
 class TransferModel:
@@ -76,17 +92,17 @@ class TransferModel:
 
     def save(self, path: Path | str) -> None:
         """Write the head as safetensors, with the backbone by its digest and the classes; nothing in it can run."""
-        described = {
-            "format": FORMAT,
-            "backbone": self.backbone.spec,
-            "layer": self.backbone.layer,
-            "backbone_digest": self.backbone.digest,
-            "weights_digest": self.backbone.weights_digest,
-            "head": self.head_spec,
-            "classes": self.classes,
-        }
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.head.state_dict().items()}
-        write_atomically(Path(path), save(tensors, {"model": json.dumps(described)}))
+        described = _Description(
+            backbone=self.backbone.spec,
+            layer=self.backbone.layer,
+            backbone_digest=self.backbone.digest,
+            weights_digest=self.backbone.weights_digest,
+            head=self.head_spec,
+            head_digest=digest_tensors(tensors),
+            classes=self.classes,
+        )
+        write_atomically(Path(path), save(tensors, {"model": described.model_dump_json()}))
 
     @classmethod
     def load(cls, path: Path | str, backbone: Backbone | None = None) -> Self:
@@ -101,33 +117,46 @@ class TransferModel:
             FedheadError: if its backbone is not on this machine.
         """
         path = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                described = json.loads((file.metadata() or {})["model"])
-            tensors = load_file(path)
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise UserError(f"The model {path} cannot be read: {error}.") from None
-        if described.get("format") != FORMAT:
-            raise UserError(f"The model {path} has the format {described.get('format')!r}, not {FORMAT!r}.")
+        described, tensors = _read(path)
         if backbone is None:
-            backbone = find_backbone(described["backbone"], described["layer"], described["weights_digest"])
+            backbone = find_backbone(described.backbone, described.layer, described.weights_digest)
         if backbone is None:
             raise FedheadError(
-                f"The weights of {described['backbone']} are not on this machine: looked for "
-                f"{weights_path(described['weights_digest'])}. Pass the backbone, as in TransferModel.load(path, "
+                f"The weights of {described.backbone} are not on this machine: looked for "
+                f"{weights_path(described.weights_digest)}. Pass the backbone, as in TransferModel.load(path, "
                 "load_backbone(spec, weights=FILE))."
             )
-        if backbone.digest != described["backbone_digest"]:
+        if backbone.digest != described.backbone_digest:
             raise UserError(
                 f"The model {path} belongs to another backbone than {backbone.spec} with digest "
-                f"{backbone.digest[:12]}…: its own is {described['backbone']}, {described['backbone_digest'][:12]}…."
+                f"{backbone.digest[:12]}…: its own is {described.backbone}, {described.backbone_digest[:12]}…."
             )
-        head = make_head(described["head"], backbone.num_features, len(described["classes"]))
+        head = make_head(described.head, backbone.num_features, len(described.classes))
         try:
             head.load_state_dict(tensors)
         except RuntimeError as error:
             raise UserError(f"The model {path} is damaged: {error}") from None
-        return cls(backbone, head, described["classes"], described["head"])
+        return cls(backbone, head, described.classes, described.head)
+
+
+def _read(path: Path) -> tuple[_Description, dict[str, Tensor]]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            text = (file.metadata() or {}).get("model", "")
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"The model {path} cannot be read: {error}.") from None
+    if not text:
+        raise UserError(f"{path} is not a model that fedhead saved.")
+    try:
+        described = _Description.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "its description"
+        raise UserError(f"The model {path} is none that this version reads; {where}: {first['msg']}.") from None
+    if digest_tensors(tensors) != described.head_digest:
+        raise UserError(f"The model {path} is damaged: its weights are not those that were saved.")
+    return described, tensors
 
 
 def _open(image: Any) -> Image.Image:

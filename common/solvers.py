@@ -269,8 +269,9 @@ def generalised_cross_validation(
     """
     if not len(eigenvalues):
         return 1.0
-    unexplained = max(spread - float(energies.sum()), 0.0)
     beyond = max(rows - 1 - len(eigenvalues), 0)
+    # With as many directions as rows nothing is unexplained, and even rounding would count.
+    unexplained = max(spread - float(energies.sum()), 0.0) if beyond else 0.0
     ratios = torch.logspace(-8, 2, 101, dtype=torch.float64, device=eigenvalues.device)
     penalties = (ratios * eigenvalues.max()).clamp(min=smallest)
     # Sums of positive terms only, which stay accurate where the fit is perfect and both tend to 0.

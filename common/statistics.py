@@ -38,6 +38,9 @@ _TENSORS = {
     "sums": (torch.float64, 2),
     "total": (torch.float64, 1),
 }
+# More than 2^53 rows of float32 features can sum to: what is beyond is no site's, and may overflow when added.
+_LARGEST = 1e100
+_MOST_ROWS = 2**53
 # Sums that contradict each other by less than this share of the largest are taken for rounding.
 _CONSISTENCY = 1e-6
 
@@ -427,6 +430,8 @@ class FeatureStatistics:
         counts, diagonal = self.counts, self.upper.diagonal()
         if self.rows < 0 or bool((counts < 0).any()):
             raise ValueError("Statistics cannot have a negative number of rows.")
+        if self.rows > _MOST_ROWS:
+            raise ValueError(f"No site has {self.rows} rows.")
         if bool((counts > self.rows).any()):
             raise ValueError(f"A class has more rows than the {self.rows} there are.")
         if not self.multi_label and int(counts.sum()) != self.rows:
@@ -570,8 +575,8 @@ def _check_names(tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(
                 f"Statistics need {name!r} with {ndim} dimensions of {dtype}, not {tensor.ndim} of {tensor.dtype}."
             )
-        if dtype == torch.float64 and not bool(tensor.isfinite().all()):
-            raise ValueError(f"In the statistics, {name!r} has a value that is not finite.")
+        if dtype == torch.float64 and not bool((tensor.abs() <= _LARGEST).all()):
+            raise ValueError(f"In the statistics, {name!r} has a value that is not finite, or beyond {_LARGEST}.")
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

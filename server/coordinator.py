@@ -103,6 +103,7 @@ class Outcome:
         sites: how the delivered head does at each of them that holds rows out.
         refused: sites that could not take part, with the reason.
         full_model_bytes: what exchanging backbone and head each round would have taken.
+        statistics: the sites' training rows summed, where the first head was solved of them.
     """
 
     head: Head
@@ -113,6 +114,7 @@ class Outcome:
     sites: Mapping[str, SiteScore]
     refused: Mapping[str, str]
     full_model_bytes: int
+    statistics: FeatureStatistics | None
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ class Coordinator:
         on_round: called with each finished line of the history.
         test: gives the accuracy of a head on a pooled test set.
         deadline: seconds to wait for the replies of one exchange.
+        deliver: whether a statistics head that is kept is solved again of all rows, for use.
 
     Raises:
         UserError: if head, init or classes do not fit each other.
@@ -153,6 +156,7 @@ class Coordinator:
         on_round: Callable[[Round], None] = lambda finished: None,
         test: Callable[[Head], float] | None = None,
         deadline: float = 3600.0,
+        deliver: bool = True,
     ) -> None:
         if len(classes) < 2:
             raise UserError(f"A classifier needs two classes or more; this run has {list(classes)}.")
@@ -161,6 +165,7 @@ class Coordinator:
         self.strategy = strategy
         self.on_round = on_round
         self.test = test
+        self.deliver = deliver
         self.form = HeadForm(config, backbone.num_features, len(classes))
         self.manifest = Manifest(
             backbone=backbone.spec,
@@ -204,7 +209,7 @@ class Coordinator:
         evaluated.append((current, exchange))
         kept, evaluation = _best(evaluated)
         head = self.form.leave(kept.arrays)
-        all_rows = kept.number == 0 and stats is not None and self.config.holdout > 0
+        all_rows = self.deliver and kept.number == 0 and stats is not None and self.config.holdout > 0
         if stats is not None and all_rows:
             head = self.form.solve(stats + self._sum_statistics(StatisticsRequest(rows="held_out"), exchange))
         # Nothing more is made of the last exchange, so what it took belongs to the head that it evaluates.
@@ -220,6 +225,7 @@ class Coordinator:
             sites=_scores(evaluation),
             refused=dict(sorted(self._refused.items())),
             full_model_bytes=self._full_model_bytes,
+            statistics=stats,
         )
 
     def _gather_sites(self, exchange: Exchange) -> None:

@@ -50,7 +50,7 @@ class RunResult:
         skipped: why each unreadable row was skipped, by row.
         extracted: rows that the backbone ran over; the others' features were there.
         seconds: of extraction, of the rounds, and of everything, by name.
-        run_dir: the run folder.
+        run_dir: the run folder, where there is one.
     """
 
     config: RunConfig
@@ -61,7 +61,7 @@ class RunResult:
     skipped: Mapping[int, str]
     extracted: int
     seconds: Mapping[str, float]
-    run_dir: Path
+    run_dir: Path | None
 
     @property
     def history(self) -> Sequence[Round]:
@@ -125,7 +125,7 @@ class RunResult:
             "rows_skipped": len(self.skipped),
             "sites_empty": list(self.empty_sites),
             "sites_refused": dict(self.outcome.refused),
-            "run_dir": str(self.run_dir),
+            "run_dir": str(self.run_dir) if self.run_dir else None,
         }
 
 
@@ -216,21 +216,28 @@ def simulate(
         UserError: if something asked for does not exist or does not fit; before anything is run.
         FedheadError: if the run fails.
     """
-    started = time.perf_counter()
-    given = _override(config or RunConfig(), data=data, sites=sites, test_data=test_data)
-    plan = _plan(given, data, sites, test_data, strategy)
+    plan = make_plan(config or RunConfig(), data, sites, test_data=test_data, strategy=strategy)
     name = f"{plan.backbone.spec}-{plan.samples.spec.partition(':')[0]}".replace(":", "-")
     folder = RunFolder.create(out, name)
+
+    def finish_round(finished: Round) -> None:
+        folder.append_metrics(asdict(finished))
+        on_round(finished)
+
     try:
         folder.write_config(plan.config)
-        return _run(plan, folder, started, apps, on_extraction, on_round)
+        result = run_plan(plan, apps=apps, run_dir=folder.path, on_extraction=on_extraction, on_round=finish_round)
+        folder.write_model(result.model)
+        by_site = {name: asdict(score) for name, score in result.sites.items()}
+        folder.write_result(result.summary() | {"by_site": by_site})
+        return result
     except BaseException:
         folder.discard_if_unused()
         raise
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """Everything that can be known, and refused, before anything is run."""
 
     config: RunConfig
@@ -252,13 +259,20 @@ class _Plan:
         return {name: readable[part] for name, part in parts.items()}
 
 
-def _plan(
-    given: RunConfig,
-    data: str | Samples | None,
-    sites: int | Sequence[npt.ArrayLike] | None,
-    test_data: str | Samples | None,
-    strategy: Strategy | None,
-) -> _Plan:
+def make_plan(
+    config: RunConfig,
+    data: str | Samples | None = None,
+    sites: int | Sequence[npt.ArrayLike] | None = None,
+    *,
+    test_data: str | Samples | None = None,
+    strategy: Strategy | None = None,
+) -> Plan:
+    """Load and check everything that `simulate` needs; see there.
+
+    Raises:
+        UserError: if something asked for does not exist or does not fit.
+    """
+    given = _override(config, data=data, sites=sites, test_data=test_data)
     table = given.simulation
     strategy = strategy or build_strategy(given.strategy)
     device = pick_device(table.device)
@@ -272,7 +286,7 @@ def _plan(
     if not backbone.trained:
         logger.warning("The weights of %s are random, as asked for: nothing is transferred.", backbone.spec)
     init = resolve_init(given, make_head(given.head, backbone.num_features, len(classes)))
-    plan = _Plan(
+    plan = Plan(
         config=given.changed(
             {
                 "init": init,
@@ -294,14 +308,21 @@ def _plan(
     return plan
 
 
-def _run(
-    plan: _Plan,
-    folder: RunFolder,
-    started: float,
-    apps: Mapping[str, ClientApp] | None,
-    on_extraction: Progress,
-    on_round: Callable[[Round], None],
+def run_plan(
+    plan: Plan,
+    *,
+    apps: Mapping[str, ClientApp] | None = None,
+    run_dir: Path | None = None,
+    deliver: bool = True,
+    on_extraction: Progress = lambda done, total: None,
+    on_round: Callable[[Round], None] = lambda finished: None,
 ) -> RunResult:
+    """Run what was planned, and write nothing but features; see `simulate`.
+
+    Raises:
+        FedheadError: if the run fails.
+    """
+    started = time.perf_counter()
     config, backbone = plan.config, plan.backbone
     store, test_store = _extract(plan, on_extraction)
     shared = SharedData(
@@ -318,10 +339,6 @@ def _run(
     if test_store is not None and plan.test_labels is not None:
         test = _accuracy_on(test_store, torch.from_numpy(plan.test_labels))
 
-    def finish_round(finished: Round) -> None:
-        folder.append_metrics(asdict(finished))
-        on_round(finished)
-
     extracted_at = time.perf_counter()
     with in_process_identity(run_id=1):
         outcome = Coordinator(
@@ -330,11 +347,12 @@ def _run(
             backbone,
             config.classes,
             plan.strategy,
-            on_round=finish_round,
+            on_round=on_round,
             test=test,
+            deliver=deliver,
         ).run()
     ended = time.perf_counter()
-    result = RunResult(
+    return RunResult(
         config=config,
         model=TransferModel(backbone.to(torch.device("cpu")), outcome.head, config.classes, config.head),
         outcome=outcome,
@@ -343,14 +361,11 @@ def _run(
         skipped=store.skipped,
         extracted=store.extracted + (test_store.extracted if test_store else 0),
         seconds={"extraction": extracted_at - started, "rounds": ended - extracted_at, "total": ended - started},
-        run_dir=folder.path,
+        run_dir=run_dir,
     )
-    folder.write_model(result.model)
-    folder.write_result(result.summary() | {"by_site": {name: asdict(score) for name, score in result.sites.items()}})
-    return result
 
 
-def _extract(plan: _Plan, on_extraction: Progress) -> tuple[FeatureStore, FeatureStore | None]:
+def _extract(plan: Plan, on_extraction: Progress) -> tuple[FeatureStore, FeatureStore | None]:
     """Open the stores of the sites' data and of the test set, counted together."""
     wanted = [samples for samples in (plan.samples, plan.test_samples) if samples is not None]
     total = sum(map(len, wanted))

@@ -1,0 +1,600 @@
+"""What evaluation reports, from counts that add across sites: rows never leave a site.
+
+A site counts how one head does on its rows (`EvaluationSums`); the sums of several sites are those of their pooled
+rows. `report` turns sums, of one site or pooled, into figures with 95 % intervals.
+
+Intervals take the rows for independent draws. Where rows come in groups (several images of a patient), they are
+narrower than they should be.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+
+SCORE_BINS = 255
+"""Bins `B` of a class's scores; odd, so that equal scores at the centre share one."""
+
+_HALF = SCORE_BINS // 2
+# In units of the spread: scores nearer to the centre than _SOFT get bins of equal width, scores beyond _REACH the last.
+_SOFT = 0.3
+_REACH = 1e4
+_STEP = math.asinh(_REACH / _SOFT) / _HALF
+_DEFAULT_SPREAD = 0.1
+_LEAST_SPREAD = 1e-9
+
+_Z = NormalDist().inv_cdf(0.975)
+_PRIOR_ROWS = 3.0
+_BISECTIONS = 40
+_CHUNK_VALUES = 2**22
+
+_NO_ROWS = "There are no rows."
+_CLASS_EMPTY = "No row is of this class."
+_CLASS_ALONE = "Every row is of this class."
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreBins:
+    """Where the bins lie in which a class's scores are counted; the same at every site, or counts do not add.
+
+    A row's score for class `c` is its log-odds against the rest, `log(p_c / (1 - p_c)) + log(C - 1)` with `p` the
+    softmax of its logits: 0 where the head knows nothing. Bins are equal in `asinh((score - centre) / (0.3 spread))`,
+    that is 0.026 spreads wide at the centre, 9 % of the distance from it further out, and reach 10,000 spreads.
+
+    Attributes:
+        centre: `[C]`, where bins are narrowest.
+        spread: `[C]`, above 0: about the standard deviation of the scores.
+    """
+
+    centre: FloatArray
+    spread: FloatArray
+
+    def __post_init__(self) -> None:
+        if self.centre.ndim != 1 or self.centre.shape != self.spread.shape or len(self.centre) < 2:
+            raise ValueError(
+                f"Bins need a centre and a spread for each of two classes or more, not {list(self.centre.shape)} and "
+                f"{list(self.spread.shape)}."
+            )
+        if not (np.isfinite(self.centre).all() and np.isfinite(self.spread).all() and (self.spread > 0).all()):
+            raise ValueError("The centres and spreads of bins must be finite, and spreads above 0.")
+
+    @classmethod
+    def default(cls, num_classes: int) -> Self:
+        """Return bins for heads whose logits are log-odds, as cross entropy and discriminants make them.
+
+        They are too coarse for logits that hardly differ, such as a ridge head's for a rare class: see `from_moments`.
+        """
+        return cls(np.zeros(num_classes), np.full(num_classes, _DEFAULT_SPREAD))
+
+    @classmethod
+    def from_moments(cls, mean: FloatArray, covariance: FloatArray) -> Self:
+        """Return bins that fit logits of any size, from what a linear head and pooled statistics say of them.
+
+        A head with weight `W` and bias `b` on features of mean `m` and covariance `S` has logits of mean `W m + b` and
+        covariance `W S W^T`. The spread of the scores follows by linearising them there.
+
+        Args:
+            mean: `[C]`.
+            covariance: `[C, C]`.
+        """
+        centre = _log_odds(mean[None])[1][0]
+        # log(sum of exp over the other classes) is logit minus log-odds; the gradient is a softmax over those.
+        exponents = mean - (mean - centre)[:, None]
+        np.fill_diagonal(exponents, 0)
+        slopes = -np.exp(exponents)
+        np.fill_diagonal(slopes, 1)
+        spread = np.sqrt(np.maximum(np.einsum("cd,de,ce->c", slopes, covariance, slopes), 0))
+        return cls(centre + math.log(len(mean) - 1), np.where(spread > _LEAST_SPREAD, spread, _DEFAULT_SPREAD))
+
+    def index(self, log_odds: FloatArray) -> IntArray:
+        """Return the bins `[n, C]`, from 0 to `SCORE_BINS - 1`, of log-odds `[n, C]`."""
+        scores = (log_odds + (math.log(len(self.centre) - 1) - self.centre)) / (self.spread * _SOFT)
+        return np.clip(np.rint(np.arcsinh(scores) / _STEP), -_HALF, _HALF).astype(np.int64) + _HALF
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationSums:
+    """What is counted about one head on rows at hand: it adds across sites, exactly but for the loss's rounding.
+
+    Attributes:
+        confusion: `[C, C]` int64, rows by true class and predicted class, the one with the largest logit.
+        loss_sum: the rows' cross entropy, in nats.
+        scores: `[C, 2, B]` int64: for each class, in `ScoreBins`, the scores of other rows, then of its own.
+    """
+
+    confusion: IntArray
+    loss_sum: float
+    scores: IntArray
+
+    @classmethod
+    def zeros(cls, num_classes: int) -> Self:
+        """Return the sums over no rows."""
+        shape = (num_classes, num_classes)
+        return cls(np.zeros(shape, np.int64), 0.0, np.zeros((num_classes, 2, SCORE_BINS), np.int64))
+
+    @classmethod
+    def from_logits(
+        cls, logits: "FloatArray | Tensor", labels: "IntArray | Tensor", bins: ScoreBins | None = None
+    ) -> Self:
+        """Return the sums over rows at hand.
+
+        Args:
+            logits: `[n, C]`.
+            labels: `[n]` integers below `C`.
+            bins: the default ones, unless given.
+
+        Raises:
+            ValueError: if a shape or a label does not fit, or a logit is not finite.
+        """
+        (sums,) = sums_by_site(logits, labels, np.zeros(len(labels), np.int64), 1, bins)
+        return cls(sums.confusion, sums.loss_sum, sums.scores)
+
+    @property
+    def num_classes(self) -> int:
+        """`C`."""
+        return len(self.confusion)
+
+    @property
+    def rows(self) -> int:
+        """How many rows were counted."""
+        return int(self.confusion.sum())
+
+    @property
+    def correct(self) -> int:
+        """How many of them have their class predicted."""
+        return int(self.confusion.trace())
+
+    def __add__(self, other: Self) -> Self:
+        if self.num_classes != other.num_classes:
+            raise ValueError(f"Cannot add counts of {self.num_classes} and {other.num_classes} classes.")
+        return type(self)(self.confusion + other.confusion, self.loss_sum + other.loss_sum, self.scores + other.scores)
+
+    def __radd__(self, other: int) -> Self:
+        """Return `0 + self`, so that `sum` works."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
+    def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Return what travels: counts in the narrowest unsigned integers that hold them.
+
+        With a byte each, 10 classes take 5.2 KB and 100 classes 61 KB; twice that once a count passes 255.
+        """
+        return {
+            "confusion": _narrow(self.confusion),
+            "loss_sum": np.array([self.loss_sum]),
+            "scores": _narrow(self.scores),
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]], num_classes: int) -> Self:
+        """Read what `to_arrays` returned, and check that a site can have counted it.
+
+        Raises:
+            ValueError: if names, shapes or types differ, or counts contradict each other.
+        """
+        shapes = {"confusion": (num_classes, num_classes), "scores": (num_classes, 2, SCORE_BINS)}
+        if arrays.keys() != shapes.keys() | {"loss_sum"}:
+            raise ValueError(f"An evaluation holds confusion, loss_sum and scores, not {sorted(arrays)}.")
+        for name, shape in shapes.items():
+            array = arrays[name]
+            if array.dtype not in (np.uint8, np.uint16, np.uint32) or array.shape != shape:
+                raise ValueError(
+                    f"{name!r} is {array.dtype}{list(array.shape)}, not unsigned integers {list(shape)} of 32 bits "
+                    "or less."
+                )
+        loss = arrays["loss_sum"]
+        if loss.dtype != np.float64 or loss.shape != (1,) or not np.isfinite(loss[0]) or loss[0] < 0:
+            raise ValueError("'loss_sum' is not one finite float64 of 0 or more.")
+        sums = cls(arrays["confusion"].astype(np.int64), float(loss[0]), arrays["scores"].astype(np.int64))
+        own = sums.confusion.sum(1)
+        if not np.array_equal(sums.scores.sum(2), np.stack([sums.rows - own, own], 1)):
+            raise ValueError("'scores' counts other rows than 'confusion'.")
+        if sums.rows == 0 and sums.loss_sum:
+            raise ValueError("'loss_sum' is a loss of no rows.")
+        return sums
+
+
+def sums_by_site(
+    logits: "FloatArray | Tensor",
+    labels: "IntArray | Tensor",
+    owners: IntArray,
+    num_sites: int,
+    bins: ScoreBins | None = None,
+) -> Iterator[EvaluationSums]:
+    """Count the rows of many sites at once, in a few array operations for hundreds of sites.
+
+    Args:
+        logits: `[n, C]`, of all sites' rows in any order.
+        labels: `[n]` integers below `C`.
+        owners: `[n]`, the site of each row.
+        num_sites: `S`; `owners` are below it.
+        bins: the default ones, unless given.
+
+    Yields:
+        The sums of sites `0` to `S - 1`, in bounded memory if they are used as they come.
+
+    Raises:
+        ValueError: if a shape, a label or an owner does not fit, or a logit is not finite.
+    """
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise ValueError(f"Logits must be [n, C] of two classes or more, not {list(logits.shape)}.")
+    rows, classes = logits.shape
+    labels = _checked_numbers("Labels", labels, rows, classes)
+    owners = _checked_numbers("Owners", owners, rows, num_sites)
+    bins = ScoreBins.default(classes) if bins is None else bins
+    if len(bins.centre) != classes:
+        raise ValueError(f"Bins for {len(bins.centre)} classes cannot count logits of {classes}.")
+    order = np.argsort(owners, kind="stable")
+    together = max(1, _CHUNK_VALUES // (classes * (classes + 2 * SCORE_BINS)))
+    for first in range(0, num_sites, together):
+        count = min(together, num_sites - first)
+        start, stop = np.searchsorted(owners[order], [first, first + count])
+        chosen = order[start:stop]
+        yield from _count(logits, labels[chosen], owners[chosen] - first, chosen, count, bins)
+
+
+def _count(
+    logits: "FloatArray | Tensor", labels: IntArray, owners: IntArray, rows: IntArray, num_sites: int, bins: ScoreBins
+) -> Iterator[EvaluationSums]:
+    """Count the given rows of `logits`, as many of them at once as fit the working memory."""
+    classes = logits.shape[1]
+    losses = np.zeros(num_sites)
+    confusion = np.zeros(num_sites * classes * classes, np.int64)
+    scores = np.zeros(num_sites * classes * 2 * SCORE_BINS, np.int64)
+    step = max(1, _CHUNK_VALUES // classes)
+    for start in range(0, len(rows), step):
+        block = slice(start, start + step)
+        label, owner = labels[block], owners[block]
+        predicted, log_odds, loss = _evaluated(_float64(logits[rows[block]]), label)
+        losses += np.bincount(owner, weights=loss, minlength=num_sites)
+        confusion += np.bincount((owner * classes + label) * classes + predicted, minlength=len(confusion))
+        own = label[:, None] == np.arange(classes)
+        cells = ((owner[:, None] * classes + np.arange(classes)) * 2 + own) * SCORE_BINS + bins.index(log_odds)
+        scores += np.bincount(cells.ravel(), minlength=len(scores))
+    yield from map(
+        EvaluationSums,
+        confusion.reshape(num_sites, classes, classes),
+        losses.tolist(),
+        scores.reshape(num_sites, classes, 2, SCORE_BINS),
+    )
+
+
+def _evaluated(logits: FloatArray, labels: IntArray) -> tuple[IntArray, FloatArray, FloatArray]:
+    """Return each row's predicted class `[n]`, log-odds `[n, C]` and cross entropy `[n]`."""
+    log_probabilities, log_odds = _log_odds(logits)
+    losses = -np.take_along_axis(log_probabilities, labels[:, None], 1)[:, 0]
+    # Rounding can leave a probability a hair above 1.
+    return logits.argmax(1), log_odds, np.maximum(losses, 0)
+
+
+def _log_odds(logits: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Return `log p` and `log(p / (1 - p))`, both `[n, C]`, of the softmax `p`; accurate also where `p` rounds to 1.
+
+    Raises:
+        ValueError: if a logit is not finite.
+    """
+    if not np.isfinite(logits).all():
+        raise ValueError("The head gives logits that are not finite.")
+    rows, top = np.arange(len(logits)), logits.argmax(1)
+    shifted = logits - logits[rows, top][:, None]
+    log_probabilities = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+    probabilities = np.exp(log_probabilities)
+    # Only the largest can be near 1, where 1 - p cancels: for it, sum the others instead.
+    probabilities[rows, top] = 0
+    log_odds = log_probabilities - np.log1p(-probabilities)
+    shifted[rows, top] = -np.inf
+    second = shifted.max(1, initial=-np.inf)
+    log_odds[rows, top] = -second - np.log(np.exp(shifted - second[:, None]).sum(1))
+    return log_probabilities, log_odds
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with its 95 % interval, or the reason why there is none."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    reason: str = ""
+
+    @classmethod
+    def undefined(cls, reason: str) -> Self:
+        """Return the estimate of what cannot be told from these rows."""
+        return cls(None, None, None, reason)
+
+    def to_list(self) -> list[float | None]:
+        """Return `[value, low, high]`."""
+        return [self.value, self.low, self.high]
+
+
+@dataclass(frozen=True)
+class ClassReport:
+    """How a head does on one class.
+
+    Attributes:
+        name: the class's.
+        rows: how many are of this class.
+        sensitivity: of the rows of this class, the share predicted as it (also called recall).
+        specificity: of the other rows, the share not predicted as it.
+        auroc: of a row of this class and another row, the chance that the head finds the first more likely of it.
+    """
+
+    name: str
+    rows: int
+    sensitivity: Estimate
+    specificity: Estimate
+    auroc: Estimate
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON has it, estimates as `[value, low, high]`, with why some are null."""
+        figures = {"sensitivity": self.sensitivity, "specificity": self.specificity, "auroc": self.auroc}
+        return {"name": self.name, "rows": self.rows, **_json(figures)}
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """How a head does on rows of one site, or of all sites pooled.
+
+    Attributes:
+        rows: how many there are.
+        loss: their mean cross entropy in nats; None without rows.
+        accuracy: the share predicted rightly.
+        balanced_accuracy: the mean sensitivity of the classes with rows, each counting alike.
+        auroc: the mean of the classes' areas under the curve.
+        classes: a report for each class.
+    """
+
+    rows: int
+    loss: float | None
+    accuracy: Estimate
+    balanced_accuracy: Estimate
+    auroc: Estimate
+    classes: tuple[ClassReport, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON has it, estimates as `[value, low, high]`, with why some are null."""
+        figures = {"accuracy": self.accuracy, "balanced_accuracy": self.balanced_accuracy, "auroc": self.auroc}
+        classes = [each.to_dict() for each in self.classes]
+        return {"rows": self.rows, "loss": self.loss, **_json(figures), "classes": classes}
+
+
+def report(sums: EvaluationSums, classes: Sequence[str]) -> EvaluationReport:
+    """Turn sums into figures with intervals.
+
+    Args:
+        sums: of one site, or of several, added.
+        classes: the names of the `C` classes.
+    """
+    areas, mean_area = aurocs(sums)
+    columns = zip(classes, sums.confusion.sum(1).tolist(), sensitivities(sums), specificities(sums), areas, strict=True)
+    return EvaluationReport(
+        rows=sums.rows,
+        loss=sums.loss_sum / sums.rows if sums.rows else None,
+        accuracy=accuracy(sums),
+        balanced_accuracy=balanced_accuracy(sums),
+        auroc=mean_area,
+        classes=tuple(ClassReport(*column) for column in columns),
+    )
+
+
+def accuracy(sums: EvaluationSums) -> Estimate:
+    """Return the share of rows predicted rightly, with Wilson's interval."""
+    return _shares(np.array([sums.correct]), np.array([sums.rows]), _NO_ROWS)[0]
+
+
+def sensitivities(sums: EvaluationSums) -> tuple[Estimate, ...]:
+    """Return, for each class, the share of its rows predicted as it, with Wilson's interval."""
+    return _shares(sums.confusion.diagonal(), sums.confusion.sum(1), _CLASS_EMPTY)
+
+
+def specificities(sums: EvaluationSums) -> tuple[Estimate, ...]:
+    """Return, for each class, the share of the other rows not predicted as it, with Wilson's interval."""
+    others = sums.rows - sums.confusion.sum(1)
+    taken = sums.confusion.sum(0) - sums.confusion.diagonal()
+    return _shares(others - taken, others, _CLASS_ALONE if sums.rows else _NO_ROWS)
+
+
+def balanced_accuracy(sums: EvaluationSums) -> Estimate:
+    """Return the mean sensitivity of the classes with rows, which are independent binomial shares.
+
+    The interval adds the squared distances from each share to its Wilson limits (Zou, Huang & Zhang, "A note on
+    confidence interval estimation for a linear function of binomial proportions", Computational Statistics & Data
+    Analysis 53, 2009): unlike the delta method's it has a width where shares are 0 or 1.
+    """
+    counts = sums.confusion.sum(1)
+    present = counts > 0
+    if not present.any():
+        return Estimate.undefined(_NO_ROWS)
+    right, counts = sums.confusion.diagonal()[present], counts[present]
+    low, high = wilson_interval(right, counts)
+    shares = right / counts
+    mean, number = float(shares.mean()), len(shares)
+    below = math.sqrt(((shares - low) ** 2).sum()) / number
+    above = math.sqrt(((high - shares) ** 2).sum()) / number
+    return Estimate(mean, max(mean - below, 0.0), min(mean + above, 1.0))
+
+
+def aurocs(sums: EvaluationSums) -> tuple[tuple[Estimate, ...], Estimate]:
+    """Return the area under the curve of each class against the rest, and their mean over the classes that have one.
+
+    Rows in one bin count as ties, a half each; `auroc_error_bound` says by how much that can be off. Limits are the
+    areas that differ from the one found by 1.96 of their own standard deviations, as in Wilson's interval and in
+    method 5 of Newcombe (Statistics in Medicine 25, 2006), so that they stay within 0..1 and apart for an area of 1;
+    the variance is `_AreaVariance`.
+
+    The mean's limits are the mean distances of the classes' limits, reduced as far as its standard deviation is below
+    theirs: classes are taken as independent, but what rows contribute as members of their class and as rest of the
+    other classes as one and the same. That is exact for two classes, whose areas are equal; in simulations of 2 to 20
+    classes the limits held the true mean in 93 to 99 % of the cases.
+    """
+    counts = sums.scores.sum(2)
+    defined = (counts > 0).all(1)
+    classes: list[Estimate] = [
+        Estimate.undefined(_CLASS_ALONE if own else _CLASS_EMPTY) for own in (counts[:, 1] > 0).tolist()
+    ]
+    if not defined.any():
+        return tuple(classes), Estimate.undefined("All rows are of one class." if counts.any() else _NO_ROWS)
+    areas, variance = _areas(sums.scores[defined])
+    low, high = _limits(areas, variance)
+    for number, *figures in zip(np.flatnonzero(defined).tolist(), areas.tolist(), low.tolist(), high.tolist()):
+        classes[number] = Estimate(*figures)
+    members, rest = variance.parts(areas)
+    deviations = np.sqrt(members + rest).sum()
+    reduced = 1.0
+    if deviations > 0:
+        reduced = min(1.0, float((math.sqrt(members.sum()) + math.sqrt(rest.sum())) / deviations))
+    mean = float(areas.mean())
+    below, above = float((areas - low).mean()), float((high - areas).mean())
+    return tuple(classes), Estimate(mean, mean - reduced * below, mean + reduced * above)
+
+
+def auroc_error_bound(sums: EvaluationSums) -> FloatArray:
+    """Return `[C]`, by how much each class's area can differ from that of the scores themselves: half its ties.
+
+    The difference is far smaller than that as long as bins are narrow beside the spread of scores: 0.001 or so with
+    bins that fit, where the bound is 0.01. 0 for a class without rows or alone.
+    """
+    rest, own = sums.scores[:, 0].astype(np.float64), sums.scores[:, 1].astype(np.float64)
+    pairs = rest.sum(1) * own.sum(1)
+    return 0.5 * (rest * own).sum(1) / np.maximum(pairs, 1)
+
+
+def wilson_interval(successes: IntArray, trials: IntArray) -> tuple[FloatArray, FloatArray]:
+    """Return the lower and upper 95 % limits of binomial shares (Wilson, JASA 22, 1927).
+
+    Args:
+        successes: `[...]`, at most `trials`.
+        trials: `[...]`, 1 or more.
+    """
+    shares, excess = successes / trials, _Z**2 / trials
+    centre = (shares + excess / 2) / (1 + excess)
+    reach = np.sqrt(excess * (shares * (1 - shares) + excess / 4)) / (1 + excess)
+    low = np.where(successes == 0, 0.0, centre - reach)
+    high = np.where(successes == trials, 1.0, centre + reach)
+    return low, high
+
+
+@dataclass(frozen=True, eq=False)
+class _AreaVariance:
+    """The variance of areas under the curve, as a function of the true areas `t` `[K]`.
+
+    With `P` rows of the class and `N` others it is `t (1 - t) (1 + (N - 1) r + (P - 1) q) / (P N)`, where `r` says how
+    alike the comparisons of one member row are, `q` those of one other row. Hanley & McNeil (Radiology 143, 1982)
+    have `r = t / (1 + t)` and `q = (1 - t) / (2 - t)` for exponential scores; with the larger one on the side of
+    fewer rows, that is cautious. DeLong, DeLong & Clarke-Pearson (Biometrics 44, 1988) measure both in the rows, which
+    is right for any scores, but only with many rows, and many misplaced ones among them. So the measured ones are
+    averaged with the modelled ones, by weights of `2 min(area, 1 - area)` a row and 3 rows.
+
+    In simulations (normal scores of spread ratios 1/2, 1 and 2, exponential ones; areas of 0.5 to 0.99) the limits
+    held the true area in 93 % of the cases or more with 20 rows or more on both sides; 83 % in the worst case, of 3
+    rows whose scores are spread twice as wide as the others'.
+
+    Attributes:
+        own: `[K]`, `P`.
+        rest: `[K]`, `N`.
+        own_alike: `[K]`, `r` as measured.
+        rest_alike: `[K]`, `q` as measured.
+        weight: `[K]`, the weight of a row.
+    """
+
+    own: FloatArray
+    rest: FloatArray
+    own_alike: FloatArray
+    rest_alike: FloatArray
+    weight: FloatArray
+
+    def parts(self, areas: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Return the variance `[..., K]` in two parts: due to which rows of the class were seen, and which others."""
+        one, other = areas / (1 + areas), (1 - areas) / (2 - areas)
+        more, less = np.maximum(one, other), np.minimum(one, other)
+        own_fewer = self.own <= self.rest
+        r = _average(self.own_alike, self.weight * (self.own - 1), np.where(own_fewer, more, less))
+        q = _average(self.rest_alike, self.weight * (self.rest - 1), np.where(own_fewer, less, more))
+        shared = (1 - r - q) / (2 * self.own * self.rest)
+        bernoulli = areas * (1 - areas)
+        return bernoulli * (r / self.own + shared), bernoulli * (q / self.rest + shared)
+
+
+def _areas(scores: IntArray) -> tuple[FloatArray, _AreaVariance]:
+    """Return the areas `[K]` and their variance, of counts `[K, 2, B]` with rows on both sides."""
+    rest, own = scores[:, 0].astype(np.float64), scores[:, 1].astype(np.float64)
+    num_rest, num_own = rest.sum(1), own.sum(1)
+    # A row's placement is the share of the other side's rows that it is rightly ordered with.
+    own_placements = (rest.cumsum(1) - rest / 2) / num_rest[:, None]
+    rest_placements = 1 - (own.cumsum(1) - own / 2) / num_own[:, None]
+    areas = (own * own_placements).sum(1) / num_own
+    return areas, _AreaVariance(
+        own=num_own,
+        rest=num_rest,
+        own_alike=_alikeness(own_placements, own, areas, num_rest),
+        rest_alike=_alikeness(rest_placements, rest, areas, num_own),
+        weight=2 * np.minimum(areas, 1 - areas),
+    )
+
+
+def _alikeness(placements: FloatArray, counts: FloatArray, areas: FloatArray, opposite: FloatArray) -> FloatArray:
+    """Return `[K]`, in 0..1, how alike the comparisons of one row with the `opposite` rows are."""
+    squares = (counts * (placements - areas[:, None]) ** 2).sum(1)
+    variance = squares / np.maximum(counts.sum(1) - 1, 1)
+    bernoulli = areas * (1 - areas)
+    share = np.divide(variance, bernoulli, out=np.zeros_like(areas), where=bernoulli > 0)
+    # A mean of n unrelated comparisons varies too, by one n-th.
+    chance = 1 / np.maximum(opposite, 2)
+    return np.clip((share - chance) / (1 - chance), 0, 1)
+
+
+def _average(measured: FloatArray, weight: FloatArray, modelled: FloatArray) -> FloatArray:
+    return (weight * measured + _PRIOR_ROWS * modelled) / (weight + _PRIOR_ROWS)
+
+
+def _limits(areas: FloatArray, variance: _AreaVariance) -> tuple[FloatArray, FloatArray]:
+    """Return the lowest and the highest true areas `[K]` that do not contradict the areas found, by bisection."""
+    inside = np.stack([areas, areas])
+    outside = np.stack([np.zeros_like(areas), np.ones_like(areas)])
+    for _ in range(_BISECTIONS):
+        middle = (inside + outside) / 2
+        members, rest = variance.parts(middle)
+        agrees = (middle - areas) ** 2 <= _Z**2 * (members + rest)
+        inside, outside = np.where(agrees, middle, inside), np.where(agrees, outside, middle)
+    return inside[0], inside[1]
+
+
+def _shares(successes: IntArray, trials: IntArray, reason: str) -> tuple[Estimate, ...]:
+    low, high = wilson_interval(successes, np.maximum(trials, 1))
+    return tuple(
+        Estimate(right / count, *limits) if count else Estimate.undefined(reason)
+        for right, count, *limits in zip(successes.tolist(), trials.tolist(), low.tolist(), high.tolist(), strict=True)
+    )
+
+
+def _json(figures: Mapping[str, Estimate]) -> dict[str, Any]:
+    undefined = {name: figure.reason for name, figure in figures.items() if figure.value is None}
+    listed = {name: figure.to_list() for name, figure in figures.items()}
+    return {**listed, "undefined": undefined} if undefined else listed
+
+
+def _narrow(counts: IntArray) -> npt.NDArray[np.unsignedinteger[Any]]:
+    return counts.astype(np.min_scalar_type(int(counts.max())))
+
+
+def _float64(values: "FloatArray | Tensor") -> FloatArray:
+    array = values if isinstance(values, np.ndarray) else values.detach().cpu().double().numpy()
+    return array.astype(np.float64, copy=False)
+
+
+def _checked_numbers(what: str, values: "IntArray | Tensor", rows: int, limit: int) -> IntArray:
+    array = values if isinstance(values, np.ndarray) else values.detach().cpu().numpy()
+    if array.shape != (rows,) or array.dtype.kind not in "iu":
+        raise ValueError(f"{what} must be [{rows}] integers, not {list(array.shape)} of {array.dtype}.")
+    if rows and not 0 <= int(array.min()) <= int(array.max()) < limit:
+        raise ValueError(f"{what} must be from 0 to {limit - 1}, not from {array.min()} to {array.max()}.")
+    return array.astype(np.int64, copy=False)
