@@ -12,12 +12,14 @@ from flwr.clientapp import ClientApp
 from fedhead.errors import FedheadError
 from fedhead.messages import (
     DESCRIBE,
+    EVALUATE,
     INSTALL,
     METRICS,
     PROTOCOL,
     RECORD,
     STANDARDISE,
     STATISTICS,
+    TRAIN,
     Arrays,
     Description,
     FloatArray,
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fedhead.client.site_data import Holding, Site
-    from fedhead.client.training import LabelledFeatures
+    from fedhead.client.training import LabelledFeatures, SiteRows
     from fedhead.heads import Head
 
 SiteOf = Callable[[Context], "Site"]
@@ -60,8 +62,7 @@ def make_app(site_of: SiteOf) -> ClientApp:
     @app.query(STATISTICS.split(".")[1])
     def statistics(message: Message, context: Context) -> Message:
         request = StatisticsRequest(**Payload.from_content(message.content).values)
-        arrays = site_statistics(site_of(context), kept(context), request)
-        return Message(Payload({}, arrays).to_content(), reply_to=message)
+        return Message(site_statistics(site_of(context), kept(context), request), reply_to=message)
 
     @app.query(STANDARDISE.split(".")[1])
     def standardise(message: Message, context: Context) -> Message:
@@ -70,20 +71,45 @@ def make_app(site_of: SiteOf) -> ClientApp:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        agreed = kept(context)
+        agreed, site = kept(context), site_of(context)
         request = HeadRequest.from_content(message.content, empty_head(agreed.manifest))
-        (trained,) = train_sites([site_of(context)], agreed, request)
+        (trained,) = train_sites([site], agreed, request)
         (reply,) = trained.replies()
-        return Message(reply.to_content(), reply_to=message)
+        return Message(_released(reply.to_content(), site, agreed, TRAIN), reply_to=message)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        agreed = kept(context)
+        agreed, site = kept(context), site_of(context)
         request = HeadRequest.from_content(message.content, empty_head(agreed.manifest))
-        metrics = evaluate_sites([site_of(context)], agreed, request)
-        return Message(HeadReply(metrics).to_content(), reply_to=message)
+        metrics = evaluate_sites([site], agreed, request)
+        return Message(_released(HeadReply(metrics).to_content(), site, agreed, EVALUATE), reply_to=message)
 
     return app
+
+
+def _released(
+    content: RecordDict, site: "Site", agreed: "Kept", action: str, summed: "tuple[str, SiteRows] | None" = None
+) -> RecordDict:
+    """Enter what leaves in the site's ledger, if it keeps one, and return it.
+
+    With `summed`, what the rows are and which, the ledger also compares them with what was summed before.
+    """
+    if site.ledger is None:
+        return content
+    from fedhead.client.guard import release, released_sums
+
+    holding, classes = site.open(agreed.manifest), agreed.manifest.classes
+    labels = holding.data.labels.cpu().numpy()
+    return release(
+        content,
+        ledger=site.ledger,
+        run=agreed.manifest.run,
+        site=site.name,
+        action=action,
+        rows=holding.guarded.num_rows,
+        classes=holding.guarded.counts,
+        sums=released_sums(summed[0], summed[1].rows, holding.keys, labels, classes) if summed else None,
+    )
 
 
 def describe_site(site: "Site", content: RecordDict, context: Context) -> RecordDict:
@@ -169,7 +195,7 @@ def _tensor(record: ConfigRecord, name: str) -> "Tensor":
     return torch.frombuffer(bytearray(blob), dtype=torch.float32)
 
 
-def site_statistics(site: "Site", agreed: Kept, request: StatisticsRequest) -> Arrays:
+def site_statistics(site: "Site", agreed: Kept, request: StatisticsRequest) -> RecordDict:
     """Return the sums over a site's rows, accumulated block by block in float64 about the probe's mean."""
     import torch
 
@@ -177,23 +203,26 @@ def site_statistics(site: "Site", agreed: Kept, request: StatisticsRequest) -> A
     from fedhead.statistics import FeatureStatistics, projection_for
 
     holding = site.open(agreed.manifest)
-    rows = torch.from_numpy((holding.train if request.rows == "train" else holding.held_out).rows)
-    blocks = torch.split(rows, STATISTICS_ROWS)
+    summed = ("training rows", holding.train) if request.rows == "train" else ("held-out rows", holding.summable)
+    blocks = torch.split(torch.from_numpy(summed[1].rows), STATISTICS_ROWS)
     features, labels = holding.data.features, holding.data.labels
     origin = agreed.probe.mean(0)
     if request.what == "moments":
         moments = FeatureMoments.empty(origin)
         for block in blocks:
             moments = moments.updated(features[block].cpu())
-        return {name: tensor.numpy() for name, tensor in moments.to_tensors().items()}
-    project = projection_for(agreed.manifest.num_features, agreed.manifest.seed)
-    # A projected origin might differ in its last bits between machines, and sums about different origins do not add.
-    origin = origin if project is None else torch.zeros(project.narrow)
-    stats = FeatureStatistics.empty(len(origin), len(agreed.manifest.classes), origin)
-    for block in blocks:
-        chosen = features[block].cpu()
-        stats.update(chosen if project is None else project(chosen), labels[block].cpu())
-    return {name: tensor.numpy() for name, tensor in stats.to_tensors().items()}
+        tensors = moments.to_tensors()
+    else:
+        project = projection_for(agreed.manifest.num_features, agreed.manifest.seed)
+        # A projected origin might differ in its last bits between machines, and sums about other origins do not add.
+        origin = origin if project is None else torch.zeros(project.narrow)
+        stats = FeatureStatistics.empty(len(origin), len(agreed.manifest.classes), origin)
+        for block in blocks:
+            chosen = features[block].cpu()
+            stats.update(chosen if project is None else project(chosen), labels[block].cpu())
+        tensors = stats.to_tensors()
+    content = Payload({}, {name: tensor.numpy() for name, tensor in tensors.items()}).to_content()
+    return _released(content, site, agreed, STATISTICS, summed)
 
 
 def head_of(manifest: Manifest) -> "Head":

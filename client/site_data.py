@@ -1,19 +1,24 @@
 """What a site holds: its rows as features under a run's backbone, and which of them are held out."""
 
+import logging
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fedhead.backbones import Backbone
 from fedhead.backbones.weights import find_backbone, install_weights
+from fedhead.client.guard import Guard, GuardedRows, Ledger, ledger_path
 from fedhead.client.training import LabelledFeatures, SiteRows
-from fedhead.data import held_out, load_samples, relabel
+from fedhead.data import IntArray, KeyArray, held_out, load_samples, relabel
 from fedhead.devices import pick_device
-from fedhead.errors import FedheadError
+from fedhead.errors import FedheadError, UserError
 from fedhead.features import FeatureStore
 from fedhead.messages import Manifest
+
+logger = logging.getLogger(__name__)
 
 PROBE_TOLERANCE = 1e-3
 """Relative to the probe's norm; devices differ by less, other preprocessing or weights by more."""
@@ -21,11 +26,55 @@ PROBE_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Holding:
-    """A site's rows, ready for training."""
+    """A site's rows after its guard, ready for training.
+
+    Attributes:
+        data: features and labels, perhaps of more rows than the site's.
+        train: the rows to train on and to sum.
+        held_out: the rows to evaluate on.
+        summable: those of `held_out` that may be summed.
+        guarded: what the guard left and withheld.
+        keys: of all rows of `data`, by which the ledger knows them.
+    """
 
     data: LabelledFeatures
     train: SiteRows
     held_out: SiteRows
+    summable: SiteRows
+    guarded: GuardedRows
+    keys: KeyArray
+
+
+def hold(
+    name: str,
+    rows: IntArray,
+    data: LabelledFeatures,
+    labels: IntArray,
+    keys: KeyArray,
+    manifest: Manifest,
+    guard: Guard,
+) -> Holding:
+    """Hold rows out, and let the guard withhold what must not be computed on.
+
+    Args:
+        name: of the site.
+        rows: `[n]`, its rows of `data`.
+        data: features and labels.
+        labels: `[N]`, the same labels in memory.
+        keys: `[N]`, what rows are held out by.
+        manifest: names the classes, and the share held out.
+        guard: the site's own.
+    """
+    out = held_out(keys[rows], manifest.holdout, manifest.seed)
+    guarded = guard.allowed_rows(rows, labels[rows], out, manifest.classes)
+    return Holding(
+        data=data,
+        train=SiteRows(name, guarded.train),
+        held_out=SiteRows(name, guarded.held_out),
+        summable=SiteRows(name, guard.summable(guarded.held_out, labels[guarded.held_out])),
+        guarded=guarded,
+        keys=keys,
+    )
 
 
 class Site(Protocol):
@@ -33,6 +82,7 @@ class Site(Protocol):
 
     name: str
     num_rows: int
+    ledger: Ledger | None
 
     def has_weights(self, manifest: Manifest) -> bool:
         """Tell whether the backbone's weights are here."""
@@ -52,7 +102,7 @@ class Site(Protocol):
         """
 
     def open(self, manifest: Manifest) -> Holding:
-        """Return the site's rows, after extracting their features if that was not done yet.
+        """Return what the guard leaves of the site's rows, after extracting features if that was not done yet.
 
         Raises:
             FedheadError: if the data cannot be read.
@@ -62,10 +112,20 @@ class Site(Protocol):
 class LocalSite:
     """A site whose data is on this machine."""
 
-    def __init__(self, name: str, data: str, device: str = "auto", strict_data: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        data: str,
+        device: str = "auto",
+        strict_data: bool = False,
+        guard: Guard | None = None,
+        ledger: Ledger | None = None,
+    ) -> None:
         self.name = name
         self.device = pick_device(device)
         self.strict_data = strict_data
+        self.guard = guard or Guard()
+        self.ledger: Ledger | None = ledger or Ledger(ledger_path(name), self.guard.min_class_count)
         self.samples = load_samples(data)
         self.num_rows = len(self.samples)
         self._backbones: dict[str, Backbone] = {}
@@ -78,7 +138,9 @@ class LocalSite:
         install_weights(blob, manifest.weights_digest)
 
     def check(self, manifest: Manifest, probe: Tensor) -> None:
-        relabel(self.samples, manifest.classes)
+        labels = self._labels(manifest)
+        all_rows = np.arange(len(labels))
+        refuse_if_withheld(self.guard.allowed_rows(all_rows, labels, np.zeros(len(labels), np.bool_), manifest.classes))
         backbone = self._backbone(manifest)
         check_backbone(backbone, backbone.probe(), manifest, probe)
 
@@ -88,14 +150,23 @@ class LocalSite:
                 self._backbone(manifest), self.samples, strict=self.strict_data
             )
         store = self._stores[manifest.backbone_digest]
-        labels = torch.from_numpy(relabel(self.samples, manifest.classes))
-        rows = store.readable()
-        out = held_out(store.keys, manifest.holdout, manifest.seed)[rows]
-        return Holding(
-            LabelledFeatures(store.features.to(self.device), labels.to(self.device)),
-            train=SiteRows(self.name, rows[~out]),
-            held_out=SiteRows(self.name, rows[out]),
-        )
+        labels = self._labels(manifest)
+        data = LabelledFeatures(store.features.to(self.device), torch.from_numpy(labels).to(self.device))
+        holding = hold(self.name, store.readable(), data, labels, store.keys, manifest, self.guard)
+        refuse_if_withheld(holding.guarded)
+        if holding.guarded.withheld:
+            logger.warning("The guard withholds rows: %s.", dict(holding.guarded.withheld))
+        return holding
+
+    def _labels(self, manifest: Manifest) -> IntArray:
+        try:
+            return relabel(self.samples, manifest.classes)
+        except UserError as error:
+            # It names a file, and a file's name may be a person's.
+            logger.error("%s", error)
+            raise FedheadError(
+                "Its data has a class that this run does not know; the site's own log names it, and the file."
+            ) from None
 
     def _find_backbone(self, manifest: Manifest) -> Backbone | None:
         if manifest.backbone_digest not in self._backbones:
@@ -110,6 +181,16 @@ class LocalSite:
         if found is None:
             raise FedheadError(f"The weights of {manifest.backbone} are not installed at {self.name}.")
         return found
+
+
+def refuse_if_withheld(guarded: GuardedRows) -> None:
+    """Raise what the guard says of a site that it withholds as a whole.
+
+    Raises:
+        FedheadError: if it does.
+    """
+    if guarded.refusal:
+        raise FedheadError(guarded.refusal)
 
 
 def check_backbone(backbone: Backbone, own_probe: Tensor, manifest: Manifest, probe: Tensor) -> None:

@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -44,6 +45,8 @@ errors = Console(stderr=True)
 
 def main() -> None:
     """Run the command line; the entry point `fedhead`."""
+    # Threads that spin while they wait make torch many times slower on a machine with other work to do.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         app()
     except KeyboardInterrupt:
@@ -148,6 +151,13 @@ StrictData = Annotated[
     bool | None,
     typer.Option("--strict-data", help="Stop at unreadable rows instead of skipping.", rich_help_panel=_SIMULATION),
 ]
+MinClassCount = Annotated[
+    int | None,
+    typer.Option(help="Sites withhold classes with fewer training rows; 0 for none.", rich_help_panel=_SIMULATION),
+]
+MinRows = Annotated[
+    int | None, typer.Option(help="Sites with fewer rows take no part; 0 for none.", rich_help_panel=_SIMULATION)
+]
 Assignments = Annotated[
     list[str] | None,
     typer.Option(
@@ -182,6 +192,8 @@ def simulate(
     partition: Partition = None,
     device: Device = None,
     strict_data: StrictData = None,
+    min_class_count: MinClassCount = None,
+    min_rows: MinRows = None,
     set_: Assignments = None,
     out: Annotated[
         Path | None, typer.Option(help="The run folder; by default a new one under runs/.", rich_help_panel=_OUTPUT)
@@ -212,6 +224,8 @@ def simulate(
             "partition": partition,
             "device": device,
             "strict_data": strict_data,
+            "min_class_count": min_class_count,
+            "min_rows": min_rows,
         },
     )
     with _progress() as progress:
@@ -247,6 +261,8 @@ def rank(
     partition: Partition = None,
     device: Device = None,
     strict_data: StrictData = None,
+    min_class_count: MinClassCount = None,
+    min_rows: MinRows = None,
     set_: Assignments = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -263,6 +279,8 @@ def rank(
             "partition": partition,
             "device": device,
             "strict_data": strict_data,
+            "min_class_count": min_class_count,
+            "min_rows": min_rows,
         },
     )
     with _progress() as progress:
@@ -350,6 +368,12 @@ def _print_result(result: "RunResult", console: Console) -> None:
     )
     if summary["rows_skipped"]:
         lines.add_row("Skipped", f"{summary['rows_skipped']} unreadable rows")
+    if summary["rows_withheld"]:
+        lines.add_row(
+            "Withheld",
+            f"{summary['rows_withheld']} rows of {len(result.withheld)} sites, in classes or sites with too few "
+            "(--min-class-count, --min-rows)",
+        )
     if result.empty_sites:
         lines.add_row("No rows", f"{len(result.empty_sites)} sites: {', '.join(result.empty_sites)}")
     for site, reason in result.outcome.refused.items():

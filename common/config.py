@@ -61,6 +61,8 @@ class SimulationConfig(_Table):
     partition: str = "dirichlet:0.3"
     device: str = "auto"
     strict_data: bool = False
+    min_class_count: int = Field(5, ge=0)
+    min_rows: int = Field(20, ge=0)
 
 
 class RunConfig(_Table):

@@ -100,6 +100,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     protocol: int = PROTOCOL
+    run: str
     backbone: str
     layer: str
     backbone_digest: str

@@ -2,6 +2,7 @@
 
 import logging
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -140,6 +141,7 @@ class Coordinator:
         test: gives the accuracy of a head on a pooled test set.
         deadline: seconds to wait for the replies of one exchange.
         deliver: whether a statistics head that is kept is solved again of all rows, for use.
+        run: what sites know the run by in their ledgers; by default a new name.
 
     Raises:
         UserError: if head, init or classes do not fit each other.
@@ -157,6 +159,7 @@ class Coordinator:
         test: Callable[[Head], float] | None = None,
         deadline: float = 3600.0,
         deliver: bool = True,
+        run: str = "",
     ) -> None:
         if len(classes) < 2:
             raise UserError(f"A classifier needs two classes or more; this run has {list(classes)}.")
@@ -168,6 +171,7 @@ class Coordinator:
         self.deliver = deliver
         self.form = HeadForm(config, backbone.num_features, len(classes))
         self.manifest = Manifest(
+            run=run or uuid.uuid4().hex,
             backbone=backbone.spec,
             layer=backbone.layer,
             backbone_digest=backbone.digest,
@@ -199,6 +203,7 @@ class Coordinator:
         stats = self._sum_statistics(StatisticsRequest(), first) if self.form.init not in UNSOLVED else None
         if self.config.rounds:
             self._standardise(stats, first)
+        self._exclude(first.dropped)
         current = self._version(0, self.form.start(stats), first)
         for number in range(1, self.config.rounds + 1):
             exchange = self._train(number, current.arrays)
@@ -211,7 +216,8 @@ class Coordinator:
         head = self.form.leave(kept.arrays)
         all_rows = self.deliver and kept.number == 0 and stats is not None and self.config.holdout > 0
         if stats is not None and all_rows:
-            head = self.form.solve(stats + self._sum_statistics(StatisticsRequest(rows="held_out"), exchange))
+            held_out = self._sum_statistics(StatisticsRequest(rows="held_out"), exchange)
+            head = self.form.solve(stats + held_out).float()
         # Nothing more is made of the last exchange, so what it took belongs to the head that it evaluates.
         current.made_by.bytes_down += exchange.bytes_down
         current.made_by.bytes_up += exchange.bytes_up
@@ -248,11 +254,22 @@ class Coordinator:
         self._refused.update(exchange.dropped)
         for site, reason in sorted(self._refused.items()):
             logger.warning("%s takes no part: %s", site, reason)
+        self._require_sites()
+
+    def _exclude(self, dropped: Mapping[str, str]) -> None:
+        """Go on without sites whose sums could not be used: the head would be of other rows than those trained on."""
+        for site in dropped.keys() & self._nodes.keys():
+            self._refused[site] = dropped[site]
+            del self._nodes[site]
+        self._require_sites()
+
+    def _require_sites(self) -> None:
         needed = required_sites(self.strategy)
         if len(self._nodes) < needed:
             reasons = "".join(f" {site}: {reason}" for site, reason in sorted(self._refused.items())[:3])
+            known = len(self._nodes) + len(self._refused)
             raise FedheadError(
-                f"{len(self._nodes)} of {len(nodes)} sites can take part, and {type(self.strategy).__name__} needs "
+                f"{len(self._nodes)} of {known} sites can take part, and {type(self.strategy).__name__} needs "
                 f"{needed} or more.{reasons}"
             )
 
@@ -286,7 +303,10 @@ class Coordinator:
             try:
                 stats = FeatureStatistics.from_tensors(tensors)
                 self._vouch(name, stats.rows, stats.num_classes == len(self.manifest.classes) and not stats.multi_label)
-                total = stats if total is None else total + stats
+                if total is None:
+                    total = stats
+                else:
+                    total += stats
             except ValueError as error:
                 exchange.drop(name, str(error))
         return _at_least_one(total, exchange)
@@ -325,7 +345,8 @@ class Coordinator:
         same_width = stats is not None and stats.num_features == self.backbone.num_features
         sums = stats if stats is not None and same_width else self._sum_moments(exchange)
         mean, scale = sums.mean().float(), sums.scale().float()
-        self.form.standardisation = (mean, scale)
+        # What the sites compute with is float32, so that is what must be folded back, if in float64.
+        self.form.standardisation = (mean.double(), scale.double())
         content = Payload({}, {"mean": mean.numpy(), "scale": scale.numpy()}).to_content()
         for _, answer in self._messenger.ask(self._nodes, STANDARDISE, content, exchange):
             exchange.bytes_up += payload_bytes(answer)
@@ -403,7 +424,7 @@ class Coordinator:
         held_out = sums[HELD_OUT]
         finished = Round(
             number=version.number,
-            sites=sum(row[EXAMPLES] > 0 for row in version.made_by.metrics.values()),
+            sites=sum(bool(row[EXAMPLES]) for row in version.made_by.metrics.values()),
             seconds=version.seconds,
             bytes_down=version.made_by.bytes_down,
             bytes_up=version.made_by.bytes_up,

@@ -51,19 +51,19 @@ class HeadForm:
         return make_head(self.config.head, self.num_features, self.num_classes)
 
     def solve(self, stats: FeatureStatistics) -> Head:
-        """Solve the head that `init` names, for features as they are.
+        """Solve the float64 head that `init` names, for features as they are.
 
         Raises:
             UserError: if these statistics do not determine it.
         """
         if isinstance(self.make(), CosineHead):
-            head = CosineHead(self.num_features, self.num_classes)
-            head.assign({"weight": solve_prototypes(stats, stats.scale()).float(), "sharpness": head.sharpness})
-            head.absorb_standardisation(stats.mean().float(), stats.scale().float())
+            head = CosineHead(self.num_features, self.num_classes).double()
+            head.assign({"weight": solve_prototypes(stats, stats.scale()), "sharpness": head.sharpness})
+            head.absorb_standardisation(stats.mean(), stats.scale())
             return head
         solved = solve_head(stats, self.init)
         project = projection_for(self.num_features, self.config.seed)
-        return (solved if project is None else project.widen(solved)).float()
+        return solved if project is None else project.widen(solved)
 
     def start(self, stats: FeatureStatistics | None) -> Arrays:
         """Return the parameters to start from, in the coordinates of training."""
@@ -75,12 +75,12 @@ class HeadForm:
             if self.standardisation is not None:
                 mean, scale = self.standardisation
                 head.absorb_standardisation(-mean / scale, 1 / scale)
-        return {name: value.numpy() for name, value in head.trainable().items()}
+        return {name: value.float().numpy() for name, value in head.trainable().items()}
 
     def leave(self, parameters: Arrays) -> Head:
         """Return the head for features as they are, of parameters in the coordinates of training."""
-        head = self.make()
+        head = self.make().double()
         head.assign({name: torch.from_numpy(np.array(value)) for name, value in parameters.items()})
         if self.standardisation is not None:
             head.absorb_standardisation(*self.standardisation)
-        return head
+        return head.float()

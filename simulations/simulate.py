@@ -17,10 +17,11 @@ from torch import Tensor
 
 from fedhead.backbones import Backbone, load_backbone
 from fedhead.backbones.weights import install_weights
-from fedhead.client.site_data import Holding, check_backbone
-from fedhead.client.training import LabelledFeatures, SiteRows
+from fedhead.client.guard import Guard, Ledger
+from fedhead.client.site_data import Holding, check_backbone, hold, refuse_if_withheld
+from fedhead.client.training import LabelledFeatures
 from fedhead.config import RunConfig
-from fedhead.data import BoolArray, IntArray, Samples, held_out, load_samples, load_sites, relabel
+from fedhead.data import IntArray, Samples, load_samples, load_sites, relabel
 from fedhead.devices import pick_device
 from fedhead.features import FeatureStore, Progress
 from fedhead.flower import in_process_identity
@@ -48,6 +49,7 @@ class RunResult:
         test_accuracy: of the delivered model on the pooled test set; None without one.
         empty_sites: sites that the partition left without rows; they took no part.
         skipped: why each unreadable row was skipped, by row.
+        withheld: how many rows each site's guard withheld, where it did.
         extracted: rows that the backbone ran over; the others' features were there.
         seconds: of extraction, of the rounds, and of everything, by name.
         run_dir: the run folder, where there is one.
@@ -59,6 +61,7 @@ class RunResult:
     test_accuracy: float | None
     empty_sites: tuple[str, ...]
     skipped: Mapping[int, str]
+    withheld: Mapping[str, int]
     extracted: int
     seconds: Mapping[str, float]
     run_dir: Path | None
@@ -123,6 +126,7 @@ class RunResult:
             "seconds_rounds": self.seconds["rounds"],
             "rows_extracted": self.extracted,
             "rows_skipped": len(self.skipped),
+            "rows_withheld": sum(self.withheld.values()),
             "sites_empty": list(self.empty_sites),
             "sites_refused": dict(self.outcome.refused),
             "run_dir": str(self.run_dir) if self.run_dir else None,
@@ -134,14 +138,18 @@ class SharedData:
 
     Args:
         backbone: of the run.
-        data: the features and labels of all rows.
-        held_out: `[N]`, which rows are held out.
+        store: the features of all rows.
+        labels: `[N]`, of all rows.
+        guard: every site's.
     """
 
-    def __init__(self, backbone: Backbone, data: LabelledFeatures, held_out: BoolArray) -> None:
+    def __init__(self, backbone: Backbone, store: FeatureStore, labels: IntArray, guard: Guard) -> None:
         self.backbone = backbone
-        self.data = data
-        self.held_out = held_out
+        self.labels = labels
+        self.keys = store.keys
+        self.guard = guard
+        device = backbone.device
+        self.data = LabelledFeatures(store.features.to(device), torch.from_numpy(labels).to(device))
         self._installed: set[str] = set()
 
     @cached_property
@@ -159,19 +167,23 @@ class SharedData:
 class SimulatedSite:
     """A site that is a list of row numbers; like a new machine, it lacks every backbone the package does not carry.
 
+    It keeps no ledger: nothing leaves this process.
+
     Args:
         name: of the site.
         rows: `[n]`, its rows of the shared data.
         shared: the same for all sites.
     """
 
+    ledger: Ledger | None = None
+
     def __init__(self, name: str, rows: IntArray, shared: SharedData) -> None:
         self.name = name
         self.num_rows = len(rows)
+        self._rows = rows
         self._shared = shared
         self._has_weights = shared.backbone.spec.startswith("bundled:") and shared.backbone.trained
-        out = shared.held_out[rows]
-        self._holding = Holding(shared.data, train=SiteRows(name, rows[~out]), held_out=SiteRows(name, rows[out]))
+        self._holding: Holding | None = None
 
     def has_weights(self, manifest: Manifest) -> bool:
         return self._has_weights
@@ -182,8 +194,17 @@ class SimulatedSite:
 
     def check(self, manifest: Manifest, probe: Tensor) -> None:
         check_backbone(self._shared.backbone, self._shared.probe, manifest, probe)
+        refuse_if_withheld(self.open(manifest).guarded)
+
+    @property
+    def num_withheld(self) -> int:
+        """How many rows the guard withheld, once the site was opened."""
+        return self.num_rows - self._holding.guarded.num_rows if self._holding else 0
 
     def open(self, manifest: Manifest) -> Holding:
+        if self._holding is None:
+            shared = self._shared
+            self._holding = hold(self.name, self._rows, shared.data, shared.labels, shared.keys, manifest, shared.guard)
         return self._holding
 
 
@@ -325,11 +346,8 @@ def run_plan(
     started = time.perf_counter()
     config, backbone = plan.config, plan.backbone
     store, test_store = _extract(plan, on_extraction)
-    shared = SharedData(
-        backbone,
-        LabelledFeatures(store.features.to(backbone.device), torch.from_numpy(plan.labels).to(backbone.device)),
-        held_out(store.keys, config.holdout, config.seed),
-    )
+    guard = Guard(config.simulation.min_class_count, config.simulation.min_rows)
+    shared = SharedData(backbone, store, plan.labels, guard)
     assigned = plan.assign(store.readable())
     empty = tuple(name for name, rows in assigned.items() if len(rows) == 0)
     if empty:
@@ -350,6 +368,7 @@ def run_plan(
             on_round=on_round,
             test=test,
             deliver=deliver,
+            run=run_dir.name if run_dir else "",
         ).run()
     ended = time.perf_counter()
     return RunResult(
@@ -359,6 +378,7 @@ def run_plan(
         test_accuracy=test(outcome.head) if test else None,
         empty_sites=empty,
         skipped=store.skipped,
+        withheld={site.name: site.num_withheld for site in present if site.num_withheld},
         extracted=store.extracted + (test_store.extracted if test_store else 0),
         seconds={"extraction": extracted_at - started, "rounds": ended - extracted_at, "total": ended - started},
         run_dir=run_dir,

@@ -2,10 +2,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-import torch
+# Before torch is imported: threads that spin while they wait make it many times slower on a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-torch.set_num_threads(2)
+import pytest
 
 
 @pytest.fixture(scope="session", autouse=True)

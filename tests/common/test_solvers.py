@@ -247,7 +247,7 @@ def test_a_class_without_rows_is_never_predicted(method: str) -> None:
         rows = features.mean(0) + far * torch.randn(500, 4, generator=generator, dtype=torch.float64)
         assert set(head(rows).argmax(1).tolist()) <= {0, 2, 3}
         if method != "ridge":
-            assert float(head(rows).softmax(1)[:, [1, 4]].max()) < 1e-13
+            assert float(head(rows).detach().softmax(1)[:, [1, 4]].max()) < 1e-13
 
 
 @pytest.mark.parametrize("method", ["lda", "nearest-mean"])
@@ -288,12 +288,12 @@ def test_features_that_do_not_vary_have_no_weight(method: str) -> None:
     features[:, 2] = 0
     head = solve_head(FeatureStatistics.from_features(features, labels, 3), method)
     assert_finite(head)
-    assert float(head.weight[:, 1:3].abs().max()) < 1e-9
+    assert float(head.weight[:, 1:3].detach().abs().max()) < 1e-9
     others = [0, 3]
     without = solve_head(FeatureStatistics.from_features(features[:, others], labels, 3), method)
     assert torch.equal(head(features).argmax(1), without(features[:, others]).argmax(1))
     if method == "lda":
-        assert float(head.weight[:, 1:3].abs().max()) == 0
+        assert float(head.weight[:, 1:3].detach().abs().max()) == 0
         torch.testing.assert_close(head(features), without(features[:, others]))
 
 
@@ -302,7 +302,7 @@ def test_features_none_of_which_varies(method: str) -> None:
     stats = FeatureStatistics.from_features(torch.full((4, 2), 7.3), torch.tensor([0, 0, 0, 1]), 2)
     head = solve_head(stats, method)
     assert_finite(head)
-    assert float(head.weight.abs().max()) == 0
+    assert float(head.weight.detach().abs().max()) == 0
     if method == "lda":
         torch.testing.assert_close(head.bias.softmax(0), torch.tensor([0.75, 0.25], dtype=torch.float64))
 
@@ -399,21 +399,22 @@ BOUND = 1e6
 
 
 def condition(stats: FeatureStatistics, method: str) -> float:
-    """The condition number of what the method inverts, where it is not singular."""
-    if method == "lda":
-        matrix = shrink_correlation(stats.within_scatter(), stats).matrix
+    """The condition number of what the method inverts, where not singular, and of centring the features."""
+    if method == "ridge":
+        matrix, smallest, left = stats.scatter(), negligible_eigenvalue(stats), stats.scatter().diagonal()
     else:
-        matrix = stats.scatter()
-    values, _ = positive_spectrum(matrix, negligible_eigenvalue(stats) if method == "ridge" else 0.0)
-    return float(values.max() / values.min()) if len(values) else 1.0
+        left = stats.within_scatter().diagonal()
+        matrix, smallest = shrink_correlation(stats.within_scatter(), stats).matrix, 0.0
+    values, _ = positive_spectrum(matrix, smallest)
+    return max(float(values.max() / values.min()), float((stats.gram().diagonal() / left).max()))
 
 
 def assert_same_head(first: FeatureStatistics, second: FeatureStatistics, rows: Tensor, recipe) -> None:
-    """To 1e-8 of the largest logit, for condition numbers up to a million and means of up to 30 deviations."""
+    """To 1e-8 of the largest logit, for condition numbers up to a million."""
     method, parameters = recipe
     assume(condition(second, method) <= BOUND)
-    expected = solve_head(second, method, **parameters)(rows)
-    difference = (solve_head(first, method, **parameters)(rows) - expected).abs().max()
+    expected = solve_head(second, method, **parameters)(rows).detach()
+    difference = (solve_head(first, method, **parameters)(rows) - expected).detach().abs().max()
     assert float(difference) <= 1e-8 * max(float(expected.abs().max()), 1.0)
 
 

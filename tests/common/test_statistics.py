@@ -282,6 +282,8 @@ def tampered(name: str, index: tuple[int, ...], value: float) -> dict[str, Tenso
         (tampered("gram", (3,), torch.nan), "'gram' has a value that is not finite"),
         (tampered("sums", (0, 0), torch.inf), "'sums' has a value that is not finite"),
         (tampered("origin", (0,), torch.inf), "'origin' has a value that is not finite"),
+        (tampered("gram", (3,), 1e200), r"not finite, or beyond 1e\+100"),
+        (tampered("rows", (0,), 2**60), "No site has 1152921504606846976 rows"),
         (tampered("counts", (0,), -1), "negative number of rows"),
         (tampered("rows", (0,), -40), "negative number of rows"),
         (tampered("rows", (0,), 41), "have 40 rows, but there are 41"),

@@ -25,14 +25,18 @@ BOUNDS = [0, 4, 12, 40, 60, 140, ROWS]
 SITES = [np.arange(start, stop) for start, stop in pairwise(BOUNDS)]
 
 
-@pytest.fixture(autouse=True)
-def own_folder_and_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
     """On a busy machine, threads that share so little work mostly wait for each other."""
-    monkeypatch.chdir(tmp_path)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +70,7 @@ def assert_equal_runs(one: RunResult, other: RunResult, tolerance: float = 1e-6)
         (line.sites, line.accuracy) for line in other.history
     ]
     for line, like in zip(one.history, other.history, strict=True):
-        assert line.loss == pytest.approx(like.loss, rel=10 * tolerance)
+        assert (line.loss or 0.0) == pytest.approx(like.loss or 0.0, rel=10 * tolerance)
         assert (line.train_loss or 0.0) == pytest.approx(like.train_loss or 0.0, rel=10 * tolerance)
 
 
@@ -108,13 +112,13 @@ class LooksAtEveryFedYogi(FedYogi):
 def test_merged_replies_give_what_single_ones_give(
     digits: Samples, merging: type[Strategy], single: type[Strategy], parameters: dict[str, float]
 ) -> None:
-    config = RunConfig(rounds=3)
+    config = RunConfig(init="zeros", rounds=3)
     merged = simulate(config, digits, SITES, strategy=merging(**parameters))
     each = simulate(config, digits, SITES, strategy=single(**parameters))
     assert_equal_runs(merged, each)
-    assert [line.bytes_down for line in merged.history] == [line.bytes_down for line in each.history]
-    ups = [line.bytes_up for line in merged.history]
-    assert ups == pytest.approx([line.bytes_up for line in each.history], rel=0.02)
+    for line, like in zip(merged.history, each.history, strict=True):
+        assert line.bytes_down == pytest.approx(like.bytes_down, rel=0.01)
+        assert line.bytes_up == pytest.approx(like.bytes_up, rel=0.01)
 
 
 class Recording(ClientApp):
@@ -130,9 +134,9 @@ class Recording(ClientApp):
         return self.app(message, context)
 
 
-@pytest.mark.parametrize("strategy", ["FedAvg", "FedMedian"])
-def test_apps_one_by_one_give_what_the_grid_trains_together(digits: Samples, strategy: str) -> None:
-    config = RunConfig(rounds=3, strategy={"name": strategy})
+@pytest.mark.parametrize(("init", "strategy"), [("zeros", "FedAvg"), ("zeros", "FedMedian"), ("", "FedAvg")])
+def test_apps_one_by_one_give_what_the_grid_trains_together(digits: Samples, init: str, strategy: str) -> None:
+    config = RunConfig(init=init, rounds=3, strategy={"name": strategy})
     alone = {}
     for number in (0, 3, 5):
         site = LocalSite(f"site-{number}", f"digits-of-a-site:{number}", device="cpu")
@@ -151,7 +155,7 @@ def test_apps_one_by_one_give_what_the_grid_trains_together(digits: Samples, str
 @pytest.mark.parametrize("name", NAMES)
 def test_every_strategy_runs(digits: Samples, name: str) -> None:
     parameters: dict[str, float] = {"QFedAvg": {"client_learning_rate": 0.1}, "FedAdam": {"eta": 0.01}}.get(name, {})
-    config = RunConfig(rounds=2, strategy={"name": name, **parameters})
+    config = RunConfig(init="zeros", rounds=2, strategy={"name": name, **parameters})
     sites = np.array_split(np.random.default_rng(0).permutation(ROWS), 5)
     result = simulate(config, digits, sites)
     assert [line.number for line in result.history] == [0, 1, 2]
@@ -165,7 +169,8 @@ def test_every_strategy_runs(digits: Samples, name: str) -> None:
 def test_fedprox_sets_the_proximal_term(digits: Samples) -> None:
     def run(strategy: dict[str, Any], mu: float = 0.0) -> RunResult:
         local = {"epochs": 3, "proximal_mu": mu}
-        return simulate(RunConfig(rounds=2, strategy=strategy, local=local), digits, SITES)
+        config = RunConfig(init="zeros", rounds=2, holdout=0.0, strategy=strategy, local=local)
+        return simulate(config, digits, SITES)
 
     plain = run({"name": "FedAvg"})
     by_hand = run({"name": "FedAvg"}, mu=1.0)
@@ -176,10 +181,17 @@ def test_fedprox_sets_the_proximal_term(digits: Samples) -> None:
     assert not torch.allclose(head_of(by_strategy)["weight"], head_of(plain)["weight"], atol=1e-4)
 
 
-def test_a_site_without_held_out_rows_trains_and_is_not_scored(digits: Samples) -> None:
-    # One row each: held out by its content, so some sites hold nothing out and others nothing else.
-    sites: list[Any] = [[row] for row in range(8)]
-    result = simulate(RunConfig(rounds=1, holdout=0.5), digits, [*sites, np.arange(8, ROWS)])
-    assert 0 < len(result.empty_sites) < 8
-    assert set(result.sites) == {"site-8"}
-    assert result.history[1].sites == 9 - len(result.empty_sites)
+@pytest.mark.parametrize("strategy", ["FedAvg", "FedMedian"])
+def test_a_site_whose_rows_are_all_held_out_scores_and_does_not_train(digits: Samples, strategy: str) -> None:
+    config = RunConfig(init="zeros", rounds=1, holdout=0.5, strategy={"name": strategy})
+    # Of sites with a single row, some hold it out and others have nothing else to train on.
+    single: list[Any] = [[row] for row in range(8)]
+    rest = [np.arange(8, 100), np.arange(100, ROWS)]
+    result = simulate(config, digits, [*single, *rest])
+    scored = {int(name[-1]) for name in result.sites}
+    assert {8, 9} < scored < set(range(10))
+    assert result.history[1].sites == 10 - len(scored - {8, 9})
+    training = [rows if number not in scored else [] for number, rows in enumerate(single)]
+    without = simulate(config, digits, [*training, *rest])
+    for name, value in head_of(result).items():
+        torch.testing.assert_close(value, head_of(without)[name], rtol=1e-6, atol=1e-6)

@@ -9,7 +9,7 @@ pytest.importorskip("matplotlib")
 
 from fedhead.backbones.glyphnet import GlyphNet
 from fedhead.simulations import pretrain
-from fedhead.simulations.pretrain import ALPHABET, FACES, LOOK_ALIKES, GlyphBank, draw, letter_of, thin, train
+from fedhead.simulations.pretrain import ALPHABET, FACES, LOOK_ALIKES, GlyphBank, draw, few_shot, letter_of, thin, train
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +50,11 @@ def test_a_bank_holds_every_letter_of_its_faces(bank: GlyphBank) -> None:
     assert (bank.outline.flatten(1).amin(1) < 0).all()
 
 
-def test_letters_of_one_shape_are_one_class(bank: GlyphBank) -> None:
-    assert any({"Z", "z"} <= set(alike) for alike in bank.classes)
-    assert not any({"A", "B"} <= set(alike) for alike in bank.classes)
+def test_letters_of_one_shape_are_one_class() -> None:
+    bar = torch.zeros(8, 8, dtype=torch.bool)
+    bar[:, 3:5] = True
+    masks = {"A": bar, "B": bar.T, "C": bar.clone()}
+    assert pretrain._merge_alike(["A", "B", "C", "D"], masks) == ["AC", "B", "D"]
 
 
 def test_classes_are_sampled_alike(bank: GlyphBank) -> None:
@@ -97,15 +99,16 @@ def test_distance_is_euclidean_up_to_its_reach() -> None:
     assert found[30, 63] == pretrain.REACH
 
 
-def test_a_short_training_learns_and_folds(bank: GlyphBank) -> None:
-    net = train(bank, images=8192, seed=0, batch=128, log_every=16)
-    rows = bank.sample(2000, seeded(3))
+def test_a_short_training_beats_pixels_and_folds(bank: GlyphBank) -> None:
+    net = train(bank, images=2048, seed=0, batch=64)
+    rows = bank.sample(1000, seeded(3))
+    inputs = (draw(bank, rows, seeded(4), [16]) - pretrain.MEAN) / pretrain.STD
     with torch.no_grad():
-        features = net((draw(bank, rows, seeded(4), [16]) - pretrain.MEAN) / pretrain.STD)
-    assert features.mean(0).abs().max() < 0.5
-    assert 0.7 < features.std() < 1.3
-    found = pretrain.few_shot(features, bank.labels[rows], 20, splits=1)
-    assert min(found.values()) > 10 / len(bank.classes)
+        features = net(inputs)
+    assert features.mean(0).abs().max() < 0.6
+    assert 0.8 < features.std() < 1.2
+    learnt, raw = (few_shot(rows_of, bank.labels[rows], 10, splits=1) for rows_of in (features, inputs.flatten(1)))
+    assert all(learnt[head] > raw[head] for head in raw)
 
 
 def test_training_is_decided_by_the_seed_and_leaves_the_global_generator_alone(bank: GlyphBank) -> None:
@@ -123,8 +126,6 @@ def test_the_command_writes_a_file_that_loads(
     monkeypatch.setattr(GlyphBank, "build", lambda: bank)
     out = tmp_path / "glyphnet.safetensors"
     threads = torch.get_num_threads()
-    pretrain.main(out, seed=0, images=64, threads=threads)
+    pretrain.main(out, seed=0, images=64, threads=threads, judge=False)
     GlyphNet().load_state_dict(load_file(out), strict=True)
-    printed = capsys.readouterr().out
-    assert "5 rows per class" in printed
-    assert f"Wrote {out}" in printed
+    assert f"Wrote {out}" in capsys.readouterr().out

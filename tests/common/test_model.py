@@ -1,0 +1,272 @@
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from fedhead.backbones import Backbone, load_backbone
+from fedhead.backbones.weights import install_weights, weights_path
+from fedhead.data import UnreadableSampleError
+from fedhead.errors import FedheadError, UserError
+from fedhead.heads import make_head
+from fedhead.model import TransferModel
+
+CLASSES = ("ant", "bee", "cicada")
+DESCRIBED = ("backbone", "layer", "backbone_digest", "weights_digest", "head", "head_digest", "classes")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """On a busy machine, threads that share so little work mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def model_of(head_spec: str = "linear", backbone: Backbone | None = None, seed: int = 0) -> TransferModel:
+    backbone = backbone or load_backbone("bundled:glyphnet")
+    head = make_head(head_spec, backbone.num_features, len(CLASSES))
+    generator = torch.Generator().manual_seed(seed)
+    head.randomise(generator)
+    width = backbone.num_features
+    head.absorb_standardisation(torch.randn(width, generator=generator), 0.5 + torch.rand(width, generator=generator))
+    return TransferModel(backbone, head, CLASSES, head_spec)
+
+
+def pictures(count: int = 5, *, colour: bool = False) -> list[Image.Image]:
+    shape = (count, 20, 14, 3) if colour else (count, 20, 14)
+    return [Image.fromarray(image) for image in np.random.default_rng(1).integers(0, 256, shape, dtype=np.uint8)]
+
+
+@pytest.mark.parametrize("backbone", ["bundled:glyphnet", "bundled:pixels"])
+@pytest.mark.parametrize("head", ["linear", "mlp:4", "cosine"])
+def test_what_is_saved_gives_the_same_probabilities(tmp_path: Path, head: str, backbone: str) -> None:
+    model = model_of(head, load_backbone(backbone))
+    model.save(tmp_path / "deep" / "model.safetensors")
+    loaded = TransferModel.load(tmp_path / "deep" / "model.safetensors")
+    images = pictures(colour=True)
+    assert torch.equal(loaded.probabilities(images), model.probabilities(images))
+    assert (loaded.classes, loaded.head_spec) == (CLASSES, head)
+    assert loaded.backbone.digest == model.backbone.digest
+    assert repr(loaded) == repr(model) == f"TransferModel({backbone!r}, {head!r}, 3 classes)"
+
+
+def test_the_same_model_is_the_same_file(tmp_path: Path) -> None:
+    model_of().save(tmp_path / "one")
+    model_of().save(tmp_path / "two")
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_a_run_folder_is_a_path_to_its_model(tmp_path: Path) -> None:
+    model = model_of()
+    model.save(tmp_path / "model.safetensors")
+    for path in (tmp_path, str(tmp_path)):
+        assert TransferModel.load(path).predict(pictures()) == model.predict(pictures())
+
+
+def test_paths_images_arrays_and_tensors_are_classified_alike(tmp_path: Path) -> None:
+    model = model_of()
+    images = pictures()
+    paths = [tmp_path / f"{number}.png" for number in range(len(images))]
+    for image, path in zip(images, paths, strict=True):
+        image.save(path)
+    arrays = [np.asarray(image) for image in images]
+    expected = model.probabilities(images)
+    for same in (
+        paths,
+        [str(path) for path in paths],
+        arrays,
+        np.stack(arrays),
+        [array / np.float32(255) for array in arrays],
+        [torch.from_numpy(array.copy())[None] for array in arrays],
+        iter(images),
+    ):
+        torch.testing.assert_close(model.probabilities(same), expected)
+    assert model.predict(images) == [CLASSES[index] for index in expected.argmax(-1).tolist()]
+
+
+def test_probabilities_are_probabilities_whatever_the_batch() -> None:
+    model = model_of("mlp:4")
+    images = pictures(7)
+    whole = model.probabilities(images)
+    assert whole.shape == (7, 3)
+    assert not whole.requires_grad
+    torch.testing.assert_close(whole.sum(1), torch.ones(7))
+    torch.testing.assert_close(model.probabilities(images, batch_size=2), whole)
+    assert model.probabilities([]).shape == (0, 3)
+    assert model.predict([]) == []
+
+
+def test_images_are_read_a_batch_at_a_time() -> None:
+    taken = 0
+
+    def stream() -> Iterator[Image.Image]:
+        nonlocal taken
+        for image in pictures(6):
+            taken += 1
+            yield image
+        raise UnreadableSampleError("the seventh")
+
+    backbone = load_backbone("bundled:glyphnet")
+    model = model_of(backbone=backbone)
+    seen: list[int] = []
+    real = backbone.features
+
+    def features(batch: torch.Tensor) -> torch.Tensor:
+        seen.append(taken)
+        return real(batch)
+
+    backbone.features = features  # type: ignore[method-assign]
+    with pytest.raises(UnreadableSampleError, match="the seventh"):
+        model.probabilities(stream(), batch_size=2)
+    assert seen == [2, 4, 6]
+
+
+def test_an_image_that_is_not_one_is_named(tmp_path: Path) -> None:
+    model = model_of()
+    (tmp_path / "scan.png").write_bytes(b"not an image")
+    with pytest.raises(FedheadError, match=r"scan\.png cannot be read as an image"):
+        model.predict([*pictures(2), tmp_path / "scan.png"])
+    with pytest.raises(FedheadError, match=r"gone\.png cannot be read"):
+        model.predict([str(tmp_path / "gone.png")])
+    with pytest.raises(FedheadError, match=r"shape \[2, 2, 2, 2\]"):
+        model.predict([np.zeros((2, 2, 2, 2), np.uint8)])
+
+
+def test_a_head_of_another_width_or_number_of_classes_is_refused() -> None:
+    backbone = load_backbone("bundled:glyphnet")
+    with pytest.raises(UserError, match="takes 7 features, but bundled:glyphnet gives 192"):
+        TransferModel(backbone, make_head("linear", 7, 3), CLASSES)
+    with pytest.raises(UserError, match="2 outputs for 3 class names"):
+        TransferModel(backbone, make_head("linear", 192, 2), CLASSES)
+
+
+def test_a_backbone_that_is_not_here_may_be_passed_or_installed(tmp_path: Path, own_home: Path) -> None:
+    backbone = load_backbone("bundled:glyphnet", weights="random", seed=77)
+    model = model_of(backbone=backbone)
+    path = tmp_path / "model.safetensors"
+    model.save(path)
+    with pytest.raises(FedheadError) as caught:
+        TransferModel.load(path)
+    assert not isinstance(caught.value, UserError)
+    assert str(weights_path(backbone.weights_digest)) in str(caught.value)
+    assert "load_backbone" in str(caught.value)
+    expected = model.probabilities(pictures())
+    assert torch.equal(TransferModel.load(path, backbone).probabilities(pictures()), expected)
+    installed = install_weights(backbone.to_bytes(), backbone.weights_digest)
+    assert own_home in installed.parents
+    try:
+        assert torch.equal(TransferModel.load(path).probabilities(pictures()), expected)
+    finally:
+        installed.unlink()
+
+
+def test_another_backbone_is_refused(tmp_path: Path) -> None:
+    model_of().save(tmp_path / "model.safetensors")
+    for other in (load_backbone("bundled:glyphnet", weights="random"), load_backbone("bundled:pixels")):
+        with pytest.raises(UserError, match="belongs to another backbone"):
+            TransferModel.load(tmp_path / "model.safetensors", other)
+
+
+def described(path: Path) -> dict[str, Any]:
+    with safe_open(str(path), framework="pt") as file:
+        values: dict[str, Any] = json.loads(file.metadata()["model"])
+    return values
+
+
+def rewritten(path: Path, values: Any) -> None:
+    save_file(load_file(path), path, {"model": values if isinstance(values, str) else json.dumps(values)})
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "model.safetensors"
+    model_of().save(path)
+    return path
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "cut head", "flipped weight", "text", "folder"])
+def test_a_damaged_model_is_a_sentence(saved: Path, damage: str) -> None:
+    content = saved.read_bytes()
+    if damage == "missing":
+        saved.unlink()
+    elif damage == "folder":
+        saved.unlink()
+        saved.mkdir()
+    else:
+        flipped = content[:-3] + bytes([content[-3] ^ 0x40]) + content[-2:]
+        changed = {
+            "empty": b"",
+            "cut": content[: len(content) // 2],
+            "cut head": content[:20],
+            "flipped weight": flipped,
+            "text": b"# my model\n",
+        }
+        saved.write_bytes(changed[damage])
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        TransferModel.load(saved)
+
+
+def test_a_file_of_something_else_is_a_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "other.safetensors"
+    save_file({"weight": torch.zeros(3, 192)}, path)
+    with pytest.raises(UserError, match=r"other\.safetensors"):
+        TransferModel.load(path)
+    load_backbone("bundled:glyphnet").save(path)
+    with pytest.raises(UserError, match=r"other\.safetensors"):
+        TransferModel.load(path)
+
+
+def test_an_empty_folder_holds_no_model(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        TransferModel.load(tmp_path)
+
+
+@pytest.mark.parametrize("values", ["", "{", "[]", "null", "3", '"model"', "{}"])
+def test_a_description_that_is_none_is_a_sentence(saved: Path, values: str) -> None:
+    rewritten(saved, values)
+    with pytest.raises(UserError, match=r"model\.safetensors"):
+        TransferModel.load(saved)
+
+
+@pytest.mark.parametrize("key", DESCRIBED)
+@pytest.mark.parametrize("value", [None, 3, "nonsense", []])
+def test_every_part_of_a_description_is_checked(saved: Path, key: str, value: Any) -> None:
+    values = described(saved)
+    assert key in values
+    rewritten(saved, {name: part for name, part in values.items() if name != key})
+    with pytest.raises(FedheadError):
+        TransferModel.load(saved)
+    rewritten(saved, {**values, key: value})
+    with pytest.raises(FedheadError):
+        TransferModel.load(saved)
+
+
+def test_a_newer_format_is_told_by_name(saved: Path) -> None:
+    rewritten(saved, {**described(saved), "format": "fedhead-model-99"})
+    with pytest.raises(UserError, match="format: Input should be 'fedhead-model-1'"):
+        TransferModel.load(saved)
+
+
+def test_a_model_of_another_shape_than_it_says_is_a_sentence(saved: Path) -> None:
+    values = described(saved)
+    rewritten(saved, {**values, "classes": [*CLASSES, "dragonfly"]})
+    with pytest.raises(UserError, match="damaged"):
+        TransferModel.load(saved)
+    rewritten(saved, {**values, "head": "mlp:4"})
+    with pytest.raises(UserError, match="damaged"):
+        TransferModel.load(saved)
+
+
+def test_saving_where_nothing_may_be_written_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        model_of().save(tmp_path / "file" / "model.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
