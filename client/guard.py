@@ -8,7 +8,6 @@ works on what one site sends.
 import fcntl
 import hashlib
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from safetensors.numpy import load, save
 
 from fedhead.data import BoolArray, IntArray, KeyArray
 from fedhead.errors import FedheadError, UserError
-from fedhead.files import disk_errors, home, write_atomically
+from fedhead.files import disk_errors, home, safe_name, write_atomically
 from fedhead.messages import PAYLOAD, RECORD, payload_bytes
 
 MIN_CLASS_COUNT = 5
@@ -341,11 +340,7 @@ def read_ledger(path: Path) -> list[Entry]:
 
 def ledger_path(site: str) -> Path:
     """Return where the ledger of a site is kept: under its name, made safe for any file system."""
-    name = site
-    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", site):
-        readable = re.sub(r"[^a-z0-9]+", "-", site.lower())[:48].strip("-")
-        name = f"{readable or 'site'}.{hashlib.sha256(site.encode(errors='surrogatepass')).hexdigest()[:12]}"
-    return home() / "ledger" / f"{name}.jsonl"
+    return home() / "ledger" / f"{safe_name(site)}.jsonl"
 
 
 def release(

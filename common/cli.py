@@ -184,6 +184,10 @@ def simulate(
     classes: Classes = None,
     classes_from: ClassesFrom = None,
     rounds: Rounds = None,
+    keep_sums: Annotated[
+        str | None,
+        typer.Option(help="Keep each site's sums in the run folder, or 'none'.", rich_help_panel=_OUTPUT),
+    ] = None,
     holdout: Holdout = None,
     seed: Seed = None,
     data: Data = None,
@@ -214,6 +218,7 @@ def simulate(
             "classes": _names(classes),
             "classes_from": classes_from,
             "rounds": rounds,
+            "keep_sums": keep_sums,
             "holdout": holdout,
             "seed": seed,
         },

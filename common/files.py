@@ -1,7 +1,9 @@
 """Files that are there whole or not at all, and where fedhead keeps its own."""
 
 import errno
+import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +28,14 @@ def home() -> Path:
     """Return where features and weights are kept: `FEDHEAD_HOME`, or `~/.cache/fedhead`."""
     chosen = os.environ.get("FEDHEAD_HOME")
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "fedhead"
+
+
+def safe_name(name: str) -> str:
+    """Return a file name that any file system takes, a different one for every `name`."""
+    if re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", name):
+        return name
+    readable = re.sub(r"[^a-z0-9]+", "-", name.lower())[:48].strip("-")
+    return f"{readable or 'site'}.{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:12]}"
 
 
 @contextmanager

@@ -30,7 +30,14 @@ def coordinate(config: RunConfig, grid: Grid, out: Path | str | None = None) -> 
     backbone = load_backbone(config.backbone, weights=config.weights, layer=config.layer, seed=config.seed)
     folder = RunFolder.create(out, backbone.spec.replace(":", "-"))
     coordinator = Coordinator(
-        config, grid, backbone, classes, strategy, on_round=lambda finished: folder.append_metrics(asdict(finished))
+        config,
+        grid,
+        backbone,
+        classes,
+        strategy,
+        on_round=lambda finished: folder.append_metrics(asdict(finished)),
+        on_sums=folder.sums.save if config.keep_sums == "folder" else lambda site, part, stats: None,
+        run=folder.path.name,
     )
     folder.write_config(config)
     outcome = coordinator.run()

@@ -36,11 +36,15 @@ from fedhead.messages import (
 )
 from fedhead.moments import FeatureMoments
 from fedhead.server.exchange import EXAMPLES, TRAIN_LOSS, Exchange, Messenger
+from fedhead.server.site_sums import Part
 from fedhead.server.starting_head import UNSOLVED, HeadForm
 from fedhead.server.strategies import aggregate_round, averages, configure_round, required_sites, sample_sites, screen
 from fedhead.statistics import FeatureStatistics
 
 logger = logging.getLogger(__name__)
+
+OnSums = Callable[[str, Part, FeatureStatistics], None]
+"""Called with a site's name, which of its rows were summed, and the sums."""
 
 Sums = TypeVar("Sums", FeatureStatistics, FeatureMoments)
 
@@ -138,6 +142,7 @@ class Coordinator:
         classes: the names of the head's outputs.
         strategy: Flower's, or the user's own.
         on_round: called with each finished line of the history.
+        on_sums: called with each site's name, part and statistics, before they are folded into the pool's.
         test: gives the accuracy of a head on a pooled test set.
         deadline: seconds to wait for the replies of one exchange.
         deliver: whether a statistics head that is kept is solved again of all rows, for use.
@@ -156,6 +161,7 @@ class Coordinator:
         strategy: Strategy,
         *,
         on_round: Callable[[Round], None] = lambda finished: None,
+        on_sums: OnSums = lambda site, part, stats: None,
         test: Callable[[Head], float] | None = None,
         deadline: float = 3600.0,
         deliver: bool = True,
@@ -167,6 +173,7 @@ class Coordinator:
         self.backbone = backbone
         self.strategy = strategy
         self.on_round = on_round
+        self.on_sums = on_sums
         self.test = test
         self.deliver = deliver
         self.form = HeadForm(config, backbone.num_features, len(classes))
@@ -303,6 +310,7 @@ class Coordinator:
             try:
                 stats = FeatureStatistics.from_tensors(tensors)
                 self._vouch(name, stats.rows, stats.num_classes == len(self.manifest.classes) and not stats.multi_label)
+                self.on_sums(name, request.rows, stats)
                 if total is None:
                     total = stats
                 else:

@@ -11,6 +11,7 @@ from fedhead.config import RunConfig
 from fedhead.errors import UserError
 from fedhead.files import disk_errors, write_atomically
 from fedhead.model import TransferModel
+from fedhead.server.site_sums import SiteSums
 
 
 class RunFolder:
@@ -18,6 +19,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.sums = SiteSums(path / "sums")
 
     @classmethod
     def create(cls, path: Path | str | None, name: str) -> Self:

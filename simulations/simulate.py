@@ -28,7 +28,7 @@ from fedhead.flower import in_process_identity
 from fedhead.heads import Head, make_head
 from fedhead.messages import Manifest
 from fedhead.model import TransferModel
-from fedhead.server.coordinator import Coordinator, Outcome, Round, SiteScore
+from fedhead.server.coordinator import Coordinator, OnSums, Outcome, Round, SiteScore
 from fedhead.server.run_folder import RunFolder
 from fedhead.server.starting_head import resolve_init
 from fedhead.server.strategies import build_strategy
@@ -247,7 +247,14 @@ def simulate(
 
     try:
         folder.write_config(plan.config)
-        result = run_plan(plan, apps=apps, run_dir=folder.path, on_extraction=on_extraction, on_round=finish_round)
+        result = run_plan(
+            plan,
+            apps=apps,
+            run_dir=folder.path,
+            on_extraction=on_extraction,
+            on_round=finish_round,
+            on_sums=folder.sums.save if plan.config.keep_sums == "folder" else lambda site, part, stats: None,
+        )
         folder.write_model(result.model)
         by_site = {name: asdict(score) for name, score in result.sites.items()}
         folder.write_result(result.summary() | {"by_site": by_site})
@@ -337,6 +344,7 @@ def run_plan(
     deliver: bool = True,
     on_extraction: Progress = lambda done, total: None,
     on_round: Callable[[Round], None] = lambda finished: None,
+    on_sums: OnSums = lambda site, part, stats: None,
 ) -> RunResult:
     """Run what was planned, and write nothing but features; see `simulate`.
 
@@ -366,6 +374,7 @@ def run_plan(
             config.classes,
             plan.strategy,
             on_round=on_round,
+            on_sums=on_sums,
             test=test,
             deliver=deliver,
             run=run_dir.name if run_dir else "",
