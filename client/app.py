@@ -17,6 +17,7 @@ from fedhead.messages import (
     METRICS,
     PROTOCOL,
     RECORD,
+    REPORT,
     STANDARDISE,
     STATISTICS,
     TRAIN,
@@ -27,6 +28,7 @@ from fedhead.messages import (
     HeadRequest,
     Manifest,
     Payload,
+    ReportRequest,
     StatisticsRequest,
     check_arrays,
 )
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from fedhead.client.site_data import Holding, Site
     from fedhead.client.training import LabelledFeatures, SiteRows
     from fedhead.heads import Head
+    from fedhead.metrics import EvaluationSums
 
 SiteOf = Callable[[Context], "Site"]
 
@@ -83,6 +86,14 @@ def make_app(site_of: SiteOf) -> ClientApp:
         request = HeadRequest.from_content(message.content, empty_head(agreed.manifest))
         metrics = evaluate_sites([site], agreed, request)
         return Message(_released(HeadReply(metrics).to_content(), site, agreed, EVALUATE), reply_to=message)
+
+    @app.evaluate(REPORT.split(".")[1])
+    def report(message: Message, context: Context) -> Message:
+        agreed, site = kept(context), site_of(context)
+        request = ReportRequest.from_content(message.content, empty_head(agreed.manifest))
+        (sums,) = report_sites([site], agreed, request)
+        content = Payload({}, sums.to_arrays()).to_content()
+        return Message(_released(content, site, agreed, REPORT), reply_to=message)
 
     return app
 
@@ -294,6 +305,32 @@ def evaluate_sites(sites: Sequence["Site"], agreed: Kept, request: HeadRequest) 
     metrics[:, METRICS.index("loss_sum")] = evaluation.losses
     metrics[:, METRICS.index("correct")] = evaluation.correct
     return metrics
+
+
+def report_sites(sites: Sequence["Site"], agreed: Kept, request: ReportRequest) -> "Iterator[EvaluationSums]":
+    """Count how the head does on each site's held-out rows, in detail; yield in the order of `sites`."""
+    import torch
+
+    from fedhead.metrics import sums_by_site
+
+    holdings, data, head, parameters = _ready(sites, agreed, request.head)
+    rows = np.concatenate([holding.held_out.rows for holding in holdings])
+    owners = np.repeat(np.arange(len(sites)), [len(holding.held_out.rows) for holding in holdings])
+    logits, labels = [], []
+    like = next(iter(parameters.values()))
+    with torch.inference_mode():
+        for start in range(0, len(rows), STATISTICS_ROWS):
+            features, truth = data.gather(rows[start : start + STATISTICS_ROWS], like)
+            logits.append(head.logits(parameters, features).cpu())
+            labels.append(truth.cpu())
+    classes = len(agreed.manifest.classes)
+    return sums_by_site(
+        torch.cat([torch.empty(0, classes), *logits]),
+        torch.cat([torch.empty(0, dtype=torch.int64), *labels]),
+        owners,
+        len(sites),
+        bins=request.bins,
+    )
 
 
 def _ready(

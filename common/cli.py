@@ -23,6 +23,7 @@ from fedhead.errors import FedheadError
 
 if TYPE_CHECKING:
     from fedhead.config import RunConfig
+    from fedhead.metrics import Estimate
     from fedhead.server.coordinator import Round
     from fedhead.simulations.simulate import RunResult
 
@@ -345,6 +346,8 @@ def _progress() -> Progress:
 
 def _print_result(result: "RunResult", console: Console) -> None:
     console.print(_history_table(result))
+    if 0 < len(result.config.classes) <= MOST_LINES and result.sites:
+        console.print(_class_table(result))
     summary = result.summary()
     share = summary["bytes_full_model"] / max(summary["bytes_down"] + summary["bytes_up"], 1)
     tested = ""
@@ -352,11 +355,11 @@ def _print_result(result: "RunResult", console: Console) -> None:
         tested = f"{_percent(result.test_accuracy)} on the test set; "
     sites = result.sites
     if sites:
-        worst = min(sites, key=lambda name: sites[name].accuracy)
-        rows = sum(score.rows for score in sites.values())
+        by_site = result.accuracy_by_site
+        worst = min(by_site, key=lambda name: by_site[name])
         tested += (
-            f"{_percent(result.accuracy_held_out)} on {rows} held-out rows of {len(sites)} sites "
-            f"(mean of sites {_percent(result.accuracy_mean_site)}, worst {worst} {_percent(sites[worst].accuracy)})"
+            f"{_percent(result.accuracy_held_out)} on {result.evaluation.rows} held-out rows of {len(sites)} sites "
+            f"(mean of sites {_percent(result.accuracy_mean_site)}, worst {worst} {_percent(by_site[worst])})"
         )
     lines = Table.grid(padding=(0, 2))
     lines.add_row("Accuracy", tested or "unknown: nothing is held out, and there is no test set")
@@ -399,7 +402,10 @@ def _origin_of_head(result: "RunResult") -> str:
 
 def _history_table(result: "RunResult") -> Table:
     table = Table(
-        title=f"{result.config.strategy.name} on {len(result.outcome.participants)} sites", title_justify="left"
+        title=f"{result.config.strategy.name} on {len(result.outcome.participants)} sites",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
     )
     history = result.history
     has_test = result.test_accuracy is not None
@@ -413,6 +419,24 @@ def _history_table(result: "RunResult") -> Table:
             *_cells(finished, has_test), style="bold" if finished.number == result.outcome.kept_round else None
         )
     return table
+
+
+def _class_table(result: "RunResult") -> Table:
+    table = Table(title="Held-out rows: % with 95 % intervals", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("class")
+    for column in ("rows", "sensitivity", "specificity", "AUROC"):
+        table.add_column(column, justify="right")
+    for one in result.evaluation.classes:
+        table.add_row(
+            one.name, str(one.rows), _interval(one.sensitivity), _interval(one.specificity), _interval(one.auroc)
+        )
+    return table
+
+
+def _interval(estimate: "Estimate") -> str:
+    if estimate.value is None or estimate.low is None or estimate.high is None:
+        return "-"
+    return f"{100 * estimate.value:.1f} ({100 * estimate.low:.0f}-{100 * estimate.high:.0f})"
 
 
 def _cells(finished: "Round", has_test: bool) -> list[str]:

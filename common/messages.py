@@ -18,6 +18,7 @@ from safetensors.numpy import load, save
 
 from fedhead.config import LocalConfig
 from fedhead.errors import FedheadError
+from fedhead.metrics import ScoreBins
 
 PROTOCOL = 1
 
@@ -27,6 +28,7 @@ STATISTICS = "query.statistics"
 STANDARDISE = "query.standardise"
 TRAIN = "train"
 EVALUATE = "evaluate"
+REPORT = "evaluate.report"
 
 RECORD = "fedhead"
 PAYLOAD = "payload"
@@ -182,6 +184,41 @@ class HeadRequest:
             return cls(payload.arrays, **payload.values)
         except TypeError as error:
             raise MessageError(f"it asks for something else ({error})") from None
+
+
+@dataclass(frozen=True)
+class ReportRequest:
+    """A head to evaluate in detail, and the bins in which its scores are counted at every site.
+
+    Attributes:
+        head: what is evaluated.
+        bins: see `fedhead.metrics.ScoreBins`.
+    """
+
+    head: HeadRequest
+    bins: ScoreBins
+
+    def to_content(self) -> RecordDict:
+        """Return what a Flower message carries."""
+        bins = {"bins.centre": self.bins.centre, "bins.spread": self.bins.spread}
+        return Payload({"server_round": self.head.server_round}, {**self.head.arrays, **bins}).to_content()
+
+    @classmethod
+    def from_content(cls, content: RecordDict, expected: Arrays) -> Self:
+        """Read and check what a site receives.
+
+        Raises:
+            MessageError: if it is not a head of the manifest's form, with bins.
+        """
+        payload = Payload.from_content(content)
+        arrays = dict(payload.arrays)
+        try:
+            bins = ScoreBins(arrays.pop("bins.centre"), arrays.pop("bins.spread"))
+            head = HeadRequest(arrays, **payload.values)
+        except (KeyError, ValueError, TypeError) as error:
+            raise MessageError(f"it asks for something else ({error})") from None
+        check_arrays(arrays, expected)
+        return cls(head, bins)
 
 
 @dataclass(frozen=True)

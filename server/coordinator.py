@@ -16,12 +16,13 @@ from flwr.serverapp.strategy import Strategy
 from fedhead.backbones import Backbone
 from fedhead.config import RunConfig
 from fedhead.errors import FedheadError, UserError
-from fedhead.heads import Head
+from fedhead.heads import Head, LinearHead
 from fedhead.messages import (
     DESCRIBE,
     EVALUATE,
     INSTALL,
     METRICS,
+    REPORT,
     STANDARDISE,
     STATISTICS,
     Arrays,
@@ -31,9 +32,11 @@ from fedhead.messages import (
     Manifest,
     MessageError,
     Payload,
+    ReportRequest,
     StatisticsRequest,
     payload_bytes,
 )
+from fedhead.metrics import EvaluationSums, ScoreBins
 from fedhead.moments import FeatureMoments
 from fedhead.server.exchange import EXAMPLES, TRAIN_LOSS, Exchange, Messenger
 from fedhead.server.site_sums import Part
@@ -49,20 +52,6 @@ OnSums = Callable[[str, Part, FeatureStatistics], None]
 Sums = TypeVar("Sums", FeatureStatistics, FeatureMoments)
 
 HELD_OUT, LOSS_SUM, CORRECT = (METRICS.index(name) for name in ("held_out", "loss_sum", "correct"))
-
-
-@dataclass(frozen=True)
-class SiteScore:
-    """How a head does on one site's held-out rows."""
-
-    rows: int
-    correct: int
-    loss: float
-
-    @property
-    def accuracy(self) -> float:
-        """The share of held-out rows that are classified as labelled."""
-        return self.correct / self.rows
 
 
 @dataclass(frozen=True)
@@ -105,7 +94,7 @@ class Outcome:
             of it was measured without them. Else it has seen no held-out row.
         history: from round 0.
         participants: the sites that took part.
-        sites: how the delivered head does at each of them that holds rows out.
+        sites: how the kept head does on the held-out rows of each of them that has any.
         refused: sites that could not take part, with the reason.
         full_model_bytes: what exchanging backbone and head each round would have taken.
         statistics: the sites' training rows summed, where the first head was solved of them.
@@ -116,7 +105,7 @@ class Outcome:
     all_rows: bool
     history: Sequence[Round]
     participants: Sequence[str]
-    sites: Mapping[str, SiteScore]
+    sites: Mapping[str, EvaluationSums]
     refused: Mapping[str, str]
     full_model_bytes: int
     statistics: FeatureStatistics | None
@@ -219,7 +208,8 @@ class Coordinator:
             current = self._aggregate(number, current, exchange)
         exchange = self._evaluate(current.arrays)
         evaluated.append((current, exchange))
-        kept, evaluation = _best(evaluated)
+        kept = _best(evaluated)
+        sites = self._report(kept, stats, exchange) if self.config.holdout else {}
         head = self.form.leave(kept.arrays)
         all_rows = self.deliver and kept.number == 0 and stats is not None and self.config.holdout > 0
         if stats is not None and all_rows:
@@ -235,7 +225,7 @@ class Coordinator:
             all_rows=all_rows,
             history=history,
             participants=sorted(self._nodes),
-            sites=_scores(evaluation),
+            sites=sites,
             refused=dict(sorted(self._refused.items())),
             full_model_bytes=self._full_model_bytes,
             statistics=stats,
@@ -393,6 +383,30 @@ class Coordinator:
         messages = {name: Message(content, node_id, EVALUATE) for name, node_id in sorted(self._nodes.items())}
         return self._heads(messages, {})
 
+    def _report(
+        self, version: _Version, stats: FeatureStatistics | None, exchange: Exchange
+    ) -> dict[str, EvaluationSums]:
+        """Have a head evaluated in detail; return what each site with held-out rows counted, by name."""
+        num_classes = len(self.manifest.classes)
+        bins = ScoreBins.default(num_classes)
+        head = self.form.leave(version.arrays)
+        if isinstance(head, LinearHead) and stats is not None and stats.num_features == head.num_features:
+            bins = score_bins(head, stats)
+        request = ReportRequest(HeadRequest(version.arrays, server_round=version.number), bins)
+        reports = {}
+        for name, answer in self._messenger.ask(self._nodes, REPORT, request.to_content(), exchange):
+            try:
+                sums = EvaluationSums.from_arrays(Payload.from_content(answer).arrays, num_classes)
+                exchange.bytes_up += payload_bytes(answer)
+                if sums.rows > self._rows[name]:
+                    raise ValueError(f"it evaluated {sums.rows} rows, of {self._rows[name]} that it has")
+            except (MessageError, ValueError) as error:
+                exchange.drop(name, str(error))
+                continue
+            if sums.rows:
+                reports[name] = sums
+        return dict(sorted(reports.items()))
+
     def _heads(self, messages: Mapping[str, Message], expected: Arrays) -> Exchange:
         """Exchange messages about a head; screen what comes back, and order it by site name."""
         exchange = Exchange()
@@ -446,26 +460,25 @@ class Coordinator:
         return finished
 
 
-def _best(evaluated: Sequence[tuple[_Version, Exchange]]) -> tuple[_Version, Exchange]:
+def score_bins(head: LinearHead, stats: FeatureStatistics) -> ScoreBins:
+    """Return bins that fit the logits which `head` gives to rows with these statistics."""
+    weight, bias = head.weight.detach().double(), head.bias.detach().double()
+    covariance = weight @ (stats.scatter() / stats.rows) @ weight.T
+    return ScoreBins.from_moments((weight @ stats.mean() + bias).numpy(), covariance.numpy())
+
+
+def _best(evaluated: Sequence[tuple[_Version, Exchange]]) -> _Version:
     """Return the head with the least pooled held-out loss, over the sites that evaluated every head.
 
     Where these hold less than half of the held-out rows, as when few sites are sampled each round, heads cannot be
     told apart fairly, and the last one is returned.
     """
     common = sorted(set.intersection(*(set(exchange.metrics) for _, exchange in evaluated)))
-    _, last = evaluated[-1]
+    version, last = evaluated[-1]
     rows = sum(last.metrics[name][HELD_OUT] for name in common)
     if rows == 0 or rows < last.sums()[HELD_OUT] / 2:
-        return evaluated[-1]
-    return min(evaluated, key=lambda pair: sum(pair[1].metrics[name][LOSS_SUM] for name in common))
-
-
-def _scores(evaluation: Exchange) -> dict[str, SiteScore]:
-    return {
-        name: SiteScore(int(row[HELD_OUT]), int(row[CORRECT]), float(row[LOSS_SUM] / row[HELD_OUT]))
-        for name, row in sorted(evaluation.metrics.items())
-        if row[HELD_OUT]
-    }
+        return version
+    return min(evaluated, key=lambda pair: sum(pair[1].metrics[name][LOSS_SUM] for name in common))[0]
 
 
 def _at_least_one(total: Sums | None, exchange: Exchange) -> Sums:

@@ -55,6 +55,10 @@ class RunFolder:
         """Write the model that the run delivers."""
         model.save(self.path / "model.safetensors")
 
+    def write_evaluation(self, values: Mapping[str, Any]) -> None:
+        """Write the figures of the delivered head, pooled and by site, with their intervals."""
+        write_atomically(self.path / "evaluation.json", json.dumps(values, indent=1) + "\n")
+
     def write_result(self, values: Mapping[str, Any]) -> None:
         """Write the closing summary; a folder without it belongs to a run that did not finish."""
         write_atomically(self.path / "result.json", json.dumps(values, indent=2) + "\n")

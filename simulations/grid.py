@@ -10,11 +10,31 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
-from fedhead.client.app import Kept, TrainedSites, empty_head, evaluate_sites, kept, make_app, train_sites
+from fedhead.client.app import (
+    Kept,
+    TrainedSites,
+    empty_head,
+    evaluate_sites,
+    kept,
+    make_app,
+    report_sites,
+    train_sites,
+)
 from fedhead.client.site_data import Site
 from fedhead.errors import FedheadError
 from fedhead.flower import set_message_id
-from fedhead.messages import EVALUATE, METRICS, TRAIN, HeadReply, HeadRequest, MessageError, check_metrics
+from fedhead.messages import (
+    EVALUATE,
+    METRICS,
+    REPORT,
+    TRAIN,
+    HeadReply,
+    HeadRequest,
+    MessageError,
+    Payload,
+    ReportRequest,
+    check_metrics,
+)
 
 EXAMPLES = METRICS.index("examples")
 FAILED = 0
@@ -72,20 +92,20 @@ class InProcessGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Do what the messages ask for, and return the replies; merged ones answer the first of their messages."""
+        answers = {TRAIN: self._train, EVALUATE: self._evaluate, REPORT: self._report}
         together: dict[tuple[str, int], list[Message]] = defaultdict(list)
         for message_id in message_ids:
             message = self._pending.pop(message_id, None)
             if message is None:
                 continue
             name = self._sites[message.metadata.dst_node_id].name
-            if message.metadata.message_type in (TRAIN, EVALUATE) and name not in self._apps:
+            if message.metadata.message_type in answers and name not in self._apps:
                 together[message.metadata.message_type, id(message.content)].append(message)
             else:
                 yield self._run_app(self._apps.get(name, self._app), message)
         for (message_type, _), messages in together.items():
-            answer = self._train if message_type == TRAIN else self._evaluate
             try:
-                yield from answer(messages)
+                yield from answers[message_type](messages)
             except FedheadError as error:
                 yield from (Message(Error(FAILED, str(error)), reply_to=message) for message in messages)
 
@@ -100,7 +120,8 @@ class InProcessGrid(Grid):
             return Message(Error(FAILED, f"{error}"), reply_to=message)
 
     def _train(self, messages: Sequence[Message]) -> Iterator[Message]:
-        sites, agreed, request = self._read(messages)
+        sites, agreed = self._addressed(messages)
+        request = HeadRequest.from_content(messages[0].content, empty_head(agreed.manifest))
         for chunk in train_sites(sites, agreed, request):
             answered = [messages[position] for position in chunk.positions]
             if request.merge:
@@ -111,7 +132,8 @@ class InProcessGrid(Grid):
                     yield Message(reply.to_content(), reply_to=message)
 
     def _evaluate(self, messages: Sequence[Message]) -> Iterator[Message]:
-        sites, agreed, request = self._read(messages)
+        sites, agreed = self._addressed(messages)
+        request = HeadRequest.from_content(messages[0].content, empty_head(agreed.manifest))
         metrics = evaluate_sites(sites, agreed, request)
         if request.merge:
             names = tuple(site.name for site in sites)
@@ -121,11 +143,16 @@ class InProcessGrid(Grid):
             for message, row in zip(messages, metrics, strict=True):
                 yield Message(HeadReply(row[None]).to_content(), reply_to=message)
 
-    def _read(self, messages: Sequence[Message]) -> tuple[list[Site], Kept, HeadRequest]:
-        """Read messages that carry one content, to sites that were told the same."""
-        agreed = kept(self._contexts[messages[0].metadata.dst_node_id])
-        request = HeadRequest.from_content(messages[0].content, empty_head(agreed.manifest))
-        return [self._sites[message.metadata.dst_node_id] for message in messages], agreed, request
+    def _report(self, messages: Sequence[Message]) -> Iterator[Message]:
+        sites, agreed = self._addressed(messages)
+        request = ReportRequest.from_content(messages[0].content, empty_head(agreed.manifest))
+        for message, sums in zip(messages, report_sites(sites, agreed, request), strict=True):
+            yield Message(Payload({}, sums.to_arrays()).to_content(), reply_to=message)
+
+    def _addressed(self, messages: Sequence[Message]) -> tuple[list[Site], Kept]:
+        """Return the sites that messages of one content go to, and what all of them were told."""
+        nodes = [message.metadata.dst_node_id for message in messages]
+        return [self._sites[node] for node in nodes], kept(self._contexts[nodes[0]])
 
 
 def node_id_of(name: str) -> int:

@@ -27,8 +27,9 @@ from fedhead.features import FeatureStore, Progress
 from fedhead.flower import in_process_identity
 from fedhead.heads import Head, make_head
 from fedhead.messages import Manifest
+from fedhead.metrics import EvaluationReport, EvaluationSums, report
 from fedhead.model import TransferModel
-from fedhead.server.coordinator import Coordinator, OnSums, Outcome, Round, SiteScore
+from fedhead.server.coordinator import Coordinator, OnSums, Outcome, Round
 from fedhead.server.run_folder import RunFolder
 from fedhead.server.starting_head import resolve_init
 from fedhead.server.strategies import build_strategy
@@ -72,9 +73,15 @@ class RunResult:
         return self.outcome.history
 
     @property
-    def sites(self) -> Mapping[str, SiteScore]:
-        """The delivered head on each site's held-out rows."""
+    def sites(self) -> Mapping[str, EvaluationSums]:
+        """What each site with held-out rows counted of the kept head on them."""
         return self.outcome.sites
+
+    @cached_property
+    def evaluation(self) -> EvaluationReport:
+        """How the kept head does on the pooled held-out rows, with 95 % intervals."""
+        pooled = sum(self.sites.values(), EvaluationSums.zeros(len(self.config.classes)))
+        return report(pooled, self.config.classes)
 
     @property
     def accuracy(self) -> float | None:
@@ -83,19 +90,39 @@ class RunResult:
 
     @property
     def accuracy_held_out(self) -> float | None:
-        """The delivered head on the sites' held-out rows, pooled."""
-        rows = sum(score.rows for score in self.sites.values())
-        return sum(score.correct for score in self.sites.values()) / rows if rows else None
+        """The kept head on the sites' held-out rows, pooled."""
+        return self.evaluation.accuracy.value
+
+    @property
+    def accuracy_one_exchange(self) -> float | None:
+        """The head solved from statistics, as `accuracy` is measured; None if it was not solved."""
+        if self.outcome.statistics is None:
+            return None
+        first = self.history[0]
+        return first.test_accuracy if first.test_accuracy is not None else first.accuracy
+
+    @property
+    def accuracy_after_rounds(self) -> float | None:
+        """The last head, as `accuracy` is measured; None without rounds."""
+        last = self.history[-1]
+        if last.number == 0:
+            return None
+        return last.test_accuracy if last.test_accuracy is not None else last.accuracy
+
+    @property
+    def accuracy_by_site(self) -> dict[str, float]:
+        """The kept head on each site's held-out rows."""
+        return {name: sums.correct / sums.rows for name, sums in self.sites.items()}
 
     @property
     def accuracy_mean_site(self) -> float | None:
         """The mean over sites."""
-        return float(np.mean([score.accuracy for score in self.sites.values()])) if self.sites else None
+        return float(np.mean(list(self.accuracy_by_site.values()))) if self.sites else None
 
     @property
     def accuracy_worst_site(self) -> float | None:
         """The least over sites."""
-        return min((score.accuracy for score in self.sites.values()), default=None)
+        return min(self.accuracy_by_site.values(), default=None)
 
     @property
     def bytes_down(self) -> int:
@@ -113,6 +140,8 @@ class RunResult:
             "accuracy": self.accuracy,
             "accuracy_held_out": self.accuracy_held_out,
             "accuracy_test": self.test_accuracy,
+            "accuracy_one_exchange": self.accuracy_one_exchange,
+            "accuracy_after_rounds": self.accuracy_after_rounds,
             "accuracy_mean_site": self.accuracy_mean_site,
             "accuracy_worst_site": self.accuracy_worst_site,
             "rounds": self.config.rounds,
@@ -256,8 +285,13 @@ def simulate(
             on_sums=folder.sums.save if plan.config.keep_sums == "folder" else lambda site, part, stats: None,
         )
         folder.write_model(result.model)
-        by_site = {name: asdict(score) for name, score in result.sites.items()}
-        folder.write_result(result.summary() | {"by_site": by_site})
+        folder.write_result(result.summary())
+        folder.write_evaluation(
+            {
+                "pooled": result.evaluation.to_dict(),
+                "sites": {name: report(sums, result.config.classes).to_dict() for name, sums in result.sites.items()},
+            }
+        )
         return result
     except BaseException:
         folder.discard_if_unused()
