@@ -19,7 +19,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fedhead.errors import FedheadError
+from fedhead.errors import FedheadError, UserError
 
 if TYPE_CHECKING:
     from fedhead.config import RunConfig
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from fedhead.server.coordinator import Round
     from fedhead.simulations.simulate import RunResult
 
-PARTS = {"rank": "fedhead.simulations", "simulate": "fedhead.simulations"}
-"""Which subpackage serves a command."""
+PARTS = {"ledger": "fedhead.client.guard", "rank": "fedhead.simulations", "simulate": "fedhead.simulations"}
+"""Which module serves a command."""
 
 INTERRUPTED = 130
 MOST_LINES = 26
@@ -314,6 +314,32 @@ def rank(
             _size(one.bytes_per_site),
             f"{one.seconds_extraction:.1f}",
         )
+    Console().print(table)
+
+
+@app.command(epilog="Example: [bold]fedhead ledger hospital-a[/bold]")
+@_in_sentences
+def ledger(
+    site: Annotated[str, typer.Argument(help="The site's name, or the path of its ledger.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what left a site: when, for which run, from how many rows, and the digest of what left."""
+    guard = import_module(PARTS["ledger"])
+    path = Path(site) if site.endswith(".jsonl") else guard.ledger_path(site)
+    if not path.is_file():
+        raise UserError(f"There is no ledger {path}: nothing was released by a site of this name on this machine.")
+    entries = guard.read_ledger(path)
+    if as_json:
+        typer.echo(json.dumps([entry.model_dump(mode="json") for entry in entries]))
+        return
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("when", "run", "action", "rows", "classes", "size", "digest"):
+        table.add_column(column, justify="right" if column in ("rows", "classes", "size") else "left")
+    for entry in entries:
+        when = entry.when.strftime("%Y-%m-%d %H:%M")
+        size = _size(entry.bytes)
+        table.add_row(when, entry.run, entry.action, str(entry.rows), str(len(entry.classes)), size, entry.digest[:8])
     Console().print(table)
 
 

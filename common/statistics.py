@@ -2,7 +2,7 @@
 
 Counts, class sums and the Gram matrix of a site's features add (a site joins), subtract (a site leaves) and
 extend (a new class). From them come the heads of `fedhead.solvers` and the scores of
-`fedhead.transferability`, exactly as if all rows were in one place.
+`fedhead.scoring`, exactly as if all rows were in one place.
 """
 
 import hashlib

@@ -10,7 +10,7 @@ from fedhead.data import Samples
 from fedhead.errors import UserError
 from fedhead.features import Progress
 from fedhead.simulations.simulate import make_plan, run_plan
-from fedhead.transferability import transferability
+from fedhead.scoring import transferability
 
 
 @dataclass(frozen=True)

@@ -16,19 +16,22 @@ from torch.nn import functional
 
 from fedhead.backbones import load_backbone
 from fedhead.client.app import make_app
+from fedhead.client.guard import Guard
 from fedhead.client.site_data import LocalSite
 from fedhead.client.training import shuffled
 from fedhead.config import RunConfig
 from fedhead.data import Samples, held_out, load_samples, samples_from_arrays, sources
 from fedhead.errors import FedheadError, UserError
-from fedhead.messages import DESCRIBE, EVALUATE, INSTALL, METRICS, PAYLOAD, RECORD, TRAIN, Payload
+from fedhead.messages import DESCRIBE, EVALUATE, INSTALL, METRICS, PAYLOAD, RECORD, REPORT, TRAIN, Payload
 from fedhead.simulations import RunResult, simulate
 
 ROWS, BAD_ROWS = 180, 60
 GOOD_SITES = [np.arange(0, 50), np.arange(50, 80), np.arange(80, ROWS)]
 ALL_SITES = [*GOOD_SITES, np.arange(ROWS, ROWS + BAD_ROWS)]
 GOOD_NAMES, BAD = ["site-0", "site-1", "site-2"], "site-3"
-CONFIG = RunConfig(init="zeros", rounds=3)
+IN_ROUNDS = (TRAIN, EVALUATE, REPORT)
+UNGUARDED = {"min_class_count": 0, "min_rows": 0}
+CONFIG = RunConfig(init="zeros", rounds=3, simulation=UNGUARDED)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -64,7 +67,7 @@ def digits() -> Samples:
 
 def app_of(name: str, rows: npt.NDArray[np.int64]) -> ClientApp:
     """Return the app of a site that holds adjoining rows."""
-    site = LocalSite(name, f"rows-of-digits:{rows[0]}-{rows[-1] + 1}", device="cpu")
+    site = LocalSite(name, f"rows-of-digits:{rows[0]}-{rows[-1] + 1}", device="cpu", guard=Guard.off())
     return make_app(lambda context: site)
 
 
@@ -213,13 +216,13 @@ def test_a_site_bad_from_its_first_reply_changes_nothing(
     assert_same_head(result, without_it)
     assert reasons(result)
     assert all(reasons(result))
-    assert result.sites == without_it.sites
+    assert result.accuracy_by_site == without_it.accuracy_by_site
     assert [line.accuracy for line in result.history] == [line.accuracy for line in without_it.history]
 
 
 @pytest.fixture(scope="module")
 def failing_in_training(digits: Samples, honest_app: ClientApp, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
-    bad = BadSite(honest_app, fails, actions=(TRAIN, EVALUATE))
+    bad = BadSite(honest_app, fails, actions=IN_ROUNDS)
     return simulate(CONFIG, digits, ALL_SITES, apps={BAD: bad}, out=tmp_path_factory.mktemp("failing"))
 
 
@@ -227,7 +230,7 @@ def failing_in_training(digits: Samples, honest_app: ClientApp, tmp_path_factory
 def test_a_bad_reply_in_training_is_no_other_than_none(
     digits: Samples, honest_app: ClientApp, failing_in_training: RunResult, what: str
 ) -> None:
-    bad = BadSite(honest_app, IN_TRAINING[what], actions=(TRAIN, EVALUATE))
+    bad = BadSite(honest_app, IN_TRAINING[what], actions=IN_ROUNDS)
     result = simulate(CONFIG, digits, ALL_SITES, apps={BAD: bad})
     assert_same_head(result, failing_in_training)
     for line, like in zip(result.history[1:], failing_in_training.history[1:], strict=True):
@@ -256,10 +259,10 @@ def test_a_reply_that_speaks_for_another_site_changes_nothing(
         arrays["metrics"] = np.array([[20.0, 0.1, 5.0, 0.1, 5.0]])
         return Payload({"sites": ["site-0"], "dropped": {"site-2": "gone"}, "num_bytes": 1}, arrays).to_content()
 
-    bad = BadSite(honest_app, claims, actions=(TRAIN, EVALUATE))
+    bad = BadSite(honest_app, claims, actions=IN_ROUNDS)
     result = simulate(CONFIG, digits, ALL_SITES, apps={BAD: bad})
     assert_same_head(result, failing_in_training)
-    assert result.sites == failing_in_training.sites
+    assert result.accuracy_by_site == failing_in_training.accuracy_by_site
     assert all(set(line.dropped) == {BAD} for line in result.history[1:])
 
 
@@ -318,7 +321,7 @@ def test_a_site_bad_in_one_exchange_alone_cannot_end_the_run(
     digits: Samples, honest_app: ClientApp, action: str, what: str, init: str
 ) -> None:
     bad = BadSite(honest_app, EVERYWHERE[what], actions=(action,))
-    result = simulate(RunConfig(init=init, rounds=2), digits, ALL_SITES, apps={BAD: bad})
+    result = simulate(RunConfig(init=init, rounds=2, simulation=UNGUARDED), digits, ALL_SITES, apps={BAD: bad})
     assert len(result.history) == 3
     assert set(GOOD_NAMES) <= set(result.outcome.participants)
 
@@ -335,7 +338,7 @@ def test_a_site_that_missed_the_standardisation_does_not_train(digits: Samples, 
         CONFIG,
         digits,
         ALL_SITES,
-        apps={BAD: BadSite(honest_app, fails, actions=("query.standardise", TRAIN, EVALUATE))},
+        apps={BAD: BadSite(honest_app, fails, actions=("query.standardise", *IN_ROUNDS))},
     )
     assert_same_head(deaf, silent)
     assert reasons(deaf)
@@ -350,7 +353,7 @@ def test_a_bad_site_whose_name_comes_first_turns_nobody_away(digits: Samples) ->
         return {name: array + 1 if name == "origin" else array for name, array in arrays.items()}
 
     bad = BadSite(honest, on_arrays(moved), actions=("query.statistics",))
-    result = simulate(RunConfig(rounds=0), digits, ALL_SITES, apps={"site-0": bad})
+    result = simulate(RunConfig(rounds=0, simulation=UNGUARDED), digits, ALL_SITES, apps={"site-0": bad})
     dropped = {name for line in result.history for name in line.dropped} | set(result.outcome.refused)
     assert dropped <= {"site-0"}
 
@@ -386,7 +389,7 @@ def test_an_error_reply_of_flowers_is_a_reason(digits: Samples, honest_app: Clie
 
 @pytest.mark.parametrize("strategy", ["FedAvg", "FedMedian"])
 def test_a_head_of_no_rows_does_not_count(digits: Samples, honest_app: ClientApp, strategy: str) -> None:
-    config = RunConfig(init="zeros", rounds=1, strategy={"name": strategy})
+    config = RunConfig(init="zeros", rounds=1, strategy={"name": strategy}, simulation=UNGUARDED)
     lazy = BadSite(honest_app, on_metrics(examples=0), actions=(TRAIN,))
     failing = BadSite(honest_app, fails, actions=(TRAIN,))
     results = [simulate(config, digits, ALL_SITES, apps={BAD: bad}) for bad in (lazy, failing)]
@@ -397,7 +400,7 @@ def test_a_head_of_no_rows_does_not_count(digits: Samples, honest_app: ClientApp
 @pytest.mark.parametrize("strategy", ["FedMedian", "Krum", "QFedAvg"])
 def test_strategies_that_see_every_reply_see_no_bad_one(digits: Samples, honest_app: ClientApp, strategy: str) -> None:
     parameters: dict[str, float] = {"client_learning_rate": 0.1} if strategy == "QFedAvg" else {}
-    config = RunConfig(init="zeros", rounds=2, strategy={"name": strategy, **parameters})
+    config = RunConfig(init="zeros", rounds=2, strategy={"name": strategy, **parameters}, simulation=UNGUARDED)
     good = simulate(config, digits, GOOD_SITES)
     bad = BadSite(honest_app, EVERYWHERE["NaN"], spared=(DESCRIBE, INSTALL))
     assert_same_head(simulate(config, digits, ALL_SITES, apps={BAD: bad}), good)
@@ -455,7 +458,7 @@ class PlainMean(Strategy):
 
 def test_a_strategy_of_the_users_own_sees_each_site_in_order(digits: Samples) -> None:
     strategy = PlainMean()
-    config = RunConfig(init="zeros", rounds=2, holdout=0.0)
+    config = RunConfig(init="zeros", rounds=2, holdout=0.0, simulation=UNGUARDED)
     result = simulate(config, digits, GOOD_SITES, strategy=strategy)
     assert strategy.seen == [[len(rows) for rows in GOOD_SITES]] * 2
     assert [line.sites for line in result.history] == [0, 3, 3]
@@ -505,7 +508,7 @@ def test_a_fraction_of_the_sites_trains_and_all_are_scored(digits: Samples) -> N
                 asked[-1].add(self.name)
             return self.app(message, context)
 
-    config = RunConfig(init="zeros", rounds=4, strategy={"name": "FedAvg", "fraction_train": 0.3})
+    config = RunConfig(init="zeros", rounds=4, strategy={"name": "FedAvg", "fraction_train": 0.3}, simulation=UNGUARDED)
     apps = {f"site-{number}": Counting(f"site-{number}", rows) for number, rows in enumerate(sites)}
     asked.append(set())
     result = simulate(config, digits, sites, apps=apps, on_round=lambda finished: asked.append(set()))
@@ -562,7 +565,12 @@ def fedavg_by_hand(digits: Samples, config: RunConfig) -> list[tuple[Tensor, Ten
 @pytest.mark.parametrize("holdout", [0.0, 0.2])
 def test_fedavg_is_what_a_plain_loop_makes(digits: Samples, holdout: float) -> None:
     config = RunConfig(
-        init="zeros", rounds=3, holdout=holdout, seed=4, local={"epochs": 2, "batch_size": 16, "momentum": 0.5}
+        init="zeros",
+        rounds=3,
+        holdout=holdout,
+        seed=4,
+        local={"epochs": 2, "batch_size": 16, "momentum": 0.5},
+        simulation=UNGUARDED,
     )
     result = simulate(config, some_digits(np.arange(ROWS)), GOOD_SITES)
     weight, bias = fedavg_by_hand(digits, config)[result.outcome.kept_round - 1]
@@ -575,7 +583,7 @@ def test_flowers_own_fedavg_aggregates_to_the_same_head(digits: Samples) -> None
     class AsItIs(FedAvg):
         """Of another type, so that it is handed every reply."""
 
-    config = RunConfig(init="zeros", rounds=2, holdout=0.0)
+    config = RunConfig(init="zeros", rounds=2, holdout=0.0, simulation=UNGUARDED)
     merged = simulate(config, digits, GOOD_SITES)
     single = simulate(config, digits, GOOD_SITES, strategy=AsItIs(fraction_evaluate=0.0))
     for name, value in head_of(merged).items():

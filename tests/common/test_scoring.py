@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fedhead.errors import UserError
 from fedhead.statistics import FeatureStatistics
-from fedhead.transferability import h_score, log_evidence, transferability
+from fedhead.scoring import h_score, log_evidence, transferability
 
 
 @pytest.fixture(autouse=True)
