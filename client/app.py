@@ -11,6 +11,7 @@ from flwr.clientapp import ClientApp
 
 from fedhead.errors import FedheadError
 from fedhead.messages import (
+    COMPARE,
     DESCRIBE,
     EVALUATE,
     INSTALL,
@@ -71,6 +72,12 @@ def make_app(site_of: SiteOf) -> ClientApp:
     def standardise(message: Message, context: Context) -> Message:
         keep_standardisation(Payload.from_content(message.content), context)
         return Message(Payload().to_content(), reply_to=message)
+
+    @app.query(COMPARE.split(".")[1])
+    def compare(message: Message, context: Context) -> Message:
+        agreed, site = kept(context), site_of(context)
+        content = compare_heads(site, agreed, Payload.from_content(message.content))
+        return Message(_released(content, site, agreed, COMPARE), reply_to=message)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
@@ -234,6 +241,30 @@ def site_statistics(site: "Site", agreed: Kept, request: StatisticsRequest) -> R
         tensors = stats.to_tensors()
     content = Payload({}, {name: tensor.numpy() for name, tensor in tensors.items()}).to_content()
     return _released(content, site, agreed, STATISTICS, summed)
+
+
+def compare_heads(site: "Site", agreed: Kept, payload: Payload) -> RecordDict:
+    """Return on how many held-out rows which of the `HEADS` that arrived are right."""
+    import torch
+
+    from fedhead.diagnosis import HEADS, count_jointly
+    from fedhead.heads import LinearHead
+
+    shape = (len(HEADS), len(agreed.manifest.classes))
+    check_arrays(
+        payload.arrays,
+        {
+            "weight": np.zeros((*shape, agreed.manifest.num_features), np.float32),
+            "bias": np.zeros(shape, np.float32),
+        },
+    )
+    weight, bias = (torch.from_numpy(np.array(payload.arrays[name])) for name in ("weight", "bias"))
+    heads = {name: LinearHead.from_weights(weight[row], bias[row]) for row, name in enumerate(HEADS)}
+    holding = site.open(agreed.manifest)
+    joint = torch.zeros(*[2] * len(HEADS), dtype=torch.int64)
+    for rows in torch.split(torch.from_numpy(holding.held_out.rows), STATISTICS_ROWS):
+        joint += count_jointly(heads, holding.data.features[rows].cpu(), holding.data.labels[rows].cpu())
+    return Payload({}, {"joint": joint.numpy()}).to_content()
 
 
 def head_of(manifest: Manifest) -> "Head":

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from fedhead.heads import Head as Head
     from fedhead.heads import make_head as make_head
     from fedhead.model import TransferModel as TransferModel
+    from fedhead.scoring import transferability as transferability
     from fedhead.solvers import solve_head as solve_head
     from fedhead.statistics import FeatureStatistics as FeatureStatistics
-    from fedhead.scoring import transferability as transferability
 
 __version__ = "0.1.0"
 

@@ -32,6 +32,7 @@ PARTS = {"ledger": "fedhead.client.guard", "rank": "fedhead.simulations", "simul
 
 INTERRUPTED = 130
 MOST_LINES = 26
+MOST_DIAGNOSES = 8
 
 app = typer.Typer(
     help="Federated transfer learning on Flower: ship the backbone once, share only the heads.",
@@ -185,6 +186,10 @@ def simulate(
     classes: Classes = None,
     classes_from: ClassesFrom = None,
     rounds: Rounds = None,
+    diagnose: Annotated[
+        bool | None,
+        typer.Option("--diagnose/--no-diagnose", help="Tell how each site stands to the pool.", rich_help_panel=_RUN),
+    ] = None,
     keep_sums: Annotated[
         str | None,
         typer.Option(help="Keep each site's sums in the run folder, or 'none'.", rich_help_panel=_OUTPUT),
@@ -220,6 +225,7 @@ def simulate(
             "classes_from": classes_from,
             "rounds": rounds,
             "keep_sums": keep_sums,
+            "diagnose": diagnose,
             "holdout": holdout,
             "seed": seed,
         },
@@ -408,12 +414,30 @@ def _print_result(result: "RunResult", console: Console) -> None:
             f"{summary['rows_withheld']} rows of {len(result.withheld)} sites, in classes or sites with too few "
             "(--min-class-count, --min-rows)",
         )
+    _add_diagnosis(lines, result)
     if result.empty_sites:
         lines.add_row("No rows", f"{len(result.empty_sites)} sites: {', '.join(result.empty_sites)}")
     for site, reason in result.outcome.refused.items():
         lines.add_row("Refused", f"{site}: {reason}")
     lines.add_row("Run folder", str(result.run_dir))
     console.print(lines, highlight=False)
+
+
+def _add_diagnosis(lines: Table, result: "RunResult") -> None:
+    """Tell what each site should do where that is not simply to join, and which classes rest on one site."""
+    diagnoses = result.outcome.diagnoses
+    joining = sum(one.recommendation == "join" for one in diagnoses)
+    if diagnoses:
+        lines.add_row("Diagnosis", f"{joining} of {len(diagnoses)} sites gain by joining")
+    others = [one for one in diagnoses if one.recommendation not in ("join", "not enough rows to tell")]
+    undecided = [one.site for one in diagnoses if one.recommendation == "not enough rows to tell"]
+    for one in others[:MOST_DIAGNOSES]:
+        lines.add_row("", one.sentence)
+    if undecided:
+        lines.add_row("", f"not enough rows to tell: {', '.join(undecided[:MOST_DIAGNOSES])}")
+    for covered in result.outcome.coverage:
+        if covered.rests_on_one_site:
+            lines.add_row("", covered.sentence)
 
 
 def _origin_of_head(result: "RunResult") -> str:

@@ -87,6 +87,7 @@ class RunConfig(_Table):
     holdout: float = Field(0.2, ge=0, lt=1)
     seed: int = Field(0, ge=0, lt=2**63)
     keep_sums: Literal["folder", "none"] = "folder"
+    diagnose: bool = True
     strategy: StrategyConfig = StrategyConfig()
     local: LocalConfig = LocalConfig()
     simulation: SimulationConfig = SimulationConfig()

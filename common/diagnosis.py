@@ -40,6 +40,7 @@ Finding = Literal["alike", "images look different", "classes look exchanged", "l
 
 # Real features have heavier tails and less equal covariances than the tests on statistics assume.
 _SHIFT_LEVEL = 1e-3
+_ALIKE_LEVEL = 0.05
 _HEAD_LEVEL = 0.05
 _NEGLIGIBLE = 1e-9
 _TINY = 1e-6
@@ -83,6 +84,11 @@ class Shift:
         return self.p_value < _SHIFT_LEVEL
 
     @property
+    def alike(self) -> bool:
+        """Whether they are nearer than that, beyond reasonable doubt."""
+        return self.p_value > 1 - _ALIKE_LEVEL
+
+    @property
     def muddled(self) -> bool:
         """Whether the site's rows of different classes look alike, beyond doubt."""
         return self.contrast_p_value < _SHIFT_LEVEL
@@ -91,10 +97,12 @@ class Shift:
 def shifts(sites: Mapping[str, FeatureStatistics], pool: FeatureStatistics) -> dict[str, Shift | None]:
     """Measure every site against those of the others that are alike.
 
-    One site with inverted images makes healthy ones look shifted, where they share a class with few others. So
-    sites are set aside, first those that are muddled, then the most shifted, one by one, and all are measured
-    again against the rest: subtraction makes that exact. Never as many as half of the sites are set aside: of
-    two sites that differ, none can say which is the odd one.
+    Several sites with inverted images would hide each other, as what they share would pass for what rows of a
+    class have in common: so covariances are of rows of one class at one site. And one would make healthy sites
+    look shifted, where those share a class with few others: so sites are set aside, first those that are
+    muddled, then the most shifted, one by one, and all are measured again against the rest. Subtraction makes
+    that exact. Never as many as half of the sites are set aside: of two sites that differ, none can say which is
+    the odd one.
 
     Args:
         sites: by name; each is looked up a few times and none is kept, so they may be read from disk then.
@@ -107,13 +115,19 @@ def shifts(sites: Mapping[str, FeatureStatistics], pool: FeatureStatistics) -> d
         UserError: for multi-label statistics.
     """
     rest, aside = pool, set[str]()
+    scatter = sum(site.within_scatter() for site in sites.values())
     while True:
-        found = {name: shift(site, rest if name in aside else rest - site) for name, site in sites.items()}
+        found: dict[str, Shift | None] = {}
+        for name, site in sites.items():
+            if name in aside:
+                found[name] = shift(site, rest, scatter)
+            else:
+                found[name] = shift(site, rest - site, scatter - site.within_scatter())
         going = _odd_ones({name: one for name, one in found.items() if one and name not in aside})
         if not going or 2 * (len(aside) + len(going)) >= len(sites):
             return found
         for name in going:
-            rest = rest - sites[name]
+            rest, scatter = rest - sites[name], scatter - sites[name].within_scatter()
         aside.update(going)
 
 
@@ -125,7 +139,7 @@ def _odd_ones(found: Mapping[str, Shift]) -> list[str]:
 
 
 @torch.no_grad()
-def shift(site: FeatureStatistics, others: FeatureStatistics) -> Shift | None:
+def shift(site: FeatureStatistics, others: FeatureStatistics, scatter: Tensor | None = None) -> Shift | None:
     """Test whether a site's class means are the other sites', class by class: label skew does not show.
 
     With `delta_c` the difference of the means of class `c`, `h_c = 1 / (1 / n_c + 1 / m_c)` and `P` a
@@ -143,6 +157,8 @@ def shift(site: FeatureStatistics, others: FeatureStatistics) -> Shift | None:
     Args:
         site: the site's statistics.
         others: those of all other sites, without this one.
+        scatter: `[d, d]`, the sum of the others' scatters within classes, each site's by itself; by default
+            that within classes of all of them, which hides what several of them share.
 
     Returns:
         None if no class has `MIN_CLASS_ROWS` rows both here and elsewhere, or features do not tell classes
@@ -154,7 +170,7 @@ def shift(site: FeatureStatistics, others: FeatureStatistics) -> Shift | None:
     if site.multi_label or others.multi_label:
         raise UserError("Sites whose rows have several classes each cannot be compared class by class.")
     compared = (site.counts >= MIN_CLASS_ROWS) & (others.counts >= MIN_CLASS_ROWS)
-    space = _discriminant_space(site, others) if bool(compared.any()) else None
+    space = _discriminant_space(site, others, scatter) if bool(compared.any()) else None
     if space is None:
         return None
     here = _Means.of(site, compared, space)
@@ -196,7 +212,7 @@ class _Space(NamedTuple):
     separation: float
 
 
-def _discriminant_space(site: FeatureStatistics, others: FeatureStatistics) -> _Space | None:
+def _discriminant_space(site: FeatureStatistics, others: FeatureStatistics, scatter: Tensor | None) -> _Space | None:
     """Return the span of `S^-1 (mu_c - mu)`, in coordinates in which `S` is the identity.
 
     `S` is the shrunk covariance within the others' classes, `mu_c` are the class means of all rows, and `mu` is
@@ -211,8 +227,8 @@ def _discriminant_space(site: FeatureStatistics, others: FeatureStatistics) -> _
     deviations = means - means.mean(0)
     freedom = site.rows - int((site.counts > 0).sum())
     covariance = site.within_scatter() / freedom
-    shrunk = shrink_correlation(others.within_scatter(), others)
-    solved, whitened = shrunk.solve(torch.cat([deviations, covariance])).split([len(means), len(covariance)])
+    shrunk = shrink_correlation(others.within_scatter() if scatter is None else scatter.clone(), others)
+    solved, whitened = torch.split(shrunk.solve(torch.cat([deviations, covariance])), [len(means), len(covariance)])
     values, vectors = torch.linalg.eigh(solved @ deviations.T)
     noise = float(whitened.trace() * counts.reciprocal().mean())
     separation = 2 * (float(values.sum()) / (len(means) - 1) - noise)
@@ -412,21 +428,18 @@ def compare(joint: Tensor | Sequence[Sequence[Sequence[int]]]) -> Comparison | N
     return Comparison(
         rows=rows,
         right={name: int(counts.select(axis, 1).sum()) for axis, name in enumerate(HEADS)},
-        p_value=min(1.0, 2 * _binomial_tail(max(better, worse), better + worse, 0.5)),
+        p_value=_sign_test(better, worse),
         gain=_paired_interval(better, worse, rows),
         gain_over_others=_paired_interval(int(own_others[1, 0]), int(own_others[0, 1]), rows),
     )
 
 
-def _binomial_tail(successes: int, trials: int, chance: float) -> float:
-    """Return the probability of so many successes or more."""
-    if successes == 0 or chance >= 1:
-        return 1.0
-    k = torch.arange(successes, trials + 1, dtype=torch.float64)
-    n = torch.tensor(trials, dtype=torch.float64)
-    logs = torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
-    logs += k * math.log(chance) + (n - k) * math.log1p(-chance)
-    return min(1.0, float(logs.logsumexp(0).exp()))
+def _sign_test(better: int, worse: int) -> float:
+    """Return how likely heads of equal merit differ so much or more, in either direction."""
+    n = torch.tensor(better + worse, dtype=torch.float64)
+    k = torch.arange(max(better, worse), better + worse + 1, dtype=torch.float64)
+    chances = torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1) - n * math.log(2)
+    return min(1.0, 2 * float(chances.exp().sum()))
 
 
 def _paired_interval(better: int, worse: int, rows: int) -> tuple[float, float]:
@@ -512,60 +525,59 @@ def _finding(shift: Shift | None, comparison: Comparison | None, counts: Tensor)
     if shift is None:
         return "unknown"
     if not shift.shifted and not shift.muddled:
-        return "alike"
-    if 2 * len(shift.look_like) >= len(shift.classes):
-        return "classes look exchanged"
-    can_tell = any(_beats_guessing(comparison, name, counts) for name in ("own", "others"))
-    return "labels look wrong" if shift.muddled and not can_tell else "images look different"
+        return "alike" if shift.alike else "unknown"
+    skilled = any(_has_skill(comparison, name, counts) for name in ("own", "others"))
+    if shift.contrast is not None and shift.contrast < MIN_CONTRAST and not skilled:
+        return "labels look wrong"
+    return "classes look exchanged" if 2 * len(shift.look_like) >= len(shift.classes) else "images look different"
 
 
-def _beats_guessing(comparison: Comparison | None, head: str, counts: Tensor) -> bool:
-    """Tell whether a head is better than always saying the site's commonest class."""
+def _has_skill(comparison: Comparison | None, head: str, counts: Tensor) -> bool:
+    """Tell whether a head has half of the rows right that guessing the site's commonest class has wrong."""
     if comparison is None:
         return False
-    commonest = float(counts.max() / counts.sum().clamp(min=1))
-    return _binomial_tail(comparison.right[head], comparison.rows, commonest) < _HEAD_LEVEL
+    guessed = float(counts.max() / counts.sum().clamp(min=1))
+    return comparison.accuracies[head] > (1 + guessed) / 2
 
 
 def _recommendation(finding: Finding, comparison: Comparison | None, counts: Tensor) -> Recommendation:
     unlike = finding not in ("alike", "unknown")
     if comparison is None or finding == "labels look wrong":
         return "stay local" if unlike else "not enough rows to tell"
-    own, pooled = comparison.right["own"], comparison.right["pooled"]
     differ = comparison.p_value < _HEAD_LEVEL
-    if differ and pooled > own:
-        return "join"
+    worse = differ and comparison.right["own"] < comparison.right["pooled"]
+    harmless = comparison.gain_over_others[1] < WORTHWHILE and _has_skill(comparison, "others", counts)
     if unlike:
-        harmless = comparison.gain_over_others[1] < WORTHWHILE and _beats_guessing(comparison, "others", counts)
-        return "join" if harmless else "stay local"
-    if differ and int((counts > 0).sum()) > 1:
+        return "join" if harmless or (worse and _has_skill(comparison, "pooled", counts)) else "stay local"
+    if differ and not worse and int((counts > 0).sum()) > 1:
         return "join with a local head"
-    return "join" if comparison.gain[1] < WORTHWHILE else "not enough rows to tell"
+    return "join" if worse or comparison.gain[1] < WORTHWHILE else "not enough rows to tell"
 
 
 def _on_rows(finding: Finding, shift: Shift | None, classes: Sequence[str]) -> str:
     """Say what a site's rows look like beside the others'."""
     if shift is None:
         return (
-            f"Its rows cannot be compared: there is no class of which both it and the other sites have "
+            "Its rows cannot be compared: either there is no class of which both this site and the others have "
             f"{MIN_CLASS_ROWS} rows, or the features do not tell classes apart."
         )
-    distance = f"{shift.distance:.2f} of the distance between two classes, where {MIN_DISTANCE} is much"
+    distance = f"by {shift.distance:.2f} of the distance between two classes, where {MIN_DISTANCE} is much"
     if finding == "alike":
-        return f"Its rows look like the other sites' rows of the same classes (they differ by {distance})."
+        return f"Its rows look like the other sites' rows of the same classes (they differ {distance})."
+    if finding == "unknown":
+        return f"Its rows differ from the other sites' rows of the same classes {distance}, but that may be chance."
     if finding == "classes look exchanged":
         pairs = (f"those labelled {classes[mine]!r} like {classes[its]!r}" for mine, its in shift.look_like.items())
         return f"Its rows look like the other sites' rows of other classes: {', '.join(pairs)}. Check its class names."
     if finding == "labels look wrong":
         return (
-            f"Its labels look wrong: rows that it labels differently look alike (they differ by {shift.contrast:.2f} "
-            "of what they do elsewhere), and no head does better on them than always guessing its commonest class. "
-            "Check that labels and images belong together."
+            f"Its labels look wrong: rows with different labels look alike (they differ by {shift.contrast:.2f} of "
+            "what they do elsewhere). Check that images and labels belong together."
         )
-    apart = max(zip(shift.distances, shift.classes, strict=True))[1]
+    most = max(zip(shift.distances, shift.classes, strict=True))[1]
     return (
-        f"Its rows look unlike the other sites' rows of the same classes (they differ by {distance}; the most for "
-        f"{classes[apart]!r}). Check for other equipment, inverted or otherwise prepared images, or labels that "
+        f"Its rows look unlike the other sites' rows of the same classes (they differ {distance}; the most for "
+        f"{classes[most]!r}). Check for other equipment, inverted or otherwise prepared images, or labels that "
         "mean something else."
     )
 
@@ -574,25 +586,29 @@ def _on_heads(finding: Finding, recommendation: Recommendation, comparison: Comp
     """Say how the heads do on a site's held-out rows, and what follows."""
     if comparison is None:
         return "It has no held-out rows to try a head on."
-    right, rows = comparison.right, comparison.rows
+    right = comparison.right
     tally = (
-        f"Of its {rows} held-out rows the shared head has {right['pooled']} right, a head of its own {right['own']} "
-        f"and the other sites' head {right['others']}"
+        f"Of its {comparison.rows} held-out rows the shared head has {right['pooled']} right, a head of its own "
+        f"{right['own']} and the other sites' head {right['others']}"
     )
-    best = max(comparison.gain[1], 0.0)
+    return tally + _conclusion(finding, recommendation, comparison, counts)
+
+
+def _conclusion(finding: Finding, recommendation: Recommendation, comparison: Comparison, counts: Tensor) -> str:
+    most = f"{max(comparison.gain[1], 0.0):.0%}"
+    if recommendation == "stay local":
+        return "."
     if recommendation == "not enough rows to tell":
-        return f"{tally}: a head of its own might still be {best:.0%} better."
+        return f"; a head of its own might still be {most} better."
     if recommendation == "join with a local head":
-        return f"{tally}: it is better off with its own, if more than luck (p = {comparison.p_value:.2g})."
-    if recommendation == "join" and finding in ("alike", "unknown"):
-        if int((counts > 0).sum()) < 2:
-            return f"{tally}; with rows of one class only, its own can say nothing else."
-        if comparison.p_value < _HEAD_LEVEL:
-            return f"{tally}: it is better off with the shared one."
-        return f"{tally}: a head of its own is at most {best:.0%} better."
-    if recommendation == "join":
-        return f"{tally}: the difference does no harm."
-    return f"{tally}."
+        return f": beside the shared head it needs one of its own (p = {comparison.p_value:.2g})."
+    if comparison.p_value < _HEAD_LEVEL and comparison.right["own"] < comparison.right["pooled"]:
+        return f": it gains from the others (p = {comparison.p_value:.2g})."
+    if finding not in ("alike", "unknown"):
+        return ": the difference does no harm."
+    if int((counts > 0).sum()) < 2:
+        return "; with rows of one class its own can only say that one."
+    return f"; a head of its own is at most {most} better."
 
 
 @dataclass(frozen=True)

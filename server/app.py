@@ -36,7 +36,7 @@ def coordinate(config: RunConfig, grid: Grid, out: Path | str | None = None) -> 
         classes,
         strategy,
         on_round=lambda finished: folder.append_metrics(asdict(finished)),
-        on_sums=folder.sums.save if config.keep_sums == "folder" else lambda site, part, stats: None,
+        sums=folder.sums if config.keep_sums == "folder" else None,
         run=folder.path.name,
     )
     folder.write_config(config)

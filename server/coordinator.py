@@ -15,6 +15,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedhead.backbones import Backbone
 from fedhead.config import RunConfig
+from fedhead.diagnosis import ClassCoverage, SiteDiagnosis, coverage
 from fedhead.errors import FedheadError, UserError
 from fedhead.heads import Head, LinearHead
 from fedhead.messages import (
@@ -39,15 +40,13 @@ from fedhead.messages import (
 from fedhead.metrics import EvaluationSums, ScoreBins
 from fedhead.moments import FeatureMoments
 from fedhead.server.exchange import EXAMPLES, TRAIN_LOSS, Exchange, Messenger
-from fedhead.server.site_sums import Part
+from fedhead.server.site_diagnosis import diagnose_sites
+from fedhead.server.site_sums import SiteSums
 from fedhead.server.starting_head import UNSOLVED, HeadForm
 from fedhead.server.strategies import aggregate_round, averages, configure_round, required_sites, sample_sites, screen
 from fedhead.statistics import FeatureStatistics
 
 logger = logging.getLogger(__name__)
-
-OnSums = Callable[[str, Part, FeatureStatistics], None]
-"""Called with a site's name, which of its rows were summed, and the sums."""
 
 Sums = TypeVar("Sums", FeatureStatistics, FeatureMoments)
 
@@ -95,6 +94,8 @@ class Outcome:
         history: from round 0.
         participants: the sites that took part.
         sites: how the kept head does on the held-out rows of each of them that has any.
+        diagnoses: how each site stands to the pool, where statistics are kept.
+        coverage: which sites hold which classes, where statistics were summed.
         refused: sites that could not take part, with the reason.
         full_model_bytes: what exchanging backbone and head each round would have taken.
         statistics: the sites' training rows summed, where the first head was solved of them.
@@ -106,6 +107,8 @@ class Outcome:
     history: Sequence[Round]
     participants: Sequence[str]
     sites: Mapping[str, EvaluationSums]
+    diagnoses: Sequence[SiteDiagnosis]
+    coverage: Sequence[ClassCoverage]
     refused: Mapping[str, str]
     full_model_bytes: int
     statistics: FeatureStatistics | None
@@ -131,7 +134,7 @@ class Coordinator:
         classes: the names of the head's outputs.
         strategy: Flower's, or the user's own.
         on_round: called with each finished line of the history.
-        on_sums: called with each site's name, part and statistics, before they are folded into the pool's.
+        sums: where each site's statistics are kept, if anywhere; sites are diagnosed only if they are.
         test: gives the accuracy of a head on a pooled test set.
         deadline: seconds to wait for the replies of one exchange.
         deliver: whether a statistics head that is kept is solved again of all rows, for use.
@@ -150,7 +153,7 @@ class Coordinator:
         strategy: Strategy,
         *,
         on_round: Callable[[Round], None] = lambda finished: None,
-        on_sums: OnSums = lambda site, part, stats: None,
+        sums: SiteSums | None = None,
         test: Callable[[Head], float] | None = None,
         deadline: float = 3600.0,
         deliver: bool = True,
@@ -162,7 +165,7 @@ class Coordinator:
         self.backbone = backbone
         self.strategy = strategy
         self.on_round = on_round
-        self.on_sums = on_sums
+        self.sums = sums
         self.test = test
         self.deliver = deliver
         self.form = HeadForm(config, backbone.num_features, len(classes))
@@ -183,6 +186,7 @@ class Coordinator:
         self._nodes: dict[str, int] = {}
         self._rows: dict[str, int] = {}
         self._refused: dict[str, str] = {}
+        self._counts: dict[str, torch.Tensor] = {}
         self._full_model_bytes = 0
         self._marked = time.perf_counter()
 
@@ -210,6 +214,9 @@ class Coordinator:
         evaluated.append((current, exchange))
         kept = _best(evaluated)
         sites = self._report(kept, stats, exchange) if self.config.holdout else {}
+        diagnoses: list[SiteDiagnosis] = []
+        if stats is not None and self.sums is not None and self.config.diagnose:
+            diagnoses = diagnose_sites(self._messenger, self._nodes, self.manifest, self.sums, stats, exchange)
         head = self.form.leave(kept.arrays)
         all_rows = self.deliver and kept.number == 0 and stats is not None and self.config.holdout > 0
         if stats is not None and all_rows:
@@ -226,6 +233,8 @@ class Coordinator:
             history=history,
             participants=sorted(self._nodes),
             sites=sites,
+            diagnoses=diagnoses,
+            coverage=coverage(self._counts, self.manifest.classes) if stats is not None else [],
             refused=dict(sorted(self._refused.items())),
             full_model_bytes=self._full_model_bytes,
             statistics=stats,
@@ -300,9 +309,12 @@ class Coordinator:
             try:
                 stats = FeatureStatistics.from_tensors(tensors)
                 self._vouch(name, stats.rows, stats.num_classes == len(self.manifest.classes) and not stats.multi_label)
-                self.on_sums(name, request.rows, stats)
+                if self.sums is not None:
+                    self.sums.save(name, request.rows, stats)
+                if request.rows == "train":
+                    self._counts[name] = stats.counts
                 if total is None:
-                    total = stats
+                    total = stats.copy()
                 else:
                     total += stats
             except ValueError as error:

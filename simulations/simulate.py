@@ -29,8 +29,9 @@ from fedhead.heads import Head, make_head
 from fedhead.messages import Manifest
 from fedhead.metrics import EvaluationReport, EvaluationSums, report
 from fedhead.model import TransferModel
-from fedhead.server.coordinator import Coordinator, OnSums, Outcome, Round
+from fedhead.server.coordinator import Coordinator, Outcome, Round
 from fedhead.server.run_folder import RunFolder
+from fedhead.server.site_sums import SiteSums
 from fedhead.server.starting_head import resolve_init
 from fedhead.server.strategies import build_strategy
 from fedhead.simulations.grid import InProcessGrid
@@ -282,12 +283,14 @@ def simulate(
             run_dir=folder.path,
             on_extraction=on_extraction,
             on_round=finish_round,
-            on_sums=folder.sums.save if plan.config.keep_sums == "folder" else lambda site, part, stats: None,
+            sums=folder.sums if plan.config.keep_sums == "folder" else None,
         )
         folder.write_model(result.model)
         folder.write_result(result.summary())
         folder.write_evaluation(
             {
+                "diagnosis": [diagnosis.to_dict() for diagnosis in result.outcome.diagnoses],
+                "coverage": [one.to_dict() for one in result.outcome.coverage],
                 "pooled": result.evaluation.to_dict(),
                 "sites": {name: report(sums, result.config.classes).to_dict() for name, sums in result.sites.items()},
             }
@@ -378,7 +381,7 @@ def run_plan(
     deliver: bool = True,
     on_extraction: Progress = lambda done, total: None,
     on_round: Callable[[Round], None] = lambda finished: None,
-    on_sums: OnSums = lambda site, part, stats: None,
+    sums: SiteSums | None = None,
 ) -> RunResult:
     """Run what was planned, and write nothing but features; see `simulate`.
 
@@ -408,7 +411,7 @@ def run_plan(
             config.classes,
             plan.strategy,
             on_round=on_round,
-            on_sums=on_sums,
+            sums=sums,
             test=test,
             deliver=deliver,
             run=run_dir.name if run_dir else "",

@@ -142,7 +142,7 @@ def test_a_site_is_described_installed_trained_and_evaluated(told: tuple[Tap, Ru
 
 def test_a_real_site_makes_the_head_that_a_simulated_one_makes(told: tuple[Tap, RunResult], images: Path) -> None:
     _, real = told
-    simulated = simulate(CONFIG, f"folder:{images}", [range(ROWS)])
+    simulated = simulate(CONFIG, f"folder:{images}", [range(ROWS)], out="out")
     for name, value in simulated.model.head.state_dict().items():
         torch.testing.assert_close(real.model.head.state_dict()[name], value, rtol=1e-5, atol=1e-6)
     assert [(line.accuracy, line.bytes_down, line.bytes_up) for line in real.history] == [
@@ -326,7 +326,7 @@ def test_a_site_decides_whether_unreadable_files_stop_it(
     for context in (strict, lenient):
         ask(DESCRIBE, tap.content(DESCRIBE), context)
         ask(INSTALL, tap.content(INSTALL), context)
-    with pytest.raises(FedheadError, match="unreadable|cannot be read"):
+    with pytest.raises(FedheadError, match=r"unreadable|cannot be read"):
         ask(TRAIN, tap.content(TRAIN), strict)
     sent = Payload.from_content(tap.content(TRAIN)).arrays
     metrics = HeadReply.from_content(ask(TRAIN, tap.content(TRAIN), lenient), sent).metrics[0]
