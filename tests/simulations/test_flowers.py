@@ -1,0 +1,57 @@
+"""Real photographs under a real pretrained network, where a developer has them."""
+
+from pathlib import Path
+
+import pytest
+
+from fedhead.config import RunConfig
+from fedhead.simulations import RunResult, rank, simulate
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def flowers(assets: Path) -> RunConfig:
+    return RunConfig.from_values(
+        {
+            "backbone": "torchvision:squeezenet1_1",
+            "weights": str(assets / "squeezenet1_1-imagenet.safetensors"),
+            "simulation": {
+                "data": f"folder:{assets / 'flowers' / 'train'}",
+                "test_data": f"folder:{assets / 'flowers' / 'val'}",
+                "sites": 20,
+                "min_class_count": 0,
+                "min_rows": 0,
+            },
+        }
+    )
+
+
+def run(flowers: RunConfig, out: Path, partition: str, **changes: object) -> RunResult:
+    return simulate(flowers.changed({**changes, "simulation": {"partition": partition}}), out=out)
+
+
+def test_one_exchange_is_as_good_as_pooled_rows_and_the_same_under_any_split(
+    flowers: RunConfig, tmp_path: Path
+) -> None:
+    skewed = run(flowers, tmp_path / "skewed", "dirichlet:0.05", rounds=0)
+    even = run(flowers, tmp_path / "even", "iid", rounds=0)
+    assert skewed.accuracy is not None
+    assert skewed.accuracy >= 0.87
+    for name, value in skewed.model.head.state_dict().items():
+        assert value.allclose(even.model.head.state_dict()[name], rtol=1e-6, atol=1e-8)
+
+
+def test_rounds_from_zeros_learn_and_features_are_there_the_second_time(flowers: RunConfig, tmp_path: Path) -> None:
+    result = run(flowers, tmp_path / "zeros", "dirichlet:0.3", rounds=30, init="zeros")
+    assert result.accuracy is not None
+    assert result.accuracy >= 0.84
+    assert run(flowers, tmp_path / "again", "dirichlet:0.3", rounds=1, init="zeros").extracted == 0
+
+
+def test_the_pretrained_network_ranks_first(flowers: RunConfig) -> None:
+    weights = flowers.weights
+    ranked = rank(["bundled:pixels", f"torchvision:squeezenet1_1={weights}", "bundled:glyphnet"], flowers)
+    assert ranked[0].backbone == "torchvision:squeezenet1_1"
+    assert ranked[0].accuracy is not None
+    assert all(one.accuracy is not None and one.accuracy < ranked[0].accuracy - 0.2 for one in ranked[1:])
