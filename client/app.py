@@ -378,14 +378,17 @@ def _ready(
 
 
 @cache
-def _local_site(name: str, data: str, device: str, strict_data: bool) -> "Site":
+def _local_site(name: str, data: str, device: str, strict_data: bool, min_class_count: int, min_rows: int) -> "Site":
+    from fedhead.client.guard import Guard
     from fedhead.client.site_data import LocalSite
 
-    return LocalSite(name, data, device, strict_data)
+    return LocalSite(name, data, device, strict_data, Guard(min_class_count, min_rows))
 
 
 def local_site(context: Context) -> "Site":
-    """Return the site that a SuperNode's `--node-config` names: `site`, `data`, and perhaps `device`, `strict-data`.
+    """Return the site that a SuperNode's `--node-config` names.
+
+    It has `site` and `data`, and perhaps `device`, `strict-data`, `min-class-count` and `min-rows`.
 
     Raises:
         FedheadError: if `site` or `data` is missing.
@@ -399,6 +402,8 @@ def local_site(context: Context) -> "Site":
         str(config["data"]),
         str(config.get("device", "auto")),
         bool(config.get("strict-data", False)),
+        int(config.get("min-class-count", 5)),
+        int(config.get("min-rows", 20)),
     )
 
 

@@ -179,7 +179,7 @@ def load_python(argument: str) -> Samples:
         raise UserError(f"The module {module_name!r} has no function {function_name!r}.") from None
     loaded = function()
     if isinstance(loaded, Samples):
-        return loaded
+        return replace(loaded, spec=f"python:{argument}")
     if isinstance(loaded, tuple) and len(loaded) == 2:
         return samples_from_arrays(*loaded, spec=f"python:{argument}")
     if hasattr(loaded, "__getitem__") and hasattr(loaded, "__len__"):
@@ -210,7 +210,7 @@ def samples_from_arrays(
     digest = hashlib.sha256(repr(classes).encode())
     digest.update(indices.tobytes())
     for image in images:
-        digest.update(np.asarray(image).tobytes())
+        _digest_image(digest, image)
     return Samples(
         spec=spec,
         classes=classes,
@@ -272,19 +272,18 @@ def _existing_folder(argument: str) -> Path:
 
 
 def _subfolders(root: Path) -> list[Path]:
+    return [path for path in _visible(root) if path.is_dir()]
+
+
+def _visible(folder: Path) -> list[Path]:
     try:
-        return sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
-        raise UserError(f"{root} cannot be read: {error.strerror}.") from None
+        raise UserError(f"{folder} cannot be read: {error.strerror}.") from None
 
 
 def _folder_files(root: Path) -> list[Path]:
-    files = [
-        path
-        for folder in _subfolders(root)
-        for path in sorted(folder.iterdir())
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-    ]
+    files = [path for folder in _subfolders(root) for path in _visible(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
     if not files:
         nested = any(_subfolders(folder) for folder in _subfolders(root))
         advice = " If its sub-folders are sites, say partition = 'folder'." if nested else ""
@@ -298,7 +297,8 @@ def _folder_files(root: Path) -> list[Path]:
 def _samples_of_files(root: Path, files: list[Path], classes: tuple[str, ...]) -> Samples:
     digest = hashlib.sha256()
     for file in files:
-        stat = file.stat()
+        # A link to nothing is a file that cannot be read, as others are: it is skipped when its turn comes.
+        stat = file.stat() if file.exists() else file.lstat()
         digest.update(f"{file.relative_to(root).as_posix()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
     index = {name: label for label, name in enumerate(classes)}
     return Samples(
@@ -318,7 +318,7 @@ def _samples_of_pairs(pairs: Any, spec: str) -> Samples:
     for row in range(len(pairs)):
         image, label = pairs[row]
         labels.append(label)
-        digest.update(np.asarray(image).tobytes())
+        _digest_image(digest, image)
     classes, indices = _index_labels(labels, getattr(pairs, "classes", None), spec)
     groups = getattr(pairs, "groups", None)
     digest.update(repr((classes, labels, groups)).encode())
@@ -331,6 +331,12 @@ def _samples_of_pairs(pairs: Any, spec: str) -> Samples:
         fingerprint=digest.hexdigest(),
         groups=None if groups is None else tuple(map(str, groups)),
     )
+
+
+def _digest_image(digest: "hashlib._Hash", image: Any) -> None:
+    array = np.asarray(image)
+    digest.update(f"{getattr(image, 'mode', '')} {array.dtype} {array.shape}".encode())
+    digest.update(array.tobytes())
 
 
 def _index_labels(labels: Any, classes: Sequence[str] | None, spec: str) -> tuple[tuple[str, ...], IntArray]:

@@ -39,8 +39,12 @@ def coordinate(config: RunConfig, grid: Grid, out: Path | str | None = None) -> 
         sums=folder.sums if config.keep_sums == "folder" else None,
         run=folder.path.name,
     )
-    folder.write_config(config)
-    outcome = coordinator.run()
+    try:
+        folder.write_config(config)
+        outcome = coordinator.run()
+    except BaseException:
+        folder.discard_if_unused()
+        raise
     folder.write_model(TransferModel(backbone, outcome.head, classes, config.head))
     folder.write_result(
         {

@@ -3,6 +3,7 @@
 import logging
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -44,7 +45,7 @@ from fedhead.server.site_diagnosis import diagnose_sites
 from fedhead.server.site_sums import SiteSums
 from fedhead.server.starting_head import UNSOLVED, HeadForm
 from fedhead.server.strategies import aggregate_round, averages, configure_round, required_sites, sample_sites, screen
-from fedhead.statistics import FeatureStatistics
+from fedhead.statistics import FeatureStatistics, projection_for
 
 logger = logging.getLogger(__name__)
 
@@ -246,9 +247,14 @@ class Coordinator:
         probe = self.backbone.probe().numpy()
         content = Payload(self.manifest.model_dump(mode="json"), {"probe": probe}).to_content()
         lacking: dict[str, int] = {}
-        for key, description in sorted(self._descriptions(nodes, DESCRIBE, content, exchange).items()):
-            if description.site in self._nodes.keys() | lacking.keys() | self._refused.keys():
-                raise FedheadError(f"Two sites call themselves {description.site!r}; give each its own name.")
+        descriptions = self._descriptions(nodes, DESCRIBE, content, exchange)
+        claimed = Counter(description.site for description in descriptions.values())
+        for key, description in sorted(descriptions.items()):
+            if claimed[description.site] > 1:
+                self._refused[f"node {key}"] = (
+                    f"{claimed[description.site]} sites call themselves {description.site!r}; give each its own name."
+                )
+                continue
             if not self._accept(description, nodes[key]):
                 lacking[description.site] = nodes[key]
         if lacking:
@@ -304,22 +310,24 @@ class Coordinator:
 
     def _sum_statistics(self, request: StatisticsRequest, exchange: Exchange) -> FeatureStatistics:
         """Fold the sites' statistics into one as they come."""
-        total: FeatureStatistics | None = None
+        used = 0
+        origin = self.backbone.probe().mean(0)
+        project = projection_for(self.manifest.num_features, self.manifest.seed)
+        origin = origin if project is None else torch.zeros(project.narrow)
+        total = FeatureStatistics.empty(len(origin), len(self.manifest.classes), origin)
         for name, tensors in self._sums(request, exchange):
             try:
                 stats = FeatureStatistics.from_tensors(tensors)
                 self._vouch(name, stats.rows, stats.num_classes == len(self.manifest.classes) and not stats.multi_label)
+                total += stats
+                used += 1
                 if self.sums is not None:
                     self.sums.save(name, request.rows, stats)
                 if request.rows == "train":
                     self._counts[name] = stats.counts
-                if total is None:
-                    total = stats.copy()
-                else:
-                    total += stats
             except ValueError as error:
                 exchange.drop(name, str(error))
-        return _at_least_one(total, exchange)
+        return _at_least_one(total if used else None, exchange)
 
     def _sum_moments(self, exchange: Exchange) -> FeatureMoments:
         origin = self.backbone.probe().mean(0)
@@ -358,8 +366,11 @@ class Coordinator:
         # What the sites compute with is float32, so that is what must be folded back, if in float64.
         self.form.standardisation = (mean.double(), scale.double())
         content = Payload({}, {"mean": mean.numpy(), "scale": scale.numpy()}).to_content()
-        for _, answer in self._messenger.ask(self._nodes, STANDARDISE, content, exchange):
-            exchange.bytes_up += payload_bytes(answer)
+        for name, answer in self._messenger.ask(self._nodes, STANDARDISE, content, exchange):
+            try:
+                exchange.bytes_up += payload_bytes(answer)
+            except MessageError as error:
+                exchange.drop(name, str(error))
 
     def _train(self, number: int, head: Arrays) -> Exchange:
         cohort = sample_sites(self.strategy, list(self._nodes), self.config.seed, number)

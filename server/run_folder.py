@@ -29,10 +29,10 @@ class RunFolder:
             UserError: if it holds something already, or cannot be written.
         """
         chosen = Path(path) if path is not None else _unused(Path("runs") / f"{time.strftime('%Y%m%d-%H%M%S')}-{name}")
-        if chosen.exists() and (not chosen.is_dir() or any(chosen.iterdir())):
-            raise UserError(f"{chosen} exists and is not an empty folder; a run needs one of its own.")
-        folder = cls(chosen.resolve())
         with disk_errors(chosen):
+            if chosen.exists() and (not chosen.is_dir() or any(chosen.iterdir())):
+                raise UserError(f"{chosen} exists and is not an empty folder; a run needs one of its own.")
+            folder = cls(chosen.resolve())
             chosen.mkdir(parents=True, exist_ok=True)
             (chosen / "metrics.jsonl").touch()
         return folder

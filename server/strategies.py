@@ -50,7 +50,7 @@ NAMES = (
 )
 """Flower's strategies that average or select heads."""
 
-EXAMPLES = METRICS.index("examples")
+EXAMPLES, HELD_OUT = METRICS.index("examples"), METRICS.index("held_out")
 TRAIN_LOSS = METRICS.index("train_loss")
 
 
@@ -181,7 +181,7 @@ def aggregate_round(
         examples = reply.metrics[:, EXAMPLES]
         loss = float(examples @ reply.metrics[:, TRAIN_LOSS] / max(examples.sum(), 1.0))
         metrics = MetricRecord({weight: int(examples.sum()), "train_loss": loss})
-        arrays = ArrayRecord({name: Array(np.ascontiguousarray(value)) for name, value in reply.arrays.items()})
+        arrays = ArrayRecord({name: Array(np.ascontiguousarray(reply.arrays[name])) for name in expected})
         messages.append(Message(RecordDict({key: arrays, "metrics": metrics}), reply_to=instruction))
     try:
         with _quiet_flower():
@@ -214,11 +214,12 @@ def screen(content: RecordDict, expected: Arrays, rows: Mapping[str, int], site:
         MessageError: for other keys, shapes, dtypes, values that are not finite, or a weight that is not there.
     """
     reply = HeadReply.from_content(content, expected, merged=merged)
-    if not expected:
-        return reply
-    for name, examples in zip(reply.sites or (site,), reply.metrics[:, EXAMPLES], strict=False):
-        if examples > rows.get(name, 0):
-            raise MessageError(f"it claims {examples:.0f} training rows, of {rows.get(name, 0)} that {name} has")
+    for name, row in zip(reply.sites or (site,), reply.metrics, strict=False):
+        if row[EXAMPLES] + row[HELD_OUT] > rows.get(name, 0):
+            raise MessageError(
+                f"it claims {row[EXAMPLES]:.0f} training rows and {row[HELD_OUT]:.0f} held out, of {rows.get(name, 0)} "
+                f"that {name} has"
+            )
     return reply
 
 

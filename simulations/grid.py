@@ -114,7 +114,12 @@ class InProcessGrid(Grid):
 
     def _run_app(self, app: ClientApp, message: Message) -> Message:
         try:
-            return app(message, self._contexts[message.metadata.dst_node_id])
+            reply = app(message, self._contexts[message.metadata.dst_node_id])
+            about_a_head = message.metadata.message_type in (TRAIN, EVALUATE) and not reply.has_error()
+            # Only this Grid may merge replies: an app that says it speaks for other sites speaks for none.
+            if about_a_head and Payload.from_content(reply.content).values:
+                raise MessageError("it speaks for other sites than its own")
+            return reply
         # Whatever a site's app raises is that site's failure, as it is on a network.
         except Exception as error:
             return Message(Error(FAILED, f"{error}"), reply_to=message)

@@ -62,9 +62,7 @@ def check_rows(rows: Sequence[npt.ArrayLike], total: int) -> dict[str, IntArray]
     Raises:
         UserError: if a number is no row, or stands twice.
     """
-    sites = {
-        name: np.asarray(part, dtype=np.int64).ravel() for name, part in zip(site_names(len(rows)), rows, strict=True)
-    }
+    sites = {name: _row_numbers(name, part) for name, part in zip(site_names(len(rows)), rows, strict=True)}
     together = np.concatenate([np.empty(0, dtype=np.int64), *sites.values()])
     if len(together) and not (together.min() >= 0 and together.max() < total):
         raise UserError(f"The sites' rows go from {together.min()} to {together.max()}, but there are {total} rows.")
@@ -72,6 +70,13 @@ def check_rows(rows: Sequence[npt.ArrayLike], total: int) -> dict[str, IntArray]
         values, counts = np.unique(together, return_counts=True)
         raise UserError(f"Row {values[counts > 1][0]} is given to more than one site.")
     return sites
+
+
+def _row_numbers(name: str, part: npt.ArrayLike) -> IntArray:
+    numbers = np.asarray(part).ravel()
+    if len(numbers) and numbers.dtype.kind not in "iu":
+        raise UserError(f"The rows of {name} must be row numbers, not of type {numbers.dtype}.")
+    return numbers.astype(np.int64)
 
 
 def site_names(count: int) -> list[str]:

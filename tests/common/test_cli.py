@@ -90,7 +90,6 @@ def test_every_commands_help_groups_its_flags_and_shows_an_example() -> None:
     for name in commands.commands:
         text = click.unstyle(fedhead_command(name, "--help").stdout)
         assert f"Example: fedhead {name}" in text, name
-        assert "─ The run ─" in text, name
         assert "─ Output ─" in text, name
 
 
@@ -99,6 +98,7 @@ def test_every_setting_has_a_flag_of_its_name() -> None:
     tables = {"strategy", "local", "simulation"}
     for name in [*(RunConfig.model_fields.keys() - tables), *SimulationConfig.model_fields]:
         assert f"--{name.replace('_', '-')} " in text, name
+    assert "─ The run ─" in text
     assert "─ The simulation ─" in text
 
 
@@ -138,6 +138,18 @@ def test_a_person_reads_a_table_and_a_summary() -> None:
     assert not run_folders()
 
 
+def test_names_are_printed_as_they_are() -> None:
+    save_images(Path("data/large:car:"), classes=("[bold]ant", "bee"))
+    save_images(Path("data/small[b]"), per_class=2, classes=("[bold]ant", "bee"))
+    flags = ["--data", "folder:data", "--partition", "folder", "--rounds", "1", "--out", "mine[/b][red]"]
+    result = fedhead_command("simulate", *flags)
+    assert result.exit_code == 0, stderr_of(result)
+    for name in ("large:car:", "small[b]", "[bold]ant", "mine[/b][red]"):
+        assert name in result.stdout
+    missing = fedhead_command("simulate", "--data", "folder:no[b]:car:")
+    assert "There is no folder no[b]:car:." in stderr_of(missing)
+
+
 def test_flags_and_assignments_lie_over_the_file() -> None:
     Path("run.toml").write_text('rounds = 9\nseed = 5\ninit = "zeros"\n[local]\nlr = 0.5\nepochs = 2\n')
     flags = ["--rounds", "1", "--sites", "3", "--test-data", "digits", "--classes", ",".join("0123456789")]
@@ -153,11 +165,13 @@ def test_unreadable_images_are_counted_or_refused() -> None:
     save_images(Path("data"))
     Path("data/bee/broken.png").write_bytes(b"no image")
     Path("data/ant/cut.jpg").write_bytes(b"\xff\xd8\xff\xe0")
+    Path("data/bee/gone.png").symlink_to("nowhere.png")
+    Path("data/bee/folder.png").mkdir()
     flags = ["simulate", "--data", "folder:data", "--sites", "2", "--rounds", "1", "--partition", "iid"]
     skipped = fedhead_command(*flags, "--json")
     assert skipped.exit_code == 0, stderr_of(skipped)
-    assert json.loads(skipped.stdout)["rows_skipped"] == 2
-    assert "2 unreadable rows" in fedhead_command(*flags).stdout
+    assert json.loads(skipped.stdout)["rows_skipped"] == 4
+    assert "4 unreadable rows" in fedhead_command(*flags).stdout
     before = run_folders()
     strict = fedhead_command(*flags, "--strict-data")
     assert strict.exit_code == 2

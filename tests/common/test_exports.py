@@ -3,8 +3,9 @@ import subprocess
 import sys
 import types
 
-import fedhead
 import pytest
+
+import fedhead
 
 
 @pytest.mark.parametrize("name", [name for name in fedhead.__all__ if name != "__version__"])
@@ -19,7 +20,9 @@ def test_what_does_not_exist_is_no_attribute() -> None:
         _ = fedhead.nothing
 
 
-@pytest.mark.parametrize("module", ["fedhead", "fedhead.cli", "fedhead.config", "fedhead.messages", "fedhead.client.app"])
+@pytest.mark.parametrize(
+    "module", ["fedhead", "fedhead.cli", "fedhead.config", "fedhead.messages", "fedhead.client.app"]
+)
 def test_light_modules_do_not_bring_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

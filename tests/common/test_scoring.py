@@ -7,8 +7,8 @@ from sklearn.covariance import OAS
 from torch import Tensor
 
 from fedhead.errors import UserError
-from fedhead.statistics import FeatureStatistics
 from fedhead.scoring import h_score, log_evidence, transferability
+from fedhead.statistics import FeatureStatistics
 
 
 @pytest.fixture(autouse=True)

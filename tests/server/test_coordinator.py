@@ -233,9 +233,11 @@ def test_a_bad_reply_in_training_is_no_other_than_none(
     bad = BadSite(honest_app, IN_TRAINING[what], actions=IN_ROUNDS)
     result = simulate(CONFIG, digits, ALL_SITES, apps={BAD: bad})
     assert_same_head(result, failing_in_training)
-    for line, like in zip(result.history[1:], failing_in_training.history[1:], strict=True):
-        assert line.dropped[BAD]
-        assert (line.sites, line.accuracy, line.loss) == (3, like.accuracy, like.loss)
+    assert all(line.dropped[BAD] for line in result.history[1:])
+    # A lie about rows that are trained on shows where there are any: not when the last head is evaluated.
+    compared = slice(0, None if what in EVERYWHERE else -1)
+    for line, like in zip(result.history[compared], failing_in_training.history[compared], strict=True):
+        assert (line.sites, line.accuracy, line.loss) == (like.sites, like.accuracy, like.loss)
     if what in EVERYWHERE:
         assert set(result.sites) == set(GOOD_NAMES)
 

@@ -168,6 +168,17 @@ def test_every_strategy_runs(digits: Samples, name: str) -> None:
     assert result.history[-1].accuracy > 0.3
 
 
+@pytest.mark.parametrize("head", ["linear", "mlp:10"])
+def test_strategies_that_go_by_position_meet_each_parameter_in_its_place(digits: Samples, head: str) -> None:
+    # Ten hidden units and ten classes: two vectors of one shape, that nothing but their order tells apart.
+    init = "zeros" if head == "linear" else "random"
+    plain, neutral = (
+        simulate(RunConfig(head=head, init=init, rounds=3, simulation=UNGUARDED), digits, SITES, strategy=strategy)
+        for strategy in (FedAvg(), FedAvgM(server_momentum=1e-9))
+    )
+    assert_equal_runs(plain, neutral, tolerance=1e-5)
+
+
 def test_fedprox_sets_the_proximal_term(digits: Samples) -> None:
     def run(strategy: dict[str, Any], mu: float = 0.0) -> RunResult:
         local = {"epochs": 3, "proximal_mu": mu}

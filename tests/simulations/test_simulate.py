@@ -179,6 +179,29 @@ def test_every_head_trains_with_every_optimizer(
     assert losses[-1] < losses[0]
 
 
+def test_rows_of_the_same_bytes_but_another_shape_have_features_of_their_own(own_folder: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 4, 16), dtype=np.uint8)
+    config = RunConfig(init="zeros", rounds=1, simulation=UNGUARDED)
+    for images in (pixels, pixels.reshape(60, 8, 8), pixels.reshape(60, 16, 4)):
+        assert simulate(config, samples_from_arrays(images, np.arange(60) % 2), 2).extracted == 60
+
+
+def test_a_users_function_is_reproduced_too(own_folder: Path) -> None:
+    (own_folder / "mydigits.py").write_text(
+        "import numpy as np\nfrom fedhead.data import load_digits, samples_from_arrays\n"
+        "def load():\n    whole = load_digits('')\n"
+        "    images = [whole.read(row) for row in range(100)]\n"
+        "    return samples_from_arrays(images, whole.labels[:100], classes=whole.classes)\n"
+    )
+    config = RunConfig(rounds=1, simulation={"data": "python:mydigits:load", "sites": 2, **UNGUARDED})
+    first = simulate(config)
+    assert first.config.simulation.data == "python:mydigits:load"
+    again = simulate(RunConfig.from_toml(folder_of(first) / "run.toml"))
+    assert (folder_of(again) / "model.safetensors").read_bytes() == (
+        folder_of(first) / "model.safetensors"
+    ).read_bytes()
+
+
 # Who holds what.
 
 
@@ -310,9 +333,12 @@ def test_no_sites_are_refused(digits: Samples) -> None:
         ([[0, 1], [1, 2]], "Row 1 is given to more than one site"),
         ([[0, ROWS]], f"there are {ROWS} rows"),
         ([[-1, 3]], "from -1"),
+        ([[0, 1], [2.5]], "rows of site-1 must be row numbers, not of type float64"),
+        ([[True, False]], "not of type bool"),
+        ([["first"]], "not of type <U5"),
     ],
 )
-def test_rows_that_are_not_there_are_refused(digits: Samples, rows: list[list[int]], words: str) -> None:
+def test_rows_that_are_not_there_are_refused(digits: Samples, rows: list[list[Any]], words: str) -> None:
     refuse(words, RunConfig(rounds=1), digits, rows)
 
 
