@@ -373,7 +373,7 @@ class FeatureStatistics:
 
         The packed Gram matrix is its upper triangle row by row.
         """
-        packed = torch.masked_select(self.upper, _upper_mask(self.num_features, self.upper.device))
+        packed = torch.cat([row[start:] for start, row in enumerate(self.upper)])
         tensors = {
             "counts": self.counts,
             "gram": packed,
