@@ -25,9 +25,15 @@ if TYPE_CHECKING:
     from fedhead.config import RunConfig
     from fedhead.metrics import Estimate
     from fedhead.server.coordinator import Round
+    from fedhead.simulations.membership import MembershipChange
     from fedhead.simulations.simulate import RunResult
 
-PARTS = {"ledger": "fedhead.client.guard", "rank": "fedhead.simulations", "simulate": "fedhead.simulations"}
+PARTS = {
+    "ledger": "fedhead.client.guard",
+    "membership": "fedhead.simulations.membership",
+    "rank": "fedhead.simulations",
+    "simulate": "fedhead.simulations",
+}
 """Which module serves a command."""
 
 INTERRUPTED = 130
@@ -42,7 +48,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     add_completion=False,
 )
-errors = Console(stderr=True)
+errors = Console(stderr=True, emoji=False)
 
 
 def main() -> None:
@@ -112,7 +118,7 @@ def _in_sentences(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-_RUN, _SIMULATION, _OUTPUT = "The run", "The simulation", "Output"
+_RUN, _SIMULATION, _SITE, _OUTPUT = "The run", "The simulation", "The site", "Output"
 
 Weights = Annotated[
     str | None, typer.Option(help="'default', a safetensors or state-dict file, or 'random'.", rich_help_panel=_RUN)
@@ -165,6 +171,30 @@ Assignments = Annotated[
     typer.Option(
         "--set", metavar="TABLE.KEY=VALUE", help="Any other setting, as in strategy.name=FedAdam.", rich_help_panel=_RUN
     ),
+]
+FinishedRun = Annotated[Path, typer.Argument(help="The folder of a finished run.", rich_help_panel=_RUN)]
+SiteName = Annotated[str, typer.Option("--site", help="The site's name.", rich_help_panel=_SITE)]
+SiteSpec = Annotated[
+    str, typer.Option("--data", help="Its rows: folder:PATH, python:MODULE:FUNCTION.", rich_help_panel=_SITE)
+]
+SiteWeights = Annotated[
+    str,
+    typer.Option("--weights", help="The backbone's file, where this machine has none.", rich_help_panel=_SITE),
+]
+SiteDevice = Annotated[str, typer.Option("--device", help="'auto', 'cpu', 'cuda' or 'mps'.", rich_help_panel=_SITE)]
+SiteStrictData = Annotated[
+    bool, typer.Option("--strict-data", help="Stop at unreadable rows instead of skipping.", rich_help_panel=_SITE)
+]
+SiteMinClassCount = Annotated[
+    int,
+    typer.Option(
+        "--min-class-count",
+        help="It withholds classes with fewer training rows; 0 for none.",
+        rich_help_panel=_SITE,
+    ),
+]
+SiteMinRows = Annotated[
+    int, typer.Option("--min-rows", help="With fewer rows it takes no part; 0 for none.", rich_help_panel=_SITE)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else.", rich_help_panel=_OUTPUT)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", rich_help_panel=_OUTPUT)]
@@ -252,7 +282,7 @@ def simulate(
     if as_json:
         typer.echo(json.dumps(result.summary()))
     else:
-        _print_result(result, Console())
+        _print_result(result, _output())
 
 
 @app.command(
@@ -320,7 +350,7 @@ def rank(
             _size(one.bytes_per_site),
             f"{one.seconds_extraction:.1f}",
         )
-    Console().print(table)
+    _output().print(table)
 
 
 @app.command(epilog="Example: [bold]fedhead ledger hospital-a[/bold]")
@@ -346,7 +376,147 @@ def ledger(
         when = entry.when.strftime("%Y-%m-%d %H:%M")
         size = _size(entry.bytes)
         table.add_row(when, entry.run, entry.action, str(entry.rows), str(len(entry.classes)), size, entry.digest[:8])
-    Console().print(table)
+    _output().print(table)
+
+
+@app.command(epilog="Example: [bold]fedhead join runs/flowers --site north --data folder:/data/north[/bold]")
+@_in_sentences
+def join(
+    run: FinishedRun,
+    site: SiteName,
+    data: SiteSpec,
+    min_class_count: SiteMinClassCount = 5,
+    min_rows: SiteMinRows = 20,
+    weights: SiteWeights = "",
+    device: SiteDevice = "auto",
+    strict_data: SiteStrictData = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Add a site to a finished run, without computing anything of any other site."""
+    _change(
+        "join",
+        (run, site, data),
+        as_json,
+        min_class_count=min_class_count,
+        min_rows=min_rows,
+        weights=weights,
+        device=device,
+        strict_data=strict_data,
+    )
+
+
+@app.command(epilog="Example: [bold]fedhead leave runs/flowers --site north[/bold]")
+@_in_sentences
+def leave(
+    run: FinishedRun,
+    site: SiteName,
+    sums: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Its sums, sent again, where the run keeps none; once for each part.",
+            rich_help_panel=_SITE,
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Its rows, to make the sums anew, where the run keeps none.", rich_help_panel=_SITE),
+    ] = None,
+    min_class_count: SiteMinClassCount = 5,
+    min_rows: SiteMinRows = 20,
+    weights: SiteWeights = "",
+    device: SiteDevice = "auto",
+    strict_data: SiteStrictData = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Take a site out of a finished run, and solve the statistics head as if it had never been in."""
+    _change(
+        "leave",
+        (run, site),
+        as_json,
+        sums=sums or (),
+        data=data,
+        min_class_count=min_class_count,
+        min_rows=min_rows,
+        weights=weights,
+        device=device,
+        strict_data=strict_data,
+    )
+
+
+@app.command(
+    epilog="Example: [bold]fedhead add-class runs/flowers --name tulip --site north --data folder:/data/north[/bold]"
+)
+@_in_sentences
+def add_class(
+    run: FinishedRun,
+    name: Annotated[
+        list[str], typer.Option(help="The class to add; may be given again for more.", rich_help_panel=_RUN)
+    ],
+    site: SiteName,
+    data: SiteSpec,
+    min_class_count: SiteMinClassCount = 5,
+    min_rows: SiteMinRows = 20,
+    weights: SiteWeights = "",
+    device: SiteDevice = "auto",
+    strict_data: SiteStrictData = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Add a class to a finished run, with a site that has rows of it and joins."""
+    _change(
+        "add_class",
+        (run, name, site, data),
+        as_json,
+        min_class_count=min_class_count,
+        min_rows=min_rows,
+        weights=weights,
+        device=device,
+        strict_data=strict_data,
+    )
+
+
+def _change(function: str, arguments: tuple[Any, ...], as_json: bool, **options: Any) -> None:
+    """Change who is in a run, and print what came of it."""
+    with _progress() as progress:
+        extraction = progress.add_task("Features", total=None, visible=False)
+        change = getattr(import_module(PARTS["membership"]), function)(
+            *arguments,
+            on_extraction=lambda done, total: progress.update(extraction, completed=done, total=total, visible=True),
+            **options,
+        )
+    if as_json:
+        typer.echo(json.dumps(change.summary()))
+    else:
+        _print_change(change, _output())
+
+
+def _print_change(change: "MembershipChange", console: Console) -> None:
+    verb = "left" if change.action == "leave" else "joined"
+    lines = Table.grid(padding=(0, 2))
+    lines.add_row("Site", f"{change.site} {verb} with {change.rows} rows; in the run are now {len(change.sites)} sites")
+    lines.add_row("Rows", f"{change.rows_before} before, {change.rows_after} now")
+    classes = f"{len(change.classes) - len(change.classes_added)} before, {len(change.classes)} now"
+    lines.add_row("Classes", f"{classes}: added {', '.join(change.classes_added)}" if change.classes_added else classes)
+    rows = "all rows, held-out ones included" if change.all_rows else "the training rows"
+    lines.add_row("Head", f"{change.head_spec}, the statistics head ({change.method}) of {rows}")
+    if change.accuracy is not None:
+        before = f", where the model before has {_percent(change.accuracy_before)}"
+        lines.add_row(
+            "Accuracy",
+            f"{_percent(change.accuracy)} on the {change.rows_held_out} held-out rows of {change.site}, solved without "
+            f"held-out rows{before if change.accuracy_before is not None else ''}",
+        )
+    if change.skipped:
+        lines.add_row("Skipped", f"{change.skipped} unreadable rows")
+    if change.withheld:
+        lines.add_row("Withheld", f"{change.withheld} rows, in classes with too few (--min-class-count)")
+    for note in change.notes:
+        lines.add_row("Note", note)
+    lines.add_row("Run folder", str(change.run_dir))
+    console.print(lines, highlight=False)
 
 
 def _config(
@@ -365,9 +535,14 @@ def _names(text: str | None) -> list[str] | None:
     return None if text is None else [name.strip() for name in text.split(",")]
 
 
+def _output() -> Console:
+    # Names of sites, classes and folders are printed as they are, not read as markup.
+    return Console(markup=False, emoji=False)
+
+
 def _progress() -> Progress:
     return Progress(
-        TextColumn("{task.description:<9}"),
+        TextColumn("{task.description:<9}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
