@@ -234,7 +234,9 @@ def site_statistics(site: "Site", agreed: Kept, request: StatisticsRequest) -> R
         project = projection_for(agreed.manifest.num_features, agreed.manifest.seed)
         # A projected origin might differ in its last bits between machines, and sums about other origins do not add.
         origin = origin if project is None else torch.zeros(project.narrow)
-        stats = FeatureStatistics.empty(len(origin), len(agreed.manifest.classes), origin)
+        stats = FeatureStatistics.empty(
+            len(origin), len(agreed.manifest.classes), origin, multi_label=agreed.manifest.multi_label
+        )
         for block in blocks:
             chosen = features[block].cpu()
             stats.update(chosen if project is None else project(chosen), labels[block].cpu())
@@ -347,7 +349,7 @@ def report_sites(sites: Sequence["Site"], agreed: Kept, request: ReportRequest) 
     holdings, data, head, parameters = _ready(sites, agreed, request.head)
     rows = np.concatenate([holding.held_out.rows for holding in holdings])
     owners = np.repeat(np.arange(len(sites)), [len(holding.held_out.rows) for holding in holdings])
-    logits, labels = [], []
+    logits, labels = [], [data.labels[:0].cpu()]
     like = next(iter(parameters.values()))
     with torch.inference_mode():
         for start in range(0, len(rows), STATISTICS_ROWS):
@@ -357,7 +359,7 @@ def report_sites(sites: Sequence["Site"], agreed: Kept, request: ReportRequest) 
     classes = len(agreed.manifest.classes)
     return sums_by_site(
         torch.cat([torch.empty(0, classes), *logits]),
-        torch.cat([torch.empty(0, dtype=torch.int64), *labels]),
+        torch.cat(labels),
         owners,
         len(sites),
         bins=request.bins,
