@@ -384,12 +384,12 @@ def _mark_labels(
     width = len(labels[0]) if classes is None else len(classes)
     if width > 1 and all(label.shape == (width,) and np.isin(label, (0, 1)).all() for label in labels):
         return tuple(map(str, range(width) if classes is None else classes)), np.stack(labels).astype(np.int64)
-    named = np.array([value for label in labels for value in label.tolist()])
+    named = [value for label in labels for value in label.tolist()]
     if classes is None:
-        values, columns = np.unique(named, return_inverse=True)
+        values, columns = np.unique(np.array(named), return_inverse=True)
         classes = tuple(map(str, values.tolist()))
     else:
-        columns = _columns(named.tolist(), classes, spec)
+        columns = _columns(named, classes, spec)
     marked = np.zeros((len(labels), len(classes)), dtype=np.int64)
     marked[np.repeat(np.arange(len(labels)), [len(label) for label in labels]), columns] = 1
     return tuple(map(str, classes)), marked
