@@ -360,11 +360,12 @@ def _samples_of_pairs(pairs: Any, spec: str) -> Samples:
 
 
 def _index_labels(labels: Any, classes: Sequence[str] | None, spec: str) -> tuple[tuple[str, ...], IntArray]:
-    if len(labels) and np.ndim(next(iter(labels))) == 1:
+    dimensions = {np.ndim(label) for label in labels}
+    if dimensions == {1}:
         return _mark_labels([np.asarray(label) for label in labels], classes, spec)
+    if dimensions - {0}:
+        raise UserError(f"{spec} does not label its rows alike; expected one label a row, or a list for every row.")
     labels = np.asarray(labels)
-    if labels.ndim != 1:
-        raise UserError(f"{spec} has labels of shape {list(labels.shape)}; expected one label a row.")
     if len(labels) == 0:
         raise UserError(f"{spec} holds no rows.")
     if classes is None:

@@ -105,6 +105,7 @@ def test_labels_follow_the_runs_classes() -> None:
         (np.zeros((1, 4, 4), np.uint8), [3], ["a", "b"], "labels from 3 to 3 for 2 classes"),
         (np.zeros((1, 4, 4), np.uint8), ["a"], ["a", "b"], "must be their indices"),
         (np.zeros((1, 4, 4), np.uint8), [[[0, 1]]], None, "one label a row"),
+        (np.zeros((2, 4, 4), np.uint8), [0, [1]], ["a", "b"], "does not label its rows alike"),
         (np.zeros((2, 4, 4), np.uint8), [["a"], ["c"]], ["a", "b"], "of class 'c', which is none of its classes"),
         (np.zeros((2, 4, 4), np.uint8), [[0, 2], [1]], ["a", "b"], "of class 2, which is none of its classes"),
     ],
