@@ -218,23 +218,23 @@ def site_statistics(site: "Site", agreed: Kept, request: StatisticsRequest) -> R
     import torch
 
     from fedhead.moments import FeatureMoments
-    from fedhead.statistics import FeatureStatistics, projection_for
+    from fedhead.statistics import FeatureStatistics, origin_of, projection_for
 
     holding = site.open(agreed.manifest)
     summed = ("training rows", holding.train) if request.rows == "train" else ("held-out rows", holding.summable)
     blocks = torch.split(torch.from_numpy(summed[1].rows), STATISTICS_ROWS)
     features, labels = holding.data.features, holding.data.labels
-    origin = agreed.probe.mean(0)
     if request.what == "moments":
-        moments = FeatureMoments.empty(origin)
+        moments = FeatureMoments.empty(agreed.probe.mean(0))
         for block in blocks:
             moments = moments.updated(features[block].cpu())
         tensors = moments.to_tensors()
     else:
         project = projection_for(agreed.manifest.num_features, agreed.manifest.seed)
-        # A projected origin might differ in its last bits between machines, and sums about other origins do not add.
-        origin = origin if project is None else torch.zeros(project.narrow)
-        stats = FeatureStatistics.empty(len(origin), len(agreed.manifest.classes), origin)
+        origin = origin_of(agreed.probe, agreed.manifest.seed)
+        stats = FeatureStatistics.empty(
+            len(origin), len(agreed.manifest.classes), origin, multi_label=agreed.manifest.multi_label
+        )
         for block in blocks:
             chosen = features[block].cpu()
             stats.update(chosen if project is None else project(chosen), labels[block].cpu())
@@ -347,7 +347,7 @@ def report_sites(sites: Sequence["Site"], agreed: Kept, request: ReportRequest) 
     holdings, data, head, parameters = _ready(sites, agreed, request.head)
     rows = np.concatenate([holding.held_out.rows for holding in holdings])
     owners = np.repeat(np.arange(len(sites)), [len(holding.held_out.rows) for holding in holdings])
-    logits, labels = [], []
+    logits, labels = [], [data.labels[:0].cpu()]
     like = next(iter(parameters.values()))
     with torch.inference_mode():
         for start in range(0, len(rows), STATISTICS_ROWS):
@@ -357,7 +357,7 @@ def report_sites(sites: Sequence["Site"], agreed: Kept, request: ReportRequest) 
     classes = len(agreed.manifest.classes)
     return sums_by_site(
         torch.cat([torch.empty(0, classes), *logits]),
-        torch.cat([torch.empty(0, dtype=torch.int64), *labels]),
+        torch.cat(labels),
         owners,
         len(sites),
         bins=request.bins,

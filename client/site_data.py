@@ -12,7 +12,7 @@ from fedhead.backbones import Backbone
 from fedhead.backbones.weights import find_backbone, install_weights
 from fedhead.client.guard import Guard, GuardedRows, Ledger, ledger_path
 from fedhead.client.training import LabelledFeatures, SiteRows
-from fedhead.data import IntArray, KeyArray, held_out, load_samples, relabel
+from fedhead.data import IntArray, KeyArray, held_out, load_samples, relabel, require_labels
 from fedhead.devices import pick_device
 from fedhead.errors import FedheadError, UserError
 from fedhead.features import FeatureStore
@@ -60,7 +60,7 @@ def hold(
         name: of the site.
         rows: `[n]`, its rows of `data`.
         data: features and labels.
-        labels: `[N]`, the same labels in memory.
+        labels: `[N]` or `[N, C]`, the same labels in memory.
         keys: `[N]`, what rows are held out by.
         manifest: names the classes, and the share held out.
         guard: the site's own.
@@ -159,6 +159,7 @@ class LocalSite:
         return holding
 
     def _labels(self, manifest: Manifest) -> IntArray:
+        require_labels(self.samples, manifest.multi_label)
         try:
             return relabel(self.samples, manifest.classes)
         except UserError as error:

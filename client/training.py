@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from fedhead.config import LocalConfig
 from fedhead.heads import Head
+from fedhead.losses import loss_for
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -28,8 +28,9 @@ CHUNK_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class LabelledFeatures:
-    """Features `[N, d]` and labels `[N]` (int64) on any device, perhaps memory-mapped; shared by all sites.
+    """Features `[N, d]` and labels (int64) on any device, perhaps memory-mapped; shared by all sites.
 
+    Labels are class numbers `[N]`, or for multi-label rows `[N, C]` of 0 and 1.
     With `standardisation`, a mean and a scale `[d]`, heads see `(x - mean) / scale`.
     """
 
@@ -38,14 +39,17 @@ class LabelledFeatures:
     standardisation: tuple[Tensor, Tensor] | None = None
 
     def gather(self, rows: IntArray, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the features `[..., d]` and labels `[...]` of `rows` `[...]`, with the device and dtype of `like`."""
+        """Return the features `[..., d]` and labels `[...]` or `[..., C]` of `rows` `[...]`.
+
+        Features have the device and dtype of `like`, labels its device.
+        """
         index = torch.from_numpy(rows.ravel())
         features = self.features.index_select(0, index.to(self.features.device)).to(like)
         labels = self.labels.index_select(0, index.to(self.labels.device)).to(like.device)
         if self.standardisation is not None:
             mean, scale = self.standardisation
             features.sub_(mean.to(like)).div_(scale.to(like))
-        return features.view(*rows.shape, -1), labels.view(rows.shape)
+        return features.view(*rows.shape, -1), labels.view(*rows.shape, *labels.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class TrainedHeads:
 
     Attributes:
         parameters: by name, each `[S, ...]`.
-        losses: `[S]`, mean cross entropy of the rows in the last epoch, each as its batch met it; 0 without rows.
+        losses: `[S]`, mean loss of the rows in the last epoch, each as its batch met it; 0 without rows.
         rows: `[S]`, how many rows each site trained on.
     """
 
@@ -76,8 +80,8 @@ class Evaluation:
     """How one head does at S sites, as sums that add across sites.
 
     Attributes:
-        losses: `[S]`, cross entropy summed over the site's rows.
-        correct: `[S]`, rows whose largest logit is their label's.
+        losses: `[S]`, the loss (see `fedhead.losses`) summed over the site's rows.
+        correct: `[S]`, rows whose largest logit is their label's; of multi-label rows, those with all labels right.
         rows: `[S]`.
     """
 
@@ -136,9 +140,9 @@ def train_in_chunks(
 ) -> Iterator[tuple[IntArray, TrainedHeads]]:
     """Train one copy of `incoming` at each site, as many sites at once as `chunk_bytes` hold.
 
-    Each site minimises the mean cross entropy of its minibatches, the last one of an epoch as short as it comes, plus
-    `proximal_mu / 2 * ||w - incoming||^2` (FedProx; Li et al., MLSys 2020). Optimisers start afresh, and do what
-    `torch.optim.SGD` and `torch.optim.AdamW` do.
+    Each site minimises the mean loss of its minibatches (see `fedhead.losses`), the last one of an epoch as short as it
+    comes, plus `proximal_mu / 2 * ||w - incoming||^2` (FedProx; Li et al., MLSys 2020). Optimisers start afresh, and do
+    what `torch.optim.SGD` and `torch.optim.AdamW` do.
 
     Args:
         head: gives the form of the logits; its own parameters are not used.
@@ -177,8 +181,9 @@ def evaluate_head(
         block = slice(start, start + step)
         features, labels = data.gather(rows[block], like)
         logits = head.logits(parameters, features)
-        losses[block] = functional.cross_entropy(logits, labels, reduction="none").cpu().numpy()
-        correct[block] = (logits.argmax(-1) == labels).cpu().numpy()
+        loss = loss_for(logits, labels)
+        losses[block] = loss.values(logits, labels).cpu().numpy()
+        correct[block] = loss.correct(logits, labels).cpu().numpy()
     owner = np.repeat(np.arange(len(sites)), sizes)
     return Evaluation(
         losses=np.bincount(owner, weights=losses, minlength=len(sites)).astype(np.float64),

@@ -135,6 +135,9 @@ Classes = Annotated[
 ClassesFrom = Annotated[
     str | None, typer.Option(help="A data spec to take the class names from.", rich_help_panel=_RUN)
 ]
+MultiLabel = Annotated[
+    bool | None, typer.Option("--multi-label", help="Rows have any number of classes.", rich_help_panel=_RUN)
+]
 Rounds = Annotated[
     int | None,
     typer.Option(help="Rounds of training; 0 stops after the one exchange of statistics.", rich_help_panel=_RUN),
@@ -215,6 +218,7 @@ def simulate(
     init: Init = None,
     classes: Classes = None,
     classes_from: ClassesFrom = None,
+    multi_label: MultiLabel = None,
     rounds: Rounds = None,
     diagnose: Annotated[
         bool | None,
@@ -253,6 +257,7 @@ def simulate(
             "init": init,
             "classes": _names(classes),
             "classes_from": classes_from,
+            "multi_label": multi_label,
             "rounds": rounds,
             "keep_sums": keep_sums,
             "diagnose": diagnose,
@@ -295,6 +300,7 @@ def rank(
     config: Annotated[Path | None, typer.Option(help="A TOML file; flags lie over it.", rich_help_panel=_RUN)] = None,
     classes: Classes = None,
     classes_from: ClassesFrom = None,
+    multi_label: MultiLabel = None,
     holdout: Holdout = None,
     seed: Seed = None,
     data: Data = None,
@@ -313,7 +319,13 @@ def rank(
     run = _config(
         config,
         set_,
-        {"classes": _names(classes), "classes_from": classes_from, "holdout": holdout, "seed": seed},
+        {
+            "classes": _names(classes),
+            "classes_from": classes_from,
+            "multi_label": multi_label,
+            "holdout": holdout,
+            "seed": seed,
+        },
         {
             "data": data,
             "test_data": test_data,
@@ -343,7 +355,7 @@ def rank(
         table.add_row(
             one.backbone,
             f"{one.logme:.4f}",
-            f"{one.h_score:.3f}",
+            "-" if one.h_score is None else f"{one.h_score:.3f}",
             _percent(one.accuracy),
             _percent(one.accuracy_test),
             str(one.num_features),
@@ -569,7 +581,10 @@ def _print_result(result: "RunResult", console: Console) -> None:
             f"(mean of sites {_percent(result.accuracy_mean_site)}, worst {worst} {_percent(by_site[worst])})"
         )
     lines = Table.grid(padding=(0, 2))
-    lines.add_row("Accuracy", tested or "unknown: nothing is held out, and there is no test set")
+    lines.add_row(
+        "All labels right" if result.config.multi_label else "Accuracy",
+        tested or "unknown: nothing is held out, and there is no test set",
+    )
     lines.add_row("Head", _origin_of_head(result))
     traffic = f"{_size(summary['bytes_down'])} down, {_size(summary['bytes_up'])} up"
     if summary["bytes_full_model"]:

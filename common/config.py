@@ -83,6 +83,7 @@ class RunConfig(_Table):
     init: str = ""
     classes: tuple[str, ...] = ()
     classes_from: str = ""
+    multi_label: bool = False
     rounds: int = Field(20, ge=0)
     holdout: float = Field(0.2, ge=0, lt=1)
     seed: int = Field(0, ge=0, lt=2**63)

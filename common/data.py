@@ -38,7 +38,7 @@ class Samples:
     Attributes:
         spec: what it was loaded from.
         classes: the names that `labels` index.
-        labels: `[n]` int64.
+        labels: `[n]` int64; or for multi-label rows `[n, C]` int64, 1 for each class that a row has and else 0.
         read: row number to image; raises `UnreadableSampleError`.
         name: row number to what a person would call the row.
         fingerprint: changes whenever labels or content may have changed.
@@ -57,6 +57,11 @@ class Samples:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether a row may have any number of classes, none included."""
+        return self.labels.ndim == 2
 
     def key(self, row: int, image: Image.Image) -> int:
         """Return the 64-bit identity by which `row` is held out: its group's, or else its content's."""
@@ -98,21 +103,41 @@ def load_sites(spec: str) -> Samples:
     return replace(_samples_of_files(root, files, classes), sites=sites)
 
 
+def require_labels(samples: Samples, multi_label: bool) -> None:
+    """Check that data is labelled as a run needs it.
+
+    Raises:
+        UserError: if it is multi-label and the run is not, or the reverse. It names no file.
+    """
+    if multi_label and not samples.multi_label:
+        raise UserError(
+            "This run is multi-label, but its data names one class per row. Label each row with a list of classes, or "
+            "all of them with 0 and 1 as [rows, classes]; or run without --multi-label."
+        )
+    if samples.multi_label and not multi_label:
+        raise UserError("This run takes one class per row, but its data names several: run it with --multi-label.")
+
+
 def relabel(samples: Samples, classes: Sequence[str]) -> IntArray:
-    """Return `[n]` labels that index `classes`, of which the samples may hold any subset.
+    """Return labels for `classes`, of which the samples may hold any subset: `[n]` or, if multi-label, `[n, C]`.
 
     Raises:
         UserError: if a sample's class is not among `classes`, with its name and the known ones.
     """
     known = {name: index for index, name in enumerate(classes)}
-    held = np.unique(samples.labels)
+    held = np.flatnonzero(samples.labels.any(0)) if samples.multi_label else np.unique(samples.labels)
     for label in held:
         if (name := samples.classes[label]) not in known:
-            row = int(np.flatnonzero(samples.labels == label)[0])
+            having = samples.labels[:, label] if samples.multi_label else samples.labels == label
+            row = int(np.flatnonzero(having)[0])
             raise UserError(
                 f"{samples.name(row)} is of class {name!r}, which this run does not know. "
                 f"Its classes are: {', '.join(classes)}."
             )
+    if samples.multi_label:
+        ordered = np.zeros((len(samples), len(classes)), dtype=np.int64)
+        ordered[:, [known[samples.classes[label]] for label in held]] = samples.labels[:, held]
+        return ordered
     table = np.full(len(samples.classes), -1, dtype=np.int64)
     table[held] = [known[samples.classes[label]] for label in held]
     return table[samples.labels]
@@ -164,7 +189,7 @@ def load_python(argument: str) -> Samples:
 
     A data set (such as torchvision's) is indexed for `(image, label)`; its `classes` and `groups` are used
     where it has them. Images are PIL images, uint8 arrays `[H, W]` or `[H, W, 3]`, float arrays in 0..1, or
-    tensors `[C, H, W]`.
+    tensors `[C, H, W]`. Multi-label rows are labelled as `samples_from_arrays` says.
     """
     module_name, _, function_name = argument.partition(":")
     if not module_name or not function_name:
@@ -197,8 +222,9 @@ def samples_from_arrays(
 
     Args:
         images: `[n, H, W]` or `[n, H, W, 3]` uint8 or 0..1 floats, `[n, C, H, W]` tensors, or a list of images.
-        labels: `[n]` integers that index `classes`, or class names.
-        classes: the class names; by default the labels' own values in order.
+        labels: `[n]` integers that index `classes`, or class names. For multi-label rows `[n, C]` of 0 and 1, or for
+            each row a sequence of the classes that it has, by name or index, perhaps none.
+        classes: the class names; by default the labels' own values in order, and the columns' numbers for `[n, C]`.
         spec: what messages call the data.
 
     Raises:
@@ -340,9 +366,12 @@ def _digest_image(digest: "hashlib._Hash", image: Any) -> None:
 
 
 def _index_labels(labels: Any, classes: Sequence[str] | None, spec: str) -> tuple[tuple[str, ...], IntArray]:
+    dimensions = {np.ndim(label) for label in labels}
+    if dimensions == {1}:
+        return _mark_labels([np.asarray(label) for label in labels], classes, spec)
+    if dimensions - {0}:
+        raise UserError(f"{spec} does not label its rows alike; expected one label a row, or a list for every row.")
     labels = np.asarray(labels)
-    if labels.ndim != 1:
-        raise UserError(f"{spec} has labels of shape {list(labels.shape)}; expected one label a row.")
     if len(labels) == 0:
         raise UserError(f"{spec} holds no rows.")
     if classes is None:
@@ -353,3 +382,32 @@ def _index_labels(labels: Any, classes: Sequence[str] | None, spec: str) -> tupl
     if labels.min() < 0 or labels.max() >= len(classes):
         raise UserError(f"{spec} has labels from {labels.min()} to {labels.max()} for {len(classes)} classes.")
     return tuple(map(str, classes)), labels.astype(np.int64)
+
+
+def _mark_labels(
+    labels: list[npt.NDArray[Any]], classes: Sequence[str] | None, spec: str
+) -> tuple[tuple[str, ...], IntArray]:
+    """Return classes, and labels `[n, C]` of 0 and 1, of rows that are labelled so or by the classes they have."""
+    width = len(labels[0]) if classes is None else len(classes)
+    if width > 1 and all(label.shape == (width,) and np.isin(label, (0, 1)).all() for label in labels):
+        return tuple(map(str, range(width) if classes is None else classes)), np.stack(labels).astype(np.int64)
+    named = [value for label in labels for value in label.tolist()]
+    if classes is None:
+        values, columns = np.unique(np.array(named), return_inverse=True)
+        classes = tuple(map(str, values.tolist()))
+    else:
+        columns = _columns(named, classes, spec)
+    marked = np.zeros((len(labels), len(classes)), dtype=np.int64)
+    marked[np.repeat(np.arange(len(labels)), [len(label) for label in labels]), columns] = 1
+    return tuple(map(str, classes)), marked
+
+
+def _columns(named: list[Any], classes: Sequence[str], spec: str) -> IntArray:
+    known: dict[Any, int] = {index: index for index in range(len(classes))}
+    known.update((str(name), index) for index, name in enumerate(classes))
+    if unknown := [value for value in named if value not in known]:
+        raise UserError(
+            f"{spec} has a row of class {unknown[0]!r}, which is none of its classes ({', '.join(map(str, classes))}) "
+            "nor the index of one."
+        )
+    return np.array([known[value] for value in named], dtype=np.int64)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedhead.errors import UserError
+from fedhead.losses import loss_for
 from fedhead.registry import Registry
 
 heads: Registry["type[Head]"] = Registry("head")
@@ -27,6 +28,9 @@ class Head(nn.Module, ABC):
 
     inits: ClassVar[tuple[str, ...]]
     """What its first parameters may be, the default first."""
+
+    multi_label_inits: ClassVar[tuple[str, ...]] = ()
+    """The same in a multi-label run; empty for a head that cannot tell whether a row has any class."""
 
     def __init__(self, num_features: int, num_classes: int) -> None:
         super().__init__()
@@ -56,19 +60,19 @@ class Head(nn.Module, ABC):
     def gradients(
         self, parameters: Mapping[str, Tensor], features: Tensor, labels: Tensor, weights: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Return the weighted cross entropy's gradients, each shaped as its parameter, and its values `[...]`.
+        """Return the weighted loss's gradients, each shaped as its parameter, and its values `[...]`.
 
         Args:
             parameters: by name, each with the same leading dimensions as `features`.
             features: `[..., n, d]`.
-            labels: `[..., n]`, int64.
-            weights: `[..., n]`, what each row's cross entropy counts.
+            labels: `[..., n]` class numbers, or `[..., n, C]` of 0 and 1 for multi-label rows; int64. They tell which
+                loss it is: see `fedhead.losses`.
+            weights: `[..., n]`, what each row's loss counts.
         """
         with torch.enable_grad():
             leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
             logits = self.logits(leaves, features)
-            losses = functional.cross_entropy(logits.movedim(-1, 1), labels, reduction="none")
-            values = (losses * weights).sum(-1)
+            values = (loss_for(logits, labels).values(logits, labels) * weights).sum(-1)
             # A value depends only on the parameters of its own leading index, so one sum serves them all.
             slopes = torch.autograd.grad(values.sum(), list(leaves.values()))
         return dict(zip(leaves, slopes, strict=True)), values.detach()
@@ -113,6 +117,7 @@ class LinearHead(Head):
     """Logits `x W^T + b`, weight `[C, d]`, bias `[C]`. Zero when made."""
 
     inits = ("lda", "ridge", "nearest-mean", "zeros", "random")
+    multi_label_inits = ("ridge", "zeros", "random")
 
     def __init__(self, num_features: int, num_classes: int) -> None:
         super().__init__(num_features, num_classes)
@@ -133,14 +138,10 @@ class LinearHead(Head):
     def gradients(
         self, parameters: Mapping[str, Tensor], features: Tensor, labels: Tensor, weights: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
-        # Softmax minus one-hot, with classes before rows: torch's softmax over a short last dimension is slow.
         logits = parameters["weight"] @ features.mT + parameters["bias"].unsqueeze(-1)
-        logs = functional.log_softmax(logits, dim=-2)
-        labels = labels.unsqueeze(-2)
-        values = -(logs.gather(-2, labels).squeeze(-2) * weights).sum(-1)
-        residuals = logs.exp_().scatter_add_(-2, labels, logs.new_full((1,), -1.0).expand_as(labels))
+        values, residuals = loss_for(logits, labels).slopes(logits, labels)
         residuals *= weights.unsqueeze(-2)
-        return {"weight": residuals @ features, "bias": residuals.sum(-1)}, values
+        return {"weight": residuals @ features, "bias": residuals.sum(-1)}, (values * weights).sum(-1)
 
     def randomise(self, generator: torch.Generator) -> None:
         _fill_normal(self.weight, self.num_features**-0.5, generator)
@@ -156,6 +157,7 @@ class MLPHead(Head):
     """One hidden layer of rectified units, `mlp:HIDDEN`; hidden weight `[h, d]`, output weight `[C, h]`."""
 
     inits = ("random",)
+    multi_label_inits = inits
 
     def __init__(self, num_features: int, num_classes: int, hidden: int = 256) -> None:
         super().__init__(num_features, num_classes)

@@ -110,6 +110,7 @@ class Manifest(BaseModel):
     weights_digest: str
     num_features: int
     classes: tuple[str, ...]
+    multi_label: bool = False
     head: str
     holdout: float
     seed: int

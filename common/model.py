@@ -1,7 +1,7 @@
 """TransferModel: a backbone and a head that classify images; what a run delivers."""
 
 from collections.abc import Iterable, Sequence
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -36,22 +36,32 @@ class _Description(BaseModel):
     head: str
     head_digest: Digest
     classes: tuple[str, ...]
+    multi_label: bool = False
 
 
 class TransferModel:
-    """Images to class probabilities.
+    """Images to class probabilities: of the classes together, or for a multi-label model of each by itself.
 
     Args:
         backbone: frozen.
         head: its number of features is the backbone's.
         classes: the names of the head's outputs.
         head_spec: what `make_head` builds the head from.
+        multi_label: whether an image may have any number of the classes.
 
     Raises:
         UserError: if the dimensions do not fit each other.
     """
 
-    def __init__(self, backbone: Backbone, head: Head, classes: Sequence[str], head_spec: str = "linear") -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: Head,
+        classes: Sequence[str],
+        head_spec: str = "linear",
+        *,
+        multi_label: bool = False,
+    ) -> None:
         if head.num_features != backbone.num_features:
             raise UserError(
                 f"The head takes {head.num_features} features, but {backbone.spec} gives {backbone.num_features}."
@@ -62,13 +72,14 @@ class TransferModel:
         self.head = head.eval()
         self.classes = tuple(classes)
         self.head_spec = head_spec
+        self.multi_label = multi_label
 
     def __repr__(self) -> str:
         return f"TransferModel({self.backbone.spec!r}, {self.head_spec!r}, {len(self.classes)} classes)"
 
     @torch.inference_mode()
     def probabilities(self, images: Iterable[Any], *, batch_size: int = 64) -> Tensor:
-        """Return class probabilities `[n, C]`.
+        """Return class probabilities `[n, C]`; a row sums to 1 unless the model is multi-label.
 
         Args:
             images: paths, PIL images, arrays or tensors; read `batch_size` at a time.
@@ -82,13 +93,16 @@ class TransferModel:
         while batch := list(islice(remaining, batch_size)):
             inputs = torch.stack([self.backbone.preprocessing(_open(image)) for image in batch])
             features = self.backbone.features(inputs)
-            parts.append(self.head.to(features.device)(features).softmax(-1).cpu())
+            logits = self.head.to(features.device)(features)
+            parts.append((logits.sigmoid() if self.multi_label else logits.softmax(-1)).cpu())
         return torch.cat(parts) if parts else torch.empty(0, len(self.classes))
 
-    def predict(self, images: Iterable[Any], *, batch_size: int = 64) -> list[str]:
-        """Return the most probable class of each image; see `probabilities`."""
-        best = self.probabilities(images, batch_size=batch_size).argmax(-1)
-        return [self.classes[index] for index in best.tolist()]
+    def predict(self, images: Iterable[Any], *, batch_size: int = 64) -> list[str] | list[tuple[str, ...]]:
+        """Return the most probable class of each image, or if multi-label those above one half; see `probabilities`."""
+        probabilities = self.probabilities(images, batch_size=batch_size)
+        if self.multi_label:
+            return [tuple(compress(self.classes, row)) for row in (probabilities > 0.5).tolist()]
+        return [self.classes[index] for index in probabilities.argmax(-1).tolist()]
 
     def save(self, path: Path | str) -> None:
         """Write the head as safetensors, with the backbone by its digest and the classes; nothing in it can run."""
@@ -101,6 +115,7 @@ class TransferModel:
             head=self.head_spec,
             head_digest=digest_tensors(tensors),
             classes=self.classes,
+            multi_label=self.multi_label,
         )
         write_atomically(Path(path), save(tensors, {"model": described.model_dump_json()}))
 
@@ -136,7 +151,7 @@ class TransferModel:
             head.load_state_dict(tensors)
         except RuntimeError as error:
             raise UserError(f"The model {path} is damaged: {error}") from None
-        return cls(backbone, head, described.classes, described.head)
+        return cls(backbone, head, described.classes, described.head, multi_label=described.multi_label)
 
 
 def _read(path: Path) -> tuple[_Description, dict[str, Tensor]]:

@@ -556,6 +556,16 @@ def projection_for(num_features: int, seed: int, limit: int = MAX_WIDTH) -> Rand
     return RandomProjection(num_features, limit, seed) if num_features > limit else None
 
 
+def origin_of(probe: Tensor, seed: int) -> Tensor:
+    """Return the origin of a run's statistics: the mean of its probe's features `[PROBES, d]`.
+
+    For features wide enough to be projected it is zeros: a projected origin might differ in its last bits between
+    machines, and sums about different origins do not add.
+    """
+    project = projection_for(probe.shape[1], seed)
+    return probe.mean(0) if project is None else torch.zeros(project.narrow)
+
+
 def _checked_origin(origin: Tensor, num_features: int) -> Tensor:
     if origin.shape != (num_features,) or not bool(origin.isfinite().all()):
         raise ValueError(f"The origin must be {num_features} finite numbers.")

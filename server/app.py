@@ -45,7 +45,7 @@ def coordinate(config: RunConfig, grid: Grid, out: Path | str | None = None) -> 
     except BaseException:
         folder.discard_if_unused()
         raise
-    folder.write_model(TransferModel(backbone, outcome.head, classes, config.head))
+    folder.write_model(TransferModel(backbone, outcome.head, classes, config.head, multi_label=config.multi_label))
     folder.write_result(
         {
             "accuracy": outcome.history[outcome.kept_round].accuracy,

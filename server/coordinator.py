@@ -45,7 +45,7 @@ from fedhead.server.site_diagnosis import diagnose_sites
 from fedhead.server.site_sums import SiteSums
 from fedhead.server.starting_head import UNSOLVED, HeadForm
 from fedhead.server.strategies import aggregate_round, averages, configure_round, required_sites, sample_sites, screen
-from fedhead.statistics import FeatureStatistics, projection_for
+from fedhead.statistics import FeatureStatistics, origin_of
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +65,10 @@ class Round:
         bytes_down: payload sent to sites for it.
         bytes_up: payload that sites sent.
         train_loss: the sites' mean loss while they trained it; None for round 0.
-        loss: mean cross entropy on the held-out rows of the sites that evaluated it.
-        accuracy: the share of these rows that is right; None (like `loss`) where nothing is held out.
+        loss: the mean loss on the held-out rows of the sites that evaluated it: cross entropy, or of multi-label rows
+            binary cross entropy.
+        accuracy: the share of these rows that is right, of multi-label rows with all labels; None (like `loss`) where
+            nothing is held out.
         test_accuracy: the same on the pooled test set, where there is one.
         dropped: sites whose replies did not count, with the reason.
     """
@@ -95,7 +97,7 @@ class Outcome:
         history: from round 0.
         participants: the sites that took part.
         sites: how the kept head does on the held-out rows of each of them that has any.
-        diagnoses: how each site stands to the pool, where statistics are kept.
+        diagnoses: how each site stands to the pool, where statistics are kept and rows have one class each.
         coverage: which sites hold which classes, where statistics were summed.
         refused: sites that could not take part, with the reason.
         full_model_bytes: what exchanging backbone and head each round would have taken.
@@ -178,6 +180,7 @@ class Coordinator:
             weights_digest=backbone.weights_digest,
             num_features=backbone.num_features,
             classes=tuple(classes),
+            multi_label=config.multi_label,
             head=config.head,
             holdout=config.holdout,
             seed=config.seed,
@@ -216,7 +219,7 @@ class Coordinator:
         kept = _best(evaluated)
         sites = self._report(kept, stats, exchange) if self.config.holdout else {}
         diagnoses: list[SiteDiagnosis] = []
-        if stats is not None and self.sums is not None and self.config.diagnose:
+        if stats is not None and self.sums is not None and self.config.diagnose and not self.config.multi_label:
             diagnoses = diagnose_sites(self._messenger, self._nodes, self.manifest, self.sums, stats, exchange)
         head = self.form.leave(kept.arrays)
         all_rows = self.deliver and kept.number == 0 and stats is not None and self.config.holdout > 0
@@ -311,14 +314,14 @@ class Coordinator:
     def _sum_statistics(self, request: StatisticsRequest, exchange: Exchange) -> FeatureStatistics:
         """Fold the sites' statistics into one as they come."""
         used = 0
-        origin = self.backbone.probe().mean(0)
-        project = projection_for(self.manifest.num_features, self.manifest.seed)
-        origin = origin if project is None else torch.zeros(project.narrow)
-        total = FeatureStatistics.empty(len(origin), len(self.manifest.classes), origin)
+        origin = origin_of(self.backbone.probe(), self.manifest.seed)
+        classes = len(self.manifest.classes)
+        total = FeatureStatistics.empty(len(origin), classes, origin, multi_label=self.manifest.multi_label)
         for name, tensors in self._sums(request, exchange):
             try:
                 stats = FeatureStatistics.from_tensors(tensors)
-                self._vouch(name, stats.rows, stats.num_classes == len(self.manifest.classes) and not stats.multi_label)
+                alike = stats.multi_label == self.manifest.multi_label
+                self._vouch(name, stats.rows, stats.num_classes == classes and alike)
                 total += stats
                 used += 1
                 if self.sums is not None:
@@ -419,7 +422,8 @@ class Coordinator:
         reports = {}
         for name, answer in self._messenger.ask(self._nodes, REPORT, request.to_content(), exchange):
             try:
-                sums = EvaluationSums.from_arrays(Payload.from_content(answer).arrays, num_classes)
+                arrays = Payload.from_content(answer).arrays
+                sums = EvaluationSums.from_arrays(arrays, num_classes, multi_label=self.manifest.multi_label)
                 exchange.bytes_up += payload_bytes(answer)
                 if sums.rows > self._rows[name]:
                     raise ValueError(f"it evaluated {sums.rows} rows, of {self._rows[name]} that it has")
@@ -487,7 +491,8 @@ def score_bins(head: LinearHead, stats: FeatureStatistics) -> ScoreBins:
     """Return bins that fit the logits which `head` gives to rows with these statistics."""
     weight, bias = head.weight.detach().double(), head.bias.detach().double()
     covariance = weight @ (stats.scatter() / stats.rows) @ weight.T
-    return ScoreBins.from_moments((weight @ stats.mean() + bias).numpy(), covariance.numpy())
+    mean = (weight @ stats.mean() + bias).numpy()
+    return ScoreBins.from_moments(mean, covariance.numpy(), multi_label=stats.multi_label)
 
 
 def _best(evaluated: Sequence[tuple[_Version, Exchange]]) -> _Version:

@@ -21,9 +21,12 @@ def resolve_init(config: RunConfig, head: Head) -> str:
     Raises:
         UserError: if the head cannot start so.
     """
-    init = config.init or head.inits[0]
-    if init not in head.inits:
-        raise UserError(f"A head {config.head!r} cannot start from {init!r}, only from: {', '.join(head.inits)}.")
+    inits, where = (head.multi_label_inits, " in a multi-label run") if config.multi_label else (head.inits, "")
+    if not inits:
+        raise UserError(f"A head {config.head!r} does not fit multi-label data; take 'linear' or 'mlp:256'.")
+    init = config.init or inits[0]
+    if init not in inits:
+        raise UserError(f"A head {config.head!r} cannot start from {init!r}{where}, only from: {', '.join(inits)}.")
     return init
 
 

@@ -24,12 +24,13 @@ from fedhead.client.app import Kept, site_statistics
 from fedhead.client.guard import MIN_CLASS_COUNT, MIN_ROWS, Guard, Ledger, ledger_path
 from fedhead.client.site_data import Holding, check_backbone
 from fedhead.config import RunConfig
-from fedhead.data import Samples, load_samples, relabel
+from fedhead.data import Samples, load_samples, relabel, require_labels
 from fedhead.devices import pick_device
 from fedhead.errors import FedheadError, UserError
 from fedhead.features import FeatureStore, Progress
 from fedhead.files import write_atomically
 from fedhead.heads import Head, make_head
+from fedhead.losses import loss_for
 from fedhead.messages import Manifest, Payload, StatisticsRequest
 from fedhead.registry import suggest
 from fedhead.server.run_folder import RunFolder
@@ -260,7 +261,7 @@ def leave(
         else:
             parts = _sent_again(run, site, records, sums, data, access)
         draft = run.sums.left(site, parts, len(run.classes))
-        run.require_two_classes(draft, site)
+        run.require_contrast(_total(draft.pools), site)
         notes = [f"Models that were handed out before still hold what they learned from {site!r}."]
         if run.config.rounds:
             notes.append(
@@ -315,7 +316,7 @@ def _come(
     """Let a site in, with classes that may be new."""
     run.refuse_member(site)
     classes = (*run.classes, *added)
-    samples = data if isinstance(data, Samples) else load_samples(data)
+    samples = _load(run, data)
     if unknown := _unknown(samples, classes):
         flags = " ".join(f"--name {shlex.quote(name)}" for name in unknown)
         raise UserError(
@@ -406,8 +407,7 @@ def _sent_again(
     if data is not None:
         # Classes that the run learned later were not told apart then.
         classes = run.classes[: records["train"].classes]
-        samples = data if isinstance(data, Samples) else load_samples(data)
-        made = _sum_site(run, site, samples, classes, list(needed), access).parts
+        made = _sum_site(run, site, _load(run, data), classes, list(needed), access).parts
         for part, stats in made.items():
             if digest_of(stats) != needed[part].digest:
                 raise UserError(
@@ -445,8 +445,15 @@ def _sent_again(
 _ROWS_OF: Mapping[Part, str] = {"train": "the training rows", "held_out": "the held-out rows"}
 
 
+def _load(run: "_Run", data: str | Samples) -> Samples:
+    samples = data if isinstance(data, Samples) else load_samples(data)
+    require_labels(samples, run.config.multi_label)
+    return samples
+
+
 def _unknown(samples: Samples, classes: Sequence[str]) -> list[str]:
-    held = {samples.classes[label] for label in np.unique(samples.labels)}
+    present = np.flatnonzero(samples.labels.any(0)) if samples.multi_label else np.unique(samples.labels)
+    held = {samples.classes[label] for label in present}
     return sorted(held - set(classes))
 
 
@@ -468,9 +475,10 @@ def _check_names(names: tuple[str, ...], run: "_Run") -> None:
 def _measure(run: "_Run", draft: Draft, holding: Holding, known: bool) -> _Measured:
     """Evaluate the head that has seen no held-out row, and the one before, on a site's held-out rows."""
     rows = torch.from_numpy(holding.held_out.rows)
-    if not len(rows) or int((draft.pools["train"].counts > 0).sum()) < 2:
+    train = draft.pools["train"]
+    if not len(rows) or not _can_be_told_apart(train):
         return _Measured()
-    head = run.form(draft.pools["train"].num_classes).solve(draft.pools["train"]).float()
+    head = run.form(train.num_classes).solve(train).float()
     before = _share_right(run.model.head, holding, rows) if known else None
     return _Measured(_share_right(head, holding, rows), before, len(rows))
 
@@ -480,7 +488,8 @@ def _share_right(head: Head, holding: Holding, rows: Tensor) -> float:
     head = head.to(holding.data.features.device)
     right = 0
     for block in torch.split(rows, _ROWS):
-        right += int((head(holding.data.features[block]).argmax(-1) == holding.data.labels[block]).sum())
+        logits, labels = head(holding.data.features[block]), holding.data.labels[block]
+        right += int(loss_for(logits, labels).correct(logits, labels).sum())
     return right / len(rows)
 
 
@@ -586,6 +595,7 @@ class _Run:
             holdout=self.config.holdout,
             seed=self.config.seed,
             local=self.config.local,
+            multi_label=self.config.multi_label,
         )
 
     def backbone(self, weights: str, device: str) -> Backbone:
@@ -664,18 +674,18 @@ class _Run:
                 f"leave {self.path} --site {shlex.quote(site)}"
             )
 
-    def require_two_classes(self, draft: Draft, site: str) -> None:
-        """Refuse what cannot be solved.
+    def require_contrast(self, stats: FeatureStatistics, site: str) -> None:
+        """Refuse what no head can be solved from.
 
         Raises:
-            UserError: if fewer than two classes have rows.
+            UserError: if it has rows of fewer than two classes or, multi-label, no class that some rows have and others
+                do not.
         """
-        counts = torch.stack([stats.counts for stats in draft.pools.values()]).sum(0).tolist()
-        left = [name for name, count in zip(self.classes, counts, strict=True) if count]
-        if len(left) < 2:
+        if not _can_be_told_apart(stats):
+            left = [name for name, count in zip(self.classes, stats.counts.tolist(), strict=True) if count]
             raise UserError(
-                f"Without {site!r} there are rows of {_listed(left) if left else 'no class'} only; a head needs two "
-                "classes or more."
+                f"Without {site!r} all rows are of {_listed(left) or 'no class'}: there is nothing left for a head to "
+                "tell apart."
             )
 
     def change(
@@ -788,6 +798,10 @@ def _opened(run_dir: Path | str) -> Iterator[_Run]:
 def _total(pools: Parts) -> FeatureStatistics:
     first, *others = (pools[part] for part in PARTS if part in pools)
     return sum(others, start=first.copy())
+
+
+def _can_be_told_apart(stats: FeatureStatistics) -> bool:
+    return bool(((stats.counts > 0) & (stats.counts < stats.rows)).any())
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -20,7 +20,8 @@ class RankedBackbone:
     Attributes:
         backbone: its spec.
         logme: log evidence per row and class (You et al., 2021); larger fits better.
-        h_score: between-class scatter in units of the total (Bao et al., 2019); larger fits better.
+        h_score: between-class scatter in units of the total (Bao et al., 2019); larger fits better. None
+            for multi-label rows.
         accuracy: of the solved head, on the pooled held-out rows; None without any.
         accuracy_test: the same on the pooled test set, where there is one.
         num_features: `d`.
@@ -31,7 +32,7 @@ class RankedBackbone:
 
     backbone: str
     logme: float
-    h_score: float
+    h_score: float | None
     accuracy: float | None
     accuracy_test: float | None
     num_features: int
@@ -71,7 +72,7 @@ def rank(
         changes = {"backbone": spec, "weights": weights or "default", "rounds": 0, "head": "linear"}
         plan_config = (config or RunConfig()).changed(changes)
         if plan_config.init in ("zeros", "random"):
-            plan_config = plan_config.changed({"init": "lda"})
+            plan_config = plan_config.changed({"init": ""})
         plans.append(make_plan(plan_config, data, sites, test_data=test_data))
     ranked = []
     for plan in plans:
@@ -82,7 +83,7 @@ def rank(
             RankedBackbone(
                 backbone=plan.backbone.spec,
                 logme=scores["logme"],
-                h_score=scores["h_score"],
+                h_score=scores.get("h_score"),
                 accuracy=result.accuracy_held_out,
                 accuracy_test=result.test_accuracy,
                 num_features=plan.backbone.num_features,
@@ -91,4 +92,4 @@ def rank(
                 rows_extracted=result.extracted,
             )
         )
-    return sorted(ranked, key=lambda one: (-one.logme, -one.h_score))
+    return sorted(ranked, key=lambda one: (-one.logme, -(one.h_score or 0.0)))

@@ -21,11 +21,12 @@ from fedhead.client.guard import Guard, Ledger
 from fedhead.client.site_data import Holding, check_backbone, hold, refuse_if_withheld
 from fedhead.client.training import LabelledFeatures
 from fedhead.config import RunConfig
-from fedhead.data import IntArray, Samples, load_samples, load_sites, relabel
+from fedhead.data import IntArray, Samples, load_samples, load_sites, relabel, require_labels
 from fedhead.devices import pick_device
 from fedhead.features import FeatureStore, Progress
 from fedhead.flower import in_process_identity
 from fedhead.heads import Head, make_head
+from fedhead.losses import loss_for
 from fedhead.messages import Manifest
 from fedhead.metrics import EvaluationReport, EvaluationSums, report
 from fedhead.model import TransferModel
@@ -81,7 +82,8 @@ class RunResult:
     @cached_property
     def evaluation(self) -> EvaluationReport:
         """How the kept head does on the pooled held-out rows, with 95 % intervals."""
-        pooled = sum(self.sites.values(), EvaluationSums.zeros(len(self.config.classes)))
+        nothing = EvaluationSums.zeros(len(self.config.classes), multi_label=self.config.multi_label)
+        pooled = sum(self.sites.values(), nothing)
         return report(pooled, self.config.classes)
 
     @property
@@ -169,7 +171,7 @@ class SharedData:
     Args:
         backbone: of the run.
         store: the features of all rows.
-        labels: `[N]`, of all rows.
+        labels: `[N]` or `[N, C]`, of all rows.
         guard: every site's.
     """
 
@@ -346,6 +348,9 @@ def make_plan(
     test_samples = test_data if isinstance(test_data, Samples) else None
     if test_samples is None and table.test_data:
         test_samples = load_samples(table.test_data)
+    for loaded in (samples, test_samples):
+        if loaded is not None:
+            require_labels(loaded, given.multi_label)
     classes = given.classes or (load_samples(given.classes_from).classes if given.classes_from else samples.classes)
     backbone = load_backbone(given.backbone, weights=given.weights, layer=given.layer, seed=given.seed).to(device)
     if not backbone.trained:
@@ -419,7 +424,13 @@ def run_plan(
     ended = time.perf_counter()
     return RunResult(
         config=config,
-        model=TransferModel(backbone.to(torch.device("cpu")), outcome.head, config.classes, config.head),
+        model=TransferModel(
+            backbone.to(torch.device("cpu")),
+            outcome.head,
+            config.classes,
+            config.head,
+            multi_label=config.multi_label,
+        ),
         outcome=outcome,
         test_accuracy=test(outcome.head) if test else None,
         empty_sites=empty,
@@ -473,8 +484,10 @@ def _accuracy_on(store: FeatureStore, labels: Tensor) -> Callable[[Head], float]
 
     @torch.inference_mode()
     def accuracy(head: Head) -> float:
-        parts = torch.split(rows, 8192)
-        correct = sum(int((head(store.features[part]).argmax(-1) == labels[part]).sum()) for part in parts)
+        correct = 0
+        for part in torch.split(rows, 8192):
+            logits = head(store.features[part])
+            correct += int(loss_for(logits, labels).correct(logits, labels[part]).sum())
         return correct / len(rows)
 
     return accuracy

@@ -63,6 +63,12 @@ def reference_module(spec: str) -> nn.Module:
     return nn.Sequential(nn.Linear(FEATURES, 4), nn.ReLU(), nn.Linear(4, CLASSES))
 
 
+def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    if labels.ndim == 2:
+        return nn.BCEWithLogitsLoss(reduction="mean")(logits, labels.to(logits))  # type: ignore[no-any-return]
+    return functional.cross_entropy(logits, labels)
+
+
 def train_alone(
     spec: str, incoming: dict[str, Tensor], data: LabelledFeatures, site: SiteRows, local: LocalConfig
 ) -> tuple[list[Tensor], float]:
@@ -84,7 +90,7 @@ def train_alone(
         rows = torch.from_numpy(site.rows[shuffled(SEED, site.name, ROUND, epoch, len(site.rows))])
         for start in range(0, len(rows), local.batch_size):
             batch = rows[start : start + local.batch_size]
-            loss = functional.cross_entropy(module(data.features[batch]), data.labels[batch])
+            loss = mean_loss(module(data.features[batch]), data.labels[batch])
             losses.append(loss.item() * len(batch))
             for parameter, value in zip(module.parameters(), incoming.values(), strict=True):
                 loss = loss + local.proximal_mu / 2 * (parameter - value).square().sum()
@@ -139,6 +145,37 @@ def test_each_of_many_sites_trains_as_torch_would_train_it_alone(spec: str, loca
             torch.testing.assert_close(value[i], reference, rtol=1e-9, atol=1e-9)
         assert trained.losses[i] == pytest.approx(loss, rel=1e-9)
     assert trained.rows.tolist() == list(SIZES)
+
+
+def make_multi_label(data: LabelledFeatures) -> LabelledFeatures:
+    generator = torch.Generator().manual_seed(3)
+    return LabelledFeatures(data.features, torch.randint(0, 2, (len(data.labels), CLASSES), generator=generator))
+
+
+@pytest.mark.parametrize("local", [SGD[0], SGD[-1], ADAMW[0], ADAMW[-1]], ids=str)
+@pytest.mark.parametrize("spec", ["linear", "mlp:4"])
+def test_each_of_many_sites_trains_as_torch_would_on_multi_label_rows(spec: str, local: LocalConfig) -> None:
+    data, sites = make_problem()
+    data = make_multi_label(data)
+    head, incoming = make_incoming(spec)
+    trained = train(head, incoming, data, sites, local)
+    for i, site in enumerate(sites):
+        expected, loss = train_alone(spec, incoming, data, site, local)
+        for value, reference in zip(trained.parameters.values(), expected, strict=True):
+            torch.testing.assert_close(value[i], reference, rtol=1e-9, atol=1e-9)
+        assert trained.losses[i] == pytest.approx(loss, rel=1e-9)
+
+
+def test_evaluation_of_multi_label_rows_counts_those_with_all_labels_right() -> None:
+    data, sites = make_problem()
+    data = make_multi_label(data)
+    head, parameters = make_incoming("linear")
+    evaluation = evaluate_head(head, parameters, data, sites)
+    for i, site in enumerate(sites):
+        logits, labels = head(data.features[site.rows]), data.labels[site.rows]
+        if len(site.rows):
+            assert evaluation.losses[i] == pytest.approx(len(site.rows) * mean_loss(logits, labels).item())
+        assert evaluation.correct[i] == int(((logits > 0) == labels.bool()).all(1).sum())
 
 
 @pytest.mark.parametrize("local", [SGD[0], SGD[-1], ADAMW[-1]], ids=str)

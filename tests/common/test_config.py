@@ -28,9 +28,7 @@ def test_flags_lie_over_the_file_table_by_table(tmp_path: Path) -> None:
 
 
 def test_a_value_that_is_not_toml_is_text() -> None:
-    assert parse_assignments(["simulation.data=folder:/data/x rays"]) == {
-        "simulation": {"data": "folder:/data/x rays"}
-    }
+    assert parse_assignments(["simulation.data=folder:/data/x rays"]) == {"simulation": {"data": "folder:/data/x rays"}}
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from fedhead.data import (
     load_sites,
     read_image,
     relabel,
+    require_labels,
     samples_from_arrays,
     to_image,
 )
@@ -103,7 +104,10 @@ def test_labels_follow_the_runs_classes() -> None:
         (np.zeros((0, 4, 4), np.uint8), [], None, "holds no rows"),
         (np.zeros((1, 4, 4), np.uint8), [3], ["a", "b"], "labels from 3 to 3 for 2 classes"),
         (np.zeros((1, 4, 4), np.uint8), ["a"], ["a", "b"], "must be their indices"),
-        (np.zeros((1, 4, 4), np.uint8), [[0, 1]], None, "one label a row"),
+        (np.zeros((1, 4, 4), np.uint8), [[[0, 1]]], None, "one label a row"),
+        (np.zeros((2, 4, 4), np.uint8), [0, [1]], ["a", "b"], "does not label its rows alike"),
+        (np.zeros((2, 4, 4), np.uint8), [["a"], ["c"]], ["a", "b"], "of class 'c', which is none of its classes"),
+        (np.zeros((2, 4, 4), np.uint8), [[0, 2], [1]], ["a", "b"], "of class 2, which is none of its classes"),
     ],
 )
 def test_arrays_that_do_not_fit_are_sentences(images: object, labels: object, classes: list[str], words: str) -> None:
@@ -208,3 +212,69 @@ def test_a_function_of_the_users_gives_data(tmp_path: Path, monkeypatch: pytest.
     assert samples.read(0).size == (5, 5)
     with pytest.raises(UserError, match="returned int"):
         load_samples("python:our_scans:wrong")
+
+
+MARKS = [[1, 0, 1], [0, 0, 0], [0, 1, 0]]
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        MARKS,
+        np.array(MARKS),
+        np.array(MARKS, dtype=bool),
+        torch.tensor(MARKS, dtype=torch.float32),
+        [torch.tensor(row) for row in MARKS],
+        [(0, 2), (), (1,)],
+        [["a", "c"], [], ["b"]],
+        [np.array([2, 0]), np.array([]), np.array([1])],
+    ],
+)
+def test_every_form_of_multi_labels_is_read_alike(labels: object) -> None:
+    samples = samples_from_arrays(np.zeros((3, 4, 4), np.uint8), labels, classes=("a", "b", "c"))
+    assert samples.multi_label
+    assert samples.classes == ("a", "b", "c")
+    assert samples.labels.dtype == np.int64
+    assert samples.labels.tolist() == MARKS
+
+
+def test_multi_labels_may_name_the_classes_themselves() -> None:
+    images = np.zeros((3, 4, 4), np.uint8)
+    named = samples_from_arrays(images, [["fox"], ["owl", "elk"], []])
+    assert (named.classes, named.labels.tolist()) == (("elk", "fox", "owl"), [[0, 1, 0], [1, 0, 1], [0, 0, 0]])
+    assert samples_from_arrays(images, MARKS).classes == ("0", "1", "2")
+    numbered = samples_from_arrays(images, [[3, 10], [10, 7], [7, 3]])
+    assert (numbered.classes, numbered.labels.tolist()) == (("3", "7", "10"), [[1, 0, 1], [0, 1, 1], [1, 1, 0]])
+
+
+def test_relabelling_reorders_the_columns_of_multi_labels() -> None:
+    samples = samples_from_arrays(np.zeros((3, 4, 4), np.uint8), MARKS, classes=("a", "b", "c"))
+    assert relabel(samples, ("c", "new", "b", "a")).tolist() == [[1, 0, 0, 1], [0, 0, 0, 0], [0, 0, 1, 0]]
+    with pytest.raises(UserError, match=r"arrays\[2\] is of class 'b'.*a, c"):
+        relabel(samples, ("a", "c"))
+    unheld = samples_from_arrays(np.zeros((3, 4, 4), np.uint8), np.array(MARKS) * [1, 0, 1], classes=("a", "b", "c"))
+    assert relabel(unheld, ("a", "c")).tolist() == [[1, 1], [0, 0], [0, 0]]
+
+
+def test_data_of_the_other_kind_is_a_sentence() -> None:
+    images = np.zeros((3, 4, 4), np.uint8)
+    one, several = samples_from_arrays(images, [0, 1, 0]), samples_from_arrays(images, MARKS)
+    require_labels(one, multi_label=False)
+    require_labels(several, multi_label=True)
+    with pytest.raises(UserError, match="names one class per row"):
+        require_labels(one, multi_label=True)
+    with pytest.raises(UserError, match="run it with --multi-label"):
+        require_labels(several, multi_label=False)
+
+
+def test_a_function_of_the_users_gives_multi_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "our_sightings.py").write_text(
+        "import numpy as np\n"
+        "class Pairs:\n"
+        "    classes = ('elk', 'fox', 'owl')\n"
+        "    def __len__(self): return 3\n"
+        "    def __getitem__(self, row): return np.zeros((5, 5), np.uint8), [[0, 2], [], ['fox']][row]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    samples = load_samples("python:our_sightings:Pairs")
+    assert samples.labels.tolist() == [[1, 0, 1], [0, 0, 0], [0, 1, 0]]

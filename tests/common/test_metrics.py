@@ -454,3 +454,83 @@ def test_limits_of_the_mean_area_hold_the_truth(classes: int, n: int, signal: fl
     logits, labels = random_rows(21, REPLICATIONS * n, classes, signal)
     held = [holds(aurocs(sums)[1], truth) for sums in sums_by_site(logits, labels, sites, REPLICATIONS)]
     assert 0.93 <= np.mean(held) <= 0.99
+
+
+def random_marks(seed: int, n: int, classes: int) -> tuple[FloatArray, IntArray]:
+    rng = np.random.default_rng(seed)
+    marks = (rng.random((n, classes)) < np.linspace(0.2, 0.6, classes)).astype(np.int64)
+    return rng.normal(size=(n, classes)) + 2 * marks - 1, marks
+
+
+def test_multi_label_figures_are_sklearns_of_each_class() -> None:
+    logits, marks = random_marks(0, 400, 4)
+    sums = EvaluationSums.from_logits(logits, marks)
+    figures = report(sums, names(4))
+    predicted = logits > 0
+    assert (sums.rows, sums.correct) == (400, int((predicted == marks).all(1).sum()))
+    assert value(figures.accuracy) == pytest.approx(accuracy_score(marks, predicted))
+    low, high = wilson_interval(np.array([sums.correct]), np.array([400]))
+    assert (figures.accuracy.low, figures.accuracy.high) == (low[0], high[0])
+    loss = torch.nn.BCEWithLogitsLoss()(torch.from_numpy(logits), torch.from_numpy(marks).double())
+    assert figures.loss == pytest.approx(loss.item())
+    areas = [roc_auc_score(marks[:, number], logits[:, number]) for number in range(4)]
+    assert value(figures.auroc) == pytest.approx(np.mean(areas), abs=2e-3)
+    for number, one in enumerate(figures.classes):
+        assert one.rows == marks[:, number].sum()
+        assert value(one.sensitivity) == pytest.approx(recall_score(marks[:, number], predicted[:, number]))
+        assert value(one.specificity) == pytest.approx(recall_score(1 - marks[:, number], 1 - predicted[:, number]))
+        assert value(one.auroc) == pytest.approx(areas[number], abs=2e-3)
+    assert figures.to_dict()["undefined"] == {"balanced_accuracy": "Rows may have several classes."}
+
+
+def test_the_mean_auroc_of_copies_of_a_class_has_that_classs_interval() -> None:
+    logits, marks = random_marks(1, 200, 3)
+    (one, *_), mean = aurocs(EvaluationSums.from_logits(logits[:, [0] * 5], marks[:, [0] * 5]))
+    assert mean.to_list() == pytest.approx(one.to_list())
+
+
+def test_multi_label_counts_add_and_travel() -> None:
+    logits, marks = random_marks(2, 150, 3)
+    owners = np.random.default_rng(2).integers(1, 6, 150)
+    pooled = EvaluationSums.from_logits(logits, marks)
+    parts = list(sums_by_site(logits, marks, owners, 7))
+    received = [EvaluationSums.from_arrays(part.to_arrays(), 3, multi_label=True) for part in parts]
+    total = sum(received, EvaluationSums.zeros(3, multi_label=True))
+    assert same_counts(total, pooled)
+    assert total.matched == pooled.matched > 0
+    assert parts[0].rows == 0
+    with pytest.raises(ValueError, match="multi-label rows and of others"):
+        pooled + EvaluationSums.zeros(3)
+
+
+def test_bins_from_moments_fit_multi_label_logits() -> None:
+    logits, _ = random_marks(3, 500, 3)
+    bins = ScoreBins.from_moments(logits.mean(0), np.cov(logits.T), multi_label=True)
+    assert bins.centre == pytest.approx(logits.mean(0))
+    assert bins.spread == pytest.approx(logits.std(0, ddof=1))
+
+
+def tampered_marks(**changes: Any) -> dict[str, Any]:
+    arrays = EvaluationSums.from_logits(*random_marks(4, 40, 3)).to_arrays()
+    return {**arrays, **changes}
+
+
+def test_multi_label_counts_that_contradict_each_other_are_refused() -> None:
+    good = tampered_marks()
+    wrong = good["confusion"].copy()
+    wrong[0, 0, 0] += 1
+    for arrays, words in [
+        (tampered_marks(matched=np.array([41], np.uint8)), "'matched' contradicts"),
+        (tampered_marks(confusion=wrong), "other rows for one class"),
+        (tampered_marks(confusion=good["confusion"][:, ::-1].copy()), "'scores' counts other rows"),
+        ({name: array for name, array in good.items() if name != "matched"}, "holds confusion, loss_sum, matched"),
+        (EvaluationSums.zeros(3).to_arrays(), "holds confusion, loss_sum, matched"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            EvaluationSums.from_arrays(arrays, 3, multi_label=True)
+
+
+@pytest.mark.parametrize("marks", [np.full((5, 3), 2), np.zeros((5, 2), np.int64), np.zeros((5, 3))])
+def test_multi_labels_that_are_no_marks_are_refused(marks: IntArray) -> None:
+    with pytest.raises(ValueError, match="Labels must be"):
+        EvaluationSums.from_logits(np.zeros((5, 3)), marks)

@@ -270,3 +270,21 @@ def test_saving_where_nothing_may_be_written_is_a_sentence(tmp_path: Path) -> No
     with pytest.raises(UserError, match="cannot be written"):
         model_of().save(tmp_path / "file" / "model.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_multi_label_model_names_every_class_above_one_half(tmp_path: Path) -> None:
+    single = model_of()
+    model = TransferModel(single.backbone, single.head, CLASSES, multi_label=True)
+    model.save(tmp_path / "model.safetensors")
+    loaded = TransferModel.load(tmp_path)
+    assert loaded.multi_label
+    assert not single.multi_label
+    images = pictures(20, colour=True)
+    with torch.inference_mode():
+        logits = model.head(model.backbone.features(torch.stack(list(map(model.backbone.preprocessing, images)))))
+    torch.testing.assert_close(loaded.probabilities(images), logits.sigmoid())
+    predicted = loaded.predict(images)
+    assert predicted == [
+        tuple(name for name, logit in zip(CLASSES, row, strict=True) if logit > 0) for row in logits.tolist()
+    ]
+    assert len({len(names) for names in predicted}) > 1

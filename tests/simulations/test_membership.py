@@ -15,8 +15,10 @@ from click.testing import Result
 from torch import nn
 from typer.testing import CliRunner
 
+import fedhead.server.coordinator
 import fedhead.server.run_folder
 import fedhead.server.site_sums
+import fedhead.server.starting_head
 import fedhead.simulations.membership
 import fedhead.statistics
 from fedhead.backbones import Backbone, Preprocessing, backbone_sources
@@ -34,7 +36,7 @@ from fedhead.simulations import RunResult, simulate
 from fedhead.simulations.membership import MembershipChange, add_class, join, leave
 from fedhead.simulations.simulate import make_plan, run_plan
 from fedhead.solvers import solve_head
-from fedhead.statistics import FeatureStatistics
+from fedhead.statistics import FeatureStatistics, RandomProjection
 
 ROWS = 400
 FEATURES = 64
@@ -202,6 +204,48 @@ def test_joining_gives_the_run_with_all_sites(digits: Samples, finished: Path) -
         assert same_heads(TransferModel.load(partial).head, TransferModel.load(finished).head, 1e-6)
         assert sums_of(partial).is_close(sums_of(finished))
         assert change.accuracy_before is not None
+
+
+def test_wide_features_are_projected_alike(digits: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
+    users = (fedhead.server.starting_head, fedhead.simulations.membership)
+    for module in (fedhead.statistics, *users):
+        monkeypatch.setattr(module, "projection_for", lambda wide, seed: RandomProjection(wide, 16, seed))
+    whole, partial = (folder_of(simulate(CONFIG, digits, sites)) for sites in (list(SITES), without(3)))
+    change = join(partial, "site-3", some_digits(SITES[3]), **OFF)
+    assert change.statistics.num_features == 16
+    assert same_heads(change.head, solved(whole))
+    assert same_heads(TransferModel.load(partial).head, TransferModel.load(whole).head, 1e-6)
+    assert change.accuracy is not None
+
+
+def test_rows_of_several_classes_join_and_leave() -> None:
+    def attributed(rows: Any) -> Samples:
+        labels = all_digits().labels[rows]
+        marks = np.stack([labels % 2 == 0, labels > 4, labels == 8], 1)
+        return samples_from_arrays(
+            [all_digits().read(int(row)) for row in rows], marks, classes=("even", "large", "eight"), spec="attributed"
+        )
+
+    config, samples = CONFIG.changed({"multi_label": True}), attributed(np.arange(ROWS))
+    whole, never = (folder_of(simulate(config, samples, sites)) for sites in (list(SITES), without(2)))
+    assert same_heads(leave(whole, "site-2").head, solved(never))
+    change = join(whole, "site-2", attributed(SITES[2]), **OFF)
+    assert change.accuracy is not None
+    assert TransferModel.load(whole).multi_label
+    refuse(whole, "multi-label", join, "new", resend(0), **OFF)
+    refuse(never, "rows of 'tall', which", join, "new", attributed_as_tall(), **OFF)
+    added = add_class(never, "tall", "new", attributed_as_tall(), **OFF)
+    assert added.statistics.counts.tolist()[-1] > 0
+    single = folder_of(simulate(CONFIG, some_digits(np.arange(ROWS)), list(SITES)))
+    refuse(single, "one class per row", join, "new", attributed(SITES[2]), **OFF)
+
+
+def attributed_as_tall() -> Samples:
+    labels = all_digits().labels[:60]
+    marks = np.stack([labels % 2 == 0, labels == 1], 1)
+    return samples_from_arrays(
+        [all_digits().read(row) for row in range(60)], marks, classes=("even", "tall"), spec="tall"
+    )
 
 
 def test_joining_and_leaving_again_and_again_is_nothing(run: Path) -> None:
@@ -509,7 +553,7 @@ def test_a_head_needs_two_classes_and_a_run_a_site() -> None:
     samples = some_digits(np.arange(200), [0, 1, 2])
     rows = [np.flatnonzero(samples.labels == 0), np.flatnonzero(samples.labels > 0)]
     run = folder_of(simulate(CONFIG, samples, rows))
-    refuse(run, "Without 'site-1' there are rows of '0' only", leave, "site-1")
+    refuse(run, "Without 'site-1' all rows are of '0'", leave, "site-1")
     leave(run, "site-0")
     refuse(run, "'site-1' is the only site", leave, "site-1")
 
