@@ -29,22 +29,21 @@ def coordinate(config: RunConfig, grid: Grid, out: Path | str | None = None) -> 
     strategy = build_strategy(config.strategy)
     backbone = load_backbone(config.backbone, weights=config.weights, layer=config.layer, seed=config.seed)
     folder = RunFolder.create(out, backbone.spec.replace(":", "-"))
-    coordinator = Coordinator(
-        config,
-        grid,
-        backbone,
-        classes,
-        strategy,
-        on_round=lambda finished: folder.append_metrics(asdict(finished)),
-        sums=folder.sums if config.keep_sums == "folder" else None,
-        run=folder.path.name,
-    )
     try:
-        folder.write_config(config)
-        outcome = coordinator.run()
+        folder.write_config(config.changed({"classes": list(classes), "classes_from": ""}))
+        outcome = Coordinator(
+            config,
+            grid,
+            backbone,
+            classes,
+            strategy,
+            on_round=lambda finished: folder.append_metrics(asdict(finished)),
+            sums=folder.sums,
+        ).run()
     except BaseException:
         folder.discard_if_unused()
         raise
+    folder.sums.finish()
     folder.write_model(TransferModel(backbone, outcome.head, classes, config.head, multi_label=config.multi_label))
     folder.write_result(
         {

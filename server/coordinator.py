@@ -141,7 +141,6 @@ class Coordinator:
         test: gives the accuracy of a head on a pooled test set.
         deadline: seconds to wait for the replies of one exchange.
         deliver: whether a statistics head that is kept is solved again of all rows, for use.
-        run: what sites know the run by in their ledgers; by default a new name.
 
     Raises:
         UserError: if head, init or classes do not fit each other.
@@ -160,7 +159,6 @@ class Coordinator:
         test: Callable[[Head], float] | None = None,
         deadline: float = 3600.0,
         deliver: bool = True,
-        run: str = "",
     ) -> None:
         if len(classes) < 2:
             raise UserError(f"A classifier needs two classes or more; this run has {list(classes)}.")
@@ -173,7 +171,7 @@ class Coordinator:
         self.deliver = deliver
         self.form = HeadForm(config, backbone.num_features, len(classes))
         self.manifest = Manifest(
-            run=run or uuid.uuid4().hex,
+            run=uuid.uuid4().hex,
             backbone=backbone.spec,
             layer=backbone.layer,
             backbone_digest=backbone.digest,
@@ -323,13 +321,14 @@ class Coordinator:
                 alike = stats.multi_label == self.manifest.multi_label
                 self._vouch(name, stats.rows, stats.num_classes == classes and alike)
                 total += stats
-                used += 1
-                if self.sums is not None:
-                    self.sums.save(name, request.rows, stats)
-                if request.rows == "train":
-                    self._counts[name] = stats.counts
             except ValueError as error:
                 exchange.drop(name, str(error))
+                continue
+            used += 1
+            if self.sums is not None:
+                self.sums.save(name, request.rows, stats)
+            if request.rows == "train":
+                self._counts[name] = stats.counts
         return _at_least_one(total if used else None, exchange)
 
     def _sum_moments(self, exchange: Exchange) -> FeatureMoments:

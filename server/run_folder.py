@@ -38,7 +38,8 @@ class RunFolder:
         return folder
 
     def write_config(self, config: RunConfig) -> None:
-        """Write what runs, as a TOML file that reproduces it."""
+        """Write what runs, as a TOML file that reproduces it; from now on sums are kept as it says."""
+        self.sums = SiteSums(self.path / "sums", config.keep_sums)
         write_atomically(self.path / "run.toml", config.to_toml())
 
     def append_metrics(self, values: Mapping[str, Any]) -> None:

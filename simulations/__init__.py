@@ -1,5 +1,9 @@
 """Many sites on one machine."""
 
+from fedhead.simulations.membership import MembershipChange as MembershipChange
+from fedhead.simulations.membership import add_class as add_class
+from fedhead.simulations.membership import join as join
+from fedhead.simulations.membership import leave as leave
 from fedhead.simulations.rank import RankedBackbone as RankedBackbone
 from fedhead.simulations.rank import rank as rank
 from fedhead.simulations.simulate import RunResult as RunResult

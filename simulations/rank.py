@@ -9,8 +9,8 @@ from fedhead.config import RunConfig
 from fedhead.data import Samples
 from fedhead.errors import UserError
 from fedhead.features import Progress
-from fedhead.simulations.simulate import make_plan, run_plan
 from fedhead.scoring import transferability
+from fedhead.simulations.simulate import make_plan, run_plan
 
 
 @dataclass(frozen=True)

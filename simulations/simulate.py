@@ -285,8 +285,9 @@ def simulate(
             run_dir=folder.path,
             on_extraction=on_extraction,
             on_round=finish_round,
-            sums=folder.sums if plan.config.keep_sums == "folder" else None,
+            sums=folder.sums,
         )
+        folder.sums.finish()
         folder.write_model(result.model)
         folder.write_result(result.summary())
         folder.write_evaluation(
@@ -419,7 +420,6 @@ def run_plan(
             sums=sums,
             test=test,
             deliver=deliver,
-            run=run_dir.name if run_dir else "",
         ).run()
     ended = time.perf_counter()
     return RunResult(
