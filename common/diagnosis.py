@@ -48,16 +48,17 @@ _TINY = 1e-6
 
 @dataclass(frozen=True)
 class Shift:
-    """How far a site's rows are from the other sites' rows of the same classes, as a head would see it.
+    """How far a site's rows are from the other sites' rows of the same classes, as a head sees them.
 
     Distances are in the space that tells classes apart, without what chance gives, and in units of the (root
     mean square) distance of two classes: at 0 a site is like the others, at 1 its rows of a class are as far
-    from the others' as another class is.
+    from the others' as another class is. What no head sees, such as an offset that all classes share and that is
+    at right angles to what tells them apart, is no distance.
 
     Attributes:
         classes: the `K` classes that could be compared.
         rows: how many rows the comparison is worth: over these, the sum of `h_c = 1 / (1 / n_c + 1 / m_c)` for
-            the site's `n_c` and the others' `m_c` rows.
+            the site's `n_c` and the others' `m_c` rows, or somewhat less.
         distance: the root mean square over these classes, weighted by `h_c`.
         distances: `K`, of each class.
         z: the shift in standard deviations of what chance gives; about standard normal where there is none.
@@ -85,8 +86,8 @@ class Shift:
 
     @property
     def alike(self) -> bool:
-        """Whether they are nearer than that, beyond reasonable doubt."""
-        return self.p_value > 1 - _ALIKE_LEVEL
+        """Whether they are nearer than that, and its classes as far apart, beyond reasonable doubt."""
+        return self.p_value > 1 - _ALIKE_LEVEL and (self.contrast is None or self.contrast >= MIN_CONTRAST)
 
     @property
     def muddled(self) -> bool:
@@ -114,20 +115,19 @@ def shifts(sites: Mapping[str, FeatureStatistics], pool: FeatureStatistics) -> d
     Raises:
         UserError: for multi-label statistics.
     """
-    rest, aside = pool, set[str]()
-    scatter = sum(site.within_scatter() for site in sites.values())
+    rest, scatter, aside = pool, torch.zeros_like(pool.upper), set[str]()
+    for site in sites.values():
+        scatter += site.within_scatter()
     while True:
         found: dict[str, Shift | None] = {}
         for name, site in sites.items():
-            if name in aside:
-                found[name] = shift(site, rest, scatter)
-            else:
-                found[name] = shift(site, rest - site, scatter - site.within_scatter())
+            others = (rest, scatter) if name in aside else (rest - site, scatter - site.within_scatter())
+            found[name] = shift(site, *others)
         going = _odd_ones({name: one for name, one in found.items() if one and name not in aside})
         if not going or 2 * (len(aside) + len(going)) >= len(sites):
             return found
-        for name in going:
-            rest, scatter = rest - sites[name], scatter - sites[name].within_scatter()
+        for site in map(sites.__getitem__, going):
+            rest, scatter = rest - site, scatter - site.within_scatter()
         aside.update(going)
 
 
@@ -142,17 +142,28 @@ def _odd_ones(found: Mapping[str, Shift]) -> list[str]:
 def shift(site: FeatureStatistics, others: FeatureStatistics, scatter: Tensor | None = None) -> Shift | None:
     """Test whether a site's class means are the other sites', class by class: label skew does not show.
 
-    With `delta_c` the difference of the means of class `c`, `h_c = 1 / (1 / n_c + 1 / m_c)` and `P` a
-    projection, `T = sum_c h_c |P^T delta_c|^2` has under no shift the mean `K tr(B)` and the variance
-    `2 K tr(B^2)`, where `B = P^T S P` for the covariance `S` within classes. For Gaussian rows that holds with
-    any number of rows and features, because three independent parts of the statistics are used: `P` comes
-    from the others' scatter within classes and from the class means of *both* together, of which their
-    difference is independent; `B` comes from the site's own scatter within classes. Taken from the scatter
-    that `P` inverts, `B` would be too small, several times where there are few rows.
+    With `delta_c` the difference of the means of class `c` and `P` a projection, `T = sum_c h_c |P^T delta_c|^2`
+    has under no shift the mean `K tr(B)` and the variance `2 K tr(B^2)`, where `B = P^T S P` for the covariance
+    `S` within classes and `h_c = 1 / (1 / n_c + 1 / m_c)` (Dempster, Annals of Mathematical Statistics, 1958).
+
+    `P` is to where a discriminant head looks: the span of `V^-1 (mu_c - mu)`, with `V` the others' shrunk
+    covariance, in coordinates in which `V` is the identity. Two heads are taken, and what is more surely shifted
+    is returned. With the others' means for `mu_c` it is what their head makes of the site's rows. With the
+    means of all rows it is what the site's rows would make of the shared head.
+
+    Where there are few rows for many features, three things need care:
+
+    - In the scatter that `P` inverts, `B` would be too small, several times. So `B` comes from the site's own
+      scatter, which is independent of `P`. From `f` rows, it multiplies the variance by `1 + K / f`.
+    - The means of all rows are independent of `delta_c`, but towards the noise of the others' means `P` turns.
+      With `M` their products by `V^-1`, that adds `(tr(V^-1 S) / m_c)^2 (M^+)_cc` to what is left of it in `T`.
+    - `tr(V^-1 S)` is that of rows which `V` does not know: `t / (1 - (1 - a) t / N)` for its value `t` over the
+      `N` rows of `V`, shrunk by `a`.
 
     No two real sites are quite alike. So the question is not whether `delta` is 0, but whether the shift is
-    larger than `MIN_DISTANCE` (a minimum-effect test: Murphy & Myors, Journal of Applied Psychology, 1999).
-    That also leaves room for heavy tails, unequal covariances, and rows that come in groups.
+    larger than `MIN_DISTANCE` (a minimum-effect test: Murphy & Myors, Journal of Applied Psychology, 1999), the
+    distance between classes taken for known. That also leaves room for heavy tails, unequal covariances, and
+    rows that come in groups.
 
     Args:
         site: the site's statistics.
@@ -166,80 +177,72 @@ def shift(site: FeatureStatistics, others: FeatureStatistics, scatter: Tensor | 
 
     Raises:
         UserError: for multi-label statistics.
+        ValueError: for statistics about different origins.
     """
     if site.multi_label or others.multi_label:
         raise UserError("Sites whose rows have several classes each cannot be compared class by class.")
     compared = (site.counts >= MIN_CLASS_ROWS) & (others.counts >= MIN_CLASS_ROWS)
-    space = _discriminant_space(site, others, scatter) if bool(compared.any()) else None
-    if space is None:
+    if not bool(compared.any()) or int((others.counts > 0).sum()) < 2:
         return None
-    here = _Means.of(site, compared, space)
-    there = _Means.of(others, compared, space)
-    weights = 1 / (here.noise + there.noise)
-    rows, number, noise = float(weights.sum()), len(weights), float(space.noise.trace())
-
-    squares = (here.means - there.means).square().sum(1) - noise / weights
-    excess = float(weights @ squares)
-    chance = _Quadratic.of_noise(space.noise, number, number * (1 + number / space.freedom))
-    least = chance.raised(MIN_DISTANCE**2 * space.separation * rows)
-    contrast, contrast_p_value = _contrast(here, there, weights / rows, space)
-    return Shift(
-        classes=tuple(compared.nonzero()[:, 0].tolist()),
-        rows=rows,
-        distance=_root(excess / (rows * space.separation)),
-        distances=tuple(map(_root, (squares / space.separation).tolist())),
-        z=excess / math.sqrt(chance.variance),
-        p_value=least.chance_above(excess + chance.mean),
-        contrast=contrast,
-        contrast_p_value=contrast_p_value,
-        look_like=_look_like(here, _Means.of(others, others.counts >= MIN_CLASS_ROWS, space), space),
-    )
+    scatter = others.within_scatter() if scatter is None else scatter
+    found = [_shift_in(space, site, others, compared) for space in _spaces(site, others, scatter)]
+    return min(found, key=lambda one: one.p_value, default=None)
 
 
 class _Space(NamedTuple):
-    """The space that tells classes apart, of `r` dimensions.
+    """Where a head looks, in `r` dimensions.
 
     Attributes:
         projection: `P`, `[d, r]`.
-        noise: `B`, `[r, r]`, the covariance within classes.
-        freedom: of how many independent rows `noise` is the covariance.
         separation: the mean squared distance of two classes, above 0.
+        turning: `[C]`, what is added to the noise of the others' means.
+        noise: `B`, `[r, r]`.
+        freedom: `f`, of how many independent rows `noise` is the covariance.
     """
 
     projection: Tensor
+    separation: float
+    turning: Tensor
     noise: Tensor
     freedom: int
-    separation: float
 
 
-def _discriminant_space(site: FeatureStatistics, others: FeatureStatistics, scatter: Tensor | None) -> _Space | None:
-    """Return the span of `S^-1 (mu_c - mu)`, in coordinates in which `S` is the identity.
-
-    `S` is the shrunk covariance within the others' classes, `mu_c` are the class means of all rows, and `mu` is
-    their mean. The separation is freed of the noise of the means, which they have in all `d` dimensions.
-    """
+def _spaces(site: FeatureStatistics, others: FeatureStatistics, scatter: Tensor) -> list[_Space]:
+    """Return where the others' head and the shared one look, if that tells classes apart."""
     held = others.counts > 0
-    if int(held.sum()) < 2:
-        return None
-    pooled = site + others
-    counts = pooled.counts[held].to(torch.float64)
-    means = pooled.sums[held] / counts[:, None]
-    deviations = means - means.mean(0)
+    sources = (others, site + others)
+    deviations = torch.cat([_centred_means(stats, held) for stats in sources])
+    shrunk = shrink_correlation(scatter.clone(), others)
+    solved, whitened = torch.split(shrunk.solve(torch.cat([deviations, scatter])), [len(deviations), len(scatter)])
+    known = float(whitened.trace()) / others.rows
+    spread = known / (1 - (1 - shrunk.shrinkage) * known / others.rows)
     freedom = site.rows - int((site.counts > 0).sum())
     covariance = site.within_scatter() / freedom
-    shrunk = shrink_correlation(others.within_scatter() if scatter is None else scatter.clone(), others)
-    solved, whitened = torch.split(shrunk.solve(torch.cat([deviations, covariance])), [len(means), len(covariance)])
-    values, vectors = torch.linalg.eigh(solved @ deviations.T)
-    noise = float(whitened.trace() * counts.reciprocal().mean())
-    separation = 2 * (float(values.sum()) / (len(means) - 1) - noise)
-    if not separation > 0:
-        return None
-    kept = values > _NEGLIGIBLE * values[-1]
-    projection = solved.T @ (vectors[:, kept] / values[kept].sqrt())
-    within = projection.T @ covariance @ projection
-    # Rows that are all equal have no noise, and a distribution without variance.
-    within.diagonal().add_(_TINY * separation / len(within))
-    return _Space(projection, within, freedom, separation)
+
+    spaces = []
+    for stats, means, directions in zip(sources, deviations.chunk(2), solved.chunk(2), strict=True):
+        noise_of_means = spread / stats.counts[held]
+        values, vectors = torch.linalg.eigh(directions @ means.T)
+        separation = 2 * float(values.sum() / (len(means) - 1) - noise_of_means.mean())
+        if not separation > 0:
+            continue
+        kept = values > _NEGLIGIBLE * values[-1]
+        values, vectors = values[kept], vectors[:, kept]
+        projection = directions.T @ (vectors / values.sqrt())
+        noise = projection.T @ covariance @ projection
+        # Rows that are all equal have no noise, and a distribution without variance.
+        noise.diagonal().add_(_TINY * separation / len(noise))
+        turning = torch.zeros_like(others.counts, dtype=torch.float64)
+        if stats is others:
+            turning[held] = noise_of_means.square() * (vectors.square() / values).sum(1) / noise.trace()
+        spaces.append(_Space(projection, separation, turning, noise, freedom))
+    return spaces
+
+
+def _centred_means(stats: FeatureStatistics, chosen: Tensor) -> Tensor:
+    """Return `[k, d]`, the means of the classes `chosen` `[C]` about the mean of these."""
+    means = stats.sums[chosen] / stats.counts[chosen, None]
+    return means - means.mean(0)
 
 
 class _Means(NamedTuple):
@@ -248,7 +251,7 @@ class _Means(NamedTuple):
     Attributes:
         classes: `[k]`, their numbers.
         means: `[k, r]`.
-        noise: `[k]`, the variance of each mean, as a share of that of one row.
+        noise: `[k]`, the variance of each, as a share of that of one row.
     """
 
     classes: Tensor
@@ -258,8 +261,38 @@ class _Means(NamedTuple):
     @classmethod
     def of(cls, stats: FeatureStatistics, chosen: Tensor, space: _Space) -> Self:
         """Return those of the classes `chosen` `[C]`, about the statistics' origin."""
-        noise = stats.counts[chosen].to(torch.float64).reciprocal()
-        return cls(chosen.nonzero()[:, 0], (stats.sums[chosen] * noise[:, None]) @ space.projection, noise)
+        share = stats.counts[chosen].to(torch.float64).reciprocal()
+        return cls(chosen.nonzero()[:, 0], (stats.sums[chosen] * share[:, None]) @ space.projection, share)
+
+    @classmethod
+    def elsewhere(cls, others: FeatureStatistics, chosen: Tensor, space: _Space) -> Self:
+        """Return those of the other sites, with the noise towards which the space has turned."""
+        means = cls.of(others, chosen, space)
+        return means._replace(noise=means.noise + space.turning[chosen])
+
+
+def _shift_in(space: _Space, site: FeatureStatistics, others: FeatureStatistics, compared: Tensor) -> Shift:
+    """Return the shift of the classes `compared` `[C]` that is seen in a space."""
+    here, there = _Means.of(site, compared, space), _Means.elsewhere(others, compared, space)
+    weights = 1 / (here.noise + there.noise)
+    rows, number, noise = float(weights.sum()), len(weights), float(space.noise.trace())
+
+    squares = (here.means - there.means).square().sum(1) - noise / weights
+    excess = float(weights @ squares)
+    chance = _Quadratic.of_noise(space.noise, number, number * (1 + number / space.freedom))
+    least = chance.raised(MIN_DISTANCE**2 * space.separation * rows)
+    contrast, contrast_p_value = _contrast(here, there, weights / rows, space)
+    return Shift(
+        classes=tuple(here.classes.tolist()),
+        rows=rows,
+        distance=_root(excess / (rows * space.separation)),
+        distances=tuple(map(_root, (squares / space.separation).tolist())),
+        z=excess / math.sqrt(chance.variance),
+        p_value=least.chance_above(excess + chance.mean),
+        contrast=contrast,
+        contrast_p_value=contrast_p_value,
+        look_like=_look_like(here, _Means.elsewhere(others, others.counts >= MIN_CLASS_ROWS, space), space),
+    )
 
 
 class _Quadratic(NamedTuple):
@@ -529,7 +562,8 @@ def _finding(shift: Shift | None, comparison: Comparison | None, counts: Tensor)
     skilled = any(_has_skill(comparison, name, counts) for name in ("own", "others"))
     if shift.contrast is not None and shift.contrast < MIN_CONTRAST and not skilled:
         return "labels look wrong"
-    return "classes look exchanged" if 2 * len(shift.look_like) >= len(shift.classes) else "images look different"
+    far = sum(distance >= MIN_DISTANCE for distance in shift.distances)
+    return "classes look exchanged" if 2 * len(shift.look_like) > far else "images look different"
 
 
 def _has_skill(comparison: Comparison | None, head: str, counts: Tensor) -> bool:
@@ -586,10 +620,10 @@ def _on_heads(finding: Finding, recommendation: Recommendation, comparison: Comp
     """Say how the heads do on a site's held-out rows, and what follows."""
     if comparison is None:
         return "It has no held-out rows to try a head on."
-    right = comparison.right
+    rows, right = comparison.rows, comparison.right
     tally = (
-        f"Of its {comparison.rows} held-out rows the shared head has {right['pooled']} right, a head of its own "
-        f"{right['own']} and the other sites' head {right['others']}"
+        f"Of its {rows} held-out row{'s' * (rows > 1)} the shared head has {right['pooled']} right, a head of its "
+        f"own {right['own']} and the other sites' head {right['others']}"
     )
     return tally + _conclusion(finding, recommendation, comparison, counts)
 
