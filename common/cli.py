@@ -348,16 +348,17 @@ def rank(
         typer.echo(json.dumps([asdict(one) for one in ranked]))
         return
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("backbone", no_wrap=True)
-    for column in ("LogME", "H-score", "held out", "test", "features", "a site", "seconds"):
-        table.add_column(column, justify="right")
+    tested = any(one.accuracy_test is not None for one in ranked)
+    table.add_column("backbone", overflow="fold")
+    for column in ("LogME", "H-score", "held out", *(("test",) if tested else ()), "d", "a site", "seconds"):
+        table.add_column(column, justify="right", no_wrap=True)
     for one in ranked:
         table.add_row(
             one.backbone,
-            f"{one.logme:.4f}",
+            f"{one.logme:.3f}",
             "-" if one.h_score is None else f"{one.h_score:.3f}",
             _percent(one.accuracy),
-            _percent(one.accuracy_test),
+            *([_percent(one.accuracy_test)] if tested else []),
             str(one.num_features),
             _size(one.bytes_per_site),
             f"{one.seconds_extraction:.1f}",

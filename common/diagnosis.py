@@ -101,9 +101,9 @@ def shifts(sites: Mapping[str, FeatureStatistics], pool: FeatureStatistics) -> d
     Several sites with inverted images would hide each other, as what they share would pass for what rows of a
     class have in common: so covariances are of rows of one class at one site. And one would make healthy sites
     look shifted, where those share a class with few others: so sites are set aside, first those that are
-    muddled, then the most shifted, one by one, and all are measured again against the rest. Subtraction makes
-    that exact. Never as many as half of the sites are set aside: of two sites that differ, none can say which is
-    the odd one.
+    muddled, then the most shifted, one or a few at a time, and all are measured again against the rest.
+    Subtraction makes that exact. Never as many as half of the sites are set aside: of two sites that differ,
+    none can say which is the odd one.
 
     Args:
         sites: by name; each is looked up a few times and none is kept, so they may be read from disk then.
@@ -132,10 +132,11 @@ def shifts(sites: Mapping[str, FeatureStatistics], pool: FeatureStatistics) -> d
 
 
 def _odd_ones(found: Mapping[str, Shift]) -> list[str]:
-    """Return all sites that are muddled, which is not catching, or else the one with the largest shift."""
+    """Return all sites that are muddled, which is not catching, or else a quarter of the shifted, at least one."""
     muddled = [name for name, one in found.items() if one.muddled]
     shifted = [name for name, one in found.items() if one.shifted]
-    return muddled or sorted(shifted, key=lambda name: found[name].rows * found[name].distance ** 2)[-1:]
+    shifted.sort(key=lambda name: -found[name].rows * found[name].distance ** 2)
+    return muddled or shifted[: math.ceil(len(shifted) / 4)]
 
 
 @torch.no_grad()
@@ -221,7 +222,7 @@ def _spaces(site: FeatureStatistics, others: FeatureStatistics, scatter: Tensor)
 
     spaces = []
     for stats, means, directions in zip(sources, deviations.chunk(2), solved.chunk(2), strict=True):
-        noise_of_means = spread / stats.counts[held]
+        noise_of_means = spread / stats.counts[held].to(torch.float64)
         values, vectors = torch.linalg.eigh(directions @ means.T)
         separation = 2 * float(values.sum() / (len(means) - 1) - noise_of_means.mean())
         if not separation > 0:
@@ -368,13 +369,13 @@ def heads_to_compare(site: FeatureStatistics, others: FeatureStatistics) -> dict
     With the classes' shares in the pool, a head that knows the site's skew would seem better by that alone. The
     shares are those of the site's rows and of one row more, which is of every class by its share in the pool.
 
-    `own` comes from the site's rows, `pooled` from all and `others` from all but the site's: that one's
-    accuracy is what the pool offers a site that keeps its rows. A class without rows is never predicted by the head
-    that knows none; a head of rows of one class always predicts that one.
+    `own` comes from the site's rows, `pooled` from all and `others` from all but the site's: its accuracy is
+    what the pool offers a site that keeps its rows. A head never predicts a class of which it had no rows; with
+    rows of one class it always predicts that one, and with none at all the site's commonest.
 
     Args:
         site: the site's statistics.
-        others: those of all other sites, without this one.
+        others: those of all other sites that are to take part, without this one.
 
     Returns:
         The `HEADS` by name, float64, for features as they are.
@@ -385,7 +386,7 @@ def heads_to_compare(site: FeatureStatistics, others: FeatureStatistics) -> dict
     pooled = site + others
     if pooled.rows == 0:
         raise UserError("There are no rows to make heads from: every site was empty, or withheld what it has.")
-    priors = site.counts + pooled.counts / pooled.rows
+    priors = site.counts + pooled.counts.to(torch.float64) / pooled.rows
     parts = {"own": site, "pooled": pooled, "others": others}
     return {name: _head_under(parts[name], priors) for name in HEADS}
 
@@ -541,12 +542,12 @@ def diagnose(
     """
     finding = _finding(shift, comparison, counts)
     recommendation = _recommendation(finding, comparison, counts)
-    parts = (_on_rows(finding, shift, classes), _on_heads(finding, recommendation, comparison, counts))
+    on_heads = _on_heads(finding, recommendation, comparison, counts)
     return SiteDiagnosis(
         site=site,
         recommendation=recommendation,
         finding=finding,
-        reason=" ".join(part for part in parts if part),
+        reason=f"{_on_rows(finding, shift, classes)} {on_heads}",
         rows=int(counts.sum()),
         classes=int((counts > 0).sum()),
         shift=shift,
