@@ -564,7 +564,9 @@ def _finding(shift: Shift | None, comparison: Comparison | None, counts: Tensor)
     if shift.contrast is not None and shift.contrast < MIN_CONTRAST and not skilled:
         return "labels look wrong"
     far = sum(distance >= MIN_DISTANCE for distance in shift.distances)
-    return "classes look exchanged" if 2 * len(shift.look_like) > far else "images look different"
+    taken = len(set(shift.look_like.values()))
+    exchanged = 2 * taken > far and taken >= min(2, len(shift.classes))
+    return "classes look exchanged" if exchanged else "images look different"
 
 
 def _has_skill(comparison: Comparison | None, head: str, counts: Tensor) -> bool:
