@@ -185,6 +185,8 @@ class Coordinator:
             local=config.local,
         )
         self._messenger = Messenger(grid, deadline)
+        # Taken once: sites sum about the mean of the very features that they are sent.
+        self._probe = backbone.probe()
         self._nodes: dict[str, int] = {}
         self._rows: dict[str, int] = {}
         self._refused: dict[str, str] = {}
@@ -245,8 +247,8 @@ class Coordinator:
     def _gather_sites(self, exchange: Exchange) -> None:
         """Describe the run to every site, install the backbone where it is missing, and know who takes part."""
         nodes = {str(node): node for node in self._messenger.grid.get_node_ids()}
-        probe = self.backbone.probe().numpy()
-        content = Payload(self.manifest.model_dump(mode="json"), {"probe": probe}).to_content()
+        described = self.manifest.model_dump(mode="json")
+        content = Payload(described, {"probe": self._probe.numpy()}).to_content()
         lacking: dict[str, int] = {}
         descriptions = self._descriptions(nodes, DESCRIBE, content, exchange)
         claimed = Counter(description.site for description in descriptions.values())
@@ -312,7 +314,7 @@ class Coordinator:
     def _sum_statistics(self, request: StatisticsRequest, exchange: Exchange) -> FeatureStatistics:
         """Fold the sites' statistics into one as they come."""
         used = 0
-        origin = origin_of(self.backbone.probe(), self.manifest.seed)
+        origin = origin_of(self._probe, self.manifest.seed)
         classes = len(self.manifest.classes)
         total = FeatureStatistics.empty(len(origin), classes, origin, multi_label=self.manifest.multi_label)
         for name, tensors in self._sums(request, exchange):
@@ -332,7 +334,7 @@ class Coordinator:
         return _at_least_one(total if used else None, exchange)
 
     def _sum_moments(self, exchange: Exchange) -> FeatureMoments:
-        origin = self.backbone.probe().mean(0)
+        origin = self._probe.mean(0)
         total: FeatureMoments | None = None
         for name, tensors in self._sums(StatisticsRequest(what="moments"), exchange):
             try:

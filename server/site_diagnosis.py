@@ -40,7 +40,7 @@ def diagnose_sites(
     pool: FeatureStatistics,
     exchange: Exchange,
 ) -> list[SiteDiagnosis]:
-    """Diagnose every site, in the order of names.
+    """Diagnose every site, in the order of names; none, where their own statistics are not kept.
 
     Args:
         messenger: reaches the sites.
@@ -50,7 +50,9 @@ def diagnose_sites(
         pool: the sum of all of them.
         exchange: takes the traffic.
     """
-    sites = _Training(sums, [name for name in sorted(nodes) if sums.load(name, "train") is not None])
+    if sums.keep != "folder":
+        return []
+    sites = _Training(sums, sorted(nodes.keys() & set(sums.sites())))
     shifted = shifts(sites, pool)
     project = projection_for(manifest.num_features, manifest.seed)
     diagnoses = []
