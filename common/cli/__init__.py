@@ -1,0 +1,19 @@
+"""One command, `fedhead`, thin: parse, call, print. A command imports what it needs when it is called."""
+
+import os
+import sys
+
+from fedhead.cli import ledger, membership, rank, simulate
+from fedhead.cli.application import INTERRUPTED, app
+
+__all__ = ["app", "ledger", "main", "membership", "rank", "simulate"]
+
+
+def main() -> None:
+    """Run the command line; the entry point `fedhead`."""
+    # Threads that spin while they wait make torch many times slower on a machine with other work to do.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)

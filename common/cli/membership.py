@@ -1,0 +1,158 @@
+"""`fedhead join`, `leave` and `add-class`: who is in a finished run."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedhead.cli import options
+from fedhead.cli.application import app, in_sentences, output, progress_bars
+from fedhead.cli.wording import percent
+
+if TYPE_CHECKING:
+    from fedhead.simulations.membership import MembershipChange
+
+
+@app.command(epilog="Example: [bold]fedhead join runs/flowers --site north --data folder:/data/north[/bold]")
+@in_sentences
+def join(
+    run: options.FinishedRun,
+    site: options.SiteName,
+    data: options.SiteSpec,
+    min_class_count: options.SiteMinClassCount = 5,
+    min_rows: options.SiteMinRows = 20,
+    weights: options.SiteWeights = "",
+    device: options.SiteDevice = "auto",
+    strict_data: options.SiteStrictData = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Add a site to a finished run, without computing anything of any other site."""
+    _change(
+        "join",
+        (run, site, data),
+        as_json,
+        min_class_count=min_class_count,
+        min_rows=min_rows,
+        weights=weights,
+        device=device,
+        strict_data=strict_data,
+    )
+
+
+@app.command(epilog="Example: [bold]fedhead leave runs/flowers --site north[/bold]")
+@in_sentences
+def leave(
+    run: options.FinishedRun,
+    site: options.SiteName,
+    sums: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Its sums, sent again, where the run keeps none; once for each part.",
+            rich_help_panel=options.SITE,
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Its rows, to make the sums anew, where the run keeps none.", rich_help_panel=options.SITE),
+    ] = None,
+    min_class_count: options.SiteMinClassCount = 5,
+    min_rows: options.SiteMinRows = 20,
+    weights: options.SiteWeights = "",
+    device: options.SiteDevice = "auto",
+    strict_data: options.SiteStrictData = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Take a site out of a finished run, and solve the statistics head as if it had never been in."""
+    _change(
+        "leave",
+        (run, site),
+        as_json,
+        sums=sums or (),
+        data=data,
+        min_class_count=min_class_count,
+        min_rows=min_rows,
+        weights=weights,
+        device=device,
+        strict_data=strict_data,
+    )
+
+
+@app.command(
+    epilog="Example: [bold]fedhead add-class runs/flowers --name tulip --site north --data folder:/data/north[/bold]"
+)
+@in_sentences
+def add_class(
+    run: options.FinishedRun,
+    name: Annotated[
+        list[str], typer.Option(help="The class to add; may be given again for more.", rich_help_panel=options.RUN)
+    ],
+    site: options.SiteName,
+    data: options.SiteSpec,
+    min_class_count: options.SiteMinClassCount = 5,
+    min_rows: options.SiteMinRows = 20,
+    weights: options.SiteWeights = "",
+    device: options.SiteDevice = "auto",
+    strict_data: options.SiteStrictData = False,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Add a class to a finished run, with a site that has rows of it and joins."""
+    _change(
+        "add_class",
+        (run, name, site, data),
+        as_json,
+        min_class_count=min_class_count,
+        min_rows=min_rows,
+        weights=weights,
+        device=device,
+        strict_data=strict_data,
+    )
+
+
+def _change(function: str, arguments: tuple[Any, ...], as_json: bool, **options: Any) -> None:
+    """Change who is in a run, and print what came of it."""
+    from fedhead.simulations import membership
+
+    with progress_bars() as progress:
+        extraction = progress.add_task("Features", total=None, visible=False)
+        change = getattr(membership, function)(
+            *arguments,
+            on_extraction=lambda done, total: progress.update(extraction, completed=done, total=total, visible=True),
+            **options,
+        )
+    if as_json:
+        typer.echo(json.dumps(change.summary()))
+    else:
+        _print_change(change, output())
+
+
+def _print_change(change: "MembershipChange", console: Console) -> None:
+    verb = "left" if change.action == "leave" else "joined"
+    lines = Table.grid(padding=(0, 2))
+    lines.add_row("Site", f"{change.site} {verb} with {change.rows} rows; in the run are now {len(change.sites)} sites")
+    lines.add_row("Rows", f"{change.rows_before} before, {change.rows_after} now")
+    classes = f"{len(change.classes) - len(change.classes_added)} before, {len(change.classes)} now"
+    lines.add_row("Classes", f"{classes}: added {', '.join(change.classes_added)}" if change.classes_added else classes)
+    rows = "all rows, held-out ones included" if change.all_rows else "the training rows"
+    lines.add_row("Head", f"{change.head_spec}, the statistics head ({change.method}) of {rows}")
+    if change.accuracy is not None:
+        before = f", where the model before has {percent(change.accuracy_before)}"
+        lines.add_row(
+            "Accuracy",
+            f"{percent(change.accuracy)} on the {change.rows_held_out} held-out rows of {change.site}, solved without "
+            f"held-out rows{before if change.accuracy_before is not None else ''}",
+        )
+    if change.skipped:
+        lines.add_row("Skipped", f"{change.skipped} unreadable rows")
+    if change.withheld:
+        lines.add_row("Withheld", f"{change.withheld} rows, in classes with too few (--min-class-count)")
+    for note in change.notes:
+        lines.add_row("Note", note)
+    lines.add_row("Run folder", str(change.run_dir))
+    console.print(lines, highlight=False)

@@ -1,0 +1,108 @@
+"""The options that several commands share, and the run that they and a file describe together."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from fedhead.config import RunConfig
+
+RUN, SIMULATION, SITE, OUTPUT = "The run", "The simulation", "The site", "Output"
+
+Weights = Annotated[
+    str | None, typer.Option(help="'default', a safetensors or state-dict file, or 'random'.", rich_help_panel=RUN)
+]
+Layer = Annotated[str | None, typer.Option(help="'penultimate', or the name of a layer.", rich_help_panel=RUN)]
+Head = Annotated[str | None, typer.Option(help="'linear', 'mlp:256' or 'cosine'.", rich_help_panel=RUN)]
+Init = Annotated[
+    str | None,
+    typer.Option(help="What the head starts from: lda, ridge, nearest-mean, zeros or random.", rich_help_panel=RUN),
+]
+Classes = Annotated[
+    str | None, typer.Option(help="Class names, with commas between; by default the data's.", rich_help_panel=RUN)
+]
+ClassesFrom = Annotated[str | None, typer.Option(help="A data spec to take the class names from.", rich_help_panel=RUN)]
+MultiLabel = Annotated[
+    bool | None, typer.Option("--multi-label", help="Rows have any number of classes.", rich_help_panel=RUN)
+]
+Rounds = Annotated[
+    int | None,
+    typer.Option(help="Rounds of training; 0 stops after the one exchange of statistics.", rich_help_panel=RUN),
+]
+Holdout = Annotated[
+    float | None, typer.Option(help="Share of rows each site holds out for evaluation.", rich_help_panel=RUN)
+]
+Seed = Annotated[int | None, typer.Option(help="Same seed, same result.", rich_help_panel=RUN)]
+Data = Annotated[
+    str | None, typer.Option(help="'digits', folder:PATH or python:MODULE:FUNCTION.", rich_help_panel=SIMULATION)
+]
+TestData = Annotated[str | None, typer.Option(help="A pooled test set, as a data spec.", rich_help_panel=SIMULATION)]
+Sites = Annotated[int | None, typer.Option(help="How many sites.", rich_help_panel=SIMULATION)]
+Partition = Annotated[
+    str | None,
+    typer.Option(
+        help="Who holds what: iid, dirichlet:ALPHA, shards:K, quantity:ALPHA or folder.", rich_help_panel=SIMULATION
+    ),
+]
+Device = Annotated[str | None, typer.Option(help="'auto', 'cpu', 'cuda' or 'mps'.", rich_help_panel=SIMULATION)]
+StrictData = Annotated[
+    bool | None,
+    typer.Option("--strict-data", help="Stop at unreadable rows instead of skipping.", rich_help_panel=SIMULATION),
+]
+MinClassCount = Annotated[
+    int | None,
+    typer.Option(help="Sites withhold classes with fewer training rows; 0 for none.", rich_help_panel=SIMULATION),
+]
+MinRows = Annotated[
+    int | None, typer.Option(help="Sites with fewer rows take no part; 0 for none.", rich_help_panel=SIMULATION)
+]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="TABLE.KEY=VALUE", help="Any other setting, as in strategy.name=FedAdam.", rich_help_panel=RUN
+    ),
+]
+FinishedRun = Annotated[Path, typer.Argument(help="The folder of a finished run.", rich_help_panel=RUN)]
+SiteName = Annotated[str, typer.Option("--site", help="The site's name.", rich_help_panel=SITE)]
+SiteSpec = Annotated[
+    str, typer.Option("--data", help="Its rows: folder:PATH, python:MODULE:FUNCTION.", rich_help_panel=SITE)
+]
+SiteWeights = Annotated[
+    str,
+    typer.Option("--weights", help="The backbone's file, where this machine has none.", rich_help_panel=SITE),
+]
+SiteDevice = Annotated[str, typer.Option("--device", help="'auto', 'cpu', 'cuda' or 'mps'.", rich_help_panel=SITE)]
+SiteStrictData = Annotated[
+    bool, typer.Option("--strict-data", help="Stop at unreadable rows instead of skipping.", rich_help_panel=SITE)
+]
+SiteMinClassCount = Annotated[
+    int,
+    typer.Option(
+        "--min-class-count",
+        help="It withholds classes with fewer training rows; 0 for none.",
+        rich_help_panel=SITE,
+    ),
+]
+SiteMinRows = Annotated[
+    int, typer.Option("--min-rows", help="With fewer rows it takes no part; 0 for none.", rich_help_panel=SITE)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else.", rich_help_panel=OUTPUT)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", rich_help_panel=OUTPUT)]
+
+
+def run_config(
+    path: Path | None, assignments: list[str] | None, flags: dict[str, Any], simulation: dict[str, Any]
+) -> "RunConfig":
+    """Lay flags and assignments over a file, or over the defaults."""
+    from fedhead.config import RunConfig, merge, parse_assignments
+
+    given = {key: value for key, value in flags.items() if value is not None}
+    table = {key: value for key, value in simulation.items() if value is not None}
+    changes = merge({**given, "simulation": table}, parse_assignments(assignments or []))
+    return RunConfig.from_toml(path, changes) if path else RunConfig.from_values(changes)
+
+
+def names(text: str | None) -> list[str] | None:
+    """Return the names in a list with commas between."""
+    return None if text is None else [name.strip() for name in text.split(",")]
