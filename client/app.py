@@ -150,6 +150,7 @@ def _describe(site: "Site", context: Context) -> RecordDict:
     agreed = kept(context)
     has_weights, refusal = False, ""
     try:
+        site.check_data(agreed.manifest)
         has_weights = site.has_weights(agreed.manifest)
         if has_weights:
             site.check(agreed.manifest, agreed.probe)

@@ -12,7 +12,7 @@ from fedhead.backbones import Backbone
 from fedhead.backbones.weights import find_backbone, install_weights
 from fedhead.client.guard import Guard, GuardedRows, Ledger, ledger_path
 from fedhead.client.training import LabelledFeatures, SiteRows
-from fedhead.data import IntArray, KeyArray, held_out, load_samples, relabel, require_labels
+from fedhead.data import IntArray, KeyArray, held_out, load_samples, relabel, require_kind, require_labels
 from fedhead.devices import pick_device
 from fedhead.errors import FedheadError, UserError
 from fedhead.features import FeatureStore
@@ -94,8 +94,15 @@ class Site(Protocol):
             FedheadError: if they are not what the manifest says.
         """
 
+    def check_data(self, manifest: Manifest) -> None:
+        """Check that the site's data is what the run takes: images or texts, of its classes, and enough of them.
+
+        Raises:
+            FedheadError: why not, in words that the site's engineer can act on; nothing was sent to it by then.
+        """
+
     def check(self, manifest: Manifest, probe: Tensor) -> None:
-        """Check that this site can take part: the same features of the probe, and known classes.
+        """Check that the backbone gives the same features of the probe here.
 
         Raises:
             FedheadError: why not, in words that the site's engineer can act on.
@@ -137,10 +144,13 @@ class LocalSite:
     def install(self, manifest: Manifest, blob: bytes) -> None:
         install_weights(blob, manifest.weights_digest)
 
-    def check(self, manifest: Manifest, probe: Tensor) -> None:
+    def check_data(self, manifest: Manifest) -> None:
+        require_kind(manifest.backbone, manifest.kind, self.samples.kind)
         labels = self._labels(manifest)
         all_rows = np.arange(len(labels))
         refuse_if_withheld(self.guard.allowed_rows(all_rows, labels, np.zeros(len(labels), np.bool_), manifest.classes))
+
+    def check(self, manifest: Manifest, probe: Tensor) -> None:
         backbone = self._backbone(manifest)
         check_backbone(backbone, backbone.probe(), manifest, probe)
 

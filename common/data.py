@@ -1,6 +1,6 @@
 """Data specs to samples: `digits`, `folder:PATH`, `python:MODULE:FUNCTION`, or a source users register.
 
-Labels are known at once; images are read one at a time, when asked for.
+Labels are known at once; images and texts are read one at a time, when asked for.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,8 @@ from PIL import Image, ImageOps
 from fedhead.errors import FedheadError, UserError
 from fedhead.registry import Registry
 
+Item = Image.Image | str
+Kind = Literal["image", "text"]
 IntArray = npt.NDArray[np.int64]
 KeyArray = npt.NDArray[np.uint64]
 BoolArray = npt.NDArray[np.bool_]
@@ -33,27 +35,29 @@ class UnreadableSampleError(FedheadError):
 
 @dataclass(frozen=True)
 class Samples:
-    """A data set of `n` labelled images.
+    """A data set of `n` labelled images, or of `n` labelled texts.
 
     Attributes:
         spec: what it was loaded from.
         classes: the names that `labels` index.
         labels: `[n]` int64; or for multi-label rows `[n, C]` int64, 1 for each class that a row has and else 0.
-        read: row number to image; raises `UnreadableSampleError`.
+        read: row number to image or text; raises `UnreadableSampleError`.
         name: row number to what a person would call the row.
         fingerprint: changes whenever labels or content may have changed.
         groups: for each row what it must not be parted from by the held-out split (a patient, a writer).
         sites: for each row the site that holds it, where the data says so.
+        kind: what `read` returns.
     """
 
     spec: str
     classes: tuple[str, ...]
     labels: IntArray
-    read: Callable[[int], Image.Image]
+    read: Callable[[int], Item]
     name: Callable[[int], str]
     fingerprint: str
     groups: tuple[str, ...] | None = None
     sites: tuple[str, ...] | None = None
+    kind: Kind = "image"
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -63,14 +67,17 @@ class Samples:
         """Whether a row may have any number of classes, none included."""
         return self.labels.ndim == 2
 
-    def key(self, row: int, image: Image.Image) -> int:
+    def key(self, row: int, item: Item) -> int:
         """Return the 64-bit identity by which `row` is held out: its group's, or else its content's."""
         digest = hashlib.blake2b(digest_size=8)
         if self.groups is not None:
             digest.update(f"group {self.groups[row]}".encode())
+        elif isinstance(item, str):
+            digest.update(b"text ")
+            digest.update(item.encode(errors="surrogatepass"))
         else:
-            digest.update(f"{image.mode} {image.size}".encode())
-            digest.update(image.tobytes())
+            digest.update(f"{item.mode} {item.size}".encode())
+            digest.update(item.tobytes())
         return int.from_bytes(digest.digest(), "little")
 
 
@@ -116,6 +123,25 @@ def require_labels(samples: Samples, multi_label: bool) -> None:
         )
     if samples.multi_label and not multi_label:
         raise UserError("This run takes one class per row, but its data names several: run it with --multi-label.")
+
+
+def require_kind(backbone: str, takes: Kind, held: Kind) -> None:
+    """Check that data is what a backbone takes.
+
+    Args:
+        backbone: its spec, for the message.
+        takes: the backbone's kind.
+        held: the data's kind.
+
+    Raises:
+        UserError: if they differ. It names no file.
+    """
+    if takes != held:
+        advice = {
+            "image": "Take a text backbone, such as hf:NAME or vectors:FILE.",
+            "text": "Take an image backbone, such as torchvision:resnet18.",
+        }[takes]
+        raise UserError(f"The backbone {backbone} takes {takes}s, but the data holds {held}s. {advice}")
 
 
 def relabel(samples: Samples, classes: Sequence[str]) -> IntArray:
@@ -189,7 +215,8 @@ def load_python(argument: str) -> Samples:
 
     A data set (such as torchvision's) is indexed for `(image, label)`; its `classes` and `groups` are used
     where it has them. Images are PIL images, uint8 arrays `[H, W]` or `[H, W, 3]`, float arrays in 0..1, or
-    tensors `[C, H, W]`. Multi-label rows are labelled as `samples_from_arrays` says.
+    tensors `[C, H, W]`; texts are strings, and stand in the place of images. Multi-label rows are labelled as
+    `samples_from_arrays` says.
     """
     module_name, _, function_name = argument.partition(":")
     if not module_name or not function_name:
@@ -206,12 +233,15 @@ def load_python(argument: str) -> Samples:
     if isinstance(loaded, Samples):
         return replace(loaded, spec=f"python:{argument}")
     if isinstance(loaded, tuple) and len(loaded) == 2:
-        return samples_from_arrays(*loaded, spec=f"python:{argument}")
+        items, labels = loaded
+        if len(items) and isinstance(items[0], str):
+            return samples_from_texts(items, labels, spec=f"python:{argument}")
+        return samples_from_arrays(items, labels, spec=f"python:{argument}")
     if hasattr(loaded, "__getitem__") and hasattr(loaded, "__len__"):
         return _samples_of_pairs(loaded, f"python:{argument}")
     raise UserError(
-        f"'python:{argument}' returned {type(loaded).__name__}; expected (images, labels) or a data set with "
-        "a length, indexed for (image, label)."
+        f"'python:{argument}' returned {type(loaded).__name__}; expected (images, labels), (texts, labels) or a data "
+        "set with a length, indexed for (image, label) or (text, label)."
     )
 
 
@@ -244,6 +274,40 @@ def samples_from_arrays(
         read=lambda row: to_image(images[row], f"{spec}[{row}]"),
         name=lambda row: f"{spec}[{row}]",
         fingerprint=digest.hexdigest(),
+    )
+
+
+def samples_from_texts(
+    texts: Sequence[str], labels: Any, *, classes: Sequence[str] | None = None, spec: str = "texts"
+) -> Samples:
+    """Wrap texts and labels held in memory.
+
+    Args:
+        texts: `n` strings.
+        labels: see `samples_from_arrays`.
+        classes: see `samples_from_arrays`.
+        spec: what messages call the data.
+
+    Raises:
+        UserError: if there are no rows, the lengths differ, a text is none, or a label names no class.
+    """
+    if len(texts) != len(labels):
+        raise UserError(f"{spec} has {len(texts)} texts but {len(labels)} labels.")
+    classes, indices = _index_labels(labels, classes, spec)
+    digest = hashlib.sha256(repr(classes).encode())
+    digest.update(indices.tobytes())
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise UserError(f"{spec}[{row}] is {type(text).__name__}, not a text like the first row.")
+        _digest_text(digest, text)
+    return Samples(
+        spec=spec,
+        classes=classes,
+        labels=indices,
+        read=lambda row: texts[row],
+        name=lambda row: f"{spec}[{row}]",
+        fingerprint=digest.hexdigest(),
+        kind="text",
     )
 
 
@@ -284,6 +348,20 @@ def read_image(path: Path) -> Image.Image:
     # Pillow's decoders raise nearly anything on damaged input.
     except Exception as error:
         raise UnreadableSampleError(f"{path} cannot be read as an image: {error}.") from error
+
+
+def read_text(path: Path) -> str:
+    """Read a file whole, as one text in UTF-8.
+
+    Raises:
+        UnreadableSampleError: if it is missing or in another encoding.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UnreadableSampleError(f"{path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise UnreadableSampleError(f"{path} is not a text in UTF-8 (byte {error.start}); save it as such.") from None
 
 
 def _existing_folder(argument: str) -> Path:
@@ -338,25 +416,40 @@ def _samples_of_files(root: Path, files: list[Path], classes: tuple[str, ...]) -
 
 
 def _samples_of_pairs(pairs: Any, spec: str) -> Samples:
-    """Wrap a data set of `(image, label)`; one pass reads labels and content, not known otherwise."""
+    """Wrap a data set of `(image, label)` or `(text, label)`; one pass reads labels and content."""
     labels = []
+    kinds: set[Kind] = set()
     digest = hashlib.sha256()
     for row in range(len(pairs)):
-        image, label = pairs[row]
+        item, label = pairs[row]
         labels.append(label)
-        _digest_image(digest, image)
+        kinds.add("text" if isinstance(item, str) else "image")
+        if isinstance(item, str):
+            _digest_text(digest, item)
+        else:
+            _digest_image(digest, item)
+    if len(kinds) == 2:
+        raise UserError(f"{spec} holds images and texts; expected one of them.")
     classes, indices = _index_labels(labels, getattr(pairs, "classes", None), spec)
     groups = getattr(pairs, "groups", None)
     digest.update(repr((classes, labels, groups)).encode())
+    kind = kinds.pop()
     return Samples(
         spec=spec,
         classes=classes,
         labels=indices,
-        read=lambda row: to_image(pairs[row][0], f"{spec}[{row}]"),
+        read=lambda row: pairs[row][0] if kind == "text" else to_image(pairs[row][0], f"{spec}[{row}]"),
         name=lambda row: f"{spec}[{row}]",
         fingerprint=digest.hexdigest(),
         groups=None if groups is None else tuple(map(str, groups)),
+        kind=kind,
     )
+
+
+def _digest_text(digest: "hashlib._Hash", text: str) -> None:
+    content = text.encode(errors="surrogatepass")
+    digest.update(f"text {len(content)} ".encode())
+    digest.update(content)
 
 
 def _digest_image(digest: "hashlib._Hash", image: Any) -> None:

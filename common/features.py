@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fedhead.backbones import Backbone
-from fedhead.data import KeyArray, Samples, UnreadableSampleError
+from fedhead.data import KeyArray, Samples, UnreadableSampleError, require_kind
 from fedhead.errors import FedheadError, UserError
 from fedhead.files import disk_errors, home, write_atomically
 
@@ -75,9 +75,11 @@ class FeatureStore:
             progress: called as rows are done.
 
         Raises:
-            UserError: under `strict`, naming the first unreadable row; or if the folder cannot be written.
+            UserError: under `strict`, naming the first unreadable row; if the folder cannot be written; or if the
+                backbone takes images and the data holds texts, or the reverse.
             FedheadError: if no row can be read, or the disk is full.
         """
+        require_kind(backbone.spec, backbone.kind, samples.kind)
         key = hashlib.sha256(f"{backbone.digest} {samples.fingerprint}".encode()).hexdigest()[:32]
         path = (root or home() / "features") / key
         with disk_errors(path):
@@ -162,12 +164,14 @@ def _extract(
         )
     begun = int(meta["done"])
     with (partial / "features.bin").open("ab") as features, (partial / "keys.bin").open("ab") as keys:
+        # Texts are small: a block of them is read at once, so that those of a length can go through together.
+        chunk = BLOCK if backbone.kind == "text" else batch_size
         for start in range(begun, len(samples), BLOCK):
             block, block_keys = [], []
             stop = min(start + BLOCK, len(samples))
-            for first in range(start, stop, batch_size):
-                rows = range(first, min(first + batch_size, stop))
-                extracted, row_keys = _extract_rows(backbone, samples, rows, meta["skipped"], strict)
+            for first in range(start, stop, chunk):
+                rows = range(first, min(first + chunk, stop))
+                extracted, row_keys = _extract_rows(backbone, samples, rows, meta["skipped"], strict, batch_size)
                 block.append(extracted)
                 block_keys.append(row_keys)
                 progress(rows.stop, len(samples))
@@ -184,25 +188,28 @@ def _extract(
 
 
 def _extract_rows(
-    backbone: Backbone, samples: Samples, rows: range, skipped: dict[str, str], strict: bool
+    backbone: Backbone, samples: Samples, rows: range, skipped: dict[str, str], strict: bool, batch_size: int
 ) -> tuple[np.ndarray[Any, np.dtype[np.float32]], KeyArray]:
     keys = np.zeros(len(rows), dtype="<u8")
-    inputs, positions = [], []
+    inputs: dict[int, Tensor] = {}
     for position, row in enumerate(rows):
         try:
-            image = samples.read(row)
+            item = samples.read(row)
         except UnreadableSampleError as error:
             if strict:
                 raise UserError(f"{error} Under strict data, one unreadable row stops the run.") from None
             logger.warning("%s It is skipped.", error)
             skipped[str(row)] = str(error)
             continue
-        keys[position] = samples.key(row, image)
-        inputs.append(backbone.preprocessing(image))
-        positions.append(position)
+        keys[position] = samples.key(row, item)
+        inputs[position] = backbone.preprocessing(item)
     features = np.zeros((len(rows), backbone.num_features), dtype="<f4")
-    if inputs:
-        features[positions] = backbone.features(torch.stack(inputs)).cpu().numpy()
+    # Images are all of one length; texts are padded to the longest of their batch.
+    ordered = sorted(inputs, key=lambda position: len(inputs[position]))
+    for start in range(0, len(ordered), batch_size):
+        positions = ordered[start : start + batch_size]
+        batch = backbone.preprocessing.collate([inputs[position] for position in positions])
+        features[positions] = backbone.features(batch).cpu().numpy()
     return features, keys
 
 

@@ -105,6 +105,7 @@ class Manifest(BaseModel):
     protocol: int = PROTOCOL
     run: str
     backbone: str
+    kind: Literal["image", "text"] = "image"
     layer: str
     backbone_digest: str
     weights_digest: str

@@ -1,4 +1,4 @@
-"""TransferModel: a backbone and a head that classify images; what a run delivers."""
+"""TransferModel: a backbone and a head that classify images or texts; what a run delivers."""
 
 from collections.abc import Iterable, Sequence
 from itertools import compress, islice
@@ -15,7 +15,7 @@ from torch import Tensor
 from fedhead.backbones import Backbone
 from fedhead.backbones.backbone import digest_tensors
 from fedhead.backbones.weights import find_backbone, weights_path
-from fedhead.data import read_image, to_image
+from fedhead.data import UnreadableSampleError, read_image, read_text, to_image
 from fedhead.errors import FedheadError, UserError
 from fedhead.files import write_atomically
 from fedhead.heads import Head, make_head
@@ -40,14 +40,14 @@ class _Description(BaseModel):
 
 
 class TransferModel:
-    """Images to class probabilities: of the classes together, or for a multi-label model of each by itself.
+    """Images, or texts, to class probabilities: of the classes together, or for a multi-label model of each by itself.
 
     Args:
         backbone: frozen.
         head: its number of features is the backbone's.
         classes: the names of the head's outputs.
         head_spec: what `make_head` builds the head from.
-        multi_label: whether an image may have any number of the classes.
+        multi_label: whether an image or text may have any number of the classes.
 
     Raises:
         UserError: if the dimensions do not fit each other.
@@ -78,28 +78,29 @@ class TransferModel:
         return f"TransferModel({self.backbone.spec!r}, {self.head_spec!r}, {len(self.classes)} classes)"
 
     @torch.inference_mode()
-    def probabilities(self, images: Iterable[Any], *, batch_size: int = 64) -> Tensor:
+    def probabilities(self, items: Iterable[Any], *, batch_size: int = 64) -> Tensor:
         """Return class probabilities `[n, C]`; a row sums to 1 unless the model is multi-label.
 
         Args:
-            images: paths, PIL images, arrays or tensors; read `batch_size` at a time.
-            batch_size: images that go through the backbone together.
+            items: for a backbone of images: paths, PIL images, arrays or tensors. For one of texts: the texts
+                themselves as strings, or as `Path`s the files that hold one each, in UTF-8.
+            batch_size: how many are read and go through the backbone together.
 
         Raises:
-            UnreadableSampleError: naming the image that is not one.
+            UnreadableSampleError: naming the item that is no image or text.
         """
-        remaining = iter(images)
+        remaining = iter(items)
+        read = _read_text if self.backbone.kind == "text" else _read_image
         parts = []
         while batch := list(islice(remaining, batch_size)):
-            inputs = torch.stack([self.backbone.preprocessing(_open(image)) for image in batch])
-            features = self.backbone.features(inputs)
+            features = self.backbone.features_of([read(item) for item in batch])
             logits = self.head.to(features.device)(features)
             parts.append((logits.sigmoid() if self.multi_label else logits.softmax(-1)).cpu())
         return torch.cat(parts) if parts else torch.empty(0, len(self.classes))
 
-    def predict(self, images: Iterable[Any], *, batch_size: int = 64) -> list[str] | list[tuple[str, ...]]:
-        """Return the most probable class of each image, or if multi-label those above one half; see `probabilities`."""
-        probabilities = self.probabilities(images, batch_size=batch_size)
+    def predict(self, items: Iterable[Any], *, batch_size: int = 64) -> list[str] | list[tuple[str, ...]]:
+        """Return the most probable class of each item, or if multi-label those above one half; see `probabilities`."""
+        probabilities = self.probabilities(items, batch_size=batch_size)
         if self.multi_label:
             return [tuple(compress(self.classes, row)) for row in (probabilities > 0.5).tolist()]
         return [self.classes[index] for index in probabilities.argmax(-1).tolist()]
@@ -174,5 +175,13 @@ def _read(path: Path) -> tuple[_Description, dict[str, Tensor]]:
     return described, tensors
 
 
-def _open(image: Any) -> Image.Image:
-    return read_image(Path(image)) if isinstance(image, str | Path) else to_image(image, "the image")
+def _read_image(item: Any) -> Image.Image:
+    return read_image(Path(item)) if isinstance(item, str | Path) else to_image(item, "the image")
+
+
+def _read_text(item: Any) -> str:
+    if isinstance(item, str):
+        return item
+    if isinstance(item, Path):
+        return read_text(item)
+    raise UnreadableSampleError(f"This model reads texts, and was given {type(item).__name__}; expected str or Path.")

@@ -173,6 +173,7 @@ class Coordinator:
         self.manifest = Manifest(
             run=uuid.uuid4().hex,
             backbone=backbone.spec,
+            kind=backbone.kind,
             layer=backbone.layer,
             backbone_digest=backbone.digest,
             weights_digest=backbone.weights_digest,

@@ -24,7 +24,7 @@ from fedhead.client.app import Kept, site_statistics
 from fedhead.client.guard import MIN_CLASS_COUNT, MIN_ROWS, Guard, Ledger, ledger_path
 from fedhead.client.site_data import Holding, check_backbone
 from fedhead.config import RunConfig
-from fedhead.data import Samples, load_samples, relabel, require_labels
+from fedhead.data import Samples, load_samples, relabel, require_kind, require_labels
 from fedhead.devices import pick_device
 from fedhead.errors import FedheadError, UserError
 from fedhead.features import FeatureStore, Progress
@@ -373,6 +373,7 @@ def _sum_site(
     every = np.arange(len(samples))
     _refuse_if_withheld(guard.allowed_rows(every, labels, np.zeros(len(every), np.bool_), classes).refusal)
     backbone = run.backbone(access.weights, access.device)
+    require_kind(backbone.spec, backbone.kind, samples.kind)
     manifest = run.manifest(classes)
     probe = run.probe(backbone)
     check_backbone(backbone, backbone.probe().mean(0, keepdim=True), manifest, probe)

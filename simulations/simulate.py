@@ -21,7 +21,7 @@ from fedhead.client.guard import Guard, Ledger
 from fedhead.client.site_data import Holding, check_backbone, hold, refuse_if_withheld
 from fedhead.client.training import LabelledFeatures
 from fedhead.config import RunConfig
-from fedhead.data import IntArray, Samples, load_samples, load_sites, relabel, require_labels
+from fedhead.data import IntArray, Samples, load_samples, load_sites, relabel, require_kind, require_labels
 from fedhead.devices import pick_device
 from fedhead.features import FeatureStore, Progress
 from fedhead.flower import in_process_identity
@@ -224,6 +224,9 @@ class SimulatedSite:
         self._shared.install(blob, manifest.weights_digest)
         self._has_weights = True
 
+    def check_data(self, manifest: Manifest) -> None:
+        """Check nothing: `make_plan` has looked at all sites' data."""
+
     def check(self, manifest: Manifest, probe: Tensor) -> None:
         check_backbone(self._shared.backbone, self._shared.probe, manifest, probe)
         refuse_if_withheld(self.open(manifest).guarded)
@@ -354,6 +357,9 @@ def make_plan(
             require_labels(loaded, given.multi_label)
     classes = given.classes or (load_samples(given.classes_from).classes if given.classes_from else samples.classes)
     backbone = load_backbone(given.backbone, weights=given.weights, layer=given.layer, seed=given.seed).to(device)
+    for loaded in (samples, test_samples):
+        if loaded is not None:
+            require_kind(backbone.spec, backbone.kind, loaded.kind)
     if not backbone.trained:
         logger.warning("The weights of %s are random, as asked for: nothing is transferred.", backbone.spec)
     init = resolve_init(given, make_head(given.head, backbone.num_features, len(classes)))

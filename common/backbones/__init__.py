@@ -9,6 +9,8 @@ A source of your own is a function of `(name, weights, layer, seed)` that return
 """
 
 from fedhead.backbones.backbone import Backbone as Backbone
-from fedhead.backbones.backbone import Preprocessing as Preprocessing
 from fedhead.backbones.backbone import backbone_sources as backbone_sources
 from fedhead.backbones.backbone import load_backbone as load_backbone
+from fedhead.backbones.preprocessing import ImagePreprocessing as ImagePreprocessing
+from fedhead.backbones.preprocessing import Preprocessing as Preprocessing
+from fedhead.backbones.preprocessing import TextPreprocessing as TextPreprocessing

@@ -2,19 +2,18 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
-import numpy as np
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from fedhead.backbones.preprocessing import Batch, Preprocessing, masked_mean
+from fedhead.data import Item, Kind
 from fedhead.errors import UserError
 from fedhead.files import write_atomically
 from fedhead.registry import Registry
@@ -28,66 +27,18 @@ backbone_sources: Registry[BackboneSource] = Registry(
 )
 
 FORMAT = "fedhead-backbone-1"
-PROBES = 2
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """From an image to what a backbone takes; a value, so that a digest can cover it.
-
-    Attributes:
-        channels: 1 for grey, 3 for RGB.
-        resize: what the image is resized to: `(height, width)`, or its shorter side.
-        crop: `(height, width)` cut from the middle afterwards; None for nothing.
-        mean: subtracted from each channel, whose values are in 0..1.
-        std: divides each channel afterwards.
-        interpolation: Pillow's name of a filter.
-    """
-
-    channels: Literal[1, 3]
-    resize: int | tuple[int, int]
-    crop: tuple[int, int] | None
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str = "bilinear"
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width of what comes out (of a square image, if only the shorter side is set)."""
-        if self.crop is not None:
-            return self.crop
-        return (self.resize, self.resize) if isinstance(self.resize, int) else self.resize
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        """Return float32 `[channels, height, width]`."""
-        image = image.convert("L" if self.channels == 1 else "RGB")
-        width, height = image.size
-        if isinstance(self.resize, int):
-            short = min(width, height)
-            target = (int(self.resize * width / short), int(self.resize * height / short))
-        else:
-            target = (self.resize[1], self.resize[0])
-        if target != image.size:
-            image = image.resize(target, Image.Resampling[self.interpolation.upper()])
-        if self.crop is not None:
-            top = round((image.size[1] - self.crop[0]) / 2)
-            left = round((image.size[0] - self.crop[1]) / 2)
-            image = image.crop((left, top, left + self.crop[1], top + self.crop[0]))
-        pixels = torch.from_numpy(np.array(image)).reshape(image.size[1], image.size[0], self.channels)
-        mean = torch.tensor(self.mean).reshape(-1, 1, 1)
-        std = torch.tensor(self.std).reshape(-1, 1, 1)
-        return pixels.permute(2, 0, 1).to(torch.float32).div_(255).sub_(mean).div_(std)
 
 
 class Backbone:
-    """A frozen map from images to features `[n, d]`.
+    """A frozen map from images, or from texts, to features `[n, d]`.
 
     Frozen means: no gradient, eval mode, buffers unmoved, the same features twice.
 
     Args:
         spec: `source:name`.
-        module: takes a batch `[n, channels, height, width]`; returns `[n, d]`, or maps that are averaged to it.
-        preprocessing: what makes the batch from images.
+        module: takes a batch `[n, channels, height, width]`, or of texts `input_ids` and `attention_mask`, both
+            `[n, length]`, by name; returns `[n, d]`, or maps or sequences that are averaged to it.
+        preprocessing: what makes the batch from images or texts.
         layer: which layer's output `module` returns.
         trained: False for random weights.
     """
@@ -109,6 +60,11 @@ class Backbone:
 
     def __repr__(self) -> str:
         return f"Backbone({self.spec!r}, layer={self.layer!r}, {self.num_features} features)"
+
+    @property
+    def kind(self) -> Kind:
+        """What it takes: "image" or "text"."""
+        return self.preprocessing.kind
 
     @property
     def device(self) -> torch.device:
@@ -147,7 +103,7 @@ class Backbone:
             "spec": self.spec,
             "weights": self.weights_digest,
             "layer": self.layer,
-            "preprocessing": asdict(self.preprocessing),
+            "preprocessing": self.preprocessing.describe(),
         }
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
@@ -157,29 +113,38 @@ class Backbone:
         return self.probe().shape[1]
 
     @torch.inference_mode()
-    def features(self, batch: Tensor) -> Tensor:
+    def features(self, batch: Batch) -> Tensor:
         """Return float32 features `[n, d]` of a preprocessed batch, on the backbone's device.
 
         Raises:
-            UserError: if the layer's output is no vector, map or sequence per image.
+            UserError: if the layer's output is no vector, map or sequence per row.
         """
-        output: Tensor = self.module(batch.to(self.device))
+        output: Tensor
+        if isinstance(batch, Tensor):
+            rows, mask = len(batch), None
+            output = self.module(batch.to(self.device))
+        else:
+            moved = {name: tensor.to(self.device) for name, tensor in batch.items()}
+            rows, mask = len(moved["input_ids"]), moved["attention_mask"]
+            output = self.module(**moved)
         if output.ndim == 4:
             output = output.mean(dim=(2, 3))
         elif output.ndim == 3:
-            output = output.mean(dim=1)
-        if output.ndim != 2 or len(output) != len(batch):
+            output = output.mean(dim=1) if mask is None else masked_mean(output, mask)
+        if output.ndim != 2 or len(output) != rows:
             raise UserError(
-                f"Layer {self.layer!r} of {self.spec} gives {list(output.shape)} for {len(batch)} images; "
+                f"Layer {self.layer!r} of {self.spec} gives {list(output.shape)} for {rows} {self.kind}s; "
                 "expected a vector, a map or a sequence for each."
             )
         return output.to(torch.float32)
 
+    def features_of(self, items: Sequence[Item]) -> Tensor:
+        """Return float32 features `[n, d]` of images or texts, on the backbone's device."""
+        return self.features(self.preprocessing.collate([self.preprocessing(item) for item in items]))
+
     def probe(self) -> Tensor:
-        """Return the features `[PROBES, d]` of fixed images, by which two machines tell that they agree."""
-        noise = np.random.default_rng(0).integers(0, 256, (PROBES, 24, 24, 3), dtype=np.uint8)
-        batch = torch.stack([self.preprocessing(Image.fromarray(image)) for image in noise])
-        return self.features(batch).cpu()
+        """Return the features `[PROBES, d]` of fixed images or texts, by which two machines tell that they agree."""
+        return self.features_of(self.preprocessing.probes()).cpu()
 
     def to_bytes(self) -> bytes:
         """Return the backbone as a safetensors file: weights, and how to build and feed the module."""

@@ -5,8 +5,9 @@ from importlib.resources import as_file, files
 import torch
 from torch import nn
 
-from fedhead.backbones.backbone import Backbone, Preprocessing, assign_weights, backbone_sources, read_weights
+from fedhead.backbones.backbone import Backbone, assign_weights, backbone_sources, read_weights
 from fedhead.backbones.glyphnet import INPUT_SIZE, MEAN, STD, GlyphNet
+from fedhead.backbones.preprocessing import ImagePreprocessing
 from fedhead.errors import UserError
 from fedhead.registry import suggest
 
@@ -28,7 +29,7 @@ def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
         if weights not in ("default", "random"):
             raise UserError("bundled:pixels has no weights to load.")
         square = (PIXELS, PIXELS)
-        return Backbone("bundled:pixels", nn.Flatten(), Preprocessing(3, square, None, (0.5,) * 3, (0.5,) * 3))
+        return Backbone("bundled:pixels", nn.Flatten(), ImagePreprocessing(3, square, None, (0.5,) * 3, (0.5,) * 3))
     raise UserError(f"There is no bundled backbone {name!r}. {suggest(name, ['glyphnet', 'pixels'])}")
 
 
@@ -41,5 +42,5 @@ def _glyphnet(weights: str, seed: int) -> Backbone:
             assign_weights(module, read_weights(str(path)), set(), "bundled:glyphnet", str(path))
     elif weights != "random":
         assign_weights(module, read_weights(weights), set(), "bundled:glyphnet", weights)
-    preprocessing = Preprocessing(1, (INPUT_SIZE, INPUT_SIZE), None, (MEAN,), (STD,))
+    preprocessing = ImagePreprocessing(1, (INPUT_SIZE, INPUT_SIZE), None, (MEAN,), (STD,))
     return Backbone("bundled:glyphnet", module, preprocessing, trained=weights != "random")

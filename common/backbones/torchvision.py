@@ -9,7 +9,8 @@ import torchvision
 from torch import fx, nn
 from torchvision.models.feature_extraction import NodePathTracer, create_feature_extractor
 
-from fedhead.backbones.backbone import Backbone, Preprocessing, assign_weights, backbone_sources, read_weights
+from fedhead.backbones.backbone import Backbone, assign_weights, backbone_sources, read_weights
+from fedhead.backbones.preprocessing import ImagePreprocessing
 from fedhead.errors import FedheadError, UserError
 from fedhead.registry import suggest
 
@@ -98,8 +99,8 @@ def _download(default: Any, name: str) -> dict[str, torch.Tensor]:
     return state
 
 
-def _preprocessing(transforms: Any) -> Preprocessing:
-    return Preprocessing(
+def _preprocessing(transforms: Any) -> ImagePreprocessing:
+    return ImagePreprocessing(
         channels=3,
         resize=int(transforms.resize_size[0]),
         crop=(int(transforms.crop_size[0]), int(transforms.crop_size[0])),

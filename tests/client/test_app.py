@@ -226,6 +226,15 @@ def test_a_class_that_the_run_does_not_know_is_refused_and_logged_by_file(
     assert "004" not in refusal
 
 
+def test_a_backbone_of_texts_is_refused_by_a_site_of_images_before_weights_are_sent(
+    told: tuple[Tap, RunResult], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDHEAD_HOME", str(tmp_path / "home"))
+    context = fresh_context({"site": "here", "data": f"folder:{images}", "device": "cpu"})
+    content = changed(told[0].content(DESCRIBE), kind="text", backbone="hf:a/name")
+    assert "hf:a/name takes texts, but the data holds images" in refusal_of(content, context)
+
+
 def test_other_features_of_the_probe_are_refused(told: tuple[Tap, RunResult], described: Context) -> None:
     tap, _ = told
     probe = Payload.from_content(tap.content(DESCRIBE)).arrays["probe"]

@@ -13,9 +13,11 @@ from fedhead.data import (
     load_samples,
     load_sites,
     read_image,
+    read_text,
     relabel,
     require_labels,
     samples_from_arrays,
+    samples_from_texts,
     to_image,
 )
 from fedhead.errors import UserError
@@ -278,3 +280,49 @@ def test_a_function_of_the_users_gives_multi_labels(tmp_path: Path, monkeypatch:
     monkeypatch.syspath_prepend(tmp_path)
     samples = load_samples("python:our_sightings:Pairs")
     assert samples.labels.tolist() == [[1, 0, 1], [0, 0, 0], [0, 1, 0]]
+
+
+def test_texts_are_samples_like_images() -> None:
+    texts = ["a cat", "a dog", "a cat", "ein Hündchen"]
+    samples = samples_from_texts(texts, ["cat", "dog", "cat", "dog"])
+    assert (samples.kind, samples.classes, samples.labels.tolist()) == ("text", ("cat", "dog"), [0, 1, 0, 1])
+    assert [samples.read(row) for row in range(4)] == texts
+    keys = [samples.key(row, samples.read(row)) for row in range(4)]
+    assert keys[0] == keys[2]
+    assert len(set(keys)) == 3
+    assert samples_from_texts([*texts[:3], "ein Hund"], samples.labels).fingerprint != samples.fingerprint
+    # Where one text ends and the next begins is part of the content.
+    assert samples_from_texts(["ab", "c"], [0, 1]).fingerprint != samples_from_texts(["a", "bc"], [0, 1]).fingerprint
+
+
+def test_texts_that_do_not_fit_are_sentences() -> None:
+    with pytest.raises(UserError, match="2 texts but 1 labels"):
+        samples_from_texts(["a", "b"], [0])
+    with pytest.raises(UserError, match=r"texts\[1\] is float, not a text"):
+        samples_from_texts(["a", float("nan")], [0, 1])  # type: ignore[list-item]
+
+
+def test_a_function_of_the_users_gives_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "our_letters.py").write_text(
+        "import numpy as np\n"
+        "def arrays(): return ['dear sir', 'hi'], ['formal', 'not']\n"
+        "def pairs(): return [('dear sir', 0), ('hi', 1)]\n"
+        "def mixed(): return [('dear sir', 0), (np.zeros((4, 4), np.uint8), 1)]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for function in ("arrays", "pairs"):
+        samples = load_samples(f"python:our_letters:{function}")
+        assert (samples.kind, samples.read(0), samples.labels.tolist()) == ("text", "dear sir", [0, 1])
+    with pytest.raises(UserError, match="holds images and texts"):
+        load_samples("python:our_letters:mixed")
+
+
+def test_a_text_file_is_read_as_utf_8_or_refused(tmp_path: Path) -> None:
+    path = tmp_path / "letter.txt"
+    path.write_text("Grüße", encoding="utf-8-sig")
+    assert read_text(path) == "Grüße"
+    path.write_text("Grüße", encoding="latin-1")
+    with pytest.raises(UnreadableSampleError, match=r"letter\.txt is not a text in UTF-8 \(byte 2\)"):
+        read_text(path)
+    with pytest.raises(UnreadableSampleError, match="No such file"):
+        read_text(tmp_path / "none.txt")

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from fedhead import features as features_module
-from fedhead.backbones import Backbone, load_backbone
-from fedhead.data import Samples, UnreadableSampleError, samples_from_arrays
+from fedhead.backbones import Backbone, TextPreprocessing, load_backbone
+from fedhead.backbones.preprocessing import Batch
+from fedhead.data import Samples, UnreadableSampleError, samples_from_arrays, samples_from_texts
 from fedhead.errors import FedheadError, UserError
 from fedhead.features import FeatureStore
 
@@ -25,7 +27,8 @@ class Counting(Backbone):
         assert self.num_features == 3072
         self.rows = 0
 
-    def features(self, batch: torch.Tensor) -> torch.Tensor:
+    def features(self, batch: Batch) -> torch.Tensor:
+        assert isinstance(batch, torch.Tensor)
         self.rows += len(batch)
         return super().features(batch)
 
@@ -44,7 +47,7 @@ def samples() -> Samples:
 
 
 def direct(backbone: Backbone, samples: Samples) -> torch.Tensor:
-    return backbone.features(torch.stack([backbone.preprocessing(samples.read(row)) for row in range(len(samples))]))
+    return backbone.features_of([samples.read(row) for row in range(len(samples))])
 
 
 def test_features_are_the_backbones_and_the_second_opening_runs_nothing(tmp_path: Path, samples: Samples) -> None:
@@ -71,7 +74,7 @@ def test_other_data_or_another_backbone_has_a_store_of_its_own(tmp_path: Path, s
 
 def test_an_interrupted_extraction_resumes_at_the_last_block(tmp_path: Path, samples: Samples) -> None:
     class Interrupted(Counting):
-        def features(self, batch: torch.Tensor) -> torch.Tensor:
+        def features(self, batch: Batch) -> torch.Tensor:
             if self.rows >= 40:
                 raise KeyboardInterrupt
             return super().features(batch)
@@ -165,3 +168,50 @@ def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path, samples: Sam
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         FeatureStore.open(Counting(), samples, root=tmp_path / "file" / "below")
+
+
+class Letters(Backbone):
+    """Texts as the mean of their letters' vectors; counts the positions that were padding."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+
+        class Module(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.table = nn.Embedding(256, 5)
+
+            def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+                sequences: torch.Tensor = self.table(input_ids)
+                return sequences
+
+        super().__init__("letters:5", Module(), TextPreprocessing(lambda text: list(text.encode()), "letters"))
+        self.padding = 0
+
+    def features(self, batch: Batch) -> torch.Tensor:
+        assert not isinstance(batch, torch.Tensor)
+        self.padding += int((batch["attention_mask"] == 0).sum())
+        return super().features(batch)
+
+
+def test_texts_go_through_with_others_of_their_length_and_come_out_in_their_order(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    texts = ["".join(generator.choice(list("abcdefg "), generator.integers(0, 60))) for _ in range(50)]
+    backbone = Letters()
+    samples = samples_from_texts(texts, np.arange(50) % 2)
+    store = FeatureStore.open(backbone, samples, batch_size=4, root=tmp_path)
+    alone = torch.cat([Letters().features_of([text]) for text in texts])
+    assert torch.allclose(store.features, alone, atol=1e-6)
+    assert store.keys.tolist() == [samples.key(row, text) for row, text in enumerate(texts)]
+    as_they_come = Letters()
+    for start in range(0, 50, 4):
+        as_they_come.features_of(texts[start : start + 4])
+    assert backbone.padding < as_they_come.padding / 2
+
+
+def test_a_backbone_of_the_other_kind_is_a_sentence(tmp_path: Path, samples: Samples) -> None:
+    with pytest.raises(UserError, match=r"letters:5 takes texts, but the data holds images\. Take an image backbone"):
+        FeatureStore.open(Letters(), samples, root=tmp_path)
+    with pytest.raises(UserError, match=r"takes images, but the data holds texts\. Take a text backbone"):
+        FeatureStore.open(Counting(), samples_from_texts(["a", "b"], [0, 1]), root=tmp_path)
+    assert not list(tmp_path.iterdir())

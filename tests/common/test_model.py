@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from fedhead.backbones import Backbone, load_backbone
+from fedhead.backbones import Backbone, TextPreprocessing, load_backbone
 from fedhead.backbones.weights import install_weights, weights_path
 from fedhead.data import UnreadableSampleError
 from fedhead.errors import FedheadError, UserError
@@ -288,3 +289,23 @@ def test_a_multi_label_model_names_every_class_above_one_half(tmp_path: Path) ->
         tuple(name for name, logit in zip(CLASSES, row, strict=True) if logit > 0) for row in logits.tolist()
     ]
     assert len({len(names) for names in predicted}) > 1
+
+
+def text_model() -> TransferModel:
+    class Lengths(nn.Module):
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            return attention_mask.sum(1, keepdim=True).float()
+
+    backbone = Backbone("lengths:1", Lengths(), TextPreprocessing(lambda text: list(text.encode()), "bytes"))
+    head = make_head("linear", 1, 2)
+    head.load_state_dict({"weight": torch.tensor([[0.0], [1.0]]), "bias": torch.tensor([0.0, -4.5])})
+    return TransferModel(backbone, head, ("short", "long"))
+
+
+def test_texts_are_strings_and_text_files_are_paths(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("Dear Sir")
+    assert text_model().predict(["Hi", "Hello", tmp_path / "letter.txt"], batch_size=2) == ["short", "long", "long"]
+    with pytest.raises(UnreadableSampleError, match="reads texts, and was given Image"):
+        text_model().predict(pictures(1))
+    with pytest.raises(UnreadableSampleError, match=r"none\.txt cannot be read"):
+        text_model().predict([tmp_path / "none.txt"])

@@ -21,7 +21,7 @@ import fedhead.server.site_sums
 import fedhead.server.starting_head
 import fedhead.simulations.membership
 import fedhead.statistics
-from fedhead.backbones import Backbone, Preprocessing, backbone_sources
+from fedhead.backbones import Backbone, ImagePreprocessing, backbone_sources
 from fedhead.cli import app
 from fedhead.client.guard import MIN_CLASS_COUNT, MIN_ROWS, ledger_path, read_ledger
 from fedhead.config import RunConfig
@@ -49,7 +49,7 @@ KEEPS = ["folder", "none"]
 @backbone_sources.register("tiny")
 def load_tiny(name: str, weights: str, layer: str, seed: int) -> Backbone:
     """The pixels of 8 x 8 grey levels: the same to the last bit however rows are batched."""
-    return Backbone("tiny:grey", nn.Flatten(), Preprocessing(1, (8, 8), None, (0.5,), (0.5,)), layer=layer)
+    return Backbone("tiny:grey", nn.Flatten(), ImagePreprocessing(1, (8, 8), None, (0.5,), (0.5,)), layer=layer)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -204,7 +204,7 @@ def test_a_site_with_data_of_the_other_kind_says_so(own_folder: Path) -> None:
         local=RunConfig().local,
     )
     with pytest.raises(FedheadError, match="names one class per row"):
-        LocalSite("clinic", "digits").check(manifest, torch.zeros(1, 192))
+        LocalSite("clinic", "digits").check_data(manifest)
 
 
 def test_backbones_are_ranked_by_log_evidence(attributed: Samples) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedhead.backbones import Backbone, Preprocessing, backbone_sources
+from fedhead.backbones import Backbone, ImagePreprocessing, backbone_sources
 from fedhead.config import RunConfig
 from fedhead.errors import UserError
 from fedhead.simulations import rank
@@ -23,7 +23,7 @@ class Noise(nn.Module):
 
 @backbone_sources.register("noise")
 def load_noise(name: str, weights: str, layer: str, seed: int) -> Backbone:
-    return Backbone(f"noise:{name}", Noise(), Preprocessing(1, (8, 8), None, (0.5,), (0.5,)))
+    return Backbone(f"noise:{name}", Noise(), ImagePreprocessing(1, (8, 8), None, (0.5,), (0.5,)))
 
 
 @pytest.mark.slow

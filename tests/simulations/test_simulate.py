@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fedhead.config import RunConfig
-from fedhead.data import Samples, load_samples, samples_from_arrays
+from fedhead.data import Samples, load_samples, samples_from_arrays, samples_from_texts
 from fedhead.errors import FedheadError, UserError
 from fedhead.model import TransferModel
 from fedhead.server.coordinator import Round
@@ -431,6 +431,12 @@ def test_a_folder_in_use_is_refused_and_left_alone(digits: Samples) -> None:
 def test_an_empty_folder_may_be_given(digits: Samples) -> None:
     Path("empty").mkdir()
     assert simulate(RunConfig(init="zeros", rounds=0), digits, 3, out="empty").run_dir == Path("empty").resolve()
+
+
+def test_texts_and_a_backbone_of_images_do_not_go_together(digits: Samples) -> None:
+    texts = samples_from_texts(["to be", "or not", "to be"] * 20, ["a", "b", "a"] * 20)
+    refuse("takes images, but the data holds texts", RunConfig(), texts, 3)
+    refuse("takes images, but the data holds texts", RunConfig(), digits, 3, test_data=texts)
 
 
 @pytest.mark.parametrize("out", ["file/run", "/sys/fedhead", "x" * 300, "/proc/nowhere/run"])

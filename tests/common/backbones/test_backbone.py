@@ -7,7 +7,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fedhead.backbones import Backbone, Preprocessing, backbone_sources, load_backbone
+from fedhead.backbones import Backbone, ImagePreprocessing, backbone_sources, load_backbone
 from fedhead.backbones.backbone import read_weights
 from fedhead.backbones.weights import find_backbone, install_weights, weights_path
 from fedhead.errors import FedheadError, UserError
@@ -65,7 +65,7 @@ def test_digests_cover_weights_layer_and_preprocessing() -> None:
     def made(seed: int = 0, mean: float = 0.5, layer: str = "penultimate") -> Backbone:
         torch.manual_seed(seed)
         module = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
-        return Backbone("x:y", module, Preprocessing(3, (2, 2), None, (mean,) * 3, (1.0,) * 3), layer=layer)
+        return Backbone("x:y", module, ImagePreprocessing(3, (2, 2), None, (mean,) * 3, (1.0,) * 3), layer=layer)
 
     reference = made()
     assert made().digest == reference.digest
@@ -86,7 +86,7 @@ def test_preprocessing_equals_torchvisions(name: str, size: tuple[int, int]) -> 
 
 
 def test_grey_images_have_three_equal_channels_where_a_backbone_wants_colour() -> None:
-    preprocessing = Preprocessing(3, (4, 4), None, (0.0,) * 3, (1.0,) * 3)
+    preprocessing = ImagePreprocessing(3, (4, 4), None, (0.0,) * 3, (1.0,) * 3)
     grey = preprocessing(Image.new("L", (9, 5), 51))
     assert torch.allclose(grey, torch.full((3, 4, 4), 0.2))
 
@@ -178,7 +178,7 @@ def test_weights_that_cannot_be_downloaded_say_the_other_ways(monkeypatch: pytes
 def test_a_source_of_the_users_own() -> None:
     @backbone_sources.register("ours")
     def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
-        return Backbone(f"ours:{name}", nn.Flatten(), Preprocessing(1, (4, 4), None, (0.0,), (1.0,)))
+        return Backbone(f"ours:{name}", nn.Flatten(), ImagePreprocessing(1, (4, 4), None, (0.0,), (1.0,)))
 
     assert load_backbone("ours:tiny").num_features == 16
 
