@@ -9,7 +9,7 @@ narrower than they should be.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, Self
 
@@ -24,6 +24,9 @@ FloatArray = npt.NDArray[np.float64]
 
 SCORE_BINS = 255
 """Bins `B` of a class's scores; odd, so that equal scores at the centre share one."""
+
+CONFIDENCE_BINS = 20
+"""Bins `K` of equal width, from 0 to 1, in which the probabilities that a head gives are compared with what is true."""
 
 _HALF = SCORE_BINS // 2
 # In units of the spread: scores nearer to the centre than _SOFT get bins of equal width, scores beyond _REACH the last.
@@ -122,12 +125,18 @@ class EvaluationSums:
         loss_sum: the rows' cross entropy, in nats; of multi-label rows the binary one, each the mean over classes.
         scores: `[C, 2, B]` int64: for each class, in `ScoreBins`, the scores of other rows, then of its own.
         matched: how many multi-label rows have all labels predicted rightly, which their confusion does not tell.
+        reliability: `[2, K]` int64, in the bins of `CONFIDENCE_BINS`: rows by the probability of their predicted class,
+            those where it was wrong, then those where it was right. Of multi-label rows, which count once for each
+            class: by the probability of the class, those that lack it, then those that have it.
+        confidence: `[K]`, the sums of these probabilities.
     """
 
     confusion: IntArray
     loss_sum: float
     scores: IntArray
     matched: int = 0
+    reliability: IntArray = field(default_factory=lambda: np.zeros((2, CONFIDENCE_BINS), np.int64))
+    confidence: FloatArray = field(default_factory=lambda: np.zeros(CONFIDENCE_BINS))
 
     @classmethod
     def zeros(cls, num_classes: int, *, multi_label: bool = False) -> Self:
@@ -150,7 +159,7 @@ class EvaluationSums:
             ValueError: if a shape or a label does not fit, or a logit is not finite.
         """
         (sums,) = sums_by_site(logits, labels, np.zeros(len(labels), np.int64), 1, bins)
-        return cls(sums.confusion, sums.loss_sum, sums.scores, sums.matched)
+        return cls(sums.confusion, sums.loss_sum, sums.scores, sums.matched, sums.reliability, sums.confidence)
 
     @property
     def num_classes(self) -> int:
@@ -191,6 +200,8 @@ class EvaluationSums:
             self.loss_sum + other.loss_sum,
             self.scores + other.scores,
             self.matched + other.matched,
+            self.reliability + other.reliability,
+            self.confidence + other.confidence,
         )
 
     def __radd__(self, other: int) -> Self:
@@ -200,12 +211,14 @@ class EvaluationSums:
     def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Return what travels: counts in the narrowest unsigned integers that hold them.
 
-        With a byte each, 10 classes take 5.2 KB and 100 classes 61 KB; twice that once a count passes 255.
+        With a byte each, 10 classes take 5.4 KB and 100 classes 61 KB; twice that once a count passes 255.
         """
         arrays: dict[str, npt.NDArray[Any]] = {
             "confusion": _narrow(self.confusion),
             "loss_sum": np.array([self.loss_sum]),
             "scores": _narrow(self.scores),
+            "reliability": _narrow(self.reliability),
+            "confidence": self.confidence,
         }
         return {**arrays, "matched": _narrow(np.array([self.matched]))} if self.multi_label else arrays
 
@@ -221,10 +234,11 @@ class EvaluationSums:
         shapes: dict[str, tuple[int, ...]] = {
             "confusion": _confusion_shape(num_classes, multi_label),
             "scores": (num_classes, 2, SCORE_BINS),
+            "reliability": (2, CONFIDENCE_BINS),
         }
         if multi_label:
             shapes["matched"] = (1,)
-        expected = sorted(shapes.keys() | {"loss_sum"})
+        expected = sorted(shapes.keys() | {"loss_sum", "confidence"})
         if sorted(arrays) != expected:
             raise ValueError(
                 f"An evaluation holds {', '.join(expected[:-1])} and {expected[-1]}, not {sorted(arrays)}."
@@ -239,11 +253,17 @@ class EvaluationSums:
         loss = arrays["loss_sum"]
         if loss.dtype != np.float64 or loss.shape != (1,) or not np.isfinite(loss[0]) or loss[0] < 0:
             raise ValueError("'loss_sum' is not one finite float64 of 0 or more.")
+        confidence = arrays["confidence"]
+        fits = confidence.dtype == np.float64 and confidence.shape == (CONFIDENCE_BINS,)
+        if not (fits and np.isfinite(confidence).all()):
+            raise ValueError(f"'confidence' is not {CONFIDENCE_BINS} finite float64.")
         sums = cls(
             arrays["confusion"].astype(np.int64),
             float(loss[0]),
             arrays["scores"].astype(np.int64),
             int(arrays["matched"][0]) if multi_label else 0,
+            arrays["reliability"].astype(np.int64),
+            np.array(confidence),
         )
         if (sums.binary.sum((1, 2)) != sums.rows).any():
             raise ValueError("'confusion' counts other rows for one class than for another.")
@@ -252,6 +272,16 @@ class EvaluationSums:
         wrong = sums.rows - sums.binary.trace(axis1=1, axis2=2)
         if not sums.rows - wrong.sum() <= sums.correct <= sums.rows - wrong.max():
             raise ValueError("'matched' contradicts 'confusion'.")
+        judged, true = sums.rows, sums.correct
+        if multi_label:
+            judged, true = sums.rows * num_classes, int(sums.binary[:, 1].sum())
+        if sums.reliability.sum() != judged or sums.reliability[1].sum() != true:
+            raise ValueError("'reliability' counts other rows than 'confusion'.")
+        edges, counts = np.arange(CONFIDENCE_BINS) / CONFIDENCE_BINS, sums.reliability.sum(0)
+        slack = 1e-9 * counts
+        above = confidence < counts * edges - slack
+        if (above | (confidence > counts * (edges + 1 / CONFIDENCE_BINS) + slack)).any():
+            raise ValueError("'confidence' is the sum of other probabilities than 'reliability' counts.")
         if sums.rows == 0 and sums.loss_sum:
             raise ValueError("'loss_sum' is a loss of no rows.")
         return sums
@@ -312,6 +342,8 @@ def _count(
     losses, matched = np.zeros(num_sites), np.zeros(num_sites, np.int64)
     confusion = np.zeros(num_sites * math.prod(shape), np.int64)
     scores = np.zeros(num_sites * classes * 2 * SCORE_BINS, np.int64)
+    reliability = np.zeros(num_sites * 2 * CONFIDENCE_BINS, np.int64)
+    confidence = np.zeros(num_sites * CONFIDENCE_BINS)
     step = max(1, _CHUNK_VALUES // classes)
     for start in range(0, len(rows), step):
         block = slice(start, start + step)
@@ -322,6 +354,12 @@ def _count(
         confusion += np.bincount((owner[:, None] * math.prod(shape) + cell).ravel(), minlength=len(confusion))
         if multi_label:
             matched += np.bincount(owner[((log_odds > 0) == own).all(1)], minlength=num_sites)
+        probabilities, came_true = _predicted(log_odds, own, cell)
+        place = np.minimum((probabilities * CONFIDENCE_BINS).astype(np.int64), CONFIDENCE_BINS - 1)
+        outcomes = (owner[:, None] * 2 + came_true) * CONFIDENCE_BINS + place
+        reliability += np.bincount(outcomes.ravel(), minlength=len(reliability))
+        places = owner[:, None] * CONFIDENCE_BINS + place
+        confidence += np.bincount(places.ravel(), weights=probabilities.ravel(), minlength=len(confidence))
         index = bins.index(log_odds, multi_label=multi_label)
         cells = ((owner[:, None] * classes + np.arange(classes)) * 2 + own) * SCORE_BINS + index
         scores += np.bincount(cells.ravel(), minlength=len(scores))
@@ -331,7 +369,25 @@ def _count(
         losses.tolist(),
         scores.reshape(num_sites, classes, 2, SCORE_BINS),
         matched.tolist(),
+        reliability.reshape(num_sites, 2, CONFIDENCE_BINS),
+        confidence.reshape(num_sites, CONFIDENCE_BINS),
     )
+
+
+def _predicted(log_odds: FloatArray, own: IntArray, cell: IntArray) -> tuple[FloatArray, IntArray]:
+    """Return the probabilities that a head stands for and whether each came true, as `EvaluationSums` counts them.
+
+    Both are `[n, 1]`, of the class that is predicted, or `[n, C]` of multi-label rows.
+    """
+    classes = log_odds.shape[1]
+    if cell.shape[1] == classes:
+        return _sigmoid(log_odds), own
+    predicted = cell % classes
+    return _sigmoid(np.take_along_axis(log_odds, predicted, 1)), np.take_along_axis(own, predicted, 1)
+
+
+def _sigmoid(log_odds: FloatArray) -> FloatArray:
+    return 0.5 * (1 + np.tanh(log_odds / 2))
 
 
 _Counted = tuple[IntArray, IntArray, FloatArray, FloatArray]
@@ -557,6 +613,62 @@ def auroc_error_bound(sums: EvaluationSums) -> FloatArray:
     pairs = rest.sum(1) * own.sum(1)
     bound: FloatArray = 0.5 * (rest * own).sum(1) / np.maximum(pairs, 1)
     return bound
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Whether the probabilities that a head gives come true.
+
+    Attributes:
+        rows: `K`, how many predictions have a probability in each of `CONFIDENCE_BINS` equal bins from 0 to 1.
+        confidence: `K`, the mean probability of those; None for an empty bin.
+        frequency: `K`, the share of them that came true, with Wilson's interval.
+        error: the expected calibration error: the mean over all predictions of the distance between the two in their
+            bin (Naeini, Cooper & Hauskrecht, AAAI 2015; Guo et al., ICML 2017). None without rows. Few rows make it
+            larger than it is.
+    """
+
+    rows: tuple[int, ...]
+    confidence: tuple[float | None, ...]
+    frequency: tuple[Estimate, ...]
+    error: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON has it."""
+        frequency = [estimate.to_list() for estimate in self.frequency]
+        return {"error": self.error, "rows": self.rows, "confidence": self.confidence, "frequency": frequency}
+
+
+def reliability(sums: EvaluationSums) -> Reliability:
+    """Return how the probabilities given compare with what came true."""
+    counts, right = sums.reliability.sum(0), sums.reliability[1]
+    total = int(counts.sum())
+    pairs = zip(sums.confidence.tolist(), counts.tolist(), strict=True)
+    return Reliability(
+        rows=tuple(counts.tolist()),
+        confidence=tuple(given / count if count else None for given, count in pairs),
+        frequency=_shares(right, counts, _NO_ROWS),
+        error=float(np.abs(sums.confidence - right).sum() / total) if total else None,
+    )
+
+
+def roc_points(sums: EvaluationSums) -> tuple[FloatArray | None, ...]:
+    """Return, for each class, the corners `[P, 2]` of its ROC curve: false and true positive rates, from 0 to 1.
+
+    Points on a line between their neighbours are left out. None for a class without rows, or alone.
+    """
+    # From the highest scores down: what is predicted positive as the threshold falls.
+    counts = np.cumsum(sums.scores[:, :, ::-1], axis=2)
+    return tuple(_corners(rest, own) if rest[-1] and own[-1] else None for rest, own in counts)
+
+
+def _corners(rest: IntArray, own: IntArray) -> FloatArray:
+    path = np.unique(np.vstack([[0, 0], np.stack([rest, own], 1)]), axis=0)
+    steps = np.diff(path, axis=0)
+    turns = steps[:-1, 0] * steps[1:, 1] != steps[:-1, 1] * steps[1:, 0]
+    kept = path[np.concatenate([[True], turns, [True]])]
+    corners: FloatArray = kept / np.array([rest[-1], own[-1]])
+    return corners
 
 
 def wilson_interval(successes: IntArray, trials: IntArray) -> tuple[FloatArray, FloatArray]:

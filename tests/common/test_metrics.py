@@ -7,12 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.special import logsumexp, softmax
+from scipy.special import expit, logsumexp, softmax
 from scipy.stats import binomtest, norm
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, log_loss, recall_score, roc_auc_score
 
 import fedhead.metrics
 from fedhead.metrics import (
+    CONFIDENCE_BINS,
     SCORE_BINS,
     ClassReport,
     Estimate,
@@ -22,7 +23,9 @@ from fedhead.metrics import (
     auroc_error_bound,
     aurocs,
     balanced_accuracy,
+    reliability,
     report,
+    roc_points,
     sums_by_site,
     wilson_interval,
 )
@@ -66,6 +69,8 @@ def same_counts(first: EvaluationSums, second: EvaluationSums) -> bool:
     return (
         np.array_equal(first.confusion, second.confusion)
         and np.array_equal(first.scores, second.scores)
+        and np.array_equal(first.reliability, second.reliability)
+        and np.allclose(first.confidence, second.confidence, rtol=1e-12)
         and np.isclose(first.loss_sum, second.loss_sum, rtol=1e-12)
     )
 
@@ -272,12 +277,27 @@ def test_sums_travel() -> None:
     sent = EvaluationSums.from_logits(logits, labels)
     arrays = sent.to_arrays()
     assert same_counts(EvaluationSums.from_arrays(arrays, 10), sent)
-    assert sum(array.nbytes for array in arrays.values()) == 10 * 10 + 10 * 2 * SCORE_BINS + 8 == 5208
-    many = EvaluationSums(sent.confusion * 1000, sent.loss_sum * 1000, sent.scores * 1000)
+    sizes = {name: array.nbytes for name, array in arrays.items()}
+    assert sizes == {
+        "confusion": 100,
+        "scores": 10 * 2 * SCORE_BINS,
+        "loss_sum": 8,
+        "reliability": 40,
+        "confidence": 160,
+    }
+    many = EvaluationSums(
+        sent.confusion * 1000,
+        sent.loss_sum * 1000,
+        sent.scores * 1000,
+        reliability=sent.reliability * 1000,
+        confidence=sent.confidence * 1000,
+    )
     assert {name: array.dtype.itemsize for name, array in many.to_arrays().items()} == {
         "confusion": 2,
         "loss_sum": 8,
         "scores": 2,
+        "reliability": 2,
+        "confidence": 8,
     }
     assert same_counts(EvaluationSums.from_arrays(many.to_arrays(), 10), many)
     assert EvaluationSums.from_arrays(EvaluationSums.zeros(3).to_arrays(), 3).rows == 0
@@ -292,8 +312,8 @@ def tampered(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("arrays", "words"),
     [
-        (tampered(scores=None), "holds confusion"),
-        (tampered(more=np.zeros(1)), "holds confusion"),
+        (tampered(scores=None), "holds confidence"),
+        (tampered(more=np.zeros(1)), "holds confidence"),
         (tampered(confusion=np.zeros((3, 3), np.int64)), "unsigned"),
         (tampered(confusion=np.zeros((3, 3), np.uint64)), "unsigned"),
         (tampered(confusion=np.full((3, 3), np.nan)), "unsigned"),
@@ -307,6 +327,10 @@ def tampered(**changes: Any) -> dict[str, Any]:
         (tampered(loss_sum=np.array([-1.0])), "loss_sum"),
         (tampered(loss_sum=np.zeros(2)), "loss_sum"),
         (tampered(loss_sum=np.zeros(1, np.float32)), "loss_sum"),
+        (tampered(reliability=tampered()["reliability"][::-1]), "'reliability' counts other rows"),
+        (tampered(reliability=tampered()["reliability"] + np.uint8(1)), "'reliability' counts other rows"),
+        (tampered(confidence=tampered()["confidence"] * np.nan), "'confidence' is not 20 finite"),
+        (tampered(confidence=tampered()["confidence"] + 0.1), "other probabilities"),
         ({**EvaluationSums.zeros(3).to_arrays(), "loss_sum": np.ones(1)}, "no rows"),
     ],
 )
@@ -523,8 +547,11 @@ def test_multi_label_counts_that_contradict_each_other_are_refused() -> None:
         (tampered_marks(matched=np.array([41], np.uint8)), "'matched' contradicts"),
         (tampered_marks(confusion=wrong), "other rows for one class"),
         (tampered_marks(confusion=good["confusion"][:, ::-1].copy()), "'scores' counts other rows"),
-        ({name: array for name, array in good.items() if name != "matched"}, "holds confusion, loss_sum, matched"),
-        (EvaluationSums.zeros(3).to_arrays(), "holds confusion, loss_sum, matched"),
+        (
+            {name: array for name, array in good.items() if name != "matched"},
+            "holds confidence, .*matched",
+        ),
+        (EvaluationSums.zeros(3).to_arrays(), "holds confidence, .*matched"),
     ]:
         with pytest.raises(ValueError, match=words):
             EvaluationSums.from_arrays(arrays, 3, multi_label=True)
@@ -534,3 +561,46 @@ def test_multi_label_counts_that_contradict_each_other_are_refused() -> None:
 def test_multi_labels_that_are_no_marks_are_refused(marks: IntArray) -> None:
     with pytest.raises(ValueError, match="Labels must be"):
         EvaluationSums.from_logits(np.zeros((5, 3)), marks)
+
+
+def test_reliability_is_what_the_probabilities_say() -> None:
+    logits, labels = random_rows(12, 5000, 4)
+    probabilities = softmax(logits, axis=1)
+    top, right = probabilities.max(1), probabilities.argmax(1) == labels
+    place = np.minimum((top * CONFIDENCE_BINS).astype(int), CONFIDENCE_BINS - 1)
+    found = reliability(EvaluationSums.from_logits(logits, labels))
+    error = 0.0
+    for bin_ in range(CONFIDENCE_BINS):
+        inside = place == bin_
+        assert found.rows[bin_] == inside.sum()
+        if not inside.any():
+            assert found.confidence[bin_] is None and found.frequency[bin_].value is None
+            continue
+        assert found.confidence[bin_] == pytest.approx(top[inside].mean())
+        assert value(found.frequency[bin_]) == pytest.approx(right[inside].mean())
+        error += inside.mean() * abs(top[inside].mean() - right[inside].mean())
+    assert found.error == pytest.approx(error)
+    assert reliability(EvaluationSums.zeros(3)).error is None
+
+
+def test_multi_label_reliability_judges_every_label() -> None:
+    logits, marks = random_marks(6, 400, 3)
+    probabilities = expit(logits)
+    found = reliability(EvaluationSums.from_logits(logits, marks))
+    inside = (probabilities >= 0.5) & (probabilities < 0.55)
+    assert sum(found.rows) == 1200
+    assert found.rows[10] == inside.sum() > 0
+    assert value(found.frequency[10]) == pytest.approx(marks[inside].mean())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_area_under_the_roc_points_is_the_auroc(seed: int) -> None:
+    logits, labels = random_rows(seed, 300, 3)
+    sums = EvaluationSums.from_logits(logits, labels)
+    areas, _ = aurocs(sums)
+    for area, points in zip(areas, roc_points(sums), strict=True):
+        assert points is not None
+        assert points[0].tolist() == [0, 0] and points[-1].tolist() == [1, 1]
+        assert (np.diff(points, axis=0) >= 0).all()
+        assert np.trapezoid(points[:, 1], points[:, 0]) == pytest.approx(value(area))
+    assert roc_points(EvaluationSums.zeros(2)) == (None, None)
