@@ -1,6 +1,6 @@
 """The Flower `ServerApp`: reads the `RunConfig`, calls the coordinator."""
 
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 
 from flwr.app import Context
@@ -11,13 +11,23 @@ from fedhead.config import RunConfig
 from fedhead.data import load_samples
 from fedhead.errors import UserError
 from fedhead.model import TransferModel
-from fedhead.server.coordinator import Coordinator, Outcome
+from fedhead.server.coordinator import Coordinator
+from fedhead.server.history import Outcome
+from fedhead.server.observer import Observer, Observers
 from fedhead.server.run_folder import RunFolder
 from fedhead.server.strategies import build_strategy
 
 
-def coordinate(config: RunConfig, grid: Grid, out: Path | str | None = None) -> tuple[Outcome, RunFolder]:
+def coordinate(
+    config: RunConfig, grid: Grid, out: Path | str | None = None, *, observers: Sequence[Observer] = ()
+) -> tuple[Outcome, RunFolder]:
     """Run `config` over the sites of `grid`, and write its run folder.
+
+    Args:
+        config: the run; its `simulation` table is not read.
+        grid: where the sites are.
+        out: the run folder; by default a new one under `runs/`.
+        observers: are told of what happens.
 
     Raises:
         UserError: if the configuration names no classes, or something that does not exist or fit.
@@ -29,30 +39,26 @@ def coordinate(config: RunConfig, grid: Grid, out: Path | str | None = None) -> 
     strategy = build_strategy(config.strategy)
     backbone = load_backbone(config.backbone, weights=config.weights, layer=config.layer, seed=config.seed)
     folder = RunFolder.create(out, backbone.spec.replace(":", "-"))
+    observer = Observers([folder, *observers])
     try:
-        folder.write_config(config.changed({"classes": list(classes), "classes_from": ""}))
-        outcome = Coordinator(
-            config,
-            grid,
-            backbone,
-            classes,
-            strategy,
-            on_round=lambda finished: folder.append_metrics(asdict(finished)),
-            sums=folder.sums,
-        ).run()
-    except BaseException:
-        folder.discard_if_unused()
+        config = config.changed({"classes": list(classes), "classes_from": ""})
+        folder.write_config(config)
+        observer.on_started(config, folder.path)
+        outcome = Coordinator(config, grid, backbone, classes, strategy, observer=observer, sums=folder.sums).run()
+        folder.sums.finish()
+        folder.write_model(TransferModel(backbone, outcome.head, classes, config.head, multi_label=config.multi_label))
+        folder.write_result(
+            {
+                "accuracy": outcome.history[outcome.kept_round].accuracy,
+                "kept_round": outcome.kept_round,
+                "sites": len(outcome.participants),
+                "sites_refused": dict(outcome.refused),
+            }
+        )
+        observer.on_finished(outcome)
+    except BaseException as error:
+        observer.on_failed(error)
         raise
-    folder.sums.finish()
-    folder.write_model(TransferModel(backbone, outcome.head, classes, config.head, multi_label=config.multi_label))
-    folder.write_result(
-        {
-            "accuracy": outcome.history[outcome.kept_round].accuracy,
-            "kept_round": outcome.kept_round,
-            "sites": len(outcome.participants),
-            "sites_refused": dict(outcome.refused),
-        }
-    )
     return outcome, folder
 
 

@@ -40,6 +40,10 @@ class Exchange:
         self.dropped[site] = reason
         logger.warning("A reply of %s is dropped: %s.", site, reason.rstrip("."))
 
+    def first_reasons(self) -> str:
+        """Return a sentence for each of the first sites that were dropped, with a space before it."""
+        return "".join(f" {name}: {reason.rstrip('.')}." for name, reason in sorted(self.dropped.items())[:3])
+
     def sums(self) -> FloatArray:
         """Return the metrics `[len(METRICS)]` summed over sites, losses of training weighted by their rows."""
         table = np.array([self.metrics[name] for name in sorted(self.metrics)]).reshape(-1, len(METRICS))

@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,11 +12,13 @@ from fedhead.config import RunConfig
 from fedhead.errors import UserError
 from fedhead.files import disk_errors, write_atomically
 from fedhead.model import TransferModel
+from fedhead.server.history import Round
+from fedhead.server.observer import Observer
 from fedhead.server.site_sums import SiteSums
 
 
-class RunFolder:
-    """A folder under `runs/` (or where told) that belongs to one run."""
+class RunFolder(Observer):
+    """A folder under `runs/` (or where told) that belongs to one run; it observes the run to write its metrics."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -42,10 +45,10 @@ class RunFolder:
         self.sums = SiteSums(self.path / "sums", config.keep_sums)
         write_atomically(self.path / "run.toml", config.to_toml())
 
-    def append_metrics(self, values: Mapping[str, Any]) -> None:
-        """Append one line."""
+    def on_round(self, finished: Round) -> None:
+        """Append one line to the metrics."""
         with disk_errors(self.path), (self.path / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(values) + "\n")
+            file.write(json.dumps(asdict(finished)) + "\n")
 
     def discard_if_unused(self) -> None:
         """Remove the folder of a run that ended before its first round did."""

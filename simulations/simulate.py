@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,9 @@ from fedhead.losses import loss_for
 from fedhead.messages import Manifest
 from fedhead.metrics import EvaluationReport, EvaluationSums, report
 from fedhead.model import TransferModel
-from fedhead.server.coordinator import Coordinator, Outcome, Round
+from fedhead.server.coordinator import Coordinator
+from fedhead.server.history import Outcome, Round
+from fedhead.server.observer import Observer, Observers
 from fedhead.server.run_folder import RunFolder
 from fedhead.server.site_sums import SiteSums
 from fedhead.server.starting_head import resolve_init
@@ -253,7 +255,7 @@ def simulate(
     apps: Mapping[str, ClientApp] | None = None,
     out: Path | str | None = None,
     on_extraction: Progress = lambda done, total: None,
-    on_round: Callable[[Round], None] = lambda finished: None,
+    observers: Sequence[Observer] = (),
 ) -> RunResult:
     """Run `config` over simulated sites in this process.
 
@@ -266,7 +268,7 @@ def simulate(
         apps: `ClientApp`s of sites that do not run fedhead's, by site name.
         out: the run folder; by default a new one under `runs/`.
         on_extraction: called with rows done and rows in all.
-        on_round: called with each finished line of the history.
+        observers: are told of what happens.
 
     Raises:
         UserError: if something asked for does not exist or does not fit; before anything is run.
@@ -276,18 +278,16 @@ def simulate(
     name = f"{plan.backbone.spec}-{plan.samples.spec.partition(':')[0]}".replace(":", "-")
     folder = RunFolder.create(out, name)
 
-    def finish_round(finished: Round) -> None:
-        folder.append_metrics(asdict(finished))
-        on_round(finished)
-
+    observer = Observers([folder, *observers])
     try:
         folder.write_config(plan.config)
+        observer.on_started(plan.config, folder.path)
         result = run_plan(
             plan,
             apps=apps,
             run_dir=folder.path,
             on_extraction=on_extraction,
-            on_round=finish_round,
+            observer=observer,
             sums=folder.sums,
         )
         folder.sums.finish()
@@ -301,8 +301,10 @@ def simulate(
                 "sites": {name: report(sums, result.config.classes).to_dict() for name, sums in result.sites.items()},
             }
         )
+        observer.on_finished(result.outcome)
         return result
-    except BaseException:
+    except BaseException as error:
+        observer.on_failed(error)
         folder.discard_if_unused()
         raise
 
@@ -392,7 +394,7 @@ def run_plan(
     run_dir: Path | None = None,
     deliver: bool = True,
     on_extraction: Progress = lambda done, total: None,
-    on_round: Callable[[Round], None] = lambda finished: None,
+    observer: Observer | None = None,
     sums: SiteSums | None = None,
 ) -> RunResult:
     """Run what was planned, and write nothing but features; see `simulate`.
@@ -422,7 +424,7 @@ def run_plan(
             backbone,
             config.classes,
             plan.strategy,
-            on_round=on_round,
+            observer=observer,
             sums=sums,
             test=test,
             deliver=deliver,

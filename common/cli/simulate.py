@@ -15,7 +15,7 @@ from fedhead.cli.wording import percent, size
 
 if TYPE_CHECKING:
     from fedhead.metrics import Estimate
-    from fedhead.server.coordinator import Round
+    from fedhead.server.history import Round
     from fedhead.simulations.simulate import RunResult
 
 MOST_LINES = 26
@@ -69,6 +69,7 @@ def simulate(
 ) -> None:
     """Run many sites on this machine: a frozen backbone, private rows, shared heads."""
     from fedhead import simulations
+    from fedhead.server.observer import EachRound
 
     run = options.run_config(
         config,
@@ -106,7 +107,7 @@ def simulate(
             run,
             out=out,
             on_extraction=lambda done, total: progress.update(extraction, completed=done, total=total),
-            on_round=lambda finished: progress.update(training, completed=finished.number),
+            observers=[EachRound(lambda finished: progress.update(training, completed=finished.number))],
         )
     if as_json:
         typer.echo(json.dumps(result.summary()))

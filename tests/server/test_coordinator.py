@@ -23,6 +23,7 @@ from fedhead.config import RunConfig
 from fedhead.data import Samples, held_out, load_samples, samples_from_arrays, sources
 from fedhead.errors import FedheadError, UserError
 from fedhead.messages import DESCRIBE, EVALUATE, INSTALL, METRICS, PAYLOAD, RECORD, REPORT, TRAIN, Payload
+from fedhead.server.observer import EachRound
 from fedhead.simulations import RunResult, simulate
 
 ROWS, BAD_ROWS = 180, 60
@@ -514,7 +515,7 @@ def test_a_fraction_of_the_sites_trains_and_all_are_scored(digits: Samples) -> N
     config = RunConfig(init="zeros", rounds=4, strategy={"name": "FedAvg", "fraction_train": 0.3}, simulation=UNGUARDED)
     apps = {f"site-{number}": Counting(f"site-{number}", rows) for number, rows in enumerate(sites)}
     asked.append(set())
-    result = simulate(config, digits, sites, apps=apps, on_round=lambda finished: asked.append(set()))
+    result = simulate(config, digits, sites, apps=apps, observers=[EachRound(lambda finished: asked.append(set()))])
     cohorts = [names for names in asked if names]
     assert [len(names) for names in cohorts] == [3] * 4
     assert len(set(map(frozenset, cohorts))) > 1

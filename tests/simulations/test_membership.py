@@ -15,7 +15,6 @@ from click.testing import Result
 from torch import nn
 from typer.testing import CliRunner
 
-import fedhead.server.coordinator
 import fedhead.server.run_folder
 import fedhead.server.site_sums
 import fedhead.server.starting_head

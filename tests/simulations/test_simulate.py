@@ -13,7 +13,8 @@ from fedhead.config import RunConfig
 from fedhead.data import Samples, load_samples, samples_from_arrays, samples_from_texts
 from fedhead.errors import FedheadError, UserError
 from fedhead.model import TransferModel
-from fedhead.server.coordinator import Round
+from fedhead.server.history import Round
+from fedhead.server.observer import EachRound
 from fedhead.simulations import RunResult, simulate
 
 ROWS = 300
@@ -295,7 +296,7 @@ def test_progress_is_told(digits: Samples) -> None:
         3,
         test_data=some_digits(np.arange(1200, 1300), spec="progress test"),
         on_extraction=lambda done, total: extraction.append((done, total)),
-        on_round=rounds.append,
+        observers=[EachRound(rounds.append)],
     )
     assert rounds == list(result.history)
     assert [done for done, _ in extraction] == sorted(done for done, _ in extraction)
@@ -412,7 +413,7 @@ def test_a_run_that_fails_later_keeps_what_it_has(digits: Samples) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        simulate(RunConfig(init="zeros", rounds=5), digits, 3, on_round=interrupt)
+        simulate(RunConfig(init="zeros", rounds=5), digits, 3, observers=[EachRound(interrupt)])
     (folder,) = run_folders()
     assert [line["number"] for line in lines_of(folder)] == [0, 1]
     assert {path.name for path in folder.iterdir()} == {"run.toml", "metrics.jsonl"}

@@ -1,0 +1,136 @@
+"""Rounds: a head goes to the sites, what they make of it comes back screened, and a strategy makes the next."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp.strategy import Strategy
+
+from fedhead.errors import FedheadError
+from fedhead.messages import EVALUATE, METRICS, Arrays, HeadReply, HeadRequest, Manifest, MessageError
+from fedhead.server.exchange import EXAMPLES, Exchange, Messenger
+from fedhead.server.roster import Roster
+from fedhead.server.strategies import aggregate_round, averages, configure_round, sample_sites, screen
+
+logger = logging.getLogger(__name__)
+
+HELD_OUT, LOSS_SUM = METRICS.index("held_out"), METRICS.index("loss_sum")
+
+
+@dataclass(frozen=True)
+class Version:
+    """A head, the exchange that made it, and the seconds this took."""
+
+    number: int
+    arrays: Arrays
+    made_by: Exchange
+    seconds: float
+
+
+class Rounds:
+    """Sends heads to be trained or evaluated.
+
+    Args:
+        strategy: Flower's, or the user's own.
+        messenger: reaches the sites.
+        manifest: of the run.
+        roster: the sites that take part.
+        backbone_bytes: what shipping the backbone costs.
+
+    Attributes:
+        full_model_bytes: what exchanging backbone and head each round would have taken so far.
+    """
+
+    def __init__(
+        self, strategy: Strategy, messenger: Messenger, manifest: Manifest, roster: Roster, backbone_bytes: int
+    ) -> None:
+        self.full_model_bytes = 0
+        self._strategy = strategy
+        self._messenger = messenger
+        self._manifest = manifest
+        self._roster = roster
+        self._backbone_bytes = backbone_bytes
+
+    def train(self, number: int, head: Arrays) -> Exchange:
+        """Have this round's sites train `head`, and evaluate it as it reached them."""
+        cohort = sample_sites(self._strategy, list(self._roster.nodes), self._manifest.seed, number)
+        names = {self._roster.nodes[name]: name for name in cohort}
+        messages: dict[str, Message] = {}
+        packed: dict[int, RecordDict] = {}
+        records = []
+        for message in configure_round(self._strategy, number, head, self._messenger.grid, list(names)):
+            # A strategy gives most sites one and the same record: pack it once.
+            records.append(message.content)  # kept, so that no other gets its id
+            if id(message.content) not in packed:
+                packed[id(message.content)] = self._request(message.content, number).to_content()
+            message.content = packed[id(message.content)]
+            messages[names[message.metadata.dst_node_id]] = message
+        whole_model = self._backbone_bytes + sum(array.nbytes for array in head.values())
+        self.full_model_bytes += 2 * len(messages) * whole_model
+        return self._heads(messages, head)
+
+    def aggregate(self, number: int, head: Arrays, exchange: Exchange) -> Arrays:
+        """Return what the strategy makes of the replies; `head`, which was trained, if it makes none.
+
+        Raises:
+            FedheadError: if there is no reply, or the strategy fails.
+        """
+        if not exchange.replies:
+            raise FedheadError(f"Not one reply of round {number} could be used.{exchange.first_reasons()}")
+        made = aggregate_round(self._strategy, number, exchange.replies, head)
+        if made is None:
+            logger.warning("%s made no head in round %d; the one before stays.", type(self._strategy).__name__, number)
+        return made or head
+
+    def evaluate(self, number: int, head: Arrays) -> Exchange:
+        """Have all sites evaluate the head of round `number`."""
+        request = HeadRequest(head, server_round=number, merge=self._messenger.in_process)
+        content = request.to_content()
+        messages = {name: Message(content, node_id, EVALUATE) for name, node_id in sorted(self._roster.nodes.items())}
+        return self._heads(messages, {})
+
+    def _request(self, record: RecordDict, number: int) -> HeadRequest:
+        (arrays,) = record.array_records.values()
+        settings = {key: value for config in record.config_records.values() for key, value in config.items()}
+        mu = settings.get("proximal-mu")
+        return HeadRequest(
+            {name: array.numpy() for name, array in arrays.items()},
+            server_round=number,
+            proximal_mu=float(mu) if isinstance(mu, int | float) else None,
+            merge=self._messenger.in_process and averages(self._strategy),
+        )
+
+    def _heads(self, messages: Mapping[str, Message], expected: Arrays) -> Exchange:
+        """Exchange messages about a head; screen what comes back, and order it by site name."""
+        exchange = Exchange()
+        replies: dict[str, tuple[Message, HeadReply]] = {}
+        for name, instruction, content in self._messenger.send(messages, exchange):
+            try:
+                reply = screen(content, expected, self._roster.rows, name, merged=self._messenger.in_process)
+            except MessageError as error:
+                exchange.drop(name, str(error))
+                continue
+            exchange.bytes_up += reply.num_bytes
+            for site, reason in reply.dropped.items():
+                exchange.drop(site, reason)
+            exchange.metrics.update(zip(reply.sites or (name,), reply.metrics, strict=False))
+            # A site may hold out all of its rows; then it evaluates, and its head is no more than the one it was sent.
+            if reply.metrics[:, EXAMPLES].any():
+                replies[name] = (instruction, reply)
+        exchange.replies = [replies[name] for name in sorted(replies)]
+        return exchange
+
+
+def best(evaluated: Sequence[tuple[Version, Exchange]]) -> Version:
+    """Return the head with the least pooled held-out loss, over the sites that evaluated every head.
+
+    Where these hold less than half of the held-out rows, as when few sites are sampled each round, heads cannot be
+    told apart fairly, and the last one is returned.
+    """
+    common = sorted(set.intersection(*(set(exchange.metrics) for _, exchange in evaluated)))
+    version, last = evaluated[-1]
+    rows = sum(last.metrics[name][HELD_OUT] for name in common)
+    if rows == 0 or rows < last.sums()[HELD_OUT] / 2:
+        return version
+    return min(evaluated, key=lambda pair: sum(pair[1].metrics[name][LOSS_SUM] for name in common))[0]
