@@ -152,11 +152,14 @@ def shards(argument: str, question: Question) -> dict[str, IntArray]:
 
 @partitions.register("folder")
 def folder(argument: str, question: Question) -> dict[str, IntArray]:
-    """Take the sites that the data names: each sub-folder of `folder:PATH` is one."""
+    """Take the sites that the data names: each sub-folder of `folder:PATH` or value of a table's `site` is one."""
     if argument:
         raise UserError(f"The partition 'folder' takes no argument, but was given {argument!r}.")
     if question.owners is None:
-        raise UserError("The partition 'folder' needs data whose sub-folders are sites.")
+        raise UserError(
+            "The partition 'folder' takes the sites from the data, which names none. Expected folder:PATH with a "
+            "sub-folder per site, or a table with a column 'site'."
+        )
     owners = np.asarray(question.owners)
     return {str(name): np.flatnonzero(owners == name) for name in np.unique(owners)}
 

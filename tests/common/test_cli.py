@@ -273,7 +273,7 @@ def test_a_folder_is_no_configuration() -> None:
         (["--partition", "dirichlet:-1"], "positive number"),
         (["--partition", "shards:0"], "classes per site"),
         (["--partition", "iid:3"], "takes no argument"),
-        (["--partition", "folder"], "needs data 'folder:PATH'"),
+        (["--partition", "folder"], "'digits' names none. Expected folder:PATH"),
         (["--data", "digit"], "Did you mean 'digits'"),
         (["--data", "digits:8"], "takes no argument"),
         (["--data", "folder:"], "Expected a path"),

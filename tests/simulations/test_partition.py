@@ -70,7 +70,7 @@ def test_folders_are_sites() -> None:
         ("quantity:x", 2, "positive number"),
         ("shards:0", 2, "classes per site"),
         ("shards:9", 2, "need 18 rows"),
-        ("folder", 2, "sub-folders are sites"),
+        ("folder", 2, "takes the sites from the data, which names none"),
         ("dirichlett:1", 2, "Did you mean 'dirichlet'"),
     ],
 )

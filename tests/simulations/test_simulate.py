@@ -369,7 +369,7 @@ def test_sites_without_any_rows_are_a_sentence(digits: Samples, rows: list[list[
         ({"simulation": {"partition": "dirichlett:1"}}, "Did you mean 'dirichlet'"),
         ({"simulation": {"device": "abacus"}}, "device 'abacus'"),
         ({"simulation": {"test_data": "folder:nowhere"}}, "no folder nowhere"),
-        ({"simulation": {"partition": "folder"}}, "needs data 'folder:PATH'|sub-folders are sites"),
+        ({"simulation": {"partition": "folder"}}, "takes the sites from the data, which names none"),
     ],
 )
 def test_what_does_not_exist_is_refused_before_anything_is_run(

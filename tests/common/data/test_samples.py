@@ -20,6 +20,7 @@ from fedhead.data import (
     samples_from_texts,
     to_image,
 )
+from fedhead.data.python import samples_of_pairs
 from fedhead.errors import UserError
 
 
@@ -194,9 +195,7 @@ def test_equal_rows_and_rows_of_a_group_never_straddle() -> None:
             return images[row], row % 2
 
     grouped = Scans()
-    import fedhead.data as data_module
-
-    loaded = data_module._samples_of_pairs(grouped, "scans")
+    loaded = samples_of_pairs(grouped, "scans")
     keys = [loaded.key(row, loaded.read(row)) for row in range(5)]
     assert keys[0] == keys[2] != keys[1] == keys[3]
     assert keys[4] not in keys[:4]
