@@ -8,7 +8,7 @@ works on what one site sends.
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -199,6 +199,10 @@ class Entry(BaseModel):
     row_set: str = ""
 
 
+Approve = Callable[[Entry], None]
+"""Sees an entry before it is written, and raises `FedheadError` if the release must not leave."""
+
+
 class Ledger:
     """What left a site: a file of JSON lines that only grows, and beside it the rows behind released sums.
 
@@ -208,12 +212,16 @@ class Ledger:
     Args:
         path: the file; its folder is made with the first release.
         min_class_count: the least number of rows of a class by which two releases of sums to one run may differ.
+        approve: has the last word on each release.
     """
 
-    def __init__(self, path: Path, min_class_count: int = MIN_CLASS_COUNT) -> None:
+    def __init__(
+        self, path: Path, min_class_count: int = MIN_CLASS_COUNT, approve: Approve = lambda entry: None
+    ) -> None:
         self.path = path
         self.row_sets = path.with_suffix(".rows")
         self.min_class_count = min_class_count
+        self.approve = approve
 
     def record(
         self,
@@ -242,7 +250,8 @@ class Ledger:
 
         Raises:
             UserError: if the ledger may not be written.
-            FedheadError: if sums are refused, the ledger is damaged, or the disk is full. Nothing may leave then.
+            FedheadError: if sums are refused, the release is not approved, the ledger is damaged, or the disk is
+                full. Nothing may leave then.
         """
         with disk_errors(self.path), self._locked() as handle:
             entry = Entry(
@@ -256,6 +265,7 @@ class Ledger:
                 digest=hashlib.sha256(payload).hexdigest(),
                 row_set="" if sums is None else self._keep_rows(sums, run, site),
             )
+            self.approve(entry)
             _append(handle, entry.model_dump_json().encode() + b"\n")
             _sync_folder(self.path.parent)
         return entry

@@ -2,7 +2,7 @@
 
 import logging
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,12 @@ from fedhead.features import FeatureStore
 from fedhead.messages import Manifest
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+WARM = 3
+"""How many backbones, and how many runs' features, a site keeps at hand."""
+_WHAT_A_HOLDING_DEPENDS_ON = {"backbone_digest", "classes", "multi_label", "holdout", "seed"}
 
 PROBE_TOLERANCE = 1e-3
 """Relative to the probe's norm; devices differ by less, other preprocessing or weights by more."""
@@ -133,10 +139,23 @@ class LocalSite:
         self.strict_data = strict_data
         self.guard = guard or Guard()
         self.ledger: Ledger | None = ledger or Ledger(ledger_path(name), self.guard.min_class_count)
+        self.data = data
         self.samples = load_samples(data)
         self.num_rows = len(self.samples)
         self._backbones: dict[str, Backbone] = {}
-        self._stores: dict[str, FeatureStore] = {}
+        self._holdings: dict[str, Holding] = {}
+
+    def refresh(self) -> None:
+        """Look at the data again: rows may have come or gone since.
+
+        Raises:
+            UserError: if the data is no longer there.
+        """
+        samples = load_samples(self.data)
+        if samples.fingerprint != self.samples.fingerprint:
+            logger.info("The data has changed: it is %d rows now, and was %d.", len(samples), self.num_rows)
+            self._holdings.clear()
+        self.samples, self.num_rows = samples, len(samples)
 
     def has_weights(self, manifest: Manifest) -> bool:
         return self._find_backbone(manifest) is not None
@@ -155,11 +174,13 @@ class LocalSite:
         check_backbone(backbone, backbone.probe(), manifest, probe)
 
     def open(self, manifest: Manifest) -> Holding:
-        if manifest.backbone_digest not in self._stores:
-            self._stores[manifest.backbone_digest] = FeatureStore.open(
-                self._backbone(manifest), self.samples, strict=self.strict_data
-            )
-        store = self._stores[manifest.backbone_digest]
+        key = manifest.model_dump_json(include=_WHAT_A_HOLDING_DEPENDS_ON)
+        holding = self._holdings.get(key) or self._hold(manifest)
+        _keep(self._holdings, key, holding)
+        return holding
+
+    def _hold(self, manifest: Manifest) -> Holding:
+        store = FeatureStore.open(self._backbone(manifest), self.samples, strict=self.strict_data)
         labels = self._labels(manifest)
         data = LabelledFeatures(store.features.to(self.device), torch.from_numpy(labels).to(self.device))
         holding = hold(self.name, store.readable(), data, labels, store.keys, manifest, self.guard)
@@ -184,7 +205,7 @@ class LocalSite:
             found = find_backbone(manifest.backbone, manifest.layer, manifest.weights_digest)
             if found is None:
                 return None
-            self._backbones[manifest.backbone_digest] = found.to(self.device)
+            _keep(self._backbones, manifest.backbone_digest, found.to(self.device))
         return self._backbones[manifest.backbone_digest]
 
     def _backbone(self, manifest: Manifest) -> Backbone:
@@ -192,6 +213,14 @@ class LocalSite:
         if found is None:
             raise FedheadError(f"The weights of {manifest.backbone} are not installed at {self.name}.")
         return found
+
+
+def _keep(warm: dict[str, T], key: str, value: T) -> None:
+    """Make `value` the latest of at most `WARM`."""
+    warm.pop(key, None)
+    warm[key] = value
+    while len(warm) > WARM:
+        del warm[next(iter(warm))]
 
 
 def refuse_if_withheld(guarded: GuardedRows) -> None:

@@ -12,6 +12,7 @@ from fedhead.data import load_samples
 from fedhead.errors import UserError
 from fedhead.model import TransferModel
 from fedhead.server.coordinator import Coordinator
+from fedhead.server.flower_app import from_run_config
 from fedhead.server.history import Outcome
 from fedhead.server.observer import Observer, Observers
 from fedhead.server.run_folder import RunFolder
@@ -67,11 +68,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run what the run config's `config` (a TOML file) describes, into its `out` (a folder)."""
-    path = context.run_config.get("config")
-    if not path:
-        raise UserError(
-            "The run config lacks 'config', the path of a TOML file: flwr run . --run-config 'config=\"…\"'."
-        )
+    """Run what the run config describes, into its `out`: a folder on the SuperLink's machine."""
+    config = from_run_config(context.run_config)
     out = context.run_config.get("out")
-    coordinate(RunConfig.from_toml(Path(str(path))), grid, str(out) if out else None)
+    coordinate(config, grid, str(out) if out else None)

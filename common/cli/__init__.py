@@ -3,10 +3,10 @@
 import os
 import sys
 
-from fedhead.cli import ledger, membership, provision, rank, simulate
+from fedhead.cli import client, flower_app, ledger, membership, provision, rank, simulate
 from fedhead.cli.application import INTERRUPTED, app
 
-__all__ = ["app", "ledger", "main", "membership", "provision", "rank", "simulate"]
+__all__ = ["app", "client", "flower_app", "ledger", "main", "membership", "provision", "rank", "simulate"]
 
 
 def main() -> None:

@@ -1,0 +1,208 @@
+"""What a site decides by itself: its kit's `site.toml`, with flags over it. Nothing a coordinator sends changes it."""
+
+import ipaddress
+import re
+import stat
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from fedhead.errors import UserError
+from fedhead.files import write_atomically
+from fedhead.messages import COMPARE, DESCRIBE, EVALUATE, INSTALL, REPORT, STANDARDISE, STATISTICS, TRAIN
+from fedhead.registry import suggest
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+
+ACTIONS = (DESCRIBE, INSTALL, STATISTICS, STANDARDISE, COMPARE, TRAIN, EVALUATE, REPORT)
+"""What a coordinator may ask a site for."""
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Limits(_Table):
+    """The site's own limits on what may be computed from few rows; see `fedhead.client.guard.Guard`."""
+
+    min_class_count: int = Field(5, ge=0)
+    min_rows: int = Field(20, ge=0)
+
+
+class Permit(_Table):
+    """What the site answers at all."""
+
+    actions: tuple[str, ...] = ACTIONS
+
+    @field_validator("actions")
+    @classmethod
+    def _are_known(cls, actions: tuple[str, ...]) -> tuple[str, ...]:
+        for action in actions:
+            if action not in ACTIONS:
+                raise ValueError(f"there is no action {action!r}. {suggest(action, list(ACTIONS))}")
+        return actions
+
+
+class SiteSettings(_Table):
+    """One site's settings.
+
+    Attributes:
+        name: by which runs know it.
+        coordinator: `host:port`.
+        data: a data spec.
+        device: where its features are computed.
+        strict_data: refuse to take part with unreadable rows, instead of skipping them.
+        limits: of its guard.
+        permit: what a coordinator may ask of it.
+    """
+
+    name: str = Field(min_length=1, max_length=200)
+    coordinator: str
+    data: str = ""
+    device: str = "auto"
+    strict_data: bool = False
+    limits: Limits = Limits()
+    permit: Permit = Permit()
+
+    @field_validator("coordinator")
+    @classmethod
+    def _is_an_address(cls, address: str) -> str:
+        split_address(address)
+        return address
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any], where: str) -> Self:
+        """Validate plain values.
+
+        Raises:
+            UserError: naming each wrong one, and `where` it stands.
+        """
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise UserError(f"In {where}: {' '.join(_sentence(detail) for detail in error.errors())}") from None
+
+
+class Kit:
+    """The folder that a coordinator made for one site.
+
+    Args:
+        path: it holds `site.toml`, `ca.pem` and `key.pem`.
+
+    Raises:
+        UserError: if something is missing or damaged, or others can read the private key.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_dir():
+            raise UserError(
+                f"There is no kit {path}. The coordinator's operator makes one with fedhead provision; copy it here."
+            )
+        self.path = path
+        self.root_certificates = _read(path / "ca.pem")
+        if b"BEGIN CERTIFICATE" not in self.root_certificates:
+            raise UserError(f"{path / 'ca.pem'} is not a PEM certificate. Copy the kit again.")
+        self.key = load_key(path / "key.pem")
+
+    def settings(self, changes: Mapping[str, Any]) -> SiteSettings:
+        """Read `site.toml`, with `changes` over it.
+
+        Raises:
+            UserError: if it does not describe a site.
+        """
+        path = self.path / "site.toml"
+        try:
+            values = tomllib.loads(_read(path).decode())
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is not valid TOML: {error}.") from None
+        limits = {**values.get("limits", {}), **changes.get("limits", {})}
+        return SiteSettings.from_values({**values, **changes, "limits": limits}, str(path))
+
+
+def load_key(path: Path) -> "EllipticCurvePrivateKey":
+    """Read a private key that nobody else can.
+
+    Raises:
+        UserError: if others can, or it is not an elliptic-curve key.
+    """
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    content = _read(path)
+    if (mode := stat.S_IMODE(path.stat().st_mode)) & 0o077:
+        raise UserError(
+            f"The private key {path} can be read by others on this machine (mode {mode:04o}): chmod 600 {path}."
+        )
+    try:
+        key = load_pem_private_key(content, password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise UserError(f"{path} is not a private key that can be read ({error}). Copy the kit again.") from None
+    if not isinstance(key, EllipticCurvePrivateKey):
+        raise UserError(f"{path} is not an elliptic-curve key, as sites need. Copy the kit again.")
+    return key
+
+
+def insecure_key(folder: Path) -> "EllipticCurvePrivateKey":
+    """Return the key that a site without a kit is told apart by, made when it is first needed and kept in `folder`."""
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
+    path = folder / "insecure-key.pem"
+    if not path.exists():
+        key = ec.generate_private_key(ec.SECP256R1())
+        write_atomically(path, key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    return load_key(path)
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Return host and port.
+
+    Raises:
+        UserError: if `address` is not `host:port`.
+    """
+    host, _, port = address.rpartition(":")
+    if not re.fullmatch(r"[^\s/:\[\]]+|\[[0-9a-fA-F:.]+\]", host) or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UserError(f"{address!r} is no address; expected host:port, as in coord.example.org:9092")
+    return host.strip("[]"), int(port)
+
+
+def require_loopback(address: str) -> None:
+    """Check that an address is of this machine, where traffic without TLS is read by nobody.
+
+    Raises:
+        UserError: if it is not.
+    """
+    host, _ = split_address(address)
+    try:
+        local = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = host == "localhost"
+    if not local:
+        raise UserError(
+            f"--insecure goes to this machine alone (127.0.0.1, ::1 or localhost), not to {address}. Across a network "
+            "use --kit: fedhead provision makes one."
+        )
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read: {error.strerror}. A kit holds site.toml, ca.pem and key.pem."
+        ) from None
+
+
+def _sentence(detail: Any) -> str:
+    where = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        tables: dict[str, type[BaseModel]] = {"limits": Limits, "permit": Permit}
+        table = tables[detail["loc"][0]] if len(detail["loc"]) > 1 else SiteSettings
+        return f"There is no setting {where!r}. {suggest(str(detail['loc'][-1]), list(table.model_fields))}"
+    message = detail["msg"].removeprefix("Value error, ")
+    return f"Setting {where!r}: {message[0].lower()}{message[1:]}"

@@ -1,0 +1,88 @@
+"""The stock way: a small Flower app that names what is installed, so that `flwr run` runs it on any federation."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import tomli_w
+
+from fedhead import __version__
+from fedhead.config import RunConfig, Scalar, merge, parse_assignments
+from fedhead.errors import UserError
+from fedhead.files import disk_errors, write_atomically
+
+_HEAD = """\
+# A Flower app that runs fedhead: flwr run . CONNECTION --stream
+# fedhead has to be installed on the SuperLink's machine and at every SuperNode. A SuperNode says what is its own:
+#   flower-supernode --node-config 'site="hospital-a" data="folder:/data/xrays" device="auto"'
+# Settings below can be changed for one run: flwr run . --run-config 'rounds=5 local.lr=0.05'
+
+"""
+
+
+def write_flower_app(folder: Path, config: RunConfig, out: str = "") -> Path:
+    """Write the app that runs `config`, and return its `pyproject.toml`.
+
+    Args:
+        folder: a new or empty one.
+        config: of a run over real sites, so it names its classes.
+        out: the run folder, on the SuperLink's machine; a new one under `runs/` where its process runs if empty.
+
+    Raises:
+        UserError: if the folder is not empty, or the configuration names no classes.
+    """
+    if not config.classes and not config.classes_from:
+        raise UserError("A run over real sites needs its classes: --classes a,b,c, or classes = [...] in the file.")
+    with disk_errors(folder):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder} exists and is not an empty folder; a Flower app needs one of its own.")
+    major_minor = ".".join(__version__.split(".")[:2])
+    app = {
+        "project": {
+            "name": "fedhead-run",
+            "version": "1.0.0",
+            "description": "Federated transfer learning with fedhead.",
+            "license": "Apache-2.0",
+            "dependencies": [f"fedhead=={major_minor}.*"],
+        },
+        "tool": {
+            "flwr": {
+                "app": {
+                    "publisher": "fedhead",
+                    "components": {"serverapp": "fedhead.server.app:app", "clientapp": "fedhead.client.app:app"},
+                    "config": {"out": out, **to_run_config(config)},
+                }
+            }
+        },
+    }
+    path = folder / "pyproject.toml"
+    write_atomically(path, _HEAD + tomli_w.dumps(app))
+    path.chmod(0o644)
+    return path
+
+
+def to_run_config(config: RunConfig) -> dict[str, Scalar | dict[str, Scalar]]:
+    """Return the settings of a run as Flower's run config has them: scalars, and tables of scalars."""
+    values = config.model_dump(mode="json", exclude={"simulation"})
+    values["classes"] = json.dumps(values["classes"], ensure_ascii=False)
+    return values
+
+
+def from_run_config(values: Mapping[str, Scalar]) -> RunConfig:
+    """Read a Flower run config, whose tables Flower has flattened to keys with dots.
+
+    Raises:
+        UserError: if it does not describe a run.
+    """
+    nested: dict[str, object] = {}
+    for path, value in values.items():
+        if path == "out":
+            continue
+        *tables, key = path.split(".")
+        change: dict[str, object] = {key: value}
+        if path == "classes":
+            change = parse_assignments([f"classes={value}"])
+        for table in reversed(tables):
+            change = {table: change}
+        nested = merge(nested, change)
+    return RunConfig.from_values(nested)
