@@ -1,5 +1,6 @@
 """The Flower `ClientApp`: one handler per action. Light to import; torch comes with the first message."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from pydantic import ValidationError
 
 from fedhead.errors import FedheadError
 from fedhead.messages import (
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
     from fedhead.client.training import LabelledFeatures, SiteRows
     from fedhead.heads import Head
     from fedhead.metrics import EvaluationSums
+
+logger = logging.getLogger(__name__)
 
 SiteOf = Callable[[Context], "Site"]
 
@@ -114,20 +118,26 @@ def _released(
     """
     if site.ledger is None:
         return content
-    from fedhead.client.guard import release, released_sums
+    from fedhead.client.guard import TooCloseError, release, released_sums
 
     holding, classes = site.open(agreed.manifest), agreed.manifest.classes
     labels = holding.data.labels.cpu().numpy()
-    return release(
-        content,
-        ledger=site.ledger,
-        run=agreed.manifest.run,
-        site=site.name,
-        action=action,
-        rows=holding.guarded.num_rows,
-        classes=holding.guarded.counts,
-        sums=released_sums(summed[0], summed[1].rows, holding.keys, labels, classes) if summed else None,
-    )
+    try:
+        return release(
+            content,
+            ledger=site.ledger,
+            run=agreed.manifest.run,
+            site=site.name,
+            action=action,
+            rows=holding.guarded.num_rows,
+            classes=holding.guarded.counts,
+            sums=released_sums(summed[0], summed[1].rows, holding.keys, labels, classes) if summed else None,
+        )
+    except TooCloseError as error:
+        logger.error("%s", error)
+        raise FedheadError(
+            "Its rows differ by too few from those it summed for this run before; the site's own log says how many."
+        ) from None
 
 
 def describe_site(site: "Site", content: RecordDict, context: Context) -> RecordDict:
@@ -139,7 +149,12 @@ def describe_site(site: "Site", content: RecordDict, context: Context) -> Record
             "coordinator's version of fedhead."
         )
         return Payload(Description(site=site.name, refusal=refusal).model_dump()).to_content()
-    manifest = Manifest(**payload.values)
+    try:
+        manifest = Manifest(**payload.values)
+    except ValidationError as error:
+        asked = ", ".join(sorted({".".join(map(str, detail["loc"])) for detail in error.errors()}))
+        refusal = f"The manifest asks for what this site does not know, or decides by itself: {asked}."
+        return Payload(Description(site=site.name, refusal=refusal).model_dump()).to_content()
     context.state[RECORD] = ConfigRecord(
         {"manifest": manifest.model_dump_json(), "probe": payload.arrays["probe"].astype("<f4").tobytes()}
     )

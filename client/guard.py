@@ -199,6 +199,10 @@ class Entry(BaseModel):
     row_set: str = ""
 
 
+class TooCloseError(FedheadError):
+    """Sums differ from earlier ones by few rows; it says how many, which is for the site's own eyes."""
+
+
 Approve = Callable[[Entry], None]
 """Sees an entry before it is written, and raises `FedheadError` if the release must not leave."""
 
@@ -302,7 +306,7 @@ class Ledger:
         for name in sorted(sums.keys() | before.keys()):
             differing = _count_differing(sums.get(name, none), before.get(name, none))
             if 0 < differing < self.min_class_count:
-                raise FedheadError(
+                raise TooCloseError(
                     f"Nothing was sent: {differing} of the {name} differ from those {_told(earlier)}, and subtracting "
                     f"the two releases would lay bare what changed. None may differ, or {self.min_class_count} or more "
                     "(--min-class-count). Put the data back as it was, or release again when more rows have changed."

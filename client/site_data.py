@@ -1,6 +1,7 @@
 """What a site holds: its rows as features under a run's backbone, and which of them are held out."""
 
 import logging
+import time
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+SECONDS_BETWEEN_PROGRESS = 30.0
 WARM = 3
 """How many backbones, and how many runs' features, a site keeps at hand."""
 _WHAT_A_HOLDING_DEPENDS_ON = {"backbone_digest", "classes", "multi_label", "holdout", "seed"}
@@ -180,7 +182,7 @@ class LocalSite:
         return holding
 
     def _hold(self, manifest: Manifest) -> Holding:
-        store = FeatureStore.open(self._backbone(manifest), self.samples, strict=self.strict_data)
+        store = self._store(self._backbone(manifest))
         labels = self._labels(manifest)
         data = LabelledFeatures(store.features.to(self.device), torch.from_numpy(labels).to(self.device))
         holding = hold(self.name, store.readable(), data, labels, store.keys, manifest, self.guard)
@@ -188,6 +190,24 @@ class LocalSite:
         if holding.guarded.withheld:
             logger.warning("The guard withholds rows: %s.", dict(holding.guarded.withheld))
         return holding
+
+    def _store(self, backbone: Backbone) -> FeatureStore:
+        last_said = time.monotonic()
+
+        def say(done: int, total: int) -> None:
+            nonlocal last_said
+            if time.monotonic() - last_said > SECONDS_BETWEEN_PROGRESS:
+                last_said = time.monotonic()
+                logger.info("Features of %d of %d rows are done.", done, total)
+
+        try:
+            return FeatureStore.open(backbone, self.samples, strict=self.strict_data, progress=say)
+        except UserError:
+            raise
+        except FedheadError as error:
+            # It may name a file, and a file's name may be a person's.
+            logger.error("%s", error)
+            raise FedheadError("Its data cannot be turned into features; the site's own log says why.") from None
 
     def _labels(self, manifest: Manifest) -> IntArray:
         require_labels(self.samples, manifest.multi_label)
