@@ -2,9 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Self
 
 import torch
@@ -12,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from fedhead.backbones.preprocessing import Batch, Preprocessing, masked_mean
+from fedhead.backbones.pooling import pool, poolings
+from fedhead.backbones.preprocessing import Batch, Preprocessing
 from fedhead.data import Item, Kind
 from fedhead.errors import UserError
 from fedhead.files import write_atomically
@@ -37,10 +41,14 @@ class Backbone:
     Args:
         spec: `source:name`.
         module: takes a batch `[n, channels, height, width]`, or of texts `input_ids` and `attention_mask`, both
-            `[n, length]`, by name; returns `[n, d]`, or maps or sequences that are averaged to it.
+            `[n, length]`, by name; returns `[n, d]`, or maps or sequences that are pooled to it.
         preprocessing: what makes the batch from images or texts.
         layer: which layer's output `module` returns.
+        pooling: how maps and sequences become vectors, a name in `fedhead.backbones.pooling.poolings`.
         trained: False for random weights.
+
+    Raises:
+        UserError: if there is no such pooling.
     """
 
     def __init__(
@@ -50,12 +58,15 @@ class Backbone:
         preprocessing: Preprocessing,
         *,
         layer: str = "penultimate",
+        pooling: str = "mean",
         trained: bool = True,
     ) -> None:
+        _ = poolings[pooling]
         self.spec = spec
         self.module = module.eval().requires_grad_(False)
         self.preprocessing = preprocessing
         self.layer = layer
+        self.pooling = pooling
         self.trained = trained
 
     def __repr__(self) -> str:
@@ -98,11 +109,12 @@ class Backbone:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over spec, weights, layer and preprocessing: what keys cached features."""
+        """SHA-256 over spec, weights, layer, pooling and preprocessing: what keys cached features."""
         described = {
             "spec": self.spec,
             "weights": self.weights_digest,
             "layer": self.layer,
+            "pooling": self.pooling,
             "preprocessing": self.preprocessing.describe(),
         }
         return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
@@ -127,10 +139,7 @@ class Backbone:
             moved = {name: tensor.to(self.device) for name, tensor in batch.items()}
             rows, mask = len(moved["input_ids"]), moved["attention_mask"]
             output = self.module(**moved)
-        if output.ndim == 4:
-            output = output.mean(dim=(2, 3))
-        elif output.ndim == 3:
-            output = output.mean(dim=1) if mask is None else masked_mean(output, mask)
+        output = pool(output, self.pooling, mask)
         if output.ndim != 2 or len(output) != rows:
             raise UserError(
                 f"Layer {self.layer!r} of {self.spec} gives {list(output.shape)} for {rows} {self.kind}s; "
@@ -191,16 +200,30 @@ def load_backbone(spec: str, *, weights: str = "default", layer: str = "penultim
     Args:
         spec: such as `bundled:glyphnet` or `torchvision:resnet18`.
         weights: `default`, a safetensors or state-dict file, or `random`.
-        layer: `penultimate`, or the name of a layer of the source's.
+        layer: `penultimate`, or the name of a layer of the source's; with a pooling where the layer gives maps or
+            sequences that are not to be pooled as usual, as in `layer3:max` or `penultimate:cls`.
         seed: draws random weights.
 
     Raises:
-        UserError: for an unknown source, name or layer, and for weights that do not fit.
+        UserError: for an unknown source, name, layer or pooling, and for weights that do not fit.
     """
     source, colon, name = spec.partition(":")
     if not colon or not name:
         raise UserError(f"A backbone is named source:name, as in 'bundled:glyphnet', not {spec!r}.")
-    return backbone_sources[source](name, weights, layer, seed)
+    layer, _, pooling = layer.partition(":")
+    if pooling:
+        _ = poolings[pooling]
+    backbone = backbone_sources[source](name, weights, layer or "penultimate", seed)
+    if not pooling:
+        return backbone
+    return Backbone(
+        backbone.spec,
+        backbone.module,
+        backbone.preprocessing,
+        layer=f"{backbone.layer}:{pooling}",
+        pooling=pooling,
+        trained=backbone.trained,
+    )
 
 
 def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
@@ -231,16 +254,84 @@ def read_weights(path: str) -> dict[str, Tensor]:
             raise UserError(f"The weights {path} cannot be read: {not_safetensors}.") from None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise UserError(
+            f"The weights {path} are neither safetensors nor a plain state dict: they hold Python objects, which could "
+            "run code and are not loaded (a whole model that was saved, perhaps), or no weights at all. Save the "
+            "model's state_dict()."
+        ) from error
     # torch.load raises nearly anything on damaged input.
     except Exception as error:
         raise UserError(
-            f"The weights {path} are neither safetensors nor a plain state dict: {str(error).splitlines()[0]}"
+            f"The weights {path} are neither safetensors nor a plain state dict, or the file is cut short: "
+            f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
         ) from error
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
+    for nested in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(nested), dict):
+            state = state[nested]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"The weights {path} hold more than named tensors; save the model's state_dict().")
+    if state and all(name.startswith("module.") for name in state):
+        return {name.removeprefix("module."): tensor for name, tensor in state.items()}
     return state
+
+
+@dataclass(frozen=True)
+class WeightsFit:
+    """How a file's weights fit a module that they were copied into.
+
+    Attributes:
+        missing: names that only the module has, batch counters left out.
+        unknown: names that only the file has.
+        reshaped: what differs in shape, in words.
+    """
+
+    missing: frozenset[str]
+    unknown: frozenset[str]
+    reshaped: tuple[str, ...]
+
+    def require(self, needed: Collection[str], spec: str, path: str) -> None:
+        """Check that everything is there and nothing else.
+
+        Args:
+            needed: those of the module's names that may not be missing.
+            spec: the backbone, for messages.
+            path: the file, for messages.
+
+        Raises:
+            UserError: naming the keys that are missing, unknown or of another shape.
+        """
+        wrong = (
+            ("missing", sorted(self.missing.intersection(needed))),
+            ("unknown", sorted(self.unknown)),
+            ("of another shape", self.reshaped),
+        )
+        if any(names for _, names in wrong):
+            parts = [
+                f"{words}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
+                for words, names in wrong
+                if names
+            ]
+            raise UserError(f"The weights {path} are not those of {spec}; {'; '.join(parts)}.")
+
+
+def fill_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> WeightsFit:
+    """Copy `weights` into `module`, which may rename those of older versions of itself as it takes them in."""
+    own = module.state_dict()
+    given = OrderedDict((name, weights[name]) for name in weights if not name.endswith("num_batches_tracked"))
+    # A safetensors file names no version; some modules refuse that.
+    metadata = getattr(weights, "_metadata", {"": getattr(own, "_metadata", {}).get("", {})})
+    given._metadata = metadata  # type: ignore[attr-defined]
+    try:
+        result = module.load_state_dict(given, strict=False)
+    except RuntimeError:
+        shapes = [(name, list(given[name].shape), list(own[name].shape)) for name in sorted(own.keys() & given.keys())]
+        reshaped = tuple(f"{name} is {theirs}, not {ours}" for name, theirs, ours in shapes if theirs != ours)
+        if not reshaped:
+            raise
+        return WeightsFit(frozenset(own.keys() - given.keys()), frozenset(given.keys() - own.keys()), reshaped)
+    missing = frozenset(name for name in result.missing_keys if not name.endswith("num_batches_tracked"))
+    return WeightsFit(missing, frozenset(result.unexpected_keys), ())
 
 
 def assign_weights(module: nn.Module, weights: Mapping[str, Tensor], ignored: set[str], spec: str, path: str) -> None:
@@ -256,20 +347,5 @@ def assign_weights(module: nn.Module, weights: Mapping[str, Tensor], ignored: se
     Raises:
         UserError: naming the keys that are missing, unexpected or of another shape.
     """
-    own = {k: v for k, v in module.state_dict().items() if not k.endswith("num_batches_tracked")}
-    counted = {key for key in weights if key.endswith("num_batches_tracked")}
-    missing = sorted(own.keys() - weights.keys())
-    unexpected = sorted(weights.keys() - own.keys() - ignored - counted)
-    reshaped = [
-        f"{key} is {list(weights[key].shape)}, not {list(own[key].shape)}"
-        for key in sorted(own.keys() & weights.keys())
-        if weights[key].shape != own[key].shape
-    ]
-    if missing or unexpected or reshaped:
-        parts = [
-            f"{words}: {', '.join(keys[:4])}{f' and {len(keys) - 4} more' if len(keys) > 4 else ''}"
-            for words, keys in (("missing", missing), ("unknown", unexpected), ("of another shape", reshaped))
-            if keys
-        ]
-        raise UserError(f"The weights {path} are not those of {spec}; {'; '.join(parts)}.")
-    module.load_state_dict({key: weights[key] for key in own}, strict=False)
+    fit = fill_weights(module, {name: tensor for name, tensor in weights.items() if name not in ignored})
+    fit.require(module.state_dict().keys(), spec, path)

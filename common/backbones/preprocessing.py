@@ -163,9 +163,3 @@ class TextPreprocessing:
     def describe(self) -> dict[str, Any]:
         """Return the digest and the padding."""
         return {"text": self.digest, "pad": self.pad}
-
-
-def masked_mean(sequences: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean `[n, d]` of sequences `[n, length, d]` where mask `[n, length]` is 1; zeros where it never is."""
-    weights = mask.unsqueeze(-1).to(sequences.dtype)
-    return (sequences * weights).sum(1) / weights.sum(1).clamp_min(1)

@@ -1,105 +1,108 @@
 """`torchvision:NAME`: any of torchvision's classification models, cut where its classifier begins."""
 
 import inspect
+import re
+from collections.abc import Mapping
 from typing import Any
-from urllib.error import URLError
 
 import torch
 import torchvision
-from torch import fx, nn
-from torchvision.models.feature_extraction import NodePathTracer, create_feature_extractor
+from torch import Tensor, nn
 
-from fedhead.backbones.backbone import Backbone, assign_weights, backbone_sources, read_weights
+from fedhead.backbones.backbone import Backbone, backbone_sources, fill_weights, read_weights
+from fedhead.backbones.downloads import fetch_torch_file
+from fedhead.backbones.layers import Graph
 from fedhead.backbones.preprocessing import ImagePreprocessing
-from fedhead.errors import FedheadError, UserError
+from fedhead.errors import UserError
 from fedhead.registry import suggest
+
+_OLD_DENSENET = re.compile(r"(.*denselayer\d+\.(?:norm|conv))\.([12]\.\w+)")
 
 
 @backbone_sources.register("torchvision")
 def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
     """Build a torchvision model through torchvision's own registry, with its weights' preprocessing.
 
+    Args:
+        name: a model's, for its default weights, or a model's and an entry's, as in `resnet50.IMAGENET1K_V1`.
+        weights: see `load_backbone`.
+        layer: a node of the model's graph, or a module, for its last node.
+        seed: see `load_backbone`.
+
     Raises:
         UserError: for an unknown model or layer, and for weights of another architecture.
         FedheadError: if torchvision's weights are not here and cannot be downloaded.
     """
-    known = torchvision.models.list_models(module=torchvision.models)
-    if name not in known:
-        raise UserError(f"torchvision has no classification model {name!r}. {suggest(name, known)}")
     spec = f"torchvision:{name}"
-    default = torchvision.models.get_model_weights(name).DEFAULT
+    model_name, entry = _entry(name)
+    model = _build(model_name, entry, seed)
+    if weights == "random":
+        module = Graph(model).cut(layer, spec)
+    else:
+        path = str(fetch_torch_file(entry.url, spec)) if weights == "default" else weights
+        fit = fill_weights(model, _renamed(read_weights(path)))
+        # Not before: a file of an older version may change the model that it fills.
+        module = Graph(model).cut(layer, spec)
+        fit.require(module.state_dict().keys(), spec, path)
+    return Backbone(spec, module, preprocessing_of(entry.transforms()), layer=layer, trained=weights != "random")
+
+
+def _entry(name: str) -> tuple[str, Any]:
+    """Return the model's name, and the entry of its weights.
+
+    Raises:
+        UserError: for what is no classification model, or no entry of its.
+    """
+    model_name, _, entry_name = name.partition(".")
+    known = torchvision.models.list_models(module=torchvision.models)
+    if model_name not in known:
+        raise UserError(_what_it_is_instead(model_name, known))
+    entries = torchvision.models.get_model_weights(model_name)
+    if entry_name and entry_name not in entries.__members__:
+        close = suggest(entry_name, list(entries.__members__))
+        raise UserError(f"torchvision has no weights {entry_name!r} of {model_name}. {close}")
+    return model_name, entries[entry_name or "DEFAULT"]
+
+
+def _what_it_is_instead(name: str, known: list[str]) -> str:
+    if name in torchvision.models.list_models(module=torchvision.models.quantization):
+        instead = name.removeprefix("quantized_")
+        return f"torchvision:{name} is quantized, and fedhead takes none of these; take torchvision:{instead}."
+    if name in torchvision.models.list_models():
+        task = torchvision.models.get_model_builder(name).__module__.split(".")[2]
+        return f"torchvision:{name} is a model for {task}, and a backbone is one for classification."
+    return f"torchvision has no classification model {name!r}. {suggest(name, known)}"
+
+
+def _build(name: str, entry: Any, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = torchvision.models.get_model(name, weights=None, **_builder_options(name)).eval()
-    extractor = create_feature_extractor(model, {_node(model, layer, spec): "features"}, suppress_diff_warning=True)
-    if weights != "random":
-        state = _download(default, name) if weights == "default" else read_weights(weights)
-        assign_weights(extractor, state, set(model.state_dict()), spec, weights)
-    return Backbone(
-        spec,
-        _Features(extractor),
-        _preprocessing(default.transforms()),
-        layer=layer,
-        trained=weights != "random",
-    )
+        model: nn.Module = torchvision.models.get_model(name, weights=None, **_builder_options(name, entry))
+    return model
 
 
-class _Features(nn.Module):
-    """The one output of a feature extractor, its weights under their original names."""
-
-    def __init__(self, extractor: nn.Module) -> None:
-        super().__init__()
-        self.extractor = extractor
-
-    def forward(self, batch: torch.Tensor) -> torch.Tensor:
-        features: torch.Tensor = self.extractor(batch)["features"]
-        return features
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        return self.extractor.state_dict(*args, **kwargs)
-
-
-def _builder_options(name: str) -> dict[str, Any]:
+def _builder_options(name: str, entry: Any) -> dict[str, Any]:
     """Return what torchvision itself sets when it builds a model for its weights."""
-    parameters = inspect.signature(torchvision.models.get_model_builder(name)).parameters
     if name in ("googlenet", "inception_v3"):
         return {"transform_input": True, "aux_logits": True, "init_weights": True}
+    if name.startswith("vit_"):
+        return {"image_size": entry.meta["min_size"][0]}
+    parameters = inspect.signature(torchvision.models.get_model_builder(name)).parameters
     return {"init_weights": True} if "init_weights" in parameters else {}
 
 
-def _node(model: nn.Module, layer: str, spec: str) -> str:
-    """Return the name of the graph node whose output is `layer`: for `penultimate`, the classifier's input."""
-    tracer = NodePathTracer()
-    graph = tracer.trace(model)
-    names = {node: str(name) for node, name in tracer.node_to_qualname.items()}
-    if layer != "penultimate":
-        if layer not in names.values():
-            raise UserError(f"{spec} has no layer {layer!r}. {suggest(layer, list(names.values()))}")
-        return layer
-    modules = dict(model.named_modules())
-    classifier = next(
-        node
-        for node in reversed(graph.nodes)
-        if node.op == "call_module" and isinstance(modules[str(node.target)], nn.Linear | nn.Conv2d)
-    )
-    entry = classifier.args[0]
-    assert isinstance(entry, fx.Node)
-    return names[entry]
+def _renamed(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return weights under today's names: torchvision's files of DenseNets are older than these."""
+    matches = {name: match for name in weights if (match := _OLD_DENSENET.fullmatch(name))}
+    if not matches:
+        return weights
+    return {
+        f"{matches[name][1]}{matches[name][2]}" if name in matches else name: tensor for name, tensor in weights.items()
+    }
 
 
-def _download(default: Any, name: str) -> dict[str, torch.Tensor]:
-    try:
-        state: dict[str, torch.Tensor] = default.get_state_dict(progress=False, check_hash=True)
-    except (URLError, OSError, RuntimeError) as error:
-        raise FedheadError(
-            f"The weights of torchvision:{name} are not on this machine and could not be downloaded from "
-            f"{default.url} ({error}). Bring the file and name it with --weights FILE, put it into "
-            f"{torch.hub.get_dir()}/checkpoints, or choose a bundled backbone."
-        ) from error
-    return state
-
-
-def _preprocessing(transforms: Any) -> ImagePreprocessing:
+def preprocessing_of(transforms: Any) -> ImagePreprocessing:
+    """Return what torchvision's transforms do, as a value."""
     return ImagePreprocessing(
         channels=3,
         resize=int(transforms.resize_size[0]),

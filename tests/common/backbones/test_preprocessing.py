@@ -3,7 +3,7 @@ import torch
 from PIL import Image
 
 from fedhead.backbones import ImagePreprocessing, TextPreprocessing
-from fedhead.backbones.preprocessing import PROBES, masked_mean
+from fedhead.backbones.preprocessing import PROBES
 from fedhead.errors import UserError
 
 LETTERS = TextPreprocessing(lambda text: list(text.encode()), "letters", pad=7)
@@ -19,16 +19,6 @@ def test_texts_are_padded_to_the_longest_and_the_mask_says_where() -> None:
     nothing = LETTERS.collate([LETTERS("")])
     assert isinstance(nothing, dict)
     assert nothing["input_ids"].tolist() == [[7]]
-
-
-def test_the_masked_mean_reads_no_padding() -> None:
-    sequences = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
-    mask = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0]])
-    sequences[mask == 0] = torch.inf
-    sequences[1] = 5
-    assert torch.allclose(masked_mean(sequences[1:], mask[1:]), torch.zeros(1, 3))
-    finite = sequences.where(mask.unsqueeze(-1) == 1, torch.tensor(9.0))
-    assert torch.allclose(masked_mean(finite, mask)[0], sequences[0, :2].mean(0))
 
 
 def test_an_item_of_the_other_kind_is_refused() -> None:

@@ -1,0 +1,161 @@
+"""A model run only as far as one of its layers: as a graph where it can be traced, else stopped by a hook."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torchvision.models.feature_extraction import NodePathTracer
+
+from fedhead.errors import UserError
+from fedhead.registry import suggest
+
+PENULTIMATE = "penultimate"
+
+
+class _Tracer(NodePathTracer):  # type: ignore[misc]
+    """Keeps buffers apart from the constants that a model computes."""
+
+    proxy_buffer_attributes = True
+
+
+class Graph:
+    """The graph of a model in eval mode, whose nodes are known by the modules they come from.
+
+    Args:
+        model: one that `torch.fx` can trace.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model.eval()
+        tracer = _Tracer()
+        self.graph = tracer.trace(self.model)
+        self.names = {node: str(name) for node, name in tracer.node_to_qualname.items()}
+
+    @property
+    def layers(self) -> list[str]:
+        """The names of the nodes, in the order in which they run."""
+        return [name for node, name in self.names.items() if node.op not in ("placeholder", "get_attr", "output")]
+
+    def cut(self, layer: str, spec: str) -> fx.GraphModule:
+        """Return what computes the output of `layer`, with the weights that this takes and no others.
+
+        Args:
+            layer: a node, a module (for its last node), or `penultimate` for what the classifier takes in.
+            spec: the backbone, for messages.
+
+        Raises:
+            UserError: if there is no such layer.
+        """
+        node = self._classifier_input() if layer == PENULTIMATE else self._last_node_of(layer, spec)
+        graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+        graph.graph_copy(self.graph, copies)
+        graph.output(copies[node])
+        for later in reversed(graph.nodes):
+            if not later.users and later.op not in ("placeholder", "output"):
+                graph.erase_node(later)
+        return fx.GraphModule(self.model, graph, type(self.model).__name__).eval()
+
+    def _last_node_of(self, layer: str, spec: str) -> fx.Node:
+        inside: list[fx.Node] = [
+            node for node, name in self.names.items() if name == layer or name.startswith(f"{layer}.")
+        ]
+        if not inside:
+            raise UserError(f"{spec} has no layer {layer!r}. {suggest(layer, self.layers)}")
+        return inside[-1]
+
+    def _classifier_input(self) -> fx.Node:
+        modules = dict(self.model.named_modules())
+        classifier = next(
+            node
+            for node in reversed(self.graph.nodes)
+            if node.op == "call_module" and isinstance(modules[str(node.target)], nn.Linear | nn.Conv2d)
+        )
+        entry: fx.Node = classifier.all_input_nodes[0]
+        return entry
+
+
+class Stopped(nn.Module):
+    """A module that runs until one of its layers has given its output, the first time if it runs more than once.
+
+    Args:
+        module: run in eval mode; not to be used in any other way from then on.
+        layer: the name of a module inside it.
+        spec: the backbone, for messages.
+        batch: what `module` takes, for finding out which weights are used until then.
+
+    Raises:
+        UserError: if there is no such layer, it does not run, or its output is not a tensor.
+    """
+
+    def __init__(self, module: nn.Module, layer: str, spec: str, batch: Tensor | Mapping[str, Tensor]) -> None:
+        super().__init__()
+        modules = dict(module.eval().named_modules())
+        if not layer or layer not in modules:
+            raise UserError(f"{spec} has no layer {layer!r}. {suggest(layer, module_layers(module))}")
+        self.module = module
+        self.layer = layer
+        self.spec = spec
+        modules[layer].register_forward_hook(_stop)
+        self.used = _names_used(module, lambda: self(**batch) if isinstance(batch, Mapping) else self(batch))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        try:
+            self.module(*args, **kwargs)
+        except _Reached as reached:
+            output = reached.output[0] if isinstance(reached.output, tuple | list) else reached.output
+            if not isinstance(output, Tensor):
+                raise UserError(
+                    f"Layer {self.layer!r} of {self.spec} gives a {type(output).__name__}, not a tensor."
+                ) from None
+            return output
+        raise UserError(f"Layer {self.layer!r} of {self.spec} is not among those that run on an input.")
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the weights that are used, under the names that they have in the module."""
+        state = self.module.state_dict(*args, **kwargs)
+        return {name: tensor for name, tensor in state.items() if name in self.used}
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load weights under the names that they have in the module."""
+        return self.module.load_state_dict(*args, **kwargs)
+
+
+def module_layers(module: nn.Module) -> list[str]:
+    """Return the names of the modules inside `module`."""
+    return [name for name, _ in module.named_modules() if name]
+
+
+class _Reached(Exception):  # noqa: N818 - it ends a forward pass, and is no error
+    def __init__(self, output: Any) -> None:
+        self.output = output
+
+
+def _stop(module: nn.Module, inputs: Any, output: Any) -> None:
+    raise _Reached(output)
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes which memory the operations read."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.read: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        leaves = tree_leaves((args, kwargs or {}))
+        self.read.update(_memory(leaf) for leaf in leaves if isinstance(leaf, Tensor))
+        return func(*args, **(kwargs or {}))
+
+
+def _names_used(module: nn.Module, run: Callable[[], Tensor]) -> frozenset[str]:
+    """Return the names of the tensors in the module's state that `run` reads."""
+    with torch.no_grad(), _Recorder() as recorder:
+        run()
+    return frozenset(name for name, tensor in module.state_dict().items() if _memory(tensor) in recorder.read)
+
+
+def _memory(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
