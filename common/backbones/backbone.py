@@ -1,5 +1,6 @@
 """Backbone: a frozen feature extractor, never separated from its preprocessing and its digests."""
 
+import copy
 import hashlib
 import json
 from collections import OrderedDict
@@ -71,6 +72,14 @@ class Backbone:
 
     def __repr__(self) -> str:
         return f"Backbone({self.spec!r}, layer={self.layer!r}, {self.num_features} features)"
+
+    def pooled(self, pooling: str) -> Self:
+        """Return this backbone with another pooling, which its layer's name then says."""
+        twin = copy.copy(self)
+        for name in ("digest", "num_features"):
+            twin.__dict__.pop(name, None)
+        twin.layer, twin.pooling = f"{self.layer}:{pooling}", pooling
+        return twin
 
     @property
     def kind(self) -> Kind:
@@ -210,20 +219,22 @@ def load_backbone(spec: str, *, weights: str = "default", layer: str = "penultim
     source, colon, name = spec.partition(":")
     if not colon or not name:
         raise UserError(f"A backbone is named source:name, as in 'bundled:glyphnet', not {spec!r}.")
-    layer, _, pooling = layer.partition(":")
-    if pooling:
-        _ = poolings[pooling]
-    backbone = backbone_sources[source](name, weights, layer or "penultimate", seed)
-    if not pooling:
-        return backbone
-    return Backbone(
-        backbone.spec,
-        backbone.module,
-        backbone.preprocessing,
-        layer=f"{backbone.layer}:{pooling}",
-        pooling=pooling,
-        trained=backbone.trained,
-    )
+    layer, pooling = split_layer(layer)
+    backbone = backbone_sources[source](name, weights, layer, seed)
+    return backbone.pooled(pooling) if pooling else backbone
+
+
+def split_layer(layer: str) -> tuple[str, str | None]:
+    """Split `LAYER:POOLING`, where a layer's own name may end in a number, as in `hidden:3`.
+
+    Raises:
+        UserError: if there is no such pooling.
+    """
+    name, colon, pooling = layer.rpartition(":")
+    if not colon or pooling.isdigit():
+        return layer, None
+    _ = poolings[pooling]
+    return name or "penultimate", pooling
 
 
 def digest_tensors(tensors: Mapping[str, Tensor]) -> str:

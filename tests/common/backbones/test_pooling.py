@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from fedhead.backbones import Backbone, load_backbone
+from fedhead.backbones.backbone import split_layer
 from fedhead.backbones.pooling import pool, poolings
 from fedhead.errors import UserError
 
@@ -51,6 +52,13 @@ def test_what_cannot_be_pooled_is_a_sentence() -> None:
         pool(SEQUENCES, "flatten", MASK)
     with pytest.raises(UserError, match="Did you mean 'mean'"):
         load_backbone("bundled:glyphnet", layer="penultimate:meen")
+
+
+def test_a_layers_own_name_may_end_in_a_number() -> None:
+    assert split_layer("hidden:3") == ("hidden:3", None)
+    assert split_layer("hidden:3:max") == ("hidden:3", "max")
+    assert split_layer("penultimate") == ("penultimate", None)
+    assert split_layer(":cls") == ("penultimate", "cls")
 
 
 def test_the_layers_name_says_the_pooling_and_the_digest_covers_it() -> None:
