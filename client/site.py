@@ -78,7 +78,7 @@ def serve(settings: SiteSettings, kit: Kit | None, *, approve: bool = False, ask
         site = LocalSite(settings.name, settings.data, settings.device, settings.strict_data, guard, ledger)
         logger.info("%s has %d rows of %s, on %s.", site.name, site.num_rows, settings.data, site.device)
         key, certificates = (insecure_key(folder), None) if kit is None else (kit.key, kit.root_certificates)
-        fleet = FleetClient(settings.coordinator, key, certificates, LONG_WAIT)
+        fleet = FleetClient(settings.coordinator, key, certificates, LONG_WAIT, settings.name)
         connection = Connection(fleet, settings.coordinator, folder / "node.json", insecure=kit is None)
         SiteProcess(settings, site, connection, folder, released).run()
 
