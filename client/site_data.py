@@ -14,7 +14,7 @@ from fedhead.backbones.weights import find_backbone, install_weights
 from fedhead.client.guard import Guard, GuardedRows, Ledger, ledger_path
 from fedhead.client.training import LabelledFeatures, SiteRows
 from fedhead.data import IntArray, KeyArray, held_out, load_samples, relabel, require_kind, require_labels
-from fedhead.devices import pick_device
+from fedhead.devices import Precision, pick_device
 from fedhead.errors import FedheadError, UserError
 from fedhead.features import FeatureStore
 from fedhead.messages import Manifest
@@ -135,10 +135,12 @@ class LocalSite:
         strict_data: bool = False,
         guard: Guard | None = None,
         ledger: Ledger | None = None,
+        precision: Precision = "float32",
     ) -> None:
         self.name = name
         self.device = pick_device(device)
         self.strict_data = strict_data
+        self.precision = precision
         self.guard = guard or Guard()
         self.ledger: Ledger | None = ledger or Ledger(ledger_path(name), self.guard.min_class_count)
         self.data = data
@@ -201,7 +203,9 @@ class LocalSite:
                 logger.info("Features of %d of %d rows are done.", done, total)
 
         try:
-            return FeatureStore.open(backbone, self.samples, strict=self.strict_data, progress=say)
+            return FeatureStore.open(
+                backbone, self.samples, strict=self.strict_data, precision=self.precision, progress=say
+            )
         except UserError:
             raise
         except FedheadError as error:

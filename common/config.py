@@ -60,6 +60,7 @@ class SimulationConfig(_Table):
     sites: int = Field(10, ge=1)
     partition: str = "dirichlet:0.3"
     device: str = "auto"
+    precision: Literal["float32", "mixed"] = "float32"
     strict_data: bool = False
     min_class_count: int = Field(5, ge=0)
     min_rows: int = Field(20, ge=0)

@@ -1,8 +1,29 @@
-"""Where tensors live: CUDA, Apple's MPS or the CPU."""
+"""Where tensors live, CUDA, Apple's MPS or the CPU, and how exactly they are multiplied there."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
 
 import torch
 
 from fedhead.errors import UserError
+
+Precision = Literal["float32", "mixed"]
+"""Whether products are of float32 throughout, or of half precision where torch holds that to be safe."""
+
+
+@contextmanager
+def multiplying(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Multiply so within the context: float32 without TensorFloat-32, which is good for three digits only."""
+    if precision == "mixed":
+        half = torch.bfloat16 if device.type == "cpu" else torch.float16
+        with torch.autocast(device.type, dtype=half):
+            yield
+    elif device.type == "cuda":
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    else:
+        yield
 
 
 def pick_device(name: str) -> torch.device:

@@ -452,6 +452,7 @@ def run_plan(
 
 def _extract(plan: Plan, on_extraction: Progress) -> tuple[FeatureStore, FeatureStore | None]:
     """Open the stores of the sites' data and of the test set, counted together."""
+    table = plan.config.simulation
     wanted = [samples for samples in (plan.samples, plan.test_samples) if samples is not None]
     total = sum(map(len, wanted))
     stores: list[FeatureStore] = []
@@ -462,7 +463,9 @@ def _extract(plan: Plan, on_extraction: Progress) -> tuple[FeatureStore, Feature
 
     for samples in wanted:
         stores.append(
-            FeatureStore.open(plan.backbone, samples, strict=plan.config.simulation.strict_data, progress=progress)
+            FeatureStore.open(
+                plan.backbone, samples, strict=table.strict_data, precision=table.precision, progress=progress
+            )
         )
         before += len(samples)
     on_extraction(total, total)

@@ -96,6 +96,14 @@ class Backbone:
         self.module.to(device)
         return self
 
+    def running(self, module: nn.Module) -> Self:
+        """Return this backbone, digests included, with `module`, which computes the same, in place of its own."""
+        same = copy.copy(self)
+        for name in ("digest", "weights_digest", "num_parameters", "num_bytes", "num_features"):
+            same.__dict__[name] = getattr(self, name)
+        same.module = module
+        return same
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the weights by name, in canonical order; batch counters, which nothing reads, left out."""
         state = self.module.state_dict()

@@ -18,18 +18,22 @@ from fedhead.features import FeatureStore
 
 
 class Counting(Backbone):
-    """A real backbone that counts the rows that went through it."""
+    """A real backbone that counts the rows that went through it, or through what stands in for it."""
 
     def __init__(self) -> None:
         pixels = load_backbone("bundled:pixels")
         super().__init__(pixels.spec, pixels.module, pixels.preprocessing)
-        self.rows = 0
+        self.batches: list[int] = []
         assert self.num_features == 3072
-        self.rows = 0
+        self.batches.clear()
+
+    @property
+    def rows(self) -> int:
+        return sum(self.batches)
 
     def features(self, batch: Batch) -> torch.Tensor:
         assert isinstance(batch, torch.Tensor)
-        self.rows += len(batch)
+        self.batches.append(len(batch))
         return super().features(batch)
 
 
@@ -215,3 +219,13 @@ def test_a_backbone_of_the_other_kind_is_a_sentence(tmp_path: Path, samples: Sam
     with pytest.raises(UserError, match=r"takes images, but the data holds texts\. Take a text backbone"):
         FeatureStore.open(Counting(), samples_from_texts(["a", "b"], [0, 1]), root=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_features_of_mixed_precision_are_close_and_kept_apart(tmp_path: Path, samples: Samples) -> None:
+    glyphnet = load_backbone("bundled:glyphnet")
+    exact = FeatureStore.open(glyphnet, samples, root=tmp_path)
+    mixed = FeatureStore.open(glyphnet, samples, precision="mixed", root=tmp_path)
+    assert mixed.path != exact.path
+    assert mixed.features.dtype == torch.float32
+    difference = (mixed.features - exact.features).abs().max() / exact.features.abs().max()
+    assert 1e-6 < difference < 0.03
