@@ -184,6 +184,8 @@ class Connection:
                 status = error.response.status_code
                 if status == httpx.codes.FORBIDDEN:
                     raise WorkIsOverError("The run is over, so its work is dropped.") from None
+                if status == httpx.codes.CONFLICT:
+                    raise CannotHealError(f"{_body(error.response).get('detail')} A site has one process.") from None
                 if status in (httpx.codes.UNAUTHORIZED, httpx.codes.PRECONDITION_FAILED):
                     self._forget(node)
                 elif status < 500 and status not in (httpx.codes.REQUEST_TIMEOUT, httpx.codes.TOO_MANY_REQUESTS):
@@ -252,8 +254,7 @@ class Connection:
                 now = time.monotonic()
                 if error.response.status_code == httpx.codes.PRECONDITION_FAILED:
                     refused_since = refused_since or now
-                    waited = now - refused_since
-                    trouble = self._refused(heals=waited < self._patience)
+                    trouble = self._refused(error.response, heals=now - refused_since < self._patience)
                 else:
                     refused_since = None
                     trouble = self._explain_status(error.response)
@@ -388,18 +389,22 @@ class Connection:
                     f"{self.address} refuses this site's signature: the two clocks differ by {abs(skew):.0f} s. Set "
                     "this machine's clock (NTP)."
                 )
-            return self._refused(heals=False)
+            return self._refused(response, heals=False)
         if response.status_code >= 500:
             return Trouble(f"{self.address} fails with {_detail(response)}.")
         return Trouble(
             f"What answers at {self.address} is no coordinator ({_detail(response)}): check the address.", heals=False
         )
 
-    def _refused(self, *, heals: bool) -> Trouble:
+    def _refused(self, response: httpx.Response, *, heals: bool) -> Trouble:
+        """Return why this site may not connect; a stock SuperLink does not tell the reasons apart, ours does."""
+        said = _body(response)
+        remedy = "Ask the coordinator's operator for a new kit (fedhead provision --add-site)."
+        if "code" not in said and said.get("detail"):
+            return Trouble(f"{str(said['detail'])[:500].rstrip('.')}. {remedy}", heals=False)
         return Trouble(
             f"The coordinator at {self.address} does not accept this site: its key is not registered there, or was "
-            "revoked, or another process with the same kit is connected. End that process, or ask the coordinator's "
-            "operator for a new kit (fedhead provision --add-site).",
+            f"revoked, or another process with the same kit is connected. End that process. {remedy}",
             heals,
         )
 
@@ -442,14 +447,17 @@ def _clock_difference(response: httpx.Response) -> float:
     return time.time() - theirs.timestamp()
 
 
-def _detail(response: httpx.Response) -> str:
-    """Return what a refusal says, shortened."""
-    text = f"HTTP {response.status_code}"
+def _body(response: httpx.Response) -> dict[str, object]:
+    """Return a refusal's JSON object; empty if it has none."""
     try:
         said = response.json()
-        detail = (
-            said.get("public_message") or said.get("message") or said.get("detail") if isinstance(said, dict) else ""
-        )
     except ValueError:
-        detail = ""
-    return f"{text}: {str(detail)[:200].rstrip('.')}" if detail else text
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def _detail(response: httpx.Response) -> str:
+    """Return what a refusal says, shortened."""
+    said = _body(response)
+    detail = str(said.get("public_message") or said.get("detail") or "")[:200].rstrip(".")
+    return f"HTTP {response.status_code}" + (f": {detail}" if detail else "")
