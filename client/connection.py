@@ -67,6 +67,7 @@ class Connection:
         remembered: the file that keeps the node id, so that a site killed and started again is the same node.
         insecure: whether the coordinator takes any key, and none is registered before.
         patience: seconds for which a refused key is tried again, since an earlier process may still count as active.
+        beat: seconds between heartbeats.
     """
 
     def __init__(
@@ -77,12 +78,14 @@ class Connection:
         *,
         insecure: bool = False,
         patience: float = 2 * HEARTBEAT_INTERVAL + 5,
+        beat: float = 0.8 * HEARTBEAT_INTERVAL,
     ) -> None:
         self.address = address
         self._fleet = fleet
         self._remembered = remembered
         self._insecure = insecure
         self._patience = patience
+        self._between_beats = beat
         self._lock = threading.RLock()
         self._ending = threading.Event()
         self._node: int | None = None
@@ -150,6 +153,8 @@ class Connection:
 
     def close(self, last: Message | None = None) -> None:
         """Say goodbye, if anyone listens; with `last`, a reply that ends what was being worked on."""
+        if self._ending.is_set():
+            return
         self._ending.set()
         node = self._node
         try:
@@ -304,9 +309,9 @@ class Connection:
                 self._remembered.unlink(missing_ok=True)
 
     def _beat(self) -> None:
-        delay = HEARTBEAT_INTERVAL * 0.8
+        delay = self._between_beats
         while not self._ending.wait(delay * random.uniform(0.9, 1.0)):
-            delay = HEARTBEAT_INTERVAL * 0.8
+            delay = self._between_beats
             try:
                 node = self._active_node()
                 if not self._fleet.heartbeat(node, HEARTBEAT_INTERVAL):
@@ -321,6 +326,9 @@ class Connection:
             except FedheadError:
                 # The connection is lost for good, or being closed; whoever asks next is told.
                 return
+            except RuntimeError:
+                if not self._ending.is_set():
+                    raise
 
     # Saying what is wrong.
 
@@ -328,7 +336,7 @@ class Connection:
         with self._lock:
             if trouble.sentence != self._trouble:
                 self._trouble = trouble.sentence
-                logger.warning("%s It is tried again until it works.", trouble.sentence)
+                logger.warning("%s The site keeps trying.", trouble.sentence)
 
     def _well(self) -> None:
         if self._trouble or not self._connected_before:
@@ -389,7 +397,7 @@ class Connection:
                     f"{self.address} refuses this site's signature: the two clocks differ by {abs(skew):.0f} s. Set "
                     "this machine's clock (NTP)."
                 )
-            return self._refused(response, heals=False)
+            return Trouble(f"{self.address} refuses this site's signature ({_detail(response)}).")
         if response.status_code >= 500:
             return Trouble(f"{self.address} fails with {_detail(response)}.")
         return Trouble(

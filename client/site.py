@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from flwr.app import Context, Error, Message, RecordDict
+from pydantic import ValidationError
 
 from fedhead.client.app import kept, make_app
 from fedhead.client.approval import Approvals, Ask
@@ -209,6 +210,10 @@ class SiteProcess:
         except FedheadError as error:
             logger.error("%s: refused. %s", self._asked(message), error)
             return _failure(message, str(error))
+        except ValidationError as error:
+            asked = ", ".join(sorted({".".join(map(str, detail["loc"])) for detail in error.errors()}))
+            logger.error("%s: refused, because it asks for what is not known here: %s.", self._asked(message), asked)
+            return _failure(message, f"{self.settings.name} does not know, or decides by itself: {asked}.")
         # A site answers for as long as it is up: whatever a handler raises is the end of this message alone.
         except Exception as error:
             logger.exception("%s: failed, unexpectedly.", self._asked(message))
