@@ -1,6 +1,7 @@
 """`simulate(config, data, sites) -> RunResult`: many sites on one machine, by the real coordinator and apps."""
 
 import logging
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -275,8 +276,7 @@ def simulate(
         FedheadError: if the run fails.
     """
     plan = make_plan(config or RunConfig(), data, sites, test_data=test_data, strategy=strategy)
-    name = f"{plan.backbone.spec}-{plan.samples.spec.partition(':')[0]}".replace(":", "-")
-    folder = RunFolder.create(out, name)
+    folder = RunFolder.create(out, _run_name(plan))
 
     observer = Observers([folder, *observers])
     try:
@@ -368,6 +368,7 @@ def make_plan(
     plan = Plan(
         config=given.changed(
             {
+                "backbone": backbone.spec,
                 "init": init,
                 "classes": list(classes),
                 "classes_from": "",
@@ -484,6 +485,13 @@ def _override(
         "sites": sites if sites is None or isinstance(sites, int) else len(sites),
     }
     return config.changed({"simulation": {key: value for key, value in changes.items() if value is not None}})
+
+
+def _run_name(plan: Plan) -> str:
+    """Return what a run folder is called: backbone and data, without the folders and settings that they name."""
+    source, _, name = plan.backbone.spec.partition(":")
+    name = Path(name.partition("?")[0]).name
+    return "-".join((source, re.sub(r"[^\w.-]+", "-", name), plan.samples.spec.partition(":")[0]))
 
 
 def _absolute(weights: str) -> str:

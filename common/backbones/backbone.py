@@ -28,7 +28,7 @@ BackboneSource = Callable[[str, str, str, int], "Backbone"]
 
 backbone_sources: Registry[BackboneSource] = Registry(
     "backbone source",
-    {name: f"fedhead.backbones.{name}" for name in ("bundled", "torchvision")},
+    {name: f"fedhead.backbones.{name}" for name in ("bundled", "hf", "torchvision", "vectors")},
 )
 
 FORMAT = "fedhead-backbone-1"
@@ -47,6 +47,8 @@ class Backbone:
         layer: which layer's output `module` returns.
         pooling: how maps and sequences become vectors, a name in `fedhead.backbones.pooling.poolings`.
         trained: False for random weights.
+        files: texts that module and preprocessing are built from beside the weights (a configuration, a tokenizer), by
+            name; they travel with the weights.
 
     Raises:
         UserError: if there is no such pooling.
@@ -61,6 +63,7 @@ class Backbone:
         layer: str = "penultimate",
         pooling: str = "mean",
         trained: bool = True,
+        files: Mapping[str, str] | None = None,
     ) -> None:
         _ = poolings[pooling]
         self.spec = spec
@@ -69,6 +72,7 @@ class Backbone:
         self.layer = layer
         self.pooling = pooling
         self.trained = trained
+        self.files = dict(files or {})
 
     def __repr__(self) -> str:
         return f"Backbone({self.spec!r}, layer={self.layer!r}, {self.num_features} features)"
@@ -121,8 +125,8 @@ class Backbone:
 
     @cached_property
     def weights_digest(self) -> str:
-        """SHA-256 over the canonically ordered tensors: what must be transported."""
-        return digest_tensors(self.tensors())
+        """SHA-256 over the canonically ordered tensors, and the files where there are any: what must be transported."""
+        return digest_weights(self.tensors(), self.files)
 
     @cached_property
     def digest(self) -> str:
@@ -180,6 +184,7 @@ class Backbone:
             "layer": self.layer,
             "digest": self.digest,
             "weights_digest": self.weights_digest,
+            **({"files": json.dumps(self.files, sort_keys=True)} if self.files else {}),
         }
         tensors = {name: tensor.cpu().contiguous() for name, tensor in self.tensors().items()}
         return save(tensors, metadata)
@@ -253,6 +258,42 @@ def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def digest_weights(tensors: Mapping[str, Tensor], files: Mapping[str, str]) -> str:
+    """Return `digest_tensors`, or with files the SHA-256 of it and of theirs, in the order of the names."""
+    digest = digest_tensors(tensors)
+    if not files:
+        return digest
+    parts = [digest, *(f"{name}\0{hashlib.sha256(files[name].encode()).hexdigest()}" for name in sorted(files))]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def read_files(path: str) -> dict[str, str]:
+    """Return the files that a saved backbone holds beside its weights; none for other weights.
+
+    Raises:
+        UserError: if they are damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return files_of(file.metadata() or {})
+    except (OSError, SafetensorError):
+        return {}
+    except ValueError as error:
+        raise UserError(f"The weights {path} cannot be read: {error}.") from None
+
+
+def files_of(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the files in a safetensors file's metadata.
+
+    Raises:
+        ValueError: if they are not texts by name.
+    """
+    files = json.loads(metadata.get("files", "{}"))
+    if not isinstance(files, dict) or not all(isinstance(text, str) for text in files.values()):
+        raise ValueError("its files are not texts by name")
+    return files
 
 
 def read_weights(path: str) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """What makes a backbone's input from images or texts: a value, so that a digest can cover it."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
@@ -57,6 +58,7 @@ class ImagePreprocessing:
         mean: subtracted from each channel, whose values are in 0..1.
         std: divides each channel afterwards.
         interpolation: Pillow's name of a filter.
+        rounding: where the crop begins if the middle is between two pixels: at the nearest even one, or the one before.
     """
 
     channels: Literal[1, 3]
@@ -65,6 +67,7 @@ class ImagePreprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str = "bilinear"
+    rounding: Literal["even", "down"] = "even"
 
     @property
     def kind(self) -> Kind:
@@ -96,8 +99,9 @@ class ImagePreprocessing:
         if target != image.size:
             image = image.resize(target, Image.Resampling[self.interpolation.upper()])
         if self.crop is not None:
-            top = round((image.size[1] - self.crop[0]) / 2)
-            left = round((image.size[0] - self.crop[1]) / 2)
+            whole = round if self.rounding == "even" else math.floor
+            top = whole((image.size[1] - self.crop[0]) / 2)
+            left = whole((image.size[0] - self.crop[1]) / 2)
             image = image.crop((left, top, left + self.crop[1], top + self.crop[0]))
         pixels = torch.from_numpy(np.array(image)).reshape(image.size[1], image.size[0], self.channels)
         mean = torch.tensor(self.mean).reshape(-1, 1, 1)

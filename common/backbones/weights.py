@@ -1,11 +1,13 @@
 """Where a machine keeps backbones it was sent, under their weights' digest."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from fedhead.backbones.backbone import Backbone, digest_tensors, load_backbone
+from fedhead.backbones.backbone import Backbone, digest_weights, files_of, load_backbone
 from fedhead.errors import FedheadError
 from fedhead.files import home, write_atomically
 
@@ -37,8 +39,8 @@ def install_weights(blob: bytes, weights_digest: str) -> Path:
         FedheadError: if it is damaged or of another digest; nothing is kept then.
     """
     try:
-        received = digest_tensors(load(blob))
-    except SafetensorError as error:
+        received = digest_weights(load(blob), files_of(_metadata(blob)))
+    except (SafetensorError, ValueError) as error:
         raise FedheadError(f"The weights that arrived cannot be read: {error}.") from None
     if received != weights_digest:
         raise FedheadError(f"The weights that arrived have the digest {received[:12]}…, not {weights_digest[:12]}….")
@@ -46,3 +48,10 @@ def install_weights(blob: bytes, weights_digest: str) -> Path:
     if not path.is_file():
         write_atomically(path, blob)
     return path
+
+
+def _metadata(blob: bytes) -> dict[str, Any]:
+    """Return the metadata of a safetensors file, which the library reads only from a path."""
+    length = int.from_bytes(blob[:8], "little")
+    metadata: dict[str, Any] = json.loads(blob[8 : 8 + length]).get("__metadata__", {})
+    return metadata

@@ -1,0 +1,347 @@
+"""What a model of the hub's is built and fed from beside its weights, read from its folder without running code."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from fedhead.backbones.preprocessing import ImagePreprocessing, Preprocessing, TextPreprocessing
+from fedhead.data import Kind
+from fedhead.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+logger = logging.getLogger(__name__)
+
+PoolingName = Literal["mean", "cls", "last", "pooler"]
+
+POOLINGS: tuple[PoolingName, ...] = ("mean", "cls", "last", "pooler")
+MAX_LENGTH = 512
+"""Tokens after which a text is cut, unless the model takes fewer or its folder or the spec says otherwise."""
+
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "*.bpe.model")
+_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "xlm-roberta-xl", "data2vec-text")
+"""Architectures that number positions from one after the padding's id."""
+
+_SENTENCE_POOLINGS: dict[str, PoolingName] = {
+    "mean": "mean",
+    "mean_tokens": "mean",
+    "cls": "cls",
+    "cls_token": "cls",
+    "lasttoken": "last",
+}
+
+_UNREAD = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
+"""Keys of a configuration that say nothing of the module."""
+
+_PROCESSING_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything beside the weights that a model of the hub's is built and fed from; it travels with them.
+
+    Attributes:
+        config: of the architecture, as `config.json` has it.
+        pooling: of the last layer.
+        tokenizer: as `tokenizer.json` has it; empty for vision models.
+        max_length: of texts, in tokens.
+        pad: the padding's id.
+        empty: the id that stands for a text without tokens.
+        image: the arguments of `ImagePreprocessing`; empty for text models.
+    """
+
+    config: Mapping[str, Any]
+    pooling: PoolingName
+    tokenizer: str = ""
+    max_length: int = MAX_LENGTH
+    pad: int = 0
+    empty: int = 0
+    image: Mapping[str, Any] | None = None
+
+    @property
+    def kind(self) -> Kind:
+        return "text" if self.image is None else "image"
+
+    def to_files(self) -> dict[str, str]:
+        """Return texts that `from_files` reads."""
+        features = {key: value for key, value in asdict(self).items() if key not in ("config", "tokenizer")}
+        files = {"config.json": self.config, "features.json": features}
+        written = {name: json.dumps(values, sort_keys=True) for name, values in files.items()}
+        return {**written, "tokenizer.json": self.tokenizer} if self.tokenizer else written
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, str], path: str) -> Self:
+        """Read what `to_files` gave.
+
+        Raises:
+            UserError: if it is anything else.
+        """
+        try:
+            features = json.loads(files["features.json"])
+            image = features.pop("image")
+            if image is not None:
+                image = {key: tuple(value) if isinstance(value, list) else value for key, value in image.items()}
+            config = json.loads(files["config.json"])
+            return cls(config=config, tokenizer=files.get("tokenizer.json", ""), image=image, **features)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} does not say how its model is built and fed: {error}.") from None
+
+
+def read_recipe(folder: Path, spec: str) -> Recipe:
+    """Read all that a folder in the library's format says of a model beside its weights."""
+    values = _json(folder / "config.json", spec)
+    with quiet():
+        config = configure(values, spec)
+        cls = model_class(config, spec)
+        # The part that is used, such as the vision tower of a model of images and texts.
+        kept = {key: value for key, value in config.to_dict().items() if key not in _UNREAD}
+        if getattr(cls, "main_input_name", "input_ids") == "pixel_values":
+            image = _image_arguments(folder, config, spec)
+            return Recipe(kept, _vision_pooling(config, spec), image=image)
+        return _text_recipe(folder, kept, config, spec)
+
+
+def configure(values: Mapping[str, Any], spec: str) -> "PreTrainedConfig":
+    """Build a configuration of an architecture that the library itself has."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = values.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        code = " Its folder brings code for it, which fedhead does not run." if "auto_map" in values else ""
+        raise UserError(f"{spec} is of the architecture {model_type!r}, which transformers does not have.{code}")
+    known = {key: value for key, value in values.items() if key not in _UNREAD}
+    try:
+        config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(known)
+    # Configurations check themselves, and raise what they like.
+    except Exception as error:
+        raise UserError(f"The config.json of {spec} is not one that transformers reads: {first_line(error)}") from None
+    vision = getattr(config, "vision_config", None)
+    if vision is not None and not isinstance(vision, dict):
+        config = vision
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"{spec} translates texts to texts ({model_type}); take an encoder or a decoder alone.")
+    config.use_cache = False
+    return config
+
+
+def model_class(config: "PreTrainedConfig", spec: str) -> Any:
+    """Return the class that encodes without a task of its own.
+
+    Raises:
+        UserError: if the architecture has none.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    try:
+        cls = MODEL_MAPPING[type(config)]
+    except KeyError:
+        raise UserError(f"transformers has no plain encoder for {spec} ({config.model_type}).") from None
+    return cls[0] if isinstance(cls, tuple) else cls
+
+
+def _text_recipe(folder: Path, kept: Mapping[str, Any], config: "PreTrainedConfig", spec: str) -> Recipe:
+    from transformers import AutoTokenizer
+
+    if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+        raise UserError(f"{spec} has no tokenizer: {folder} holds none of {', '.join(TOKENIZER_FILES)}.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False)
+        backend = tokenizer.backend_tokenizer
+    # Tokenizers of many libraries and ages are read here.
+    except Exception as error:
+        raise UserError(
+            f"The tokenizer of {spec} cannot be read ({first_line(error)}). fedhead takes those that transformers "
+            "gives as a tokenizer.json."
+        ) from None
+    backend.no_padding()
+    backend.no_truncation()
+    longest = longest_text(tokenizer.model_max_length, config)
+    said = _optional_json(folder / "sentence_bert_config.json").get("max_seq_length")
+    special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, 0)
+    pad = next(one for one in (tokenizer.pad_token_id, getattr(config, "pad_token_id", None), 0) if one is not None)
+    return Recipe(
+        config=kept,
+        pooling=_sentence_pooling(folder),
+        tokenizer=backend.to_str(),
+        max_length=min(longest, int(said)) if said else min(longest, MAX_LENGTH),
+        pad=int(pad),
+        empty=next(int(one) for one in special if one is not None),
+    )
+
+
+def longest_text(tokenizer_says: int, config: "PreTrainedConfig") -> int:
+    """Return how many tokens the model takes."""
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 10**9
+    if config.model_type in _OFFSET_POSITIONS:
+        positions -= (config.pad_token_id or 0) + 1
+    return int(min(tokenizer_says, positions))
+
+
+def _sentence_pooling(folder: Path) -> PoolingName:
+    """Return the pooling that a folder of sentence-transformers names; elsewhere the mean.
+
+    The mean is also the default for decoders: their last position is trained to tell the next word, not the text.
+    """
+    said = _optional_json(folder / "1_Pooling" / "config.json")
+    marked = [key.removeprefix("pooling_mode_") for key, value in said.items() if value is True]
+    named = str(said.get("pooling_mode") or next((key for key in marked if key in _SENTENCE_POOLINGS), "mean"))
+    if named not in _SENTENCE_POOLINGS:
+        logger.warning("%s pools by %r, which fedhead does not; the mean is taken.", folder, named)
+    return _SENTENCE_POOLINGS.get(named, "mean")
+
+
+def _vision_pooling(config: "PreTrainedConfig", spec: str) -> PoolingName:
+    """Return how a vision model finishes: by its own pooling, or its class token where that needs extra training."""
+    cls = model_class(config, spec)
+    with torch.device("meta"):
+        model = cls(config)
+    own = getattr(model, "pooler", None)
+    if isinstance(own, nn.Module) and any(True for _ in own.parameters()):
+        return "cls"
+    size = _image_size(config)
+    with torch.device("meta"):
+        pixels = torch.zeros(1, getattr(config, "num_channels", 3), *size)
+    with torch.no_grad():
+        output = model.eval()(pixels)
+    return "pooler" if getattr(output, "pooler_output", None) is not None else "mean"
+
+
+def _image_size(config: "PreTrainedConfig") -> tuple[int, int]:
+    size = getattr(config, "image_size", 224)
+    return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _image_arguments(folder: Path, config: "PreTrainedConfig", spec: str) -> dict[str, Any]:
+    """Return the image processor of a folder as the arguments of `ImagePreprocessing`."""
+    from transformers import AutoImageProcessor
+
+    if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        raise UserError(f"{spec} does not say how images are prepared: {folder} has no preprocessor_config.json.")
+    try:
+        processor = AutoImageProcessor.from_pretrained(
+            folder, backend="pil", local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:
+        raise UserError(f"The image processor of {spec} cannot be read: {first_line(error)}") from None
+    said = processor.to_dict()
+    made = _to_preprocessing(said, getattr(config, "num_channels", 3))
+    images = [Image.fromarray(_noise(height, width)) for height, width in ((301, 260), (90, 121))]
+    for image in images if made else ():
+        theirs = torch.as_tensor(np.asarray(processor(image, return_tensors="np")["pixel_values"][0]))
+        assert made is not None
+        own = made(image)
+        if own.shape != theirs.shape or float((own - theirs).abs().max()) > _PROCESSING_TOLERANCE:
+            made = None
+            break
+    if made is None:
+        raise UserError(
+            f"{spec} prepares images with {type(processor).__name__}, which does more than resize, cut the middle and "
+            "normalise; fedhead does not do that."
+        )
+    return asdict(made)
+
+
+def _to_preprocessing(said: Mapping[str, Any], channels: int) -> ImagePreprocessing | None:
+    """Return the same steps as a value; None for settings that it has not."""
+    size = said.get("size") or {}
+    if not said.get("do_resize") or channels not in (1, 3):
+        return None
+    if "height" in size and "width" in size:
+        resize: int | tuple[int, int] = (size["height"], size["width"])
+    elif "shortest_edge" in size and "longest_edge" not in size:
+        resize = int(size["shortest_edge"])
+    else:
+        return None
+    crop = said.get("crop_size") if said.get("do_center_crop") else None
+    # The library multiplies by its own factor where we divide by 255, before mean and deviation.
+    factor = 255 * float(said.get("rescale_factor", 1 / 255)) if said.get("do_rescale", True) else 255.0
+    mean = said.get("image_mean") if said.get("do_normalize") else None
+    std = said.get("image_std") if said.get("do_normalize") else None
+    return ImagePreprocessing(
+        channels=1 if channels == 1 else 3,
+        resize=resize,
+        crop=(int(crop["height"]), int(crop["width"])) if crop else None,
+        mean=tuple(value / factor for value in mean or [0.0] * channels),
+        std=tuple(value / factor for value in std or [1.0] * channels),
+        interpolation=Image.Resampling(said.get("resample", 2)).name.lower(),
+        rounding="down",
+    )
+
+
+def _noise(height: int, width: int) -> Any:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def preprocessing_of(recipe: Recipe) -> Preprocessing:
+    """Build what makes inputs; the tokenizer cuts at the recipe's length."""
+    if recipe.image is not None:
+        return ImagePreprocessing(**recipe.image)
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(recipe.tokenizer)
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(recipe.max_length)
+    what = f"{recipe.tokenizer} {recipe.max_length} {recipe.empty}"
+    return TextPreprocessing(
+        encode=_encoding(tokenizer, recipe.empty),
+        digest=hashlib.sha256(what.encode()).hexdigest(),
+        pad=recipe.pad,
+    )
+
+
+def _encoding(tokenizer: Any, empty: int) -> Callable[[str], Sequence[int]]:
+    def encode(text: str) -> Sequence[int]:
+        # Half of a surrogate pair, as damaged JSON may hold one, is no character that a tokenizer takes.
+        ids: list[int] = tokenizer.encode(text.encode("utf-8", "replace").decode()).ids
+        return ids or [empty]
+
+    return encode
+
+
+def _json(path: Path, spec: str) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{spec} is not a model of transformers: {path.parent} has no {path.name}.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} does not hold named values.")
+    return values
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return _json(path, str(path.parent)) if path.is_file() else {}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the library's progress bars and reports off the terminal; what matters comes as an error of ours."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error of the library's, as a sentence's end."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") + "." if lines else f"{type(error).__name__}."
