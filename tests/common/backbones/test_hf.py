@@ -298,7 +298,7 @@ def test_random_weights_follow_the_seed(tmp_path: Path) -> None:
         ("?cls", "penultimate", "no setting 'cls'|Expected settings"),
         ("", "hidden:3", "'hidden:0' .the embeddings. to 'hidden:2'"),
         ("", "encoder", "no layer 'encoder'"),
-        ("?pooling=pooler", "hidden:1", "its 'pooler' after the last layer"),
+        ("?pooling=pooler", "hidden:1", "its pooling 'pooler' after the last layer"),
     ],
 )
 def test_settings_that_do_not_exist_are_sentences(tmp_path: Path, setting: str, layer: str, words: str) -> None:
