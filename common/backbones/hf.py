@@ -1,7 +1,7 @@
 """`hf:NAME`: text and vision models of the Hugging Face hub, or of a folder in its format, as frozen encoders.
 
-`hf:NAME?pooling=cls&max_length=128&revision=main` sets how the last layer becomes one vector, where texts are cut, and
-which version is taken. Only safetensors are read, and no code of the hub's is ever run.
+`hf:NAME?max_length=128&revision=main` says where texts are cut, and which version is taken. Only safetensors are read,
+and no code of the hub's is ever run.
 """
 
 import re
@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 from fedhead.backbones.backbone import Backbone, assign_weights, backbone_sources, read_files, read_weights
 from fedhead.backbones.hf_recipe import (
-    POOLINGS,
-    PoolingName,
     Recipe,
     configure,
     first_line,
@@ -25,6 +23,7 @@ from fedhead.backbones.hf_recipe import (
     preprocessing_of,
     quiet,
     read_recipe,
+    without_pooler,
 )
 from fedhead.errors import FedheadError, UserError
 from fedhead.extras import require
@@ -40,7 +39,6 @@ WANTED = ("*.json", "*.safetensors", "*.txt", "*.model")
 class _Settings:
     """What a spec says after its name."""
 
-    pooling: PoolingName | None = None
     max_length: int | None = None
     revision: str | None = None
 
@@ -53,7 +51,8 @@ def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
         name: a name such as `sentence-transformers/all-MiniLM-L6-v2`, or a folder, perhaps with settings after `?`.
         weights: `default`, the file of a saved backbone (which holds its tokenizer too), other safetensors of the same
             architecture, or `random`.
-        layer: `penultimate` for the last layer, or `hidden:K` for the hidden state after `K` blocks.
+        layer: `penultimate` for the last layer, or `hidden:K` for the hidden state after `K` blocks. Texts are pooled
+            as a folder of sentence-transformers says, and else averaged; images as the model does it.
         seed: draws random weights.
 
     Raises:
@@ -75,13 +74,15 @@ def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
     with quiet():
         config = configure(recipe.config, spec)
         hidden = _hidden(layer, config, spec)
-        chosen = _choose(recipe, settings, hidden, config, spec)
+        chosen = _choose(recipe, settings, config, spec)
         if weights == "default":
             assert folder is not None
-            model = _pretrained(folder, config, chosen.pooling, spec)
+            model = _pretrained(folder, config, spec)
         else:
-            model = _random(config, chosen.pooling, seed)
-    encoder = _Encoder(model, chosen.pooling, hidden)
+            model = _random(config, seed)
+    # A model's own pooling follows its last layer.
+    pooled = chosen.pooling == "pooler" and hidden is None
+    encoder = _Encoder(model, pooled, hidden)
     if weights not in ("default", "random"):
         assign_weights(encoder, read_weights(weights), set(), spec, weights)
     return Backbone(
@@ -89,32 +90,30 @@ def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
         encoder,
         preprocessing_of(chosen),
         layer=layer,
+        pooling="mean" if chosen.pooling == "pooler" else chosen.pooling,
         trained=weights != "random",
         files=recipe.to_files(),
     )
 
 
 def parse_name(name: str) -> tuple[str, _Settings]:
-    """Split `NAME?pooling=cls&max_length=128&revision=main`.
+    """Split `NAME?max_length=128&revision=main`.
 
     Raises:
         UserError: for a setting that does not exist or has no such value.
     """
     name, _, query = name.partition("?")
     values = dict(parse_qsl(query, keep_blank_values=True))
-    known = ["max_length", "pooling", "revision"]
+    known = ["max_length", "revision"]
     for key, value in values.items():
         if key not in known:
             raise UserError(f"hf:{name} has no setting {key!r}. {suggest(key, known)}")
-        if key == "pooling" and value not in POOLINGS:
-            raise UserError(f"hf:{name} has no pooling {value!r}. {suggest(value, list(POOLINGS))}")
         if key == "max_length" and not (value.isascii() and value.isdigit() and int(value) > 0):
             raise UserError(f"The max_length of hf:{name} is a number of tokens, as in max_length=128, not {value!r}.")
     if query and not values:
-        raise UserError(f"Expected settings as in hf:{name}?pooling=cls&max_length=128, not {query!r}.")
-    pooling: Any = values.get("pooling")
+        raise UserError(f"Expected settings as in hf:{name}?max_length=128, not {query!r}.")
     length = values.get("max_length")
-    return name, _Settings(pooling, int(length) if length else None, values.get("revision"))
+    return name, _Settings(int(length) if length else None, values.get("revision"))
 
 
 def _query(settings: _Settings) -> str:
@@ -123,18 +122,18 @@ def _query(settings: _Settings) -> str:
 
 
 class _Encoder(nn.Module):
-    """A model whose hidden states become one vector a row, or a sequence that is averaged.
+    """A model whose output is one of its hidden states, or the vector that it makes of the last.
 
     Args:
         model: of the library's.
-        pooling: what makes one vector of the sequence.
+        pooled: whether to return the model's own vector.
         hidden: which hidden state; None for the last, as the model itself finishes it.
     """
 
-    def __init__(self, model: "PreTrainedModel", pooling: PoolingName, hidden: int | None) -> None:
+    def __init__(self, model: "PreTrainedModel", pooled: bool, hidden: int | None) -> None:
         super().__init__()
         self.model = model
-        self.pooling = pooling
+        self.pooled = pooled
         self.hidden = hidden
 
     def forward(
@@ -146,18 +145,11 @@ class _Encoder(nn.Module):
         given = {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask}
         inputs = {name: tensor for name, tensor in given.items() if tensor is not None}
         output = self.model(**inputs, return_dict=True, output_hidden_states=self.hidden is not None)
-        if self.pooling == "pooler":
-            pooled: Tensor = output.pooler_output
-            return pooled.flatten(1)
+        if self.pooled:
+            vectors: Tensor = output.pooler_output
+            return vectors.flatten(1)
         states: Tensor = output.last_hidden_state if self.hidden is None else output.hidden_states[self.hidden]
-        if states.ndim != 3 or self.pooling == "mean":
-            return states
-        if self.pooling == "cls":
-            return states[:, 0]
-        if attention_mask is None:
-            return states[:, -1]
-        ends = attention_mask.sum(1).clamp_min(1) - 1
-        return states[torch.arange(len(states), device=states.device), ends]
+        return states
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return self.model.state_dict(*args, **kwargs)
@@ -169,22 +161,16 @@ class _Encoder(nn.Module):
 # What a spec chooses.
 
 
-def _choose(recipe: Recipe, settings: _Settings, hidden: int | None, config: "PreTrainedConfig", spec: str) -> Recipe:
+def _choose(recipe: Recipe, settings: _Settings, config: "PreTrainedConfig", spec: str) -> Recipe:
     """Return the recipe with the spec's settings over the folder's."""
-    if settings.max_length is not None:
-        if recipe.kind == "image":
-            raise UserError(f"{spec} takes images, which have no max_length.")
-        longest = longest_text(10**9, config)
-        if settings.max_length > longest:
-            raise UserError(f"{spec} takes {longest} tokens at most, not {settings.max_length}.")
-    pooling = settings.pooling or recipe.pooling
-    if hidden is not None and pooling == "pooler":
-        if settings.pooling is not None:
-            raise UserError(
-                f"{spec} has its pooling 'pooler' after the last layer; with layer 'hidden:{hidden}' take another."
-            )
-        pooling = "mean"
-    return replace(recipe, pooling=pooling, max_length=settings.max_length or recipe.max_length)
+    if settings.max_length is None:
+        return recipe
+    if recipe.kind == "image":
+        raise UserError(f"{spec} takes images, which have no max_length.")
+    longest = longest_text(10**9, config)
+    if settings.max_length > longest:
+        raise UserError(f"{spec} takes {longest} tokens at most, not {settings.max_length}.")
+    return replace(recipe, max_length=settings.max_length)
 
 
 def _hidden(layer: str, config: "PreTrainedConfig", spec: str) -> int | None:
@@ -201,15 +187,7 @@ def _hidden(layer: str, config: "PreTrainedConfig", spec: str) -> int | None:
 # Weights.
 
 
-def _options(cls: Any, pooling: PoolingName) -> dict[str, Any]:
-    """Leave out a pooling layer that is not used, and that many checkpoints lack."""
-    import inspect
-
-    takes = "add_pooling_layer" in inspect.signature(cls.__init__).parameters
-    return {"add_pooling_layer": pooling == "pooler"} if takes else {}
-
-
-def _pretrained(folder: Path, config: "PreTrainedConfig", pooling: PoolingName, spec: str) -> "PreTrainedModel":
+def _pretrained(folder: Path, config: "PreTrainedConfig", spec: str) -> "PreTrainedModel":
     cls = model_class(config, spec)
     _require_safetensors(folder, spec)
     try:
@@ -220,7 +198,7 @@ def _pretrained(folder: Path, config: "PreTrainedConfig", pooling: PoolingName, 
             local_files_only=True,
             output_loading_info=True,
             dtype=torch.float32,
-            **_options(cls, pooling),
+            **without_pooler(cls),
         )
     # Damaged files, and shapes that do not fit, come as many kinds of errors.
     except Exception as error:
@@ -232,11 +210,11 @@ def _pretrained(folder: Path, config: "PreTrainedConfig", pooling: PoolingName, 
     return loaded
 
 
-def _random(config: "PreTrainedConfig", pooling: PoolingName, seed: int) -> "PreTrainedModel":
+def _random(config: "PreTrainedConfig", seed: int) -> "PreTrainedModel":
     cls = model_class(config, config.model_type)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel = cls(config, **_options(cls, pooling))
+        model: PreTrainedModel = cls(config, **without_pooler(cls))
     return model
 
 

@@ -1,6 +1,8 @@
 """What a model of the hub's is built and fed from beside its weights, read from its folder without running code."""
 
+import copy
 import hashlib
+import inspect
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 import torch
 from PIL import Image
-from torch import nn
 
 from fedhead.backbones.preprocessing import ImagePreprocessing, Preprocessing, TextPreprocessing
 from fedhead.data import Kind
@@ -25,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 PoolingName = Literal["mean", "cls", "last", "pooler"]
 
-POOLINGS: tuple[PoolingName, ...] = ("mean", "cls", "last", "pooler")
 MAX_LENGTH = 512
 """Tokens after which a text is cut, unless the model takes fewer or its folder or the spec says otherwise."""
 
@@ -53,7 +53,7 @@ class Recipe:
 
     Attributes:
         config: of the architecture, as `config.json` has it.
-        pooling: of the last layer.
+        pooling: of the last layer; `pooler` is the model's own way.
         tokenizer: as `tokenizer.json` has it; empty for vision models.
         max_length: of texts, in tokens.
         pad: the padding's id.
@@ -201,20 +201,33 @@ def _sentence_pooling(folder: Path) -> PoolingName:
     return _SENTENCE_POOLINGS.get(named, "mean")
 
 
+def without_pooler(cls: Any) -> dict[str, Any]:
+    """Return the options that leave out a pooling layer trained for another task, which many checkpoints lack."""
+    return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(cls.__init__).parameters else {}
+
+
 def _vision_pooling(config: "PreTrainedConfig", spec: str) -> PoolingName:
-    """Return how a vision model finishes: by its own pooling, or its class token where that needs extra training."""
+    """Return how a vision model makes one vector: of its class token, by the mean, or in a way of its own.
+
+    Told by a random model of one block, on noise.
+    """
+    shallow = copy.deepcopy(config)
+    if getattr(shallow, "num_hidden_layers", None):
+        shallow.num_hidden_layers = 1
     cls = model_class(config, spec)
-    with torch.device("meta"):
-        model = cls(config)
-    own = getattr(model, "pooler", None)
-    if isinstance(own, nn.Module) and any(True for _ in own.parameters()):
-        return "cls"
-    size = _image_size(config)
-    with torch.device("meta"):
-        pixels = torch.zeros(1, getattr(config, "num_channels", 3), *size)
-    with torch.no_grad():
-        output = model.eval()(pixels)
-    return "pooler" if getattr(output, "pooler_output", None) is not None else "mean"
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = cls(shallow, **without_pooler(cls)).eval()
+        output = model(torch.rand(1, getattr(config, "num_channels", 3), *_image_size(config)))
+    states, own = output.last_hidden_state, getattr(output, "pooler_output", None)
+    if own is None:
+        return "cls" if any("cls_token" in name for name in model.state_dict()) else "mean"
+    if states.ndim == 3 and own.shape == states[:, 0].shape:
+        if torch.allclose(own, states[:, 0]):
+            return "cls"
+        if torch.allclose(own, states.mean(1), atol=1e-6):
+            return "mean"
+    return "pooler"
 
 
 def _image_size(config: "PreTrainedConfig") -> tuple[int, int]:

@@ -27,9 +27,7 @@ def questions(path: Path) -> Samples:
     return samples_from_texts([row["text"] for row in rows], [row["category"] for row in rows], spec=path.stem)
 
 
-def test_one_exchange_sorts_bank_customers_questions_into_77_intents(
-    assets: Path, minilm: str, tmp_path: Path
-) -> None:
+def test_one_exchange_sorts_bank_customers_questions_into_77_intents(assets: Path, minilm: str, tmp_path: Path) -> None:
     table = {"sites": 20, "partition": "dirichlet:0.1", "min_class_count": 0, "min_rows": 0}
     config = RunConfig.from_values({"backbone": minilm, "init": "lda", "rounds": 0, "simulation": table})
     train, test = (questions(assets / "banking77" / f"{part}.csv") for part in ("train", "test"))

@@ -112,18 +112,18 @@ def test_text_features_are_the_librarys_own(tmp_path: Path, name: str) -> None:
     states, mask = reference_states(folder, texts)
     ends = mask.sum(1) - 1
     expected = {
-        "": masked(states, mask),
-        "?pooling=mean": masked(states, mask),
-        "?pooling=cls": states[:, 0],
-        "?pooling=last": states[torch.arange(3), ends],
+        "penultimate": masked(states, mask),
+        "penultimate:mean": masked(states, mask),
+        "penultimate:cls": states[:, 0],
+        "penultimate:last": states[torch.arange(3), ends],
     }
-    for setting, features in expected.items():
-        backbone = load_backbone(f"hf:{folder}{setting}")
+    for layer, features in expected.items():
+        backbone = load_backbone(f"hf:{folder}", layer=layer)
         assert backbone.kind == "text"
         torch.testing.assert_close(backbone.features_of(texts), features, rtol=0, atol=1e-5)
     # What stands beside a text changes nothing but rounding.
     alone = torch.cat([load_backbone(f"hf:{folder}").features_of([text]) for text in texts])
-    torch.testing.assert_close(alone, expected[""], rtol=0, atol=1e-5)
+    torch.testing.assert_close(alone, expected["penultimate"], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
@@ -156,9 +156,10 @@ def test_image_features_are_the_librarys_own(tmp_path: Path, name: str) -> None:
         output = model(pixels, output_hidden_states=True)
     expected = output.last_hidden_state[:, 0] if name == "vit" else output.pooler_output
     torch.testing.assert_close(backbone.features_of(images), expected, rtol=0, atol=1e-5)
-    mean = load_backbone(f"hf:{folder}?pooling=mean").features_of(images)
-    torch.testing.assert_close(mean, output.last_hidden_state.mean(1), rtol=0, atol=1e-5)
-    first = load_backbone(f"hf:{folder}?pooling=cls", layer="hidden:1").features_of(images)
+    if name != "clip":
+        mean = load_backbone(f"hf:{folder}", layer="penultimate:mean").features_of(images)
+        torch.testing.assert_close(mean, output.last_hidden_state.mean(1), rtol=0, atol=1e-5)
+    first = load_backbone(f"hf:{folder}", layer="hidden:1:cls").features_of(images)
     torch.testing.assert_close(first, output.hidden_states[1][:, 0], rtol=0, atol=1e-5)
 
 
@@ -209,9 +210,9 @@ def test_sentence_transformers_pooling_is_honoured(tmp_path: Path) -> None:
         (folder / "1_Pooling").mkdir(exist_ok=True)
         (folder / "1_Pooling" / "config.json").write_text(json.dumps(said))
         features = load_backbone(f"hf:{folder}").features_of(TEXTS)
-        assert torch.equal(features, load_backbone(f"hf:{folder}?pooling={pooling}").features_of(TEXTS))
+        assert torch.equal(features, load_backbone(f"hf:{folder}", layer=f"penultimate:{pooling}").features_of(TEXTS))
         assert not torch.equal(features, mean)
-        assert torch.equal(load_backbone(f"hf:{folder}?pooling=mean").features_of(TEXTS), mean)
+        assert torch.equal(load_backbone(f"hf:{folder}", layer="penultimate:mean").features_of(TEXTS), mean)
 
 
 def test_the_tokenizer_is_part_of_both_digests(tmp_path: Path) -> None:
@@ -229,7 +230,7 @@ def test_the_tokenizer_is_part_of_both_digests(tmp_path: Path) -> None:
 def test_a_site_without_the_folder_gets_all_it_needs(tmp_path: Path, name: str) -> None:
     save = saved_vision_model if name == "clip" else saved_text_model
     folder = save(tmp_path / name, name)
-    spec = f"hf:{folder}?pooling=mean"
+    spec = f"hf:{folder}{'' if name == 'clip' else '?max_length=30'}"
     backbone = load_backbone(spec)
     probe = backbone.probe()
     blob = backbone.to_bytes()
@@ -291,14 +292,13 @@ def test_random_weights_follow_the_seed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "layer", "words"),
     [
-        ("?pooling=middle", "penultimate", r"no pooling 'middle'\. Known: mean, cls, last, pooler"),
-        ("?poling=cls", "penultimate", "no setting 'poling'. Did you mean 'pooling'"),
+        ("", "penultimate:middle", r"no pooling 'middle'\. Known: cls"),
+        ("?max_len=9", "penultimate", r"no setting 'max_len'\. Did you mean 'max_length'"),
         ("?max_length=many", "penultimate", "number of tokens"),
         ("?max_length=0", "penultimate", "number of tokens"),
         ("?cls", "penultimate", "no setting 'cls'|Expected settings"),
         ("", "hidden:3", "'hidden:0' .the embeddings. to 'hidden:2'"),
         ("", "encoder", "no layer 'encoder'"),
-        ("?pooling=pooler", "hidden:1", "its pooling 'pooler' after the last layer"),
     ],
 )
 def test_settings_that_do_not_exist_are_sentences(tmp_path: Path, setting: str, layer: str, words: str) -> None:
