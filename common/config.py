@@ -90,6 +90,8 @@ class RunConfig(_Table):
     seed: int = Field(0, ge=0, lt=2**63)
     keep_sums: Literal["folder", "none"] = "folder"
     diagnose: bool = True
+    min_sites: int = Field(1, ge=1)
+    round_deadline: Positive = 3600.0
     strategy: StrategyConfig = StrategyConfig()
     local: LocalConfig = LocalConfig()
     simulation: SimulationConfig = SimulationConfig()

@@ -213,6 +213,8 @@ class SuperLink:
         if self._kit is None and request_name == ACTIVATE:
             self._admit(headers.get(SITE_HEADER.encode(), b"").decode("latin1"), key)
         site = self._by_key.get(key)
+        if site is None and self._kit is None:
+            raise RefusedError(401, "The coordinator does not know this site yet; it has to activate its node.")
         if site is None:
             who = f"{self._revoked[key]} ({address})" if key in self._revoked else f"a site from {address}"
             why = "its key is revoked" if key in self._revoked else f"its key ({fingerprint(key)}) is not registered"

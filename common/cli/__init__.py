@@ -3,10 +3,22 @@
 import os
 import sys
 
-from fedhead.cli import client, flower_app, ledger, membership, provision, rank, simulate
+from fedhead.cli import client, flower_app, ledger, membership, provision, rank, server, simulate, status
 from fedhead.cli.application import INTERRUPTED, app
 
-__all__ = ["app", "client", "flower_app", "ledger", "main", "membership", "provision", "rank", "simulate"]
+__all__ = [
+    "app",
+    "client",
+    "flower_app",
+    "ledger",
+    "main",
+    "membership",
+    "provision",
+    "rank",
+    "server",
+    "simulate",
+    "status",
+]
 
 
 def main() -> None:
