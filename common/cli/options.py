@@ -35,14 +35,15 @@ Holdout = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same result.", rich_help_panel=RUN)]
 Data = Annotated[
-    str | None, typer.Option(help="'digits', folder:PATH or python:MODULE:FUNCTION.", rich_help_panel=SIMULATION)
+    str | None, typer.Option(help="'digits', folder:PATH, csv:FILE or another data spec.", rich_help_panel=SIMULATION)
 ]
 TestData = Annotated[str | None, typer.Option(help="A pooled test set, as a data spec.", rich_help_panel=SIMULATION)]
 Sites = Annotated[int | None, typer.Option(help="How many sites.", rich_help_panel=SIMULATION)]
 Partition = Annotated[
     str | None,
     typer.Option(
-        help="Who holds what: iid, dirichlet:ALPHA, shards:K, quantity:ALPHA or folder.", rich_help_panel=SIMULATION
+        help="Who holds what: iid, dirichlet:ALPHA, shards:K, quantity:ALPHA or folder (the data's sites).",
+        rich_help_panel=SIMULATION,
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="'auto', 'cpu', 'cuda' or 'mps'.", rich_help_panel=SIMULATION)]
@@ -66,7 +67,7 @@ Assignments = Annotated[
 FinishedRun = Annotated[Path, typer.Argument(help="The folder of a finished run.", rich_help_panel=RUN)]
 SiteName = Annotated[str, typer.Option("--site", help="The site's name.", rich_help_panel=SITE)]
 SiteSpec = Annotated[
-    str, typer.Option("--data", help="Its rows: folder:PATH, python:MODULE:FUNCTION.", rich_help_panel=SITE)
+    str, typer.Option("--data", help="Its rows: folder:PATH, csv:FILE or another data spec.", rich_help_panel=SITE)
 ]
 SiteWeights = Annotated[
     str,

@@ -91,7 +91,7 @@ def _windowed(dataset: Any, values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     function = str(dataset.get("VOILUTFunction") or "LINEAR").upper()
     values = values.astype(np.float64)
     if function == "SIGMOID":
-        return _in_eight_bits(1 / (1 + np.exp(-4 * (values - centre) / width)), 0, 1)
+        return _in_eight_bits(np.tanh(2 * (values - centre) / width), -1, 1)
     if function == "LINEAR":
         # A width of 1 is a threshold between two integers.
         centre, width = centre - 0.5, max(width - 1, 1e-6)

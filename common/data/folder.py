@@ -1,4 +1,4 @@
-"""`folder:PATH`: a sub-folder of images per class."""
+"""`folder:PATH`: a sub-folder of images per class, or of text files."""
 
 import hashlib
 from collections.abc import Sequence
@@ -8,15 +8,17 @@ from pathlib import Path
 from PIL import Image
 
 from fedhead.data.images import read_image
-from fedhead.data.samples import Samples, index_names, load_samples, sources
+from fedhead.data.samples import Kind, Samples, index_names, load_samples, sources
+from fedhead.data.texts import read_text
 from fedhead.errors import UserError
 
 IMAGE_SUFFIXES = (".bmp", ".dcm", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+TEXT_SUFFIXES = (".txt",)
 
 
 @dataclass(frozen=True)
-class ImageFiles:
-    """Image files by row number.
+class Files:
+    """Files by row number.
 
     Attributes:
         root: the folder that relative paths start from.
@@ -29,8 +31,11 @@ class ImageFiles:
     def path(self, row: int) -> Path:
         return self.root / self.paths[row]
 
-    def read(self, row: int) -> Image.Image:
+    def read_image(self, row: int) -> Image.Image:
         return read_image(self.path(row))
+
+    def read_text(self, row: int) -> str:
+        return read_text(self.path(row))
 
     def name(self, row: int) -> str:
         return str(self.path(row))
@@ -48,7 +53,7 @@ class ImageFiles:
 
 @sources.register("folder")
 def load_folder(argument: str) -> Samples:
-    """A folder with a sub-folder of images per class."""
+    """A folder with a sub-folder of images per class; or where there are none, of text files (.txt)."""
     root = _existing_folder(argument)
     return _samples_of_files(root, _folder_files(root))
 
@@ -101,28 +106,35 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def _folder_files(root: Path) -> list[Path]:
-    files = [path for folder in _subfolders(root) for path in _visible(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
-    if not files:
-        nested = any(_subfolders(folder) for folder in _subfolders(root))
-        advice = " If its sub-folders are sites, say partition = 'folder'." if nested else ""
-        raise UserError(
-            f"{root} holds no images. Expected a sub-folder per class, each with files such as 1.jpg "
-            f"({', '.join(IMAGE_SUFFIXES)}).{advice}"
-        )
-    return files
+    """Return the images one folder below `root`, or if there are none the text files."""
+    files = [path for folder in _subfolders(root) for path in _visible(folder)]
+    for suffixes in (IMAGE_SUFFIXES, TEXT_SUFFIXES):
+        if found := [path for path in files if path.suffix.lower() in suffixes]:
+            return found
+    nested = any(_subfolders(folder) for folder in _subfolders(root))
+    advice = " If its sub-folders are sites, say partition = 'folder'." if nested else ""
+    raise UserError(
+        f"{root} holds no images. Expected a sub-folder per class, each with files such as 1.jpg "
+        f"({', '.join(IMAGE_SUFFIXES)}), or texts ({', '.join(TEXT_SUFFIXES)}).{advice}"
+    )
 
 
-def _samples_of_files(root: Path, files: list[Path]) -> Samples:
-    images = ImageFiles(root.absolute(), tuple(file.relative_to(root).as_posix() for file in files))
+def _samples_of_files(root: Path, paths: list[Path]) -> Samples:
+    files = Files(root.absolute(), tuple(path.relative_to(root).as_posix() for path in paths))
+    kinds: set[Kind] = {"text" if path.suffix.lower() in TEXT_SUFFIXES else "image" for path in paths}
+    if len(kinds) == 2:
+        raise UserError(f"{root} holds images in some of its folders and texts in others; expected one of them.")
+    kind = kinds.pop()
     digest = hashlib.sha256()
-    for row, path in enumerate(images.paths):
-        digest.update(f"{path}\0{images.stamp(row)}\n".encode(errors="surrogateescape"))
-    classes, labels = index_names([file.parent.name for file in files])
+    for row, path in enumerate(files.paths):
+        digest.update(f"{path}\0{files.stamp(row)}\n".encode(errors="surrogateescape"))
+    classes, labels = index_names([path.parent.name for path in paths])
     return Samples(
         spec=f"folder:{root.resolve()}",
         classes=classes,
         labels=labels,
-        read=images.read,
-        name=images.name,
+        read=files.read_text if kind == "text" else files.read_image,
+        name=files.name,
         fingerprint=digest.hexdigest(),
+        kind=kind,
     )

@@ -30,9 +30,15 @@ MODE = "fedhead.mode"
 sources: Registry[Callable[[str], "Samples"]] = Registry(
     "data source",
     {
+        "csv": "fedhead.data.tables",
         "digits": "fedhead.data.arrays",
         "folder": "fedhead.data.folder",
+        "hf": "fedhead.data.hub",
+        "jsonl": "fedhead.data.tables",
+        "npz": "fedhead.data.npz",
+        "parquet": "fedhead.data.tables",
         "python": "fedhead.data.python",
+        "torchvision": "fedhead.data.torchvision",
     },
 )
 

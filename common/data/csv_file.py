@@ -1,0 +1,169 @@
+"""CSV files whose cells are read when asked for: what is kept is where each row begins."""
+
+import codecs
+import csv
+import hashlib
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedhead.data.samples import IntArray
+from fedhead.errors import UserError
+
+DELIMITERS = ",;\t"
+
+
+@dataclass(frozen=True)
+class CsvFile:
+    """A CSV file with a header line.
+
+    Attributes:
+        path: of the file.
+        columns: the header.
+        fingerprint: SHA-256 of the content.
+        encoding: of the text.
+        delimiter: between the values of a row.
+        offsets: `[n + 1]`, the byte that each row begins at, and where the last one ends.
+        lines: `[n]`, the line that each row begins in, from 1.
+    """
+
+    path: Path
+    columns: tuple[str, ...]
+    fingerprint: str
+    encoding: str
+    delimiter: str
+    offsets: IntArray
+    lines: IntArray
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def column(self, name: str) -> list[Any]:
+        position = self.columns.index(name)
+        with self.path.open("rb") as file:
+            file.seek(int(self.offsets[0]))
+            text = (line.decode(self.encoding) for line in file)
+            return [row[position] for row in csv.reader(text, delimiter=self.delimiter, strict=True) if row]
+
+    def cells(self, name: str) -> Callable[[int], Any]:
+        return CsvCells(self, self.columns.index(name)).read
+
+    def place(self, row: int) -> str:
+        return f"{self.path}, line {self.lines[row]}"
+
+
+@dataclass(frozen=True)
+class CsvCells:
+    """One column, a cell at a time."""
+
+    file: CsvFile
+    position: int
+
+    def read(self, row: int) -> str:
+        start, end = map(int, self.file.offsets[row : row + 2])
+        with self.file.path.open("rb") as file:
+            file.seek(start)
+            lines = io.BytesIO(file.read(end - start))
+        text = (line.decode(self.file.encoding) for line in lines)
+        parsed = csv.reader(text, delimiter=self.file.delimiter, strict=True)
+        return next(values for values in parsed if values)[self.position]
+
+
+def open_csv(path: Path, encoding: str) -> CsvFile:
+    """Read a CSV file once for its header and where its rows begin; quoted values may run over lines.
+
+    Args:
+        path: of the file.
+        encoding: Python's name of one in which a line ends with the byte 10, as UTF-8 and ISO 8859 are.
+
+    Raises:
+        UserError: if it is empty or not a table in that encoding, with the line.
+    """
+    try:
+        if "\n".encode(encoding) != b"\n":
+            raise UserError(f"{path} cannot be read line by line in {encoding}: save it as UTF-8.")
+    except LookupError:
+        raise UserError(f"There is no encoding {encoding!r}; expected one such as utf-8, latin-1 or cp1252.") from None
+    digest = hashlib.sha256()
+    ends = [0]
+    with path.open("rb") as file:
+        start = file.read(4)
+        if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise UserError(f"{path} is text in UTF-16: save it as UTF-8.")
+        if start.startswith((b"PK\3\4", b"\xd0\xcf\x11\xe0")):
+            raise UserError(f"{path} is an archive or a spreadsheet, not a CSV file: save it as CSV in UTF-8.")
+        if start.startswith(b"PAR1"):
+            raise UserError(f"{path} is a Parquet file: say parquet:{path.name}.")
+        # What Excel puts before UTF-8.
+        skipped = len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0
+        file.seek(skipped)
+        ends[0] = skipped
+        first = file.readline()
+        delimiter = max(DELIMITERS, key=lambda one: _decode(first, path, 1, encoding).count(one))
+        file.seek(skipped)
+
+        def lines() -> Iterator[str]:
+            for number, line in enumerate(file, 1):
+                digest.update(line)
+                ends[0] += len(line)
+                yield _decode(line, path, number, encoding)
+
+        reader = csv.reader(lines(), delimiter=delimiter, strict=True)
+        offsets, numbers = [], []
+        columns: tuple[str, ...] = ()
+        line = 1
+        while True:
+            begin, line = ends[0], reader.line_num + 1
+            try:
+                row = next(reader)
+            except StopIteration:
+                break
+            except csv.Error as error:
+                raise UserError(
+                    f"{path} is not a well-formed CSV file; the row that begins in line {line}: {error}."
+                ) from None
+            if not row:
+                continue
+            if not columns:
+                columns = _header(row, path)
+                continue
+            if len(row) != len(columns):
+                raise UserError(
+                    f"{path}, line {line} has {len(row)} values for the {len(columns)} columns of the header; values "
+                    f"that hold {delimiter!r} stand in quotes."
+                )
+            offsets.append(begin)
+            numbers.append(line)
+    if not columns:
+        raise UserError(f"{path} is empty; expected a header line such as path,label and a row for each sample.")
+    return CsvFile(
+        path=path,
+        columns=columns,
+        fingerprint=digest.hexdigest(),
+        encoding=encoding,
+        delimiter=delimiter,
+        offsets=np.array([*offsets, ends[0]], dtype=np.int64),
+        lines=np.array(numbers, dtype=np.int64),
+    )
+
+
+def _header(row: list[str], path: Path) -> tuple[str, ...]:
+    columns = tuple(name.strip() for name in row)
+    twice = next((name for name in columns if columns.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{path} has two columns {twice!r} in its header; rename one.")
+    return columns
+
+
+def _decode(line: bytes, path: Path, number: int, encoding: str) -> str:
+    try:
+        return line.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}, line {number} is not text in {encoding.upper()} (byte {line[error.start]:#04x}): save it as "
+            "UTF-8, or name its encoding as in ?encoding=cp1252."
+        ) from None

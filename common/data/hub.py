@@ -1,0 +1,202 @@
+"""`hf:NAME-OR-FOLDER`: data sets of Hugging Face's `datasets`, from a folder or from what was downloaded before."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedhead.data.samples import Samples, sources, split_options
+from fedhead.data.tables import COLUMNS, samples_of_table
+from fedhead.errors import UserError
+from fedhead.extras import require
+
+
+@sources.register("hf")
+def load_hub(argument: str) -> Samples:
+    """A data set by its name on the hub, or a folder: of `save_to_disk`, or of Parquet, CSV or image files.
+
+    Columns with images, texts and class names are found by their types, and named by the options of tables where there
+    are several; `config` names one of several configurations. The hub is asked only if `download=yes` is said.
+
+    Raises:
+        UserError: if it is not there or cannot be read, has no fitting columns, or `datasets` is not installed.
+    """
+    spec = f"hf:{argument}"
+    given, options = split_options(argument, {*COLUMNS, "separator", "config", "download"}, spec)
+    if not given:
+        raise UserError("Expected a name or a folder, as in hf:beans or hf:/data/beans.")
+    require("datasets", "datasets", f"The data {spec!r}")
+    config, download = options.pop("config", None), options.pop("download", "no").casefold()
+    if download not in ("yes", "no"):
+        raise UserError(f"The option download of {spec!r} is yes or no, not {download!r}.")
+    folder = Path(given).expanduser()
+    if not folder.exists() and (folder.is_absolute() or given.startswith((".", "~"))):
+        raise UserError(f"There is no folder {folder}.")
+    name = str(folder.absolute()) if folder.exists() else given
+    table = HubTable(name, _load(name, config, download == "yes", spec))
+    if len(table) == 0:
+        raise UserError(f"{spec} holds no rows.")
+    kept = {**({"config": config} if config else {}), **options}
+    query = "&".join(f"{key}={value}" for key, value in kept.items())
+    whole = f"hf:{name}{f'?{query}' if query else ''}"
+    return samples_of_table(table, {**_typed_columns(table, options), **options}, whole)
+
+
+class HubTable:
+    """The splits of a data set, one after the other; a column `split` names them.
+
+    Attributes:
+        path: the name or the folder of the data set.
+        parts: its splits.
+        columns: the names of its columns.
+        fingerprint: of the files that its rows lie in.
+    """
+
+    def __init__(self, name: str, parts: Mapping[str, Any]) -> None:
+        self.path = Path(name)
+        self.parts = dict(parts)
+        first = next(iter(self.parts.values()))
+        self.columns = (*(column for column in first.column_names if column != "split"), "split")
+        self._starts = np.cumsum([0, *map(len, self.parts.values())])
+        self.fingerprint = hashlib.sha256(repr([_stamp(part) for part in self.parts.items()]).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def features(self) -> Mapping[str, Any]:
+        """The types of its columns."""
+        features: Mapping[str, Any] = next(iter(self.parts.values())).features
+        return features
+
+    def column(self, name: str) -> list[Any]:
+        if name == "split":
+            return [split for split, part in self.parts.items() for _ in range(len(part))]
+        named = _namer(self.features[name])
+        return [named(value) for part in self.parts.values() for value in part.with_format(None)[name]]
+
+    def cells(self, name: str) -> Callable[[int], Any]:
+        return HubCells(tuple(_undecoded(part, name) for part in self.parts.values()), name, self._starts).read
+
+    def place(self, row: int) -> str:
+        part = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return f"{self.path}, {list(self.parts)[part]} row {row - int(self._starts[part])}"
+
+
+@dataclass(frozen=True)
+class HubCells:
+    """One column, a cell at a time."""
+
+    parts: tuple[Any, ...]
+    name: str
+    starts: Any
+
+    def read(self, row: int) -> Any:
+        part = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return self.parts[part][row - int(self.starts[part])][self.name]
+
+
+def _load(name: str, config: str | None, download: bool, spec: str) -> Mapping[str, Any]:
+    import datasets
+
+    folder = Path(name)
+    try:
+        with _quietly(datasets, download):
+            if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+                loaded = datasets.load_from_disk(name)
+            else:
+                loaded = datasets.load_dataset(name, config)
+    # It raises nearly anything where files are missing or do not fit together.
+    except Exception as error:
+        if folder.exists():
+            raise UserError(f"{name} cannot be read as a data set: {_first_line(error)}.") from None
+        advice = (
+            ""
+            if download
+            else f" It was not downloaded before, or not whole. To ask the hub for it: '{spec}"
+            f"{'&' if '?' in spec else '?'}download=yes'; or give a folder that holds it."
+        )
+        raise UserError(f"The data set {name!r} cannot be loaded: {_first_line(error)}.{advice}") from None
+    return loaded if isinstance(loaded, dict) else {str(loaded.split or "all"): loaded}
+
+
+@contextmanager
+def _quietly(datasets: Any, download: bool) -> Iterator[None]:
+    """Keep `datasets` from the network unless a download is asked for, and from the terminal."""
+    offline, shown = datasets.config.HF_HUB_OFFLINE, datasets.is_progress_bar_enabled()
+    level = datasets.logging.get_verbosity()
+    datasets.config.HF_HUB_OFFLINE = offline or not download
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
+        datasets.logging.set_verbosity(level)
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _typed_columns(table: HubTable, options: Mapping[str, str]) -> dict[str, str]:
+    """Return the columns that are found by their types: one of images or else of texts, one of class names."""
+    import datasets
+
+    found: dict[str, str] = {}
+    images = [name for name, kind in table.features.items() if isinstance(kind, datasets.Image)]
+    classes = [name for name, kind in table.features.items() if _class_label(kind) is not None]
+    if "label" not in options and len(classes) == 1:
+        found["label"] = classes[0]
+    if options.keys() & {"path", "image", "text"}:
+        return found
+    label = options.get("label", found.get("label", "label"))
+    texts = [name for name, kind in table.features.items() if getattr(kind, "dtype", "") in ("string", "large_string")]
+    texts = [name for name in texts if name not in (label, *COLUMNS["label"], "group", "site", "split")]
+    if len(images) == 1:
+        found["image"] = images[0]
+    elif not images and len(texts) == 1 and texts[0] not in COLUMNS["path"]:
+        found["text"] = texts[0]
+    return found
+
+
+def _class_label(kind: Any) -> Any:
+    """Return the type of the class numbers in a column, or in a column of lists; None for other columns."""
+    import datasets
+
+    inner = kind[0] if isinstance(kind, list) else getattr(kind, "feature", kind)
+    return inner if isinstance(inner, datasets.ClassLabel) else None
+
+
+def _namer(kind: Any) -> Callable[[Any], Any]:
+    label = _class_label(kind)
+    if label is None:
+        return lambda value: value
+
+    def named(value: Any) -> Any:
+        if isinstance(value, list):
+            return [label.names[one] for one in value]
+        return None if value is None or value < 0 else label.names[value]
+
+    return named
+
+
+def _undecoded(part: Any, column: str) -> Any:
+    """Return one column of a split, with images as the bytes of their files: they are decoded as all others are."""
+    import datasets
+
+    part = part.with_format(None).select_columns([column])
+    kind = part.features[column]
+    return part.cast_column(column, datasets.Image(decode=False)) if isinstance(kind, datasets.Image) else part
+
+
+def _stamp(named: tuple[str, Any]) -> list[Any]:
+    split, part = named
+    files = [Path(entry["filename"]) for entry in part.cache_files]
+    return [split, part.num_rows, part._fingerprint, [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
