@@ -1,6 +1,7 @@
 """Files that are there whole or not at all, and where fedhead keeps its own."""
 
 import errno
+import fcntl
 import hashlib
 import os
 import re
@@ -57,6 +58,28 @@ def disk_errors(path: Path) -> Iterator[None]:
         if error.errno in _REFUSALS and _concerns(error.filename, path):
             raise UserError(f"{path} cannot be written: {error.strerror}.") from error
         raise
+
+
+@contextmanager
+def locked_folder(path: Path) -> Iterator[None]:
+    """Keep other processes from changing what is in a folder.
+
+    Raises:
+        UserError: if there is no such folder, or it cannot be read.
+        FedheadError: if another process is changing it.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise UserError(f"The folder {path} cannot be read: {error.strerror}.") from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FedheadError(f"{path} is being changed by another process; start again when it has ended.") from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def _concerns(filename: object, path: Path) -> bool:

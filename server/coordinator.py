@@ -1,7 +1,6 @@
 """The run as a reader would tell it: describe, install, statistics, train, finish."""
 
 import time
-import uuid
 from collections.abc import Callable, Sequence
 
 from flwr.serverapp import Grid
@@ -13,13 +12,15 @@ from fedhead.diagnosis import SiteDiagnosis, coverage
 from fedhead.errors import UserError
 from fedhead.heads import Head
 from fedhead.messages import METRICS, Arrays, HeadRequest, Manifest, StatisticsRequest
+from fedhead.server.checkpoint import Checkpoint, Progress, new_run
+from fedhead.server.contest import HELD_OUT, LOSS_SUM
 from fedhead.server.evaluation import evaluate_in_detail
 from fedhead.server.exchange import EXAMPLES, TRAIN_LOSS, Exchange, Messenger
 from fedhead.server.history import Outcome, Round
 from fedhead.server.observer import Observer
 from fedhead.server.pooling import Pooling
 from fedhead.server.roster import Roster
-from fedhead.server.rounds import HELD_OUT, LOSS_SUM, Rounds, Version, best
+from fedhead.server.rounds import Rounds, Version
 from fedhead.server.site_diagnosis import diagnose_sites
 from fedhead.server.site_sums import SiteSums
 from fedhead.server.starting_head import UNSOLVED, HeadForm
@@ -41,7 +42,7 @@ class Coordinator:
         observer: is told of steps, sites and rounds; of start and end by who calls this.
         sums: where each site's statistics are kept, if anywhere; sites are diagnosed only if they are.
         test: gives the accuracy of a head on a pooled test set.
-        deadline: seconds to wait for the replies of one exchange.
+        checkpoint: where the run is saved, and resumed from.
         deliver: whether a statistics head that is kept is solved again of all rows, for use.
 
     Raises:
@@ -59,7 +60,7 @@ class Coordinator:
         observer: Observer | None = None,
         sums: SiteSums | None = None,
         test: Callable[[Head], float] | None = None,
-        deadline: float = 3600.0,
+        checkpoint: Checkpoint | None = None,
         deliver: bool = True,
     ) -> None:
         if len(classes) < 2:
@@ -69,10 +70,12 @@ class Coordinator:
         self.observer = observer or Observer()
         self.sums = sums
         self.test = test
+        self.checkpoint = checkpoint
         self.deliver = deliver
+        self._saved = checkpoint.load() if checkpoint is not None else None
         self.form = HeadForm(config, backbone.num_features, len(classes))
         self.manifest = Manifest(
-            run=uuid.uuid4().hex,
+            run=checkpoint.run if checkpoint is not None else new_run(),
             backbone=backbone.spec,
             kind=backbone.kind,
             layer=backbone.layer,
@@ -86,39 +89,71 @@ class Coordinator:
             seed=config.seed,
             local=config.local,
         )
-        self._messenger = Messenger(grid, deadline)
+        self._messenger = Messenger(grid, config.round_deadline)
         # Taken once: sites sum about the mean of the very features that they are sent.
         probe = backbone.probe()
         self._roster = Roster(self._messenger, self.manifest, backbone, probe, required_sites(strategy), self.observer)
         self._pooling = Pooling(self._messenger, self.manifest, self._roster, probe, sums)
-        self._rounds = Rounds(strategy, self._messenger, self.manifest, self._roster, backbone.num_bytes)
+        self._rounds = Rounds(strategy, self._messenger, self.manifest, self._roster)
         self._marked = time.perf_counter()
 
     def run(self) -> Outcome:
-        """Run to the end.
+        """Run to the end, from the start or from where the checkpoint says.
 
         Raises:
             FedheadError: if too few sites can take part, or no reply of an exchange can be used.
         """
-        history: list[Round] = []
-        evaluated: list[tuple[Version, Exchange]] = []
-        first = Exchange()
-        self._roster.gather(first)
-        stats = self._sum_statistics(first)
-        if self.config.rounds:
-            self._standardise(stats, first)
-        self._roster.exclude(first.dropped)
-        current = self._version(0, self.form.start(stats), first)
-        for number in range(1, self.config.rounds + 1):
+        progress = self._start() if self._saved is None else self._go_on(self._saved)
+        for number in range(progress.current.number + 1, self.config.rounds + 1):
             self.observer.on_step("train", number)
+            current = progress.current
             exchange = self._rounds.train(number, current.arrays)
-            evaluated.append((current, exchange))
-            history.append(self._round(current, exchange))
-            current = self._version(number, self._rounds.aggregate(number, current.arrays, exchange), exchange)
-        self.observer.on_step("evaluate", self.config.rounds)
-        exchange = self._rounds.evaluate(self.config.rounds, current.arrays)
-        evaluated.append((current, exchange))
-        return self._finish(history, current, best(evaluated), stats, exchange)
+            made = self._rounds.aggregate(number, current.arrays, exchange)
+            progress.contest.enter(current.number, current.arrays, exchange)
+            progress.full_model_bytes += 2 * exchange.asked * self._whole_model(current.arrays)
+            progress.history.append(self._round(current, exchange))
+            progress.current = self._version(number, made, exchange)
+            self._save(progress)
+        return self._finish(progress)
+
+    def _start(self) -> Progress:
+        """Gather the sites and make the first head."""
+        exchange = Exchange()
+        self._roster.gather(exchange)
+        stats = self._sum_statistics(exchange)
+        if self.config.rounds:
+            self._standardise(stats, exchange)
+        self._roster.exclude(exchange.dropped)
+        progress = Progress(
+            current=self._version(0, self.form.start(stats), exchange),
+            stats=stats,
+            standardisation=self.form.standardisation,
+            excluded=self._roster.excluded,
+            counts=self._pooling.counts,
+        )
+        self._save(progress)
+        return progress
+
+    def _go_on(self, progress: Progress) -> Progress:
+        """Gather the sites again; they are told how features are standardised in this run."""
+        exchange = Exchange()
+        self.form.standardisation = progress.standardisation
+        self._roster.excluded.update(progress.excluded)
+        self._pooling.counts.update(progress.counts)
+        self._roster.gather(exchange)
+        if progress.standardisation is not None:
+            self.observer.on_step("standardise", progress.current.number)
+            self._pooling.tell(progress.standardisation, exchange)
+        progress.current.made_by.bytes_down += exchange.bytes_down
+        progress.current.made_by.bytes_up += exchange.bytes_up
+        return progress
+
+    def _save(self, progress: Progress) -> None:
+        if self.checkpoint is not None:
+            self.checkpoint.record(progress)
+
+    def _whole_model(self, head: Arrays) -> int:
+        return self.backbone.num_bytes + sum(array.nbytes for array in head.values())
 
     def _sum_statistics(self, exchange: Exchange) -> FeatureStatistics | None:
         if self.form.init in UNSOLVED:
@@ -131,18 +166,18 @@ class Coordinator:
         self.observer.on_step("standardise", 0)
         same_width = stats is not None and stats.num_features == self.backbone.num_features
         sums = stats if stats is not None and same_width else self._pooling.moments(exchange)
-        self.form.standardisation = self._pooling.agree(sums, exchange)
+        # What the sites compute with is float32, so that is what must be folded back, if in float64.
+        self.form.standardisation = (sums.mean().float().double(), sums.scale().float().double())
+        self._pooling.tell(self.form.standardisation, exchange)
 
-    def _finish(
-        self,
-        history: list[Round],
-        last: Version,
-        kept: Version,
-        stats: FeatureStatistics | None,
-        exchange: Exchange,
-    ) -> Outcome:
-        """Have the kept head evaluated in detail and the sites diagnosed; deliver the head."""
-        self.observer.on_step("finish", self.config.rounds)
+    def _finish(self, progress: Progress) -> Outcome:
+        """Evaluate the last head, and the one that is kept in detail; diagnose the sites; deliver."""
+        last, stats = progress.current, progress.stats
+        self.observer.on_step("evaluate", last.number)
+        exchange = self._rounds.evaluate(last.number, last.arrays)
+        progress.contest.enter(last.number, last.arrays, exchange)
+        kept = progress.contest.winner(exchange) or last
+        self.observer.on_step("finish", last.number)
         head = self.form.leave(kept.arrays)
         sites = {}
         if self.config.holdout:
@@ -158,7 +193,7 @@ class Coordinator:
         # Nothing more is made of the last exchange, so what it took belongs to the head that it evaluates.
         last.made_by.bytes_down += exchange.bytes_down
         last.made_by.bytes_up += exchange.bytes_up
-        history.append(self._round(last, exchange))
+        history = [*progress.history, self._round(last, exchange)]
         return Outcome(
             head=head,
             kept_round=kept.number,
@@ -169,7 +204,7 @@ class Coordinator:
             diagnoses=diagnoses,
             coverage=coverage(self._pooling.counts, self.manifest.classes) if stats is not None else [],
             refused=dict(sorted(self._roster.refused.items())),
-            full_model_bytes=self._rounds.full_model_bytes,
+            full_model_bytes=progress.full_model_bytes,
             statistics=stats,
         )
 

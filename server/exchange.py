@@ -25,6 +25,7 @@ class Exchange:
         replies: usable heads with the message each answers, by site name.
         metrics: `[len(METRICS)]` of each site that answered usably about a head.
         dropped: sites that did not, with the reason.
+        asked: how many messages were sent.
         bytes_down: payload sent.
         bytes_up: payload received.
     """
@@ -32,6 +33,7 @@ class Exchange:
     replies: list[tuple[Message, HeadReply]] = field(default_factory=list)
     metrics: dict[str, FloatArray] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
+    asked: int = 0
     bytes_down: int = 0
     bytes_up: int = 0
 
@@ -80,6 +82,7 @@ class Messenger:
         Sites that fail, or do not answer within the deadline, are dropped from `exchange` with the reason.
         """
         sizes: dict[int, int] = {}
+        exchange.asked += len(messages)
         for message in messages.values():
             if id(message.content) not in sizes:
                 sizes[id(message.content)] = payload_bytes(message.content)

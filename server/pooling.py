@@ -92,17 +92,15 @@ class Pooling:
                 exchange.drop(name, str(error))
         return _at_least_one(total, exchange)
 
-    def agree(self, sums: FeatureStatistics | FeatureMoments, exchange: Exchange) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tell the sites the mean and scale that heads are trained under, and return them in float64."""
-        mean, scale = sums.mean().float(), sums.scale().float()
-        content = Payload({}, {"mean": mean.numpy(), "scale": scale.numpy()}).to_content()
+    def tell(self, standardisation: tuple[torch.Tensor, torch.Tensor], exchange: Exchange) -> None:
+        """Tell the sites the mean and scale `[d]` that heads are trained under."""
+        mean, scale = (part.float().numpy() for part in standardisation)
+        content = Payload({}, {"mean": mean, "scale": scale}).to_content()
         for name, answer in self._messenger.ask(self._roster.nodes, STANDARDISE, content, exchange):
             try:
                 exchange.bytes_up += payload_bytes(answer)
             except MessageError as error:
                 exchange.drop(name, str(error))
-        # What the sites compute with is float32, so that is what must be folded back, if in float64.
-        return mean.double(), scale.double()
 
     def _sums(self, request: StatisticsRequest, exchange: Exchange) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         content = Payload(request.model_dump()).to_content()

@@ -35,6 +35,7 @@ class Roster:
         nodes: the node of each site that takes part, by name.
         rows: how many rows each of them said that it has.
         refused: why others take no part.
+        excluded: those of them whose sums could not be used; they take no part in the rest of the run.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Roster:
         self.nodes: dict[str, int] = {}
         self.rows: dict[str, int] = {}
         self.refused: dict[str, str] = {}
+        self.excluded: dict[str, str] = {}
         self._messenger = messenger
         self._manifest = manifest
         self._backbone = backbone
@@ -100,7 +102,7 @@ class Roster:
             FedheadError: if too few are left.
         """
         for site in dropped.keys() & self.nodes.keys():
-            self.refused[site] = dropped[site]
+            self.refused[site] = self.excluded[site] = dropped[site]
             del self.nodes[site]
             self._note(site, "refused", reason=dropped[site])
         if dropped:
@@ -130,8 +132,9 @@ class Roster:
     def _accept(self, description: Description, node_id: int) -> bool:
         """Note what a site said of itself; return False if it still lacks the backbone."""
         site = description.site
-        if description.refusal:
-            self.refused[site] = description.refusal
+        refusal = description.refusal or self.excluded.get(site)
+        if refusal:
+            self.refused[site] = refusal
             return True
         if not description.has_weights:
             self._note(site, "lacking", rows=description.rows)

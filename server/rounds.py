@@ -1,21 +1,19 @@
 """Rounds: a head goes to the sites, what they make of it comes back screened, and a strategy makes the next."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp.strategy import Strategy
 
 from fedhead.errors import FedheadError
-from fedhead.messages import EVALUATE, METRICS, Arrays, HeadReply, HeadRequest, Manifest, MessageError
+from fedhead.messages import EVALUATE, Arrays, HeadReply, HeadRequest, Manifest, MessageError
 from fedhead.server.exchange import EXAMPLES, Exchange, Messenger
 from fedhead.server.roster import Roster
 from fedhead.server.strategies import aggregate_round, averages, configure_round, sample_sites, screen
 
 logger = logging.getLogger(__name__)
-
-HELD_OUT, LOSS_SUM = METRICS.index("held_out"), METRICS.index("loss_sum")
 
 
 @dataclass(frozen=True)
@@ -36,21 +34,13 @@ class Rounds:
         messenger: reaches the sites.
         manifest: of the run.
         roster: the sites that take part.
-        backbone_bytes: what shipping the backbone costs.
-
-    Attributes:
-        full_model_bytes: what exchanging backbone and head each round would have taken so far.
     """
 
-    def __init__(
-        self, strategy: Strategy, messenger: Messenger, manifest: Manifest, roster: Roster, backbone_bytes: int
-    ) -> None:
-        self.full_model_bytes = 0
+    def __init__(self, strategy: Strategy, messenger: Messenger, manifest: Manifest, roster: Roster) -> None:
         self._strategy = strategy
         self._messenger = messenger
         self._manifest = manifest
         self._roster = roster
-        self._backbone_bytes = backbone_bytes
 
     def train(self, number: int, head: Arrays) -> Exchange:
         """Have this round's sites train `head`, and evaluate it as it reached them."""
@@ -66,8 +56,6 @@ class Rounds:
                 packed[id(message.content)] = self._request(message.content, number).to_content()
             message.content = packed[id(message.content)]
             messages[names[message.metadata.dst_node_id]] = message
-        whole_model = self._backbone_bytes + sum(array.nbytes for array in head.values())
-        self.full_model_bytes += 2 * len(messages) * whole_model
         return self._heads(messages, head)
 
     def aggregate(self, number: int, head: Arrays, exchange: Exchange) -> Arrays:
@@ -120,17 +108,3 @@ class Rounds:
                 replies[name] = (instruction, reply)
         exchange.replies = [replies[name] for name in sorted(replies)]
         return exchange
-
-
-def best(evaluated: Sequence[tuple[Version, Exchange]]) -> Version:
-    """Return the head with the least pooled held-out loss, over the sites that evaluated every head.
-
-    Where these hold less than half of the held-out rows, as when few sites are sampled each round, heads cannot be
-    told apart fairly, and the last one is returned.
-    """
-    common = sorted(set.intersection(*(set(exchange.metrics) for _, exchange in evaluated)))
-    version, last = evaluated[-1]
-    rows = sum(last.metrics[name][HELD_OUT] for name in common)
-    if rows == 0 or rows < last.sums()[HELD_OUT] / 2:
-        return version
-    return min(evaluated, key=lambda pair: sum(pair[1].metrics[name][LOSS_SUM] for name in common))[0]

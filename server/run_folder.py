@@ -1,6 +1,7 @@
 """The folder of one run: its configuration, its metrics as they come, its model and its result."""
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -40,6 +41,22 @@ class RunFolder(Observer):
             (chosen / "metrics.jsonl").touch()
         return folder
 
+    @classmethod
+    def open(cls, path: Path | str) -> tuple[Self, RunConfig]:
+        """Open the folder of a run that did not finish, to resume it; return its configuration, too.
+
+        Raises:
+            UserError: if there is none, or it finished.
+        """
+        folder = cls(Path(path).resolve())
+        if not (folder.path / "run.toml").is_file():
+            raise UserError(f"{path} is no run folder: it holds no run.toml. Give the folder of the run to resume.")
+        if (folder.path / "result.json").is_file():
+            raise UserError(f"The run in {path} has finished; there is nothing to resume.")
+        config = RunConfig.from_toml(folder.path / "run.toml")
+        folder.sums = SiteSums(folder.path / "sums", config.keep_sums)
+        return folder, config
+
     def write_config(self, config: RunConfig) -> None:
         """Write what runs, as a TOML file that reproduces it; from now on sums are kept as it says."""
         self.sums = SiteSums(self.path / "sums", config.keep_sums)
@@ -49,6 +66,28 @@ class RunFolder(Observer):
         """Append one line to the metrics."""
         with disk_errors(self.path), (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(asdict(finished)) + "\n")
+
+    def flush_metrics(self) -> None:
+        """Have what was appended on the disk."""
+        with disk_errors(self.path), (self.path / "metrics.jsonl").open("a") as file:
+            os.fsync(file.fileno())
+
+    def rewind(self, rounds: int) -> list[Round]:
+        """Keep the first so many lines of the metrics, and return them.
+
+        Raises:
+            UserError: if there are fewer.
+        """
+        path = self.path / "metrics.jsonl"
+        try:
+            lines = path.read_text().split("\n")[:-1] if path.exists() else []
+            if len(lines) < rounds:
+                raise ValueError(f"{rounds} lines were written, and {len(lines)} are there")
+            history = [Round(**json.loads(line)) for line in lines[:rounds]]
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path} is damaged: {error}. Restore it, or start the run again.") from None
+        write_atomically(path, "".join(f"{line}\n" for line in lines[:rounds]))
+        return history
 
     def discard_if_unused(self) -> None:
         """Remove the folder of a run that ended before its first round did."""

@@ -1,5 +1,6 @@
 """What a run keeps of its sites' sums, so that sites can join and leave it later."""
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,6 +157,13 @@ class SiteSums:
             header, records = self._read()
             pool = {**header.pool, **self._write_pools(self._pools)}
             self._write_index(header.model_copy(update={"pool": pool}), records)
+
+    def clear(self) -> None:
+        """Remove everything, as of a run that starts again."""
+        self._pools = {}
+        with disk_errors(self.path):
+            if self.path.exists():
+                shutil.rmtree(self.path)
 
     def sites(self) -> list[str]:
         """Return the names of the sites that are in, in order."""

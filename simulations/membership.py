@@ -1,8 +1,6 @@
 """Sites join a finished run, leave it, and bring new classes to it, without computing anything of any other site."""
 
-import fcntl
 import json
-import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +26,7 @@ from fedhead.data import Samples, load_samples, relabel, require_kind, require_l
 from fedhead.devices import pick_device
 from fedhead.errors import FedheadError, UserError
 from fedhead.features import FeatureStore, Progress
-from fedhead.files import write_atomically
+from fedhead.files import locked_folder, write_atomically
 from fedhead.heads import Head, make_head
 from fedhead.losses import loss_for
 from fedhead.messages import Manifest, Payload, StatisticsRequest
@@ -782,18 +780,8 @@ def _opened(run_dir: Path | str) -> Iterator[_Run]:
     path = Path(run_dir)
     if not path.is_dir():
         raise UserError(f"There is no run folder {path}." if not path.exists() else f"{path} is not a run folder.")
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"The run folder {path} cannot be read: {error.strerror}.") from None
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FedheadError(f"{path} is being changed by another process; start again when it has ended.") from None
+    with locked_folder(path):
         yield _Run(path)
-    finally:
-        os.close(handle)
 
 
 def _total(pools: Parts) -> FeatureStatistics:
