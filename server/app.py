@@ -5,12 +5,15 @@ from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import Strategy
 
-from fedhead.backbones import load_backbone
+from fedhead.backbones import Backbone, load_backbone
 from fedhead.config import RunConfig
 from fedhead.data import load_samples
 from fedhead.errors import UserError
+from fedhead.files import locked_folder
 from fedhead.model import TransferModel
+from fedhead.server.checkpoint import Checkpoint, require_same_run
 from fedhead.server.coordinator import Coordinator
 from fedhead.server.flower_app import from_run_config
 from fedhead.server.history import Outcome
@@ -20,47 +23,88 @@ from fedhead.server.strategies import build_strategy
 
 
 def coordinate(
-    config: RunConfig, grid: Grid, out: Path | str | None = None, *, observers: Sequence[Observer] = ()
+    config: RunConfig | None,
+    grid: Grid,
+    out: Path | str | None = None,
+    *,
+    resume: bool = False,
+    observers: Sequence[Observer] = (),
 ) -> tuple[Outcome, RunFolder]:
     """Run `config` over the sites of `grid`, and write its run folder.
 
     Args:
-        config: the run; its `simulation` table is not read.
+        config: the run; its `simulation` table is not read. May be left out where a run is resumed.
         grid: where the sites are.
         out: the run folder; by default a new one under `runs/`.
+        resume: whether to go on with the run in `out`, of which a process was killed or failed.
         observers: are told of what happens.
 
     Raises:
         UserError: if the configuration names no classes, or something that does not exist or fit.
         FedheadError: if the run fails.
     """
-    classes = config.classes or (load_samples(config.classes_from).classes if config.classes_from else ())
-    if not classes:
-        raise UserError("A run over real sites needs classes = [...] (or classes_from), since their data is not here.")
+    if resume:
+        if out is None:
+            raise UserError("Resuming needs the folder of the run, as out.")
+        folder, saved = RunFolder.open(out)
+        config = _with_classes(config or saved)
+        require_same_run(config, saved, folder.path)
+    else:
+        config = _with_classes(config or RunConfig())
     strategy = build_strategy(config.strategy)
     backbone = load_backbone(config.backbone, weights=config.weights, layer=config.layer, seed=config.seed)
-    folder = RunFolder.create(out, backbone.spec.replace(":", "-"))
+    if not resume:
+        folder = RunFolder.create(out, backbone.spec.replace(":", "-"))
     observer = Observers([folder, *observers])
     try:
-        config = config.changed({"classes": list(classes), "classes_from": ""})
-        folder.write_config(config)
-        observer.on_started(config, folder.path)
-        outcome = Coordinator(config, grid, backbone, classes, strategy, observer=observer, sums=folder.sums).run()
-        folder.sums.finish()
-        folder.write_model(TransferModel(backbone, outcome.head, classes, config.head, multi_label=config.multi_label))
-        folder.write_result(
-            {
-                "accuracy": outcome.history[outcome.kept_round].accuracy,
-                "kept_round": outcome.kept_round,
-                "sites": len(outcome.participants),
-                "sites_refused": dict(outcome.refused),
-            }
-        )
+        with locked_folder(folder.path):
+            outcome = _write_run(config, grid, folder, backbone, strategy, observer)
         observer.on_finished(outcome)
     except BaseException as error:
         observer.on_failed(error)
         raise
     return outcome, folder
+
+
+def _write_run(
+    config: RunConfig, grid: Grid, folder: RunFolder, backbone: Backbone, strategy: Strategy, observer: Observer
+) -> Outcome:
+    """Run from the start, or from where the folder says, and write everything to the folder."""
+    folder.write_config(config)
+    observer.on_started(config, folder.path)
+    checkpoint = Checkpoint(folder, config, backbone, strategy, every_round=True)
+    outcome = Coordinator(
+        config,
+        grid,
+        backbone,
+        config.classes,
+        strategy,
+        observer=observer,
+        sums=folder.sums,
+        checkpoint=checkpoint,
+    ).run()
+    folder.sums.finish()
+    folder.write_model(
+        TransferModel(backbone, outcome.head, config.classes, config.head, multi_label=config.multi_label)
+    )
+    folder.write_result(
+        {
+            "accuracy": outcome.history[outcome.kept_round].accuracy,
+            "kept_round": outcome.kept_round,
+            "sites": len(outcome.participants),
+            "sites_refused": dict(outcome.refused),
+        }
+    )
+    checkpoint.remove()
+    return outcome
+
+
+def _with_classes(config: RunConfig) -> RunConfig:
+    """Return the configuration with the names of its classes in it."""
+    classes = config.classes or (load_samples(config.classes_from).classes if config.classes_from else ())
+    if not classes:
+        raise UserError("A run over real sites needs classes = [...] (or classes_from), since their data is not here.")
+    return config.changed({"classes": list(classes), "classes_from": ""})
 
 
 app = ServerApp()

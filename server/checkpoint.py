@@ -126,7 +126,11 @@ class Checkpoint:
             progress = self._progress(values, arrays)
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"The checkpoint {self._path} is damaged ({error}); start the run again.") from error
-        restore(self._strategy, values["strategy"], _below(arrays, "strategy"))
+        restore(
+            self._strategy,
+            values["strategy"],
+            {name.removeprefix("strategy."): array for name, array in arrays.items() if name.startswith("strategy.")},
+        )
         self._sweep()
         return progress
 
@@ -205,6 +209,8 @@ class Checkpoint:
             "run": self.run,
             "history": len(progress.history),
             "number": current.number,
+            # Strategies sum over a head's arrays in their order, which safetensors does not keep.
+            "names": list(current.arrays),
             "seconds": current.seconds,
             "dropped": made_by.dropped,
             "bytes": [made_by.bytes_down, made_by.bytes_up],
@@ -235,18 +241,23 @@ class Checkpoint:
             bytes_down=values["bytes"][0],
             bytes_up=values["bytes"][1],
         )
-        self._heads = {number: file for number, file in values["candidates"]}
+        self._heads = dict(values["candidates"])
         files = {file: _read(self._path / file)[1] for file in sorted(set(self._heads.values()))}
         candidates = [
-            Candidate(number, _below(files[file], str(number)), arrays[f"losses.{number}"])
+            Candidate(
+                number,
+                {name: files[file][f"{number}.{name}"] for name in values["names"]},
+                arrays[f"losses.{number}"],
+            )
             for number, file in self._heads.items()
         ]
+        head = {name: arrays[f"head.{name}"] for name in values["names"]}
         stats = None
         if values["statistics"]:
             stats = FeatureStatistics.load(self._path / "statistics.safetensors")
             self._statistics_written = True
         return Progress(
-            current=Version(values["number"], _below(arrays, "head"), made_by, values["seconds"]),
+            current=Version(values["number"], head, made_by, values["seconds"]),
             contest=Contest(None if values["common"] is None else tuple(values["common"]), candidates),
             excluded=values["excluded"],
             counts={name: torch.from_numpy(arrays[f"counts.{row}"]) for row, name in enumerate(values["counts"])},
@@ -268,6 +279,22 @@ def config_digest(config: RunConfig) -> str:
     """Return the SHA-256 of what decides a run's result."""
     values = config.model_dump(mode="json", exclude=set(OPERATIONAL))
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def require_same_run(config: RunConfig, saved: RunConfig, path: Path) -> None:
+    """Raise unless two configurations give the same result.
+
+    Raises:
+        UserError: naming the settings that differ.
+    """
+    if config_digest(config) == config_digest(saved):
+        return
+    asked, before = config.model_dump(mode="json"), saved.model_dump(mode="json")
+    changed = [name for name in asked if asked[name] != before[name] and name not in OPERATIONAL]
+    raise UserError(
+        f"A run is resumed as it was started, and {', '.join(changed)} would change for {path}; leave the settings out "
+        "(its run.toml has them), or start a new run."
+    )
 
 
 def _pack(values: Mapping[str, Any], arrays: Arrays) -> bytes:
@@ -306,9 +333,3 @@ def _digest(text: str, arrays: Arrays) -> str:
         digest.update(f"\0{name}\0{array.dtype.str}\0{list(arrays[name].shape)}\0".encode())
         digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
-
-
-def _below(arrays: Arrays, prefix: str) -> dict[str, Any]:
-    """Return the arrays whose names begin with `prefix` and a dot, by the rest of their names."""
-    start = f"{prefix}."
-    return {name.removeprefix(start): value for name, value in arrays.items() if name.startswith(start)}

@@ -51,11 +51,11 @@ class Contest:
             self.sites = [self.sites[row] for row in left]
             self.candidates = [Candidate(one.number, one.arrays, one.losses[left]) for one in self.candidates]
         losses = np.array([evaluation.metrics[site][LOSS_SUM] for site in self.sites])
-        before = np.array([one.losses for one in self.candidates]).reshape(-1, len(losses))
-        if (before <= losses).all(axis=1).any():
+        before = np.array([one.losses for one in self.candidates]).reshape(len(self.candidates), len(losses))
+        if np.all(before <= losses, axis=1).any():
             return
-        beaten = (losses <= before).all(axis=1)
-        self.candidates = [one for one, out in zip(self.candidates, beaten, strict=True) if not out]
+        left = np.flatnonzero(~np.all(losses <= before, axis=1)).tolist()
+        self.candidates = [self.candidates[row] for row in left]
         self.candidates.append(Candidate(number, arrays, losses))
 
     def winner(self, evaluation: Exchange) -> Candidate | None:

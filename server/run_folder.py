@@ -90,8 +90,8 @@ class RunFolder(Observer):
         return history
 
     def discard_if_unused(self) -> None:
-        """Remove the folder of a run that ended before its first round did."""
-        if not (self.path / "metrics.jsonl").read_text():
+        """Remove the folder of a run that ended before it had a head."""
+        if not (self.path / "metrics.jsonl").read_text() and not (self.path / "checkpoint").exists():
             shutil.rmtree(self.path, ignore_errors=True)
 
     def write_model(self, model: TransferModel) -> None:

@@ -47,7 +47,7 @@ def restore(strategy: Strategy, values: Mapping[str, Any], arrays: Mapping[str, 
     unknown = sorted(values.keys() - vars(strategy).keys())
     if unknown:
         raise UserError(
-            f"{type(strategy).__name__} has no {unknown[0]!r}, which the checkpoint holds of the run's strategy; resume "
+            f"{type(strategy).__name__} has no {unknown[0]!r}, which the run's strategy had when it was saved; resume "
             "with the strategy, and the version of it, that the run was started with."
         )
     for name, value in values.items():

@@ -24,13 +24,16 @@ from fedhead.client.training import LabelledFeatures
 from fedhead.config import RunConfig
 from fedhead.data import IntArray, Samples, load_samples, load_sites, relabel, require_kind, require_labels
 from fedhead.devices import pick_device
+from fedhead.errors import UserError
 from fedhead.features import FeatureStore, Progress
+from fedhead.files import locked_folder
 from fedhead.flower import in_process_identity
 from fedhead.heads import Head, make_head
 from fedhead.losses import loss_for
 from fedhead.messages import Manifest
 from fedhead.metrics import EvaluationReport, EvaluationSums, report
 from fedhead.model import TransferModel
+from fedhead.server.checkpoint import Checkpoint, require_same_run
 from fedhead.server.coordinator import Coordinator
 from fedhead.server.history import Outcome, Round
 from fedhead.server.observer import Observer, Observers
@@ -255,6 +258,7 @@ def simulate(
     strategy: Strategy | None = None,
     apps: Mapping[str, ClientApp] | None = None,
     out: Path | str | None = None,
+    resume: bool = False,
     on_extraction: Progress = lambda done, total: None,
     observers: Sequence[Observer] = (),
 ) -> RunResult:
@@ -268,6 +272,8 @@ def simulate(
         strategy: a Flower `Strategy` of your own, instead of `config.strategy`.
         apps: `ClientApp`s of sites that do not run fedhead's, by site name.
         out: the run folder; by default a new one under `runs/`.
+        resume: whether to go on with the run in `out`, of which a process was killed or failed. `config` may be left
+            out then; `data`, `sites` and `strategy` that were given to it must be given again.
         on_extraction: called with rows done and rows in all.
         observers: are told of what happens.
 
@@ -275,38 +281,61 @@ def simulate(
         UserError: if something asked for does not exist or does not fit; before anything is run.
         FedheadError: if the run fails.
     """
-    plan = make_plan(config or RunConfig(), data, sites, test_data=test_data, strategy=strategy)
-    folder = RunFolder.create(out, _run_name(plan))
-
+    if resume:
+        if out is None:
+            raise UserError("Resuming needs the folder of the run, as out.")
+        folder, saved = RunFolder.open(out)
+        plan = make_plan(config or saved, data, sites, test_data=test_data, strategy=strategy)
+        require_same_run(plan.config, saved, folder.path)
+    else:
+        plan = make_plan(config or RunConfig(), data, sites, test_data=test_data, strategy=strategy)
+        folder = RunFolder.create(out, _run_name(plan))
     observer = Observers([folder, *observers])
     try:
-        folder.write_config(plan.config)
-        observer.on_started(plan.config, folder.path)
-        result = run_plan(
-            plan,
-            apps=apps,
-            run_dir=folder.path,
-            on_extraction=on_extraction,
-            observer=observer,
-            sums=folder.sums,
-        )
-        folder.sums.finish()
-        folder.write_model(result.model)
-        folder.write_result(result.summary())
-        folder.write_evaluation(
-            {
-                "diagnosis": [diagnosis.to_dict() for diagnosis in result.outcome.diagnoses],
-                "coverage": [one.to_dict() for one in result.outcome.coverage],
-                "pooled": result.evaluation.to_dict(),
-                "sites": {name: report(sums, result.config.classes).to_dict() for name, sums in result.sites.items()},
-            }
-        )
+        with locked_folder(folder.path):
+            result = _write_run(plan, folder, observer, apps, on_extraction)
         observer.on_finished(result.outcome)
         return result
     except BaseException as error:
         observer.on_failed(error)
-        folder.discard_if_unused()
+        if not resume:
+            folder.discard_if_unused()
         raise
+
+
+def _write_run(
+    plan: "Plan",
+    folder: RunFolder,
+    observer: Observer,
+    apps: Mapping[str, ClientApp] | None,
+    on_extraction: Progress,
+) -> RunResult:
+    """Run what was planned, from the start or from where its folder says, and write everything to the folder."""
+    folder.write_config(plan.config)
+    observer.on_started(plan.config, folder.path)
+    checkpoint = Checkpoint(folder, plan.config, plan.backbone, plan.strategy, every_round=False)
+    result = run_plan(
+        plan,
+        apps=apps,
+        run_dir=folder.path,
+        on_extraction=on_extraction,
+        observer=observer,
+        sums=folder.sums,
+        checkpoint=checkpoint,
+    )
+    folder.sums.finish()
+    folder.write_model(result.model)
+    folder.write_evaluation(
+        {
+            "diagnosis": [diagnosis.to_dict() for diagnosis in result.outcome.diagnoses],
+            "coverage": [one.to_dict() for one in result.outcome.coverage],
+            "pooled": result.evaluation.to_dict(),
+            "sites": {name: report(sums, result.config.classes).to_dict() for name, sums in result.sites.items()},
+        }
+    )
+    folder.write_result(result.summary())
+    checkpoint.remove()
+    return result
 
 
 @dataclass(frozen=True)
@@ -397,6 +426,7 @@ def run_plan(
     on_extraction: Progress = lambda done, total: None,
     observer: Observer | None = None,
     sums: SiteSums | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> RunResult:
     """Run what was planned, and write nothing but features; see `simulate`.
 
@@ -428,6 +458,7 @@ def run_plan(
             observer=observer,
             sums=sums,
             test=test,
+            checkpoint=checkpoint,
             deliver=deliver,
         ).run()
     ended = time.perf_counter()

@@ -33,6 +33,13 @@ Rounds = Annotated[
 Holdout = Annotated[
     float | None, typer.Option(help="Share of rows each site holds out for evaluation.", rich_help_panel=RUN)
 ]
+MinSites = Annotated[
+    int | None, typer.Option(help="With fewer sites a run waits, up to --round-deadline.", rich_help_panel=RUN)
+]
+RoundDeadline = Annotated[
+    float | None,
+    typer.Option(help="Seconds to wait for sites' replies, and for enough sites.", rich_help_panel=RUN),
+]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same result.", rich_help_panel=RUN)]
 Data = Annotated[
     str | None, typer.Option(help="'digits', folder:PATH, csv:FILE or another data spec.", rich_help_panel=SIMULATION)
@@ -88,6 +95,12 @@ SiteMinClassCount = Annotated[
 SiteMinRows = Annotated[
     int, typer.Option("--min-rows", help="With fewer rows it takes no part; 0 for none.", rich_help_panel=SITE)
 ]
+Resume = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="RUN_DIR", help="Go on with a run that was interrupted, from its last round.", rich_help_panel=OUTPUT
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else.", rich_help_panel=OUTPUT)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", rich_help_panel=OUTPUT)]
 
@@ -102,6 +115,23 @@ def run_config(
     table = {key: value for key, value in simulation.items() if value is not None}
     changes = merge({**given, "simulation": table}, parse_assignments(assignments or []))
     return RunConfig.from_toml(path, changes) if path else RunConfig.from_values(changes)
+
+
+def run_to_resume(run_dir: Path | None, config: Path | None, out: Path | None) -> tuple[Path | None, Path | None]:
+    """Return the configuration file and the run folder: those given, or those of the run that is resumed.
+
+    Raises:
+        UserError: if a run is resumed with another file, or into another folder.
+    """
+    from fedhead.errors import UserError
+
+    if run_dir is None:
+        return config, out
+    if config is not None or out is not None:
+        raise UserError(f"--resume {run_dir} takes the configuration and the folder of that run; leave out the other.")
+    if not (run_dir / "run.toml").is_file():
+        raise UserError(f"{run_dir} is no run folder: it holds no run.toml. Give the folder of the run to resume.")
+    return run_dir / "run.toml", run_dir
 
 
 def names(text: str | None) -> list[str] | None:

@@ -50,6 +50,8 @@ def simulate(
         typer.Option(help="Keep each site's sums in the run folder, or 'none'.", rich_help_panel=options.OUTPUT),
     ] = None,
     holdout: options.Holdout = None,
+    min_sites: options.MinSites = None,
+    round_deadline: options.RoundDeadline = None,
     seed: options.Seed = None,
     data: options.Data = None,
     test_data: options.TestData = None,
@@ -64,6 +66,7 @@ def simulate(
         Path | None,
         typer.Option(help="The run folder; by default a new one under runs/.", rich_help_panel=options.OUTPUT),
     ] = None,
+    resume: options.Resume = None,
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -71,8 +74,9 @@ def simulate(
     from fedhead import simulations
     from fedhead.server.observer import EachRound
 
+    path, out = options.run_to_resume(resume, config, out)
     run = options.run_config(
-        config,
+        path,
         set_,
         {
             "backbone": backbone,
@@ -87,6 +91,8 @@ def simulate(
             "keep_sums": keep_sums,
             "diagnose": diagnose,
             "holdout": holdout,
+            "min_sites": min_sites,
+            "round_deadline": round_deadline,
             "seed": seed,
         },
         {
@@ -106,6 +112,7 @@ def simulate(
         result = simulations.simulate(
             run,
             out=out,
+            resume=resume is not None,
             on_extraction=lambda done, total: progress.update(extraction, completed=done, total=total),
             observers=[EachRound(lambda finished: progress.update(training, completed=finished.number))],
         )
