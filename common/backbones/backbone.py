@@ -28,7 +28,7 @@ BackboneSource = Callable[[str, str, str, int], "Backbone"]
 
 backbone_sources: Registry[BackboneSource] = Registry(
     "backbone source",
-    {name: f"fedhead.backbones.{name}" for name in ("bundled", "hf", "torchvision", "vectors")},
+    {name: f"fedhead.backbones.{name}" for name in ("bundled", "hf", "python", "timm", "torchvision", "vectors")},
 )
 
 FORMAT = "fedhead-backbone-1"

@@ -55,8 +55,8 @@ def fetch_hub_file(repository: str, names: Sequence[str], spec: str) -> Path:
     Raises:
         FedheadError: with all the ways to get it, if it cannot be downloaded.
     """
-    from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError
 
     if found := hub_file(repository, names):
         return found
@@ -64,11 +64,13 @@ def fetch_hub_file(repository: str, names: Sequence[str], spec: str) -> Path:
     missing: Exception = FileNotFoundError(f"it has none of {', '.join(names)}")
     for name in names:
         try:
+            # Unlike the download, which without a network tries for most of a minute.
+            get_hf_file_metadata(hf_hub_url(owner_name, name, revision=revision or None))
             return Path(hf_hub_download(owner_name, name, revision=revision or None))
         except EntryNotFoundError as error:
             missing = error
         # Without a network, each layer below raises errors of its own.
-        except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+        except Exception as error:
             missing = error
             break
     url = f"https://huggingface.co/{owner_name}"

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import torch
@@ -69,6 +69,12 @@ class ImagePreprocessing:
     interpolation: str = "bilinear"
     rounding: Literal["even", "down"] = "even"
 
+    @classmethod
+    def imagenet(cls, size: int) -> Self:
+        """Return what most models trained on ImageNet take: the middle `size` of a shorter side of `size / 0.875`."""
+        resize = round(size / 0.875)
+        return cls(3, resize, (size, size), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
     @property
     def kind(self) -> Kind:
         """Always "image"."""
@@ -99,9 +105,8 @@ class ImagePreprocessing:
         if target != image.size:
             image = image.resize(target, Image.Resampling[self.interpolation.upper()])
         if self.crop is not None:
-            whole = round if self.rounding == "even" else math.floor
-            top = whole((image.size[1] - self.crop[0]) / 2)
-            left = whole((image.size[0] - self.crop[1]) / 2)
+            top = _margin(image.size[1], self.crop[0], self.rounding)
+            left = _margin(image.size[0], self.crop[1], self.rounding)
             image = image.crop((left, top, left + self.crop[1], top + self.crop[0]))
         pixels = torch.from_numpy(np.array(image)).reshape(image.size[1], image.size[0], self.channels)
         mean = torch.tensor(self.mean).reshape(-1, 1, 1)
@@ -120,6 +125,13 @@ class ImagePreprocessing:
     def describe(self) -> dict[str, Any]:
         """Return the attributes."""
         return asdict(self)
+
+
+def _margin(size: int, crop: int, rounding: Literal["even", "down"]) -> int:
+    """Return what is cut before the middle; negative where `crop` is larger and black is added."""
+    if rounding == "down":
+        return math.floor((size - crop) / 2)
+    return round((size - crop) / 2) if size >= crop else -((crop - size) // 2)
 
 
 @dataclass(frozen=True)

@@ -35,11 +35,11 @@ def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
     """
     spec = f"torchvision:{name}"
     model_name, entry = _entry(name)
+    path = str(fetch_torch_file(entry.url, spec)) if weights == "default" else weights
     model = _build(model_name, entry, seed)
     if weights == "random":
         module = Graph(model).cut(layer, spec)
     else:
-        path = str(fetch_torch_file(entry.url, spec)) if weights == "default" else weights
         fit = fill_weights(model, _renamed(read_weights(path)))
         # Not before: a file of an older version may change the model that it fills.
         module = Graph(model).cut(layer, spec)

@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +33,26 @@ class Pairs:
         return f"{self.spec}[{row}]"
 
 
+def user_function(spec: str) -> Callable[[], Any]:
+    """Return the function that `python:MODULE:FUNCTION` names; the module may be in the current folder.
+
+    Raises:
+        UserError: if there is none.
+    """
+    module_name, _, function_name = spec.removeprefix("python:").partition(":")
+    if not module_name or not function_name:
+        raise UserError(f"Expected python:MODULE:FUNCTION, not '{spec}'.")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        function: Callable[[], Any] = getattr(importlib.import_module(module_name), function_name)
+    except ImportError as error:
+        raise UserError(f"The module of '{spec}' cannot be imported: {error}.") from error
+    except AttributeError:
+        raise UserError(f"The module {module_name!r} has no function {function_name!r}.") from None
+    return function
+
+
 @sources.register("python")
 def load_python(argument: str) -> Samples:
     """What a function of the user's returns: `(images, labels)`, `Samples`, or a sized data set of pairs.
@@ -41,18 +62,7 @@ def load_python(argument: str) -> Samples:
     tensors `[C, H, W]`; texts are strings, and stand in the place of images. Multi-label rows are labelled as
     `samples_from_arrays` says.
     """
-    module_name, _, function_name = argument.partition(":")
-    if not module_name or not function_name:
-        raise UserError(f"Expected python:MODULE:FUNCTION, not 'python:{argument}'.")
-    if "" not in sys.path:
-        sys.path.insert(0, "")
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except ImportError as error:
-        raise UserError(f"The module of 'python:{argument}' cannot be imported: {error}.") from error
-    except AttributeError:
-        raise UserError(f"The module {module_name!r} has no function {function_name!r}.") from None
-    loaded = function()
+    loaded = user_function(f"python:{argument}")()
     if isinstance(loaded, Samples):
         return replace(loaded, spec=f"python:{argument}")
     if isinstance(loaded, tuple) and len(loaded) == 2:

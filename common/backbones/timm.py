@@ -1,0 +1,150 @@
+"""`timm:NAME`: any model of timm's, without its classifier."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedhead.backbones.backbone import Backbone, WeightsFit, backbone_sources, fill_weights, read_weights
+from fedhead.backbones.downloads import fetch_hub_file, fetch_torch_file, hub_file, torch_file
+from fedhead.backbones.layers import PENULTIMATE, Stopped
+from fedhead.backbones.preprocessing import ImagePreprocessing
+from fedhead.errors import UserError
+from fedhead.extras import require
+from fedhead.registry import suggest
+
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+@backbone_sources.register("timm")
+def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
+    """Build a model of timm's with the preprocessing of its weights.
+
+    Args:
+        name: a model's, for its default weights, or with a tag, as in `xception41.tf_in1k`.
+        weights: see `load_backbone`; a file of timm's, of the paper's authors where timm reads these, or of
+            `Backbone.save`.
+        layer: `penultimate` for what the classifier takes, pooled as the model does, or the name of a module.
+        seed: see `load_backbone`.
+
+    Raises:
+        UserError: if timm is not installed, for an unknown model or layer, and for weights of another architecture.
+        FedheadError: if the weights are not here and cannot be downloaded.
+    """
+    spec = f"timm:{name}"
+    config = pretrained_config(name)
+    path = str(_fetch(config, spec)) if weights == "default" else weights
+    model = build(name, seed)
+    preprocessing = preprocessing_of(library().data.resolve_model_data_config(model), spec)
+    module: nn.Module = model
+    if layer != PENULTIMATE:
+        example = torch.zeros(1, preprocessing.channels, *preprocessing.size)
+        module = Stopped(model, layer, spec, example)
+    if weights != "random":
+        _fill(name, model, read_weights(path), config).require(module.state_dict().keys(), spec, path)
+    return Backbone(spec, module, preprocessing, layer=layer, trained=weights != "random")
+
+
+def library() -> Any:
+    """Return timm.
+
+    Raises:
+        UserError: if it is not installed.
+    """
+    return require("timm", "timm", "A backbone timm:NAME")
+
+
+def pretrained_config(name: str) -> Any:
+    """Return what timm knows of a model's weights.
+
+    Raises:
+        UserError: if there is no such model or tag.
+    """
+    models = library().models
+    model_name, tag = models.split_model_name_tag(name)
+    if not models.is_model(model_name):
+        raise UserError(f"timm has no model {model_name!r}. {suggest(model_name, models.list_models())}")
+    tags = [known for known in models.get_arch_pretrained_cfgs(model_name) if known.partition(".")[2]]
+    if tag and name not in tags:
+        raise UserError(f"timm has no weights {tag!r} of {model_name}. {suggest(name, tags)}")
+    return models.get_pretrained_cfg(name)
+
+
+def build(name: str, seed: int) -> nn.Module:
+    """Return timm's model without its classifier, in eval mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: nn.Module = library().create_model(name, num_classes=0)
+    return model.eval()
+
+
+def preprocessing_of(config: Mapping[str, Any], spec: str) -> ImagePreprocessing:
+    """Return what timm's transforms for evaluation do, as a value.
+
+    Args:
+        config: timm's data configuration.
+        spec: the backbone, for messages.
+
+    Raises:
+        UserError: for the few models whose images are padded, or have other channels.
+    """
+    channels, height, width = config["input_size"]
+    scaled = (math.floor(height / config["crop_pct"]), math.floor(width / config["crop_pct"]))
+    squashed = config["crop_mode"] == "squash"
+    if channels not in (1, 3) or config["crop_mode"] == "border" or (not squashed and height != width):
+        raise UserError(
+            f"{spec} takes {channels} channels of {height} x {width}, fitted by {config['crop_mode']!r}; fedhead makes "
+            "one channel or three, cut from the centre or squashed."
+        )
+    return ImagePreprocessing(
+        channels=channels,
+        resize=scaled if squashed else scaled[0],
+        crop=(height, width),
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        interpolation=config["interpolation"],
+    )
+
+
+def cached_weights(config: Any) -> Path | None:
+    """Return the weights that the hub's cache or torch's has on this machine; None for none."""
+    if config.hf_hub_id and (found := hub_file(config.hf_hub_id, _hub_names(config))):
+        return found
+    path = torch_file(config.url) if config.url else None
+    return path if path is not None and path.is_file() else None
+
+
+def _fetch(config: Any, spec: str) -> Path:
+    if found := cached_weights(config):
+        return found
+    if config.hf_hub_id:
+        return fetch_hub_file(config.hf_hub_id, _hub_names(config), spec)
+    if config.url:
+        return fetch_torch_file(config.url, spec)
+    raise UserError(f"timm has no weights of {spec}. Name a file with --weights FILE, or take random ones.")
+
+
+def _hub_names(config: Any) -> tuple[str, ...]:
+    return (config.hf_hub_filename,) if config.hf_hub_filename else HUB_FILES
+
+
+def _fill(name: str, model: nn.Module, weights: Mapping[str, Tensor], config: Any) -> WeightsFit:
+    """Copy weights into a model, after timm's own conversion of them where they do not fit as they are."""
+    fit = fill_weights(model, _without_classifier(weights, config))
+    if fit.missing or fit.unknown or fit.reshaped:
+        try:
+            converted = library().create_model(name, pretrained=True, pretrained_cfg_overlay={"state_dict": weights})
+        # Whatever it fails with: these weights are not the model's.
+        except Exception:
+            return fit
+        return fill_weights(model, _without_classifier(converted.state_dict(), config))
+    return fit
+
+
+def _without_classifier(weights: Mapping[str, Tensor], config: Any) -> dict[str, Tensor]:
+    named = config.classifier or ()
+    classifiers = tuple(f"{one}." for one in ((named,) if isinstance(named, str) else named))
+    return {name: tensor for name, tensor in weights.items() if not name.startswith(classifiers)}
