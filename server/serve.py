@@ -29,6 +29,7 @@ def serve(
     *,
     kit: CoordinatorKit | None = None,
     out: Path | None = None,
+    resume: bool = False,
     health: str = "",
     shown: Callable[[RunStatus], AbstractContextManager[object]] = lambda status: nullcontext(),
     observers: Sequence[Observer] = (),
@@ -40,6 +41,7 @@ def serve(
         link: not entered yet.
         kit: whose certificates are warned about before they expire.
         out: the run folder; by default a new one under `runs/`.
+        resume: whether to go on with the run in `out`.
         health: `HOST:PORT` of a gRPC health service, if any.
         shown: shows how the run stands, while it is entered.
         observers: are told of what happens.
@@ -56,7 +58,7 @@ def serve(
         gathering = Gathering(link, status)
         state.serving(True)
         with shown(status):
-            return coordinate(config, NetworkGrid(link), out, observers=[status, gathering, *observers])
+            return coordinate(config, NetworkGrid(link), out, resume=resume, observers=[status, gathering, *observers])
 
 
 class Gathering(Observer):

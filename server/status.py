@@ -77,6 +77,9 @@ class RunStatus(Observer):
         self.note(rounds=config.rounds, run=run_dir.name if run_dir else "", state="running", message="")
         if run_dir is not None:
             self._folder = run_dir
+            metrics = run_dir / "metrics.jsonl"
+            with self._lock:
+                self._history = [json.loads(line) for line in metrics.read_text().splitlines() if line.endswith("}")]
             self._write()
             self._writer.start()
 

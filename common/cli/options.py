@@ -40,6 +40,14 @@ RoundDeadline = Annotated[
     float | None,
     typer.Option(help="Seconds to wait for sites' replies, and for enough sites.", rich_help_panel=RUN),
 ]
+Diagnose = Annotated[
+    bool | None,
+    typer.Option("--diagnose/--no-diagnose", help="Tell how each site stands to the pool.", rich_help_panel=RUN),
+]
+KeepSums = Annotated[
+    str | None,
+    typer.Option(help="Keep each site's sums in the run folder, or 'none'.", rich_help_panel=OUTPUT),
+]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same result.", rich_help_panel=RUN)]
 Data = Annotated[
     str | None, typer.Option(help="'digits', folder:PATH, csv:FILE or another data spec.", rich_help_panel=SIMULATION)
@@ -54,6 +62,10 @@ Partition = Annotated[
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="'auto', 'cpu', 'cuda' or 'mps'.", rich_help_panel=SIMULATION)]
+Precision = Annotated[
+    str | None,
+    typer.Option(help="'float32', or 'mixed' for faster extraction on a GPU.", rich_help_panel=SIMULATION),
+]
 StrictData = Annotated[
     bool | None,
     typer.Option("--strict-data", help="Stop at unreadable rows instead of skipping.", rich_help_panel=SIMULATION),

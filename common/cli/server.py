@@ -48,14 +48,8 @@ def server(
         str,
         typer.Option(help="Serve gRPC's health service there.", metavar="HOST:PORT", rich_help_panel=CONNECTION),
     ] = "",
-    min_sites: Annotated[
-        int | None,
-        typer.Option(min=1, help="With fewer sites the run waits, and then fails.", rich_help_panel=options.RUN),
-    ] = None,
-    round_deadline: Annotated[
-        float | None,
-        typer.Option(min=0.1, help="Seconds to wait for sites in each exchange.", rich_help_panel=options.RUN),
-    ] = None,
+    min_sites: options.MinSites = None,
+    round_deadline: options.RoundDeadline = None,
     backbone: Annotated[
         str | None, typer.Option(help="source:name, as in torchvision:resnet18.", rich_help_panel=options.RUN)
     ] = None,
@@ -67,6 +61,8 @@ def server(
     classes_from: options.ClassesFrom = None,
     multi_label: options.MultiLabel = None,
     rounds: options.Rounds = None,
+    diagnose: options.Diagnose = None,
+    keep_sums: options.KeepSums = None,
     holdout: options.Holdout = None,
     seed: options.Seed = None,
     set_: options.Assignments = None,
@@ -74,12 +70,14 @@ def server(
         Path | None,
         typer.Option(help="The run folder; by default a new one under runs/.", rich_help_panel=options.OUTPUT),
     ] = None,
+    resume: options.Resume = None,
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
     """Run the coordinator of real sites; exit 0 only if the run succeeded."""
+    path, out = options.run_to_resume(resume, config, out)
     run = options.run_config(
-        config,
+        path,
         set_,
         {
             "backbone": backbone,
@@ -91,6 +89,8 @@ def server(
             "classes_from": classes_from,
             "multi_label": multi_label,
             "rounds": rounds,
+            "diagnose": diagnose,
+            "keep_sums": keep_sums,
             "holdout": holdout,
             "seed": seed,
             "min_sites": min_sites,
@@ -124,7 +124,7 @@ def server(
 
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        folder = serve(run, link, kit=keys, out=out, health=health, shown=show)[1]
+        folder = serve(run, link, kit=keys, out=out, resume=resume is not None, health=health, shown=show)[1]
     finally:
         if shown and shown[-1].snapshot()["run"] and not as_json:
             output().print(run_tables(shown[-1].snapshot()), highlight=False)

@@ -39,16 +39,8 @@ def simulate(
     classes_from: options.ClassesFrom = None,
     multi_label: options.MultiLabel = None,
     rounds: options.Rounds = None,
-    diagnose: Annotated[
-        bool | None,
-        typer.Option(
-            "--diagnose/--no-diagnose", help="Tell how each site stands to the pool.", rich_help_panel=options.RUN
-        ),
-    ] = None,
-    keep_sums: Annotated[
-        str | None,
-        typer.Option(help="Keep each site's sums in the run folder, or 'none'.", rich_help_panel=options.OUTPUT),
-    ] = None,
+    diagnose: options.Diagnose = None,
+    keep_sums: options.KeepSums = None,
     holdout: options.Holdout = None,
     min_sites: options.MinSites = None,
     round_deadline: options.RoundDeadline = None,
@@ -58,6 +50,7 @@ def simulate(
     sites: options.Sites = None,
     partition: options.Partition = None,
     device: options.Device = None,
+    precision: options.Precision = None,
     strict_data: options.StrictData = None,
     min_class_count: options.MinClassCount = None,
     min_rows: options.MinRows = None,
@@ -101,6 +94,7 @@ def simulate(
             "sites": sites,
             "partition": partition,
             "device": device,
+            "precision": precision,
             "strict_data": strict_data,
             "min_class_count": min_class_count,
             "min_rows": min_rows,

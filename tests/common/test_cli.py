@@ -94,12 +94,13 @@ def test_every_commands_help_groups_its_flags_and_shows_an_example() -> None:
 
 
 def test_every_setting_has_a_flag_of_its_name() -> None:
-    text = click.unstyle(fedhead_command("simulate", "--help").stdout)
-    tables = {"strategy", "local", "simulation"}
-    for name in [*(RunConfig.model_fields.keys() - tables), *SimulationConfig.model_fields]:
-        assert f"--{name.replace('_', '-')} " in text, name
-    assert "─ The run ─" in text
-    assert "─ The simulation ─" in text
+    settings = RunConfig.model_fields.keys() - {"strategy", "local", "simulation"}
+    simulated = [*settings, *SimulationConfig.model_fields]
+    for command, names in (("simulate", simulated), ("server", settings)):
+        text = click.unstyle(fedhead_command(command, "--help").stdout)
+        for name in names:
+            assert f"--{name.replace('_', '-')} " in text, (command, name)
+        assert "─ The run ─" in text
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["simulate", "--help"], ["--version"]])
