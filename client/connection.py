@@ -68,6 +68,7 @@ class Connection:
         insecure: whether the coordinator takes any key, and none is registered before.
         patience: seconds for which a refused key is tried again, since an earlier process may still count as active.
         beat: seconds between heartbeats.
+        on_change: is told whether it is connected, when that changes.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Connection:
         insecure: bool = False,
         patience: float = 2 * HEARTBEAT_INTERVAL + 5,
         beat: float = 0.8 * HEARTBEAT_INTERVAL,
+        on_change: Callable[[bool], None] = lambda connected: None,
     ) -> None:
         self.address = address
         self._fleet = fleet
@@ -86,6 +88,7 @@ class Connection:
         self._insecure = insecure
         self._patience = patience
         self._between_beats = beat
+        self._on_change = on_change
         self._lock = threading.RLock()
         self._ending = threading.Event()
         self._node: int | None = None
@@ -336,6 +339,7 @@ class Connection:
         with self._lock:
             if trouble.sentence != self._trouble:
                 self._trouble = trouble.sentence
+                self._on_change(False)
                 logger.warning("%s The site keeps trying.", trouble.sentence)
 
     def _well(self) -> None:
@@ -343,6 +347,7 @@ class Connection:
             with self._lock:
                 again = " again" if self._connected_before else ""
                 self._trouble, self._connected_before = "", True
+                self._on_change(True)
                 logger.info("Connected%s to %s.", again, self.address)
 
     def _explain(self, error: httpx.TransportError) -> Trouble:

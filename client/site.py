@@ -11,13 +11,14 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 
 from flwr.app import Context, Error, Message, RecordDict
 from pydantic import ValidationError
 
+from fedhead.certificates import expiry_warning
 from fedhead.client.app import kept, make_app
 from fedhead.client.approval import Approvals, Ask
 from fedhead.client.connection import LONG_WAIT, Connection, WorkIsOverError
@@ -27,6 +28,7 @@ from fedhead.client.site_data import LocalSite
 from fedhead.errors import FedheadError, UserError
 from fedhead.files import home, safe_name, write_atomically
 from fedhead.flower import FleetClient, content_from_bytes, content_to_bytes
+from fedhead.health import Health
 from fedhead.messages import DESCRIBE, TRAIN, Payload
 
 logger = logging.getLogger(__name__)
@@ -45,7 +47,9 @@ class StopSite(BaseException):
         self.number = number
 
 
-def serve(settings: SiteSettings, kit: Kit | None, *, approve: bool = False, ask: Ask | None = None) -> None:
+def serve(
+    settings: SiteSettings, kit: Kit | None, *, approve: bool = False, ask: Ask | None = None, health: str = ""
+) -> None:
     """Run a site until it is stopped: check its data and device, connect, and answer.
 
     Args:
@@ -53,6 +57,7 @@ def serve(settings: SiteSettings, kit: Kit | None, *, approve: bool = False, ask
         kit: its keys; None on one machine, without TLS.
         approve: whether a person must agree to the first release of each kind.
         ask: how to reach one; None if nobody is there.
+        health: `HOST:PORT` of a gRPC health service, if any; it serves while the site is connected.
 
     Raises:
         UserError: if data or device are not to be had, or another process has them; before anything is sent.
@@ -61,6 +66,8 @@ def serve(settings: SiteSettings, kit: Kit | None, *, approve: bool = False, ask
     """
     if not settings.data:
         raise UserError('Say what data this site has: --data folder:PATH, or data = "folder:PATH" in site.toml.')
+    if kit is not None and (warning := expiry_warning(kit.path / "ca.pem", "Ask the coordinator for a new kit.")):
+        logger.warning("%s", warning)
     folder = home() / "sites" / safe_name(settings.name)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     whom = settings.coordinator if kit is None else hashlib.sha256(kit.root_certificates).hexdigest()
@@ -80,8 +87,12 @@ def serve(settings: SiteSettings, kit: Kit | None, *, approve: bool = False, ask
         logger.info("%s has %d rows of %s, on %s.", site.name, site.num_rows, settings.data, site.device)
         key, certificates = (insecure_key(folder), None) if kit is None else (kit.key, kit.root_certificates)
         fleet = FleetClient(settings.coordinator, key, certificates, LONG_WAIT, settings.name)
-        connection = Connection(fleet, settings.coordinator, folder / "node.json", insecure=kit is None)
-        SiteProcess(settings, site, connection, folder, released).run()
+        state = Health()
+        connection = Connection(
+            fleet, settings.coordinator, folder / "node.json", insecure=kit is None, on_change=state.serving
+        )
+        with state.served(health) if health else nullcontext():
+            SiteProcess(settings, site, connection, folder, released).run()
 
 
 class KeptContexts:

@@ -35,6 +35,10 @@ def client(
     coordinator: Annotated[
         str | None, typer.Option(help="host:port; by default the kit's.", rich_help_panel=CONNECTION)
     ] = None,
+    health: Annotated[
+        str,
+        typer.Option(help="Serve gRPC's health service there.", metavar="HOST:PORT", rich_help_panel=CONNECTION),
+    ] = "",
     site: Annotated[
         str | None, typer.Option(help="The site's name; a kit has one.", rich_help_panel=options.SITE)
     ] = None,
@@ -84,9 +88,9 @@ def client(
         if site is not None:
             raise UserError("A kit has its site's name: leave --site away, or ask for a kit of that name.")
         opened = Kit(kit)
-        _serve(opened.settings(changes), opened, approve)
+        _serve(opened.settings(changes), opened, approve, health)
     else:
-        _serve(_insecure_settings(site, changes), None, approve)
+        _serve(_insecure_settings(site, changes), None, approve, health)
 
 
 def _insecure_settings(site: str | None, changes: dict[str, Any]) -> "SiteSettings":
@@ -101,14 +105,14 @@ def _insecure_settings(site: str | None, changes: dict[str, Any]) -> "SiteSettin
     return settings
 
 
-def _serve(settings: "SiteSettings", kit: "Kit | None", approve: bool) -> None:
+def _serve(settings: "SiteSettings", kit: "Kit | None", approve: bool, health: str) -> None:
     from fedhead.client.site import StopSite, serve
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S", force=True)
     for chatty in ("httpx", "flwr"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
-        serve(settings, kit, approve=approve, ask=_ask if sys.stdin.isatty() else None)
+        serve(settings, kit, approve=approve, ask=_ask if sys.stdin.isatty() else None, health=health)
     except StopSite as stop:
         sys.exit(0 if stop.number == signal.SIGTERM else INTERRUPTED)
 
