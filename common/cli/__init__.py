@@ -3,12 +3,13 @@
 import os
 import sys
 
-from fedhead.cli import client, flower_app, ledger, membership, provision, rank, server, simulate, status
+from fedhead.cli import client, data, flower_app, ledger, membership, provision, rank, server, simulate, status
 from fedhead.cli.application import INTERRUPTED, app
 
 __all__ = [
     "app",
     "client",
+    "data",
     "flower_app",
     "ledger",
     "main",

@@ -89,23 +89,28 @@ class Samples:
 
         It is the same in a folder, a table and an archive, since images are told apart by their pixels.
         """
-        digest = hashlib.blake2b(digest_size=8)
         group = self.group(row, item)
-        if group is not None:
-            digest.update(f"group {group}".encode())
-        elif isinstance(item, str):
-            digest.update(b"text ")
-            digest.update(item.encode(errors="surrogatepass"))
-        else:
-            digest.update(f"{item.mode} {item.size}".encode())
-            digest.update(item.tobytes())
-        return int.from_bytes(digest.digest(), "little")
+        if group is None:
+            return content_key(item)
+        return int.from_bytes(hashlib.blake2b(f"group {group}".encode(), digest_size=8).digest(), "little")
 
     def group(self, row: int, item: Item) -> str | None:
         """Return the group of `row`: the one that the data names, or else the one that its own file does."""
         if self.groups is not None and self.groups[row] is not None:
             return self.groups[row]
         return None if isinstance(item, str) else item.info.get(GROUP)
+
+
+def content_key(item: Item) -> int:
+    """Return the 64-bit identity of an image's mode, size and pixels, or of a text."""
+    digest = hashlib.blake2b(digest_size=8)
+    if isinstance(item, str):
+        digest.update(b"text ")
+        digest.update(item.encode(errors="surrogatepass"))
+    else:
+        digest.update(f"{item.mode} {item.size}".encode())
+        digest.update(item.tobytes())
+    return int.from_bytes(digest.digest(), "little")
 
 
 def load_samples(spec: str) -> Samples:

@@ -1,0 +1,155 @@
+"""`fedhead data`: what a data set holds, and what is wrong with it, before anything runs on it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from fedhead.cli import options
+from fedhead.cli.application import app, in_sentences, output, progress_bars
+from fedhead.cli.wording import percent
+
+if TYPE_CHECKING:
+    from fedhead.data import Item, Samples, UnreadableSampleError
+    from fedhead.data.summary import Spread, Summary
+
+MOST_LINES = 25
+AHEAD = 64
+EXAMPLES = 8
+
+
+@app.command(epilog="Example: [bold]fedhead data 'csv:scans.csv?label=finding&group=patient' --html scans.html[/bold]")
+@in_sentences
+def data(
+    spec: Annotated[str, typer.Argument(help="folder:PATH, csv:FILE or another data spec.", show_default=False)],
+    by_site: Annotated[
+        bool, typer.Option("--by-site", help="The data says which site holds each row, as sub-folders do.")
+    ] = False,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Read only so many rows, spread evenly; by default all.")
+    ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write a page with examples of each class to this file.", rich_help_panel=options.OUTPUT),
+    ] = None,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Look at a data set: classes, sizes, groups, duplicates, and what is broken, each with the reason."""
+    from fedhead.data import load_samples, load_sites
+    from fedhead.data.page import example, page
+    from fedhead.data.summary import Look, examples, rows_to_look_at
+    from fedhead.extraction import read_ahead
+    from fedhead.files import write_atomically
+
+    samples = load_sites(spec) if by_site else load_samples(spec)
+    numbers = rows_to_look_at(len(samples), rows)
+    wanted = examples(samples, numbers, EXAMPLES) if html else {}
+    kept: dict[int, str] = {}
+    chosen = {row for of_class in wanted.values() for row in of_class}
+    look = Look(samples)
+    with progress_bars() as progress:
+        task = progress.add_task("Rows", total=len(numbers))
+        items = read_ahead(lambda row: _read(samples, row), numbers.tolist(), ahead=AHEAD)
+        for row, item in zip(numbers.tolist(), items, strict=True):
+            look.show(row, item)
+            if row in chosen and not isinstance(item, Exception):
+                kept[row] = example(item)
+            progress.advance(task)
+    summary = look.summary()
+    if html:
+        shown = {
+            samples.classes[label]: [(samples.name(row), kept[row]) for row in of_class if row in kept]
+            for label, of_class in wanted.items()
+        }
+        write_atomically(html, page(summary, _facts(summary), shown))
+    if as_json:
+        typer.echo(json.dumps(summary.to_dict()))
+    else:
+        _print(summary, output(), html)
+    if summary.readable == 0:
+        raise typer.Exit(1)
+
+
+def _read(samples: "Samples", row: int) -> "Item | UnreadableSampleError":
+    from fedhead.data import UnreadableSampleError
+
+    try:
+        return samples.read(row)
+    except UnreadableSampleError as error:
+        return error
+
+
+def _print(summary: "Summary", console: Console, html: Path | None) -> None:
+    console.print(summary.spec, style="bold", highlight=False, soft_wrap=True)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("class", overflow="fold")
+    for column in ("rows", "share"):
+        table.add_column(column, justify="right", no_wrap=True)
+    listed = sorted(summary.classes.items(), key=lambda one: -one[1])
+    shown = listed if len(listed) <= MOST_LINES else [*listed[: MOST_LINES - 5], *listed[-4:]]
+    for position, (name, rows) in enumerate(shown):
+        if len(shown) < len(listed) and position == MOST_LINES - 5:
+            table.add_row(f"... {len(listed) - len(shown)} more", "", "")
+        table.add_row(_visible(name), str(rows), percent(rows / summary.rows))
+    console.print(table)
+    lines = Table.grid(padding=(0, 2))
+    lines.add_column(no_wrap=True)
+    lines.add_column(overflow="fold")
+    for name, value in _facts(summary):
+        lines.add_row(name, value)
+    for position, one in enumerate(summary.broken[:MOST_LINES]):
+        lines.add_row("" if position else "Broken", one.reason)
+    if len(summary.broken) > MOST_LINES:
+        lines.add_row("", f"... and {len(summary.broken) - MOST_LINES} more; --json and --html list them all")
+    for position, caution in enumerate(summary.cautions()):
+        lines.add_row("" if position else "Take care", caution)
+    if html:
+        lines.add_row("Page", str(html))
+    console.print(lines, highlight=False)
+
+
+def _visible(name: str) -> str:
+    """Return a class name, in quotes where spaces around it would not be seen."""
+    return name if name == name.strip() and name else repr(name)
+
+
+def _facts(summary: "Summary") -> list[tuple[str, str]]:
+    """Return what is said of the data, beside its classes."""
+    looked = "" if summary.looked_at == summary.rows else f"; {summary.looked_at} of them were read"
+    several = ", any number of them per row" if summary.multi_label else ""
+    facts = [("Rows", f"{summary.rows} {summary.kind}s in {len(summary.classes)} classes{several}{looked}")]
+    if summary.multi_label:
+        facts.append(("No class", f"{summary.without_class} rows"))
+    if summary.width and summary.height:
+        first, rows = next(iter(summary.sizes.items()))
+        alike = f"{first}, all" if len(summary.sizes) == 1 else ""
+        spread = f"{len(summary.sizes)} sizes, most often {first} ({rows}); width {_span(summary.width)}, height "
+        facts.append(("Sizes", alike or spread + _span(summary.height)))
+        facts.append(("Stored as", _counts(summary.modes)))
+    if summary.characters and summary.words:
+        facts.append(("Lengths", f"{_span(summary.words)} words, {_span(summary.characters)} characters"))
+    if summary.groups:
+        facts.append(("Groups", f"{summary.groups}; the largest has {summary.largest_group} rows"))
+    if summary.sites:
+        facts.append(("Sites", _counts(summary.sites)))
+    if summary.splits:
+        facts.append(("Splits", _counts(summary.splits)))
+    facts.append(("Duplicates", f"{summary.duplicates} rows repeat another" if summary.duplicates else "none"))
+    return facts
+
+
+def _span(spread: "Spread") -> str:
+    if spread.least == spread.greatest:
+        return str(spread.least)
+    return f"{spread.least} to {spread.greatest} (half up to {spread.median})"
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    shown = ", ".join(f"{name} {rows}" for name, rows in list(counts.items())[:8])
+    return shown if len(counts) <= 8 else f"{len(counts)}: {shown} and {len(counts) - 8} more"

@@ -1,0 +1,82 @@
+"""A summary with thumbnails as one HTML page that needs nothing else."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from html import escape
+
+from PIL import Image
+
+from fedhead.data.samples import Item
+from fedhead.data.summary import Summary
+
+SIDE = 112
+"""Pixels of a thumbnail's longer side."""
+
+LETTERS = 240
+"""Of a text that are shown."""
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8882 }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem }
+h1 { font-size: 1.3rem; overflow-wrap: anywhere } h2 { font-size: 1.05rem; margin: 2rem 0 .5rem }
+table { border-collapse: collapse } td, th { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top }
+td.n { text-align: right; font-variant-numeric: tabular-nums }
+.bar { background: #4a7; height: .7rem; min-width: 1px; border-radius: 2px }
+.caution { border-left: 4px solid #d80; background: var(--soft); padding: .3rem .8rem; margin: .3rem 0 }
+.thumbs { display: flex; flex-wrap: wrap; gap: .4rem } figure { margin: 0 }
+img { max-width: 7rem; max-height: 7rem; border: 1px solid var(--line); image-rendering: auto }
+blockquote { margin: .3rem 0; padding: .2rem .8rem; border-left: 3px solid var(--line); overflow-wrap: anywhere }
+.broken td { overflow-wrap: anywhere; border-top: 1px solid var(--line) }
+"""
+
+
+def example(item: Item) -> str:
+    """Return the HTML of a thumbnail, or of a text's beginning."""
+    if isinstance(item, str):
+        shown = item if len(item) <= LETTERS else item[:LETTERS] + "…"
+        return f"<blockquote>{escape(shown)}</blockquote>"
+    small = item.copy()
+    small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    content = io.BytesIO()
+    # Photographs are smaller as JPEG, and what is tiny keeps its pixels as PNG.
+    photograph = max(item.size) >= SIDE
+    small.save(content, "jpeg" if photograph else "png", **({"quality": 80} if photograph else {}))
+    encoded = base64.b64encode(content.getvalue()).decode()
+    return f'<img src="data:image/{"jpeg" if photograph else "png"};base64,{encoded}" alt="">'
+
+
+def page(summary: Summary, facts: Sequence[tuple[str, str]], shown: Mapping[str, Sequence[tuple[str, str]]]) -> str:
+    """Return a whole HTML page.
+
+    Args:
+        summary: of the data.
+        facts: what is said of it, each with its name.
+        shown: for each class rows' names and their `example`.
+    """
+    most = max([1, *summary.classes.values()])
+    cautions = "".join(f'<p class="caution">{escape(one)}</p>' for one in summary.cautions())
+    table = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts)
+    classes = "".join(
+        f"<tr><td>{escape(name)}</td><td class=n>{rows}</td>"
+        f'<td style="width: 24rem"><div class=bar style="width: {100 * rows / most:.1f}%"></div></td></tr>'
+        for name, rows in summary.classes.items()
+    )
+    pictures = "".join(
+        f"<h2>{escape(name)}</h2><div class={'thumbs' if summary.kind == 'image' else 'texts'}>"
+        + "".join(f'<figure title="{escape(row)}">{content}</figure>' for row, content in rows)
+        + "</div>"
+        for name, rows in shown.items()
+        if rows
+    )
+    broken = "".join(
+        f"<tr><td class=n>{one.row}</td><td>{escape(one.name)}</td><td>{escape(one.reason)}</td></tr>"
+        for one in summary.broken
+    )
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(summary.spec)}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>'
+        f"<h1>{escape(summary.spec)}</h1>{cautions}<table>{table}</table><h2>Classes</h2><table>{classes}</table>{pictures}"
+        + (f'<h2>Rows that cannot be read</h2><table class="broken">{broken}</table>' if broken else "")
+        + "</body></html>\n"
+    )

@@ -1,0 +1,238 @@
+"""What a data set holds, and what is wrong with it, before anything runs on it."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from fedhead.data.samples import MODE, IntArray, Item, Kind, Samples, UnreadableSampleError, content_key, similar_names
+
+FEW = 5
+"""Training rows below which a site's guard withholds a class, unless told otherwise."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The least, the middle and the greatest of some numbers."""
+
+    least: int
+    median: int
+    greatest: int
+
+    @classmethod
+    def of(cls, values: Iterable[int]) -> "Spread":
+        ordered = sorted(values)
+        return cls(ordered[0], ordered[len(ordered) // 2], ordered[-1])
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A row that cannot be read.
+
+    Attributes:
+        row: its number.
+        name: what a person would call it.
+        reason: a sentence.
+    """
+
+    row: int
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a data set holds.
+
+    Attributes:
+        spec: that it was loaded from.
+        kind: image or text.
+        rows: how many there are.
+        looked_at: how many of them were read for this summary.
+        readable: how many of those could be read.
+        multi_label: whether rows have any number of classes.
+        classes: rows by class, of all rows.
+        without_class: multi-label rows that have none.
+        sizes: images by width and height, the most frequent first.
+        width: of the images; None for texts.
+        height: of the images; None for texts.
+        modes: images by the mode that they are stored in.
+        characters: of the texts; None for images.
+        words: of the texts; None for images.
+        groups: how many there are, of the readable rows; 0 if the data has none.
+        largest_group: its rows.
+        sites: rows by site.
+        splits: rows by split.
+        duplicates: readable rows that repeat an earlier one's content.
+        conflicting: rows whose content stands elsewhere with another label.
+        straddling: rows whose content, or group, is in another split as well.
+        similar_classes: names that differ only by case or spaces.
+        broken: rows that cannot be read.
+    """
+
+    spec: str
+    kind: Kind
+    rows: int
+    looked_at: int
+    readable: int
+    multi_label: bool
+    classes: dict[str, int]
+    without_class: int
+    sizes: dict[str, int]
+    width: Spread | None
+    height: Spread | None
+    modes: dict[str, int]
+    characters: Spread | None
+    words: Spread | None
+    groups: int
+    largest_group: int
+    sites: dict[str, int]
+    splits: dict[str, int]
+    duplicates: int
+    conflicting: int
+    straddling: int
+    similar_classes: list[tuple[str, ...]]
+    broken: list[Broken]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, with the cautions."""
+        return {**asdict(self), "cautions": self.cautions()}
+
+    def cautions(self) -> list[str]:
+        """Return in sentences what to mend, or to know, before a run."""
+        told = [
+            f"The classes {' and '.join(map(repr, names))} differ only by case or spaces."
+            for names in self.similar_classes
+        ]
+        if len(self.classes) == 1:
+            told.append("There is only one class; a classifier needs two or more.")
+        if self.conflicting:
+            told.append(f"{self.conflicting} rows have the same content as others with another label.")
+        if self.straddling:
+            told.append(
+                f"{self.straddling} rows have content or group in common with a row of another split, so a test on one "
+                "would flatter a model of the other."
+            )
+        if few := [name for name, rows in self.classes.items() if rows < FEW]:
+            shown = ", ".join(map(repr, few[:5])) + (f" and {len(few) - 5} more" if len(few) > 5 else "")
+            told.append(f"Classes with fewer than {FEW} rows, which a site's guard withholds: {shown}.")
+        if self.broken:
+            number = "1 row" if len(self.broken) == 1 else f"{len(self.broken)} rows"
+            told.append(f"{number} cannot be read; a run skips such rows, or stops under --strict-data.")
+        return told
+
+
+class Look:
+    """A summary in the making: rows are shown to it one at a time, and none is kept.
+
+    Args:
+        samples: the data set.
+    """
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+        self._rows: list[int] = []
+        self._keys: list[int] = []
+        self._groups: list[str | None] = []
+        self._sizes: Counter[tuple[int, int]] = Counter()
+        self._modes: Counter[str] = Counter()
+        self._characters: list[int] = []
+        self._words: list[int] = []
+        self._broken: list[Broken] = []
+
+    def show(self, row: int, item: Item | UnreadableSampleError) -> None:
+        """Take in a row, or why it cannot be read."""
+        if isinstance(item, UnreadableSampleError):
+            self._broken.append(Broken(row, self.samples.name(row), str(item)))
+            return
+        self._rows.append(row)
+        self._keys.append(content_key(item))
+        self._groups.append(self.samples.group(row, item))
+        if isinstance(item, str):
+            self._characters.append(len(item))
+            self._words.append(len(item.split()))
+        else:
+            self._sizes[item.size] += 1
+            self._modes[item.info.get(MODE, item.mode)] += 1
+
+    def summary(self) -> Summary:
+        """Return what was seen."""
+        samples = self.samples
+        per_class = (
+            samples.labels.sum(0)
+            if samples.multi_label
+            else np.bincount(samples.labels, minlength=len(samples.classes))
+        )
+        sizes = self._sizes
+        groups = Counter(group for group in self._groups if group is not None)
+        conflicting, straddling = self._conflicts(), self._straddling()
+        return Summary(
+            spec=samples.spec,
+            kind=samples.kind,
+            rows=len(samples),
+            looked_at=len(self._rows) + len(self._broken),
+            readable=len(self._rows),
+            multi_label=samples.multi_label,
+            classes=dict(zip(samples.classes, per_class.tolist(), strict=True)),
+            without_class=int((~samples.labels.any(1)).sum()) if samples.multi_label else 0,
+            sizes={f"{width} x {height}": rows for (width, height), rows in sizes.most_common()},
+            width=Spread.of(width for (width, _), rows in sizes.items() for _ in range(rows)) if sizes else None,
+            height=Spread.of(height for (_, height), rows in sizes.items() for _ in range(rows)) if sizes else None,
+            modes=dict(self._modes.most_common()),
+            characters=Spread.of(self._characters) if self._characters else None,
+            words=Spread.of(self._words) if self._words else None,
+            groups=len(groups),
+            largest_group=max(groups.values(), default=0),
+            sites=_counted(samples.sites),
+            splits=_counted(samples.splits),
+            duplicates=len(self._keys) - len(set(self._keys)),
+            conflicting=conflicting,
+            straddling=straddling,
+            similar_classes=similar_names(samples.classes),
+            broken=self._broken,
+        )
+
+    def _conflicts(self) -> int:
+        labels = defaultdict(set)
+        marks = [self.samples.labels[row].tobytes() for row in self._rows]
+        for key, mark in zip(self._keys, marks, strict=True):
+            labels[key].add(mark)
+        return sum(len(labels[key]) > 1 for key in self._keys)
+
+    def _straddling(self) -> int:
+        if self.samples.splits is None:
+            return 0
+        identities = [
+            (key, None) if group is None else (0, group) for key, group in zip(self._keys, self._groups, strict=True)
+        ]
+        splits = defaultdict(set)
+        for row, key, identity in zip(self._rows, self._keys, identities, strict=True):
+            for one in {(key, None), identity}:
+                splits[one].add(self.samples.splits[row])
+        return sum(
+            len(splits[(key, None)]) > 1 or len(splits[identity]) > 1
+            for key, identity in zip(self._keys, identities, strict=True)
+        )
+
+
+def _counted(names: Iterable[str] | None) -> dict[str, int]:
+    return {} if names is None else dict(sorted(Counter(names).items()))
+
+
+def rows_to_look_at(total: int, most: int | None) -> IntArray:
+    """Return all rows, or `most` of them spread evenly."""
+    if most is None or most >= total:
+        return np.arange(total)
+    return np.unique(np.linspace(0, total - 1, most).astype(np.int64))
+
+
+def examples(samples: Samples, rows: IntArray, per_class: int) -> dict[int, list[int]]:
+    """Return for each class up to `per_class` of the rows, spread evenly over those that have it."""
+    chosen = {}
+    for label in range(len(samples.classes)):
+        having = samples.labels[rows, label] == 1 if samples.multi_label else samples.labels[rows] == label
+        held = rows[np.flatnonzero(having)]
+        chosen[label] = held[rows_to_look_at(len(held), per_class)].tolist()
+    return chosen
