@@ -1,13 +1,11 @@
 """Real sentences under a real text encoder, where a developer has them."""
 
-import csv
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from fedhead.config import RunConfig
-from fedhead.data import Samples, samples_from_texts
 from fedhead.simulations import simulate
 
 pytestmark = pytest.mark.slow
@@ -21,17 +19,17 @@ def minilm() -> str:
     return f"hf:{Path(found.origin).parent / 'model'}"
 
 
-def questions(path: Path) -> Samples:
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return samples_from_texts([row["text"] for row in rows], [row["category"] for row in rows], spec=path.stem)
-
-
 def test_one_exchange_sorts_bank_customers_questions_into_77_intents(assets: Path, minilm: str, tmp_path: Path) -> None:
-    table = {"sites": 20, "partition": "dirichlet:0.1", "min_class_count": 0, "min_rows": 0}
+    table = {
+        "data": f"csv:{assets / 'banking77' / 'train.csv'}",
+        "test_data": f"csv:{assets / 'banking77' / 'test.csv'}",
+        "sites": 20,
+        "partition": "dirichlet:0.1",
+        "min_class_count": 0,
+        "min_rows": 0,
+    }
     config = RunConfig.from_values({"backbone": minilm, "init": "lda", "rounds": 0, "simulation": table})
-    train, test = (questions(assets / "banking77" / f"{part}.csv") for part in ("train", "test"))
-    result = simulate(config, train, test_data=test, out=tmp_path / "run")
+    result = simulate(config, out=tmp_path / "run")
     assert len(result.config.classes) == 77
     assert result.outcome.refused == {}
     assert result.test_accuracy is not None
