@@ -13,7 +13,12 @@ RUN, SIMULATION, SITE, OUTPUT = "The run", "The simulation", "The site", "Output
 Weights = Annotated[
     str | None, typer.Option(help="'default', a safetensors or state-dict file, or 'random'.", rich_help_panel=RUN)
 ]
-Layer = Annotated[str | None, typer.Option(help="'penultimate', or the name of a layer.", rich_help_panel=RUN)]
+Layer = Annotated[
+    str | None,
+    typer.Option(
+        help="'penultimate', or the name of a layer, perhaps with a pooling: 'hidden:6:cls'.", rich_help_panel=RUN
+    ),
+]
 Head = Annotated[str | None, typer.Option(help="'linear', 'mlp:256' or 'cosine'.", rich_help_panel=RUN)]
 Init = Annotated[
     str | None,
