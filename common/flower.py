@@ -299,6 +299,10 @@ class IdentityError(Exception):
         self.reason = reason
 
 
+class TooLargeError(Exception):
+    """What a site pushes is more than the coordinator takes."""
+
+
 @lru_cache(maxsize=4096)
 def _public_key(pem: bytes) -> "EllipticCurvePublicKey":
     from flwr.supercore.primitives.asymmetric import bytes_to_public_key
@@ -479,6 +483,8 @@ class SiteLink:
                 request = request_type.FromString(body)
                 self._check(request_name, request)
                 response = handler(request, self._state)
+            except TooLargeError as error:
+                return refusal(413, str(error))
             except IdentityError:
                 return refusal(401, "This is not the node id that the coordinator knows this site's key by.")
             except FlowerError as error:
@@ -496,7 +502,8 @@ class SiteLink:
 
         Raises:
             IdentityError: if it names another node.
-            ValueError: if what it pushes is not one reply of this site, within limits.
+            ValueError: if what it pushes is not one reply of this site.
+            TooLargeError: if it is too much.
         """
         if request_name == ACTIVATE:
             ours = request.public_key == self.public_key
@@ -515,7 +522,7 @@ class SiteLink:
         if request_name == PUSH_OBJECT:
             held = sum(sent.reply_bytes for sent in self._sent.values())
             if held + len(request.object_content) > self.most_reply_bytes:
-                raise ValueError(f"replies of more than {self.most_reply_bytes} bytes are not taken")
+                raise TooLargeError(f"Replies of more than {self.most_reply_bytes} bytes are not taken.")
 
     def _note(self, request_name: str, request: Any, response: Any) -> None:
         """Keep track of what was delivered, and of what has come of replies."""

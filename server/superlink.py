@@ -138,7 +138,7 @@ class SuperLink:
 
     def __enter__(self) -> Self:
         logging.getLogger("flwr").setLevel(logging.WARNING)
-        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         self._closing.enter_context(in_process_identity(run_id=1))
         for thread in self._threads:
             thread.start()
