@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from fedhead.errors import FedheadError
 from fedhead.messages import (
+    CALIBRATE,
     COMPARE,
     DESCRIBE,
     EVALUATE,
@@ -25,6 +26,7 @@ from fedhead.messages import (
     STATISTICS,
     TRAIN,
     Arrays,
+    CalibrateRequest,
     Description,
     FloatArray,
     HeadReply,
@@ -39,8 +41,10 @@ from fedhead.messages import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fedhead.calibration import CalibrationSums, TemperatureSums
     from fedhead.client.site_data import Holding, Site
     from fedhead.client.training import LabelledFeatures, SiteRows
+    from fedhead.data import IntArray
     from fedhead.heads import Head
     from fedhead.metrics import EvaluationSums
 
@@ -105,6 +109,13 @@ def make_app(site_of: SiteOf) -> ClientApp:
         (sums,) = report_sites([site], agreed, request)
         content = Payload({}, sums.to_arrays()).to_content()
         return Message(_released(content, site, agreed, REPORT), reply_to=message)
+
+    @app.evaluate(CALIBRATE.split(".")[1])
+    def calibrate(message: Message, context: Context) -> Message:
+        agreed, site = kept(context), site_of(context)
+        request = CalibrateRequest.from_content(message.content, empty_head(agreed.manifest))
+        content = Payload({}, calibrate_sites([site], agreed, request).to_arrays()).to_content()
+        return Message(_released(content, site, agreed, CALIBRATE), reply_to=message)
 
     return app
 
@@ -356,28 +367,47 @@ def evaluate_sites(sites: Sequence["Site"], agreed: Kept, request: HeadRequest) 
 
 def report_sites(sites: Sequence["Site"], agreed: Kept, request: ReportRequest) -> "Iterator[EvaluationSums]":
     """Count how the head does on each site's held-out rows, in detail; yield in the order of `sites`."""
-    import torch
-
     from fedhead.metrics import sums_by_site
 
     holdings, data, head, parameters = _ready(sites, agreed, request.head)
     rows = np.concatenate([holding.held_out.rows for holding in holdings])
     owners = np.repeat(np.arange(len(sites)), [len(holding.held_out.rows) for holding in holdings])
-    logits, labels = [], [data.labels[:0].cpu()]
+    logits, labels = _logits(rows, data, head, parameters, agreed)
+    return sums_by_site(logits, labels, owners, len(sites), bins=request.bins)
+
+
+def calibrate_sites(
+    sites: Sequence["Site"], agreed: Kept, request: CalibrateRequest
+) -> "TemperatureSums | CalibrationSums":
+    """Sum over the sites' held-out rows what chooses a temperature, or over their other half what judges it."""
+    from fedhead.calibration import CalibrationSums, TemperatureSums
+    from fedhead.data import held_out
+
+    holdings, data, head, parameters = _ready(sites, agreed, request.head)
+    rows = np.concatenate([holding.held_out.rows for holding in holdings])
+    # Negative seeds are no run's, so the halves have nothing to do with what is held out.
+    choosing = held_out(holdings[0].keys[rows], 0.5, -1 - agreed.manifest.seed)
+    wanted = rows[~choosing if request.temperature else choosing]
+    logits, labels = _logits(wanted, data, head, parameters, agreed)
+    if request.temperature:
+        return CalibrationSums.from_logits(logits, labels, request.temperature)
+    return TemperatureSums.from_logits(logits, labels)
+
+
+def _logits(
+    rows: "IntArray", data: "LabelledFeatures", head: "Head", parameters: "dict[str, Tensor]", agreed: Kept
+) -> "tuple[Tensor, Tensor]":
+    """Return logits `[n, C]` and labels of some rows, in the processor's memory."""
+    import torch
+
+    logits, labels = [torch.empty(0, len(agreed.manifest.classes))], [data.labels[:0].cpu()]
     like = next(iter(parameters.values()))
     with torch.inference_mode():
         for start in range(0, len(rows), STATISTICS_ROWS):
             features, truth = data.gather(rows[start : start + STATISTICS_ROWS], like)
             logits.append(head.logits(parameters, features).cpu())
             labels.append(truth.cpu())
-    classes = len(agreed.manifest.classes)
-    return sums_by_site(
-        torch.cat([torch.empty(0, classes), *logits]),
-        torch.cat(labels),
-        owners,
-        len(sites),
-        bins=request.bins,
-    )
+    return torch.cat(logits), torch.cat(labels)
 
 
 def _ready(

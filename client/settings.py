@@ -12,13 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from fedhead.errors import UserError
 from fedhead.files import write_atomically
-from fedhead.messages import COMPARE, DESCRIBE, EVALUATE, INSTALL, REPORT, STANDARDISE, STATISTICS, TRAIN
+from fedhead.messages import CALIBRATE, COMPARE, DESCRIBE, EVALUATE, INSTALL, REPORT, STANDARDISE, STATISTICS, TRAIN
 from fedhead.registry import suggest
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
-ACTIONS = (DESCRIBE, INSTALL, STATISTICS, STANDARDISE, COMPARE, TRAIN, EVALUATE, REPORT)
+ACTIONS = (DESCRIBE, INSTALL, STATISTICS, STANDARDISE, COMPARE, TRAIN, EVALUATE, REPORT, CALIBRATE)
 """What a coordinator may ask a site for."""
 
 

@@ -30,6 +30,7 @@ COMPARE = "query.compare"
 TRAIN = "train"
 EVALUATE = "evaluate"
 REPORT = "evaluate.report"
+CALIBRATE = "evaluate.calibrate"
 
 RECORD = "fedhead"
 PAYLOAD = "payload"
@@ -222,6 +223,42 @@ class ReportRequest:
             raise MessageError(f"it asks for something else ({error})") from None
         check_arrays(arrays, expected)
         return cls(head, bins)
+
+
+@dataclass(frozen=True)
+class CalibrateRequest:
+    """A head whose temperature is to be chosen on one half of the held-out rows, or to be judged on the other.
+
+    Attributes:
+        head: what is evaluated.
+        temperature: what is to be judged; 0 asks for the losses that choose one.
+    """
+
+    head: HeadRequest
+    temperature: float = 0.0
+
+    def to_content(self) -> RecordDict:
+        """Return what a Flower message carries."""
+        values = {"server_round": self.head.server_round, "temperature": self.temperature}
+        return Payload(values, self.head.arrays).to_content()
+
+    @classmethod
+    def from_content(cls, content: RecordDict, expected: Arrays) -> Self:
+        """Read and check what a site receives.
+
+        Raises:
+            MessageError: if it is not a head of the manifest's form, with a temperature.
+        """
+        payload = Payload.from_content(content)
+        check_arrays(payload.arrays, expected)
+        values = dict(payload.values)
+        temperature = values.pop("temperature", None)
+        if not isinstance(temperature, int | float) or not 0 <= temperature < float("inf"):
+            raise MessageError(f"its temperature is {temperature!r}, not a number of 0 or more")
+        try:
+            return cls(HeadRequest(payload.arrays, **values), float(temperature))
+        except TypeError as error:
+            raise MessageError(f"it asks for something else ({error})") from None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 from fedhead.backbones import Backbone
 from fedhead.backbones.backbone import digest_tensors
 from fedhead.backbones.weights import find_backbone, weights_path
+from fedhead.calibration import Calibration
 from fedhead.data import UnreadableSampleError, read_image, read_text, to_image
 from fedhead.errors import FedheadError, UserError
 from fedhead.files import write_atomically
@@ -37,6 +38,9 @@ class _Description(BaseModel):
     head_digest: Digest
     classes: tuple[str, ...]
     multi_label: bool = False
+    temperature: float = 1.0
+    scores: tuple[int, ...] = ()
+    unlearned: tuple[str, ...] = ()
 
 
 class TransferModel:
@@ -48,6 +52,8 @@ class TransferModel:
         classes: the names of the head's outputs.
         head_spec: what `make_head` builds the head from.
         multi_label: whether an image or text may have any number of the classes.
+        calibration: what makes its probabilities come true.
+        unlearned: classes that no site had rows of; they are never predicted.
 
     Raises:
         UserError: if the dimensions do not fit each other.
@@ -61,6 +67,8 @@ class TransferModel:
         head_spec: str = "linear",
         *,
         multi_label: bool = False,
+        calibration: Calibration | None = None,
+        unlearned: Sequence[str] = (),
     ) -> None:
         if head.num_features != backbone.num_features:
             raise UserError(
@@ -73,6 +81,8 @@ class TransferModel:
         self.classes = tuple(classes)
         self.head_spec = head_spec
         self.multi_label = multi_label
+        self.calibration = calibration or Calibration()
+        self.unlearned = tuple(unlearned)
 
     def __repr__(self) -> str:
         return f"TransferModel({self.backbone.spec!r}, {self.head_spec!r}, {len(self.classes)} classes)"
@@ -95,8 +105,35 @@ class TransferModel:
         while batch := list(islice(remaining, batch_size)):
             features = self.backbone.features_of([read(item) for item in batch])
             logits = self.head.to(features.device)(features)
-            parts.append((logits.sigmoid() if self.multi_label else logits.softmax(-1)).cpu())
+            parts.append(self.probabilities_of(logits).cpu())
         return torch.cat(parts) if parts else torch.empty(0, len(self.classes))
+
+    def probabilities_of(self, logits: Tensor) -> Tensor:
+        """Return class probabilities `[n, C]` of logits `[n, C]`: calibrated, and 0 for unlearned classes."""
+        learned = torch.tensor([name not in self.unlearned for name in self.classes], device=logits.device)
+        logits = (logits / self.calibration.temperature).masked_fill(~learned, -torch.inf)
+        return logits.sigmoid() if self.multi_label else logits.softmax(-1)
+
+    def sets(self, probabilities: Tensor, coverage: float) -> list[tuple[str, ...]]:
+        """Return for each row of `probabilities` `[n, C]` a set of classes that holds the true one with `coverage`.
+
+        Classes come by falling probability, at least one of them; see `Calibration.least_probability`.
+
+        Raises:
+            UserError: for a multi-label model, one without calibration, or a coverage that is not between 0 and 1.
+        """
+        if self.multi_label:
+            raise UserError("Sets with a coverage are for models that give one class; this one is multi-label.")
+        try:
+            least = self.calibration.least_probability(coverage)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        values, order = probabilities.sort(stable=True, dim=1, descending=True)
+        sizes = (values >= least).sum(1).clamp(min=1).tolist()
+        return [
+            tuple(name for index in row[:size] if (name := self.classes[index]) not in self.unlearned)
+            for row, size in zip(order.tolist(), sizes, strict=True)
+        ]
 
     def predict(self, items: Iterable[Any], *, batch_size: int = 64) -> list[str] | list[tuple[str, ...]]:
         """Return the most probable class of each item, or if multi-label those above one half; see `probabilities`."""
@@ -117,6 +154,9 @@ class TransferModel:
             head_digest=digest_tensors(tensors),
             classes=self.classes,
             multi_label=self.multi_label,
+            temperature=self.calibration.temperature,
+            scores=self.calibration.scores,
+            unlearned=self.unlearned,
         )
         write_atomically(Path(path), save(tensors, {"model": described.model_dump_json()}))
 
@@ -152,7 +192,15 @@ class TransferModel:
             head.load_state_dict(tensors)
         except RuntimeError as error:
             raise UserError(f"The model {path} is damaged: {error}") from None
-        return cls(backbone, head, described.classes, described.head, multi_label=described.multi_label)
+        return cls(
+            backbone,
+            head,
+            described.classes,
+            described.head,
+            multi_label=described.multi_label,
+            calibration=Calibration(described.temperature, described.scores),
+            unlearned=described.unlearned,
+        )
 
 
 def _read(path: Path) -> tuple[_Description, dict[str, Tensor]]:

@@ -12,7 +12,6 @@ from fedhead.config import RunConfig
 from fedhead.data import load_samples
 from fedhead.errors import UserError
 from fedhead.files import locked_folder
-from fedhead.model import TransferModel
 from fedhead.server.checkpoint import Checkpoint, require_same_run
 from fedhead.server.coordinator import Coordinator
 from fedhead.server.flower_app import from_run_config
@@ -84,9 +83,7 @@ def _write_run(
         checkpoint=checkpoint,
     ).run()
     folder.sums.finish()
-    folder.write_model(
-        TransferModel(backbone, outcome.head, config.classes, config.head, multi_label=config.multi_label)
-    )
+    folder.write_model(outcome.model(backbone, config))
     folder.write_result(
         {
             "accuracy": outcome.history[outcome.kept_round].accuracy,

@@ -14,9 +14,9 @@ from fedhead.heads import Head
 from fedhead.messages import METRICS, Arrays, HeadRequest, Manifest, StatisticsRequest
 from fedhead.server.checkpoint import Checkpoint, Progress, new_run
 from fedhead.server.contest import HELD_OUT, LOSS_SUM
-from fedhead.server.evaluation import evaluate_in_detail
+from fedhead.server.evaluation import calibrate, evaluate_in_detail
 from fedhead.server.exchange import EXAMPLES, TRAIN_LOSS, Exchange, Messenger
-from fedhead.server.history import Outcome, Round
+from fedhead.server.history import Calibrated, Outcome, Round
 from fedhead.server.observer import Observer
 from fedhead.server.pooling import Pooling
 from fedhead.server.roster import Roster
@@ -180,16 +180,20 @@ class Coordinator:
         self.observer.on_step("finish", last.number)
         head = self.form.leave(kept.arrays)
         sites = {}
+        calibrated: Calibrated | None = None
         if self.config.holdout:
             request = HeadRequest(kept.arrays, server_round=kept.number)
             sites = evaluate_in_detail(self._messenger, self._roster, self.manifest, request, head, stats, exchange)
+            calibrated = calibrate(self._messenger, self._roster, self.manifest, request, exchange)
         diagnoses: list[SiteDiagnosis] = []
         if stats is not None and self.sums is not None and self.config.diagnose and not self.config.multi_label:
             diagnoses = diagnose_sites(self._messenger, self._roster.nodes, self.manifest, self.sums, stats, exchange)
+        stats_of_head = stats
         all_rows = self.deliver and kept.number == 0 and stats is not None and self.config.holdout > 0
         if stats is not None and all_rows:
             held_out = self._pooling.statistics(StatisticsRequest(rows="held_out"), exchange)
-            head = self.form.solve(stats + held_out).float()
+            stats_of_head = stats + held_out
+            head = self.form.solve(stats_of_head).float()
         # Nothing more is made of the last exchange, so what it took belongs to the head that it evaluates.
         last.made_by.bytes_down += exchange.bytes_down
         last.made_by.bytes_up += exchange.bytes_up
@@ -201,12 +205,19 @@ class Coordinator:
             history=history,
             participants=sorted(self._roster.nodes),
             sites=sites,
+            calibrated=calibrated,
             diagnoses=diagnoses,
             coverage=coverage(self._pooling.counts, self.manifest.classes) if stats is not None else [],
             refused=dict(sorted(self._roster.refused.items())),
             full_model_bytes=progress.full_model_bytes,
             statistics=stats,
+            unlearned=self._unlearned(stats_of_head),
         )
+
+    def _unlearned(self, stats: FeatureStatistics | None) -> tuple[str, ...]:
+        if stats is None:
+            return ()
+        return tuple(name for name, rows in zip(self.manifest.classes, stats.counts.tolist(), strict=True) if not rows)
 
     def _version(self, number: int, arrays: Arrays, made_by: Exchange) -> Version:
         now = time.perf_counter()

@@ -1,9 +1,23 @@
-"""A head evaluated in detail: what each site counts on its held-out rows."""
+"""A head evaluated in detail: what each site counts on its held-out rows, and whether probabilities come true."""
 
+import numpy as np
+
+from fedhead.calibration import BINS, Calibration, CalibrationSums, TemperatureSums
 from fedhead.heads import Head, LinearHead
-from fedhead.messages import REPORT, HeadRequest, Manifest, MessageError, Payload, ReportRequest, payload_bytes
+from fedhead.messages import (
+    CALIBRATE,
+    REPORT,
+    CalibrateRequest,
+    HeadRequest,
+    Manifest,
+    MessageError,
+    Payload,
+    ReportRequest,
+    payload_bytes,
+)
 from fedhead.metrics import EvaluationSums, ScoreBins
 from fedhead.server.exchange import Exchange, Messenger
+from fedhead.server.history import Calibrated
 from fedhead.server.roster import Roster
 from fedhead.statistics import FeatureStatistics
 
@@ -39,14 +53,57 @@ def evaluate_in_detail(
             arrays = Payload.from_content(answer).arrays
             sums = EvaluationSums.from_arrays(arrays, num_classes, multi_label=manifest.multi_label)
             exchange.bytes_up += payload_bytes(answer)
-            if sums.rows > roster.rows[name]:
-                raise ValueError(f"it evaluated {sums.rows} rows, of {roster.rows[name]} that it has")
+            _check_rows(sums.rows, roster.rows[name])
         except (MessageError, ValueError) as error:
             exchange.drop(name, str(error))
             continue
         if sums.rows:
             reports[name] = sums
     return dict(sorted(reports.items()))
+
+
+def calibrate(
+    messenger: Messenger, roster: Roster, manifest: Manifest, request: HeadRequest, exchange: Exchange
+) -> Calibrated | None:
+    """Choose a head's temperature on one half of the held-out rows, and judge it on the other; two exchanges.
+
+    Returns:
+        None where one of the halves has no row.
+    """
+    classes, multi_label = len(manifest.classes), manifest.multi_label
+    chosen = TemperatureSums()
+    for name, answer in messenger.ask(roster.nodes, CALIBRATE, CalibrateRequest(request).to_content(), exchange):
+        try:
+            losses = TemperatureSums.from_arrays(Payload.from_content(answer).arrays)
+            _check_rows(losses.rows, roster.rows[name])
+        except (MessageError, ValueError) as error:
+            exchange.drop(name, str(error))
+            continue
+        exchange.bytes_up += payload_bytes(answer)
+        chosen += losses
+    temperature = chosen.best()
+    zeros = EvaluationSums.zeros(classes, multi_label=multi_label)
+    judged = CalibrationSums(zeros, zeros, np.zeros(BINS, np.int64))
+    content = CalibrateRequest(request, temperature).to_content()
+    for name, answer in messenger.ask(roster.nodes, CALIBRATE, content, exchange):
+        try:
+            arrays = Payload.from_content(answer).arrays
+            sums = CalibrationSums.from_arrays(arrays, classes, multi_label=multi_label)
+            _check_rows(sums.before.rows, roster.rows[name])
+        except (MessageError, ValueError) as error:
+            exchange.drop(name, str(error))
+            continue
+        exchange.bytes_up += payload_bytes(answer)
+        judged += sums
+    if not (chosen.rows and judged.before.rows):
+        return None
+    scores = () if multi_label else tuple(judged.scores.tolist())
+    return Calibrated(Calibration(temperature, scores), chosen.rows, judged)
+
+
+def _check_rows(rows: int, most: int) -> None:
+    if rows > most:
+        raise ValueError(f"it evaluated {rows} rows, of {most} that it has")
 
 
 def score_bins(head: LinearHead, stats: FeatureStatistics) -> ScoreBins:

@@ -2,10 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from fedhead.backbones import Backbone
+from fedhead.calibration import Calibration, CalibrationSums
+from fedhead.config import RunConfig
 from fedhead.diagnosis import ClassCoverage, SiteDiagnosis
 from fedhead.heads import Head
-from fedhead.metrics import EvaluationSums
+from fedhead.metrics import EvaluationSums, reliability
+from fedhead.model import TransferModel
 from fedhead.statistics import FeatureStatistics
 
 
@@ -41,6 +46,32 @@ class Round:
 
 
 @dataclass(frozen=True)
+class Calibrated:
+    """A head's calibration, and what says that it is one.
+
+    Attributes:
+        calibration: for the model.
+        rows: how many held-out rows chose the temperature.
+        judged: what it brought on the others.
+    """
+
+    calibration: Calibration
+    rows: int
+    judged: CalibrationSums
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON has it: expected calibration error and mean loss before and after."""
+        before, after = self.judged.before, self.judged.after
+        return {
+            "temperature": self.calibration.temperature,
+            "rows_chosen_on": self.rows,
+            "rows_judged_on": before.rows,
+            "before": {"loss": before.loss_sum / max(before.rows, 1), "reliability": reliability(before).to_dict()},
+            "after": {"loss": after.loss_sum / max(after.rows, 1), "reliability": reliability(after).to_dict()},
+        }
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What a run ends with.
 
@@ -52,11 +83,14 @@ class Outcome:
         history: from round 0.
         participants: the sites that took part.
         sites: how the kept head does on the held-out rows of each of them that has any.
+        calibrated: the kept head's temperature and what it brings, where rows are held out. A head solved again of all
+            rows is taken to have the same.
         diagnoses: how each site stands to the pool, where statistics are kept and rows have one class each.
         coverage: which sites hold which classes, where statistics were summed.
         refused: sites that could not take part, with the reason.
         full_model_bytes: what exchanging backbone and head each round would have taken.
         statistics: the sites' training rows summed, where the first head was solved of them.
+        unlearned: classes of which no site had a row, as far as statistics tell.
     """
 
     head: Head
@@ -65,8 +99,22 @@ class Outcome:
     history: Sequence[Round]
     participants: Sequence[str]
     sites: Mapping[str, EvaluationSums]
+    calibrated: Calibrated | None
     diagnoses: Sequence[SiteDiagnosis]
     coverage: Sequence[ClassCoverage]
     refused: Mapping[str, str]
     full_model_bytes: int
     statistics: FeatureStatistics | None
+    unlearned: Sequence[str] = ()
+
+    def model(self, backbone: Backbone, config: RunConfig) -> TransferModel:
+        """Return what the run delivers: the head on its backbone, calibrated."""
+        return TransferModel(
+            backbone,
+            self.head,
+            config.classes,
+            config.head,
+            multi_label=config.multi_label,
+            calibration=self.calibrated.calibration if self.calibrated else None,
+            unlearned=self.unlearned,
+        )

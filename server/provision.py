@@ -26,7 +26,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from fedhead.certificates import expiry_warning, valid_until
 from fedhead.errors import UserError
 from fedhead.files import safe_name, write_atomically
-from fedhead.messages import COMPARE, DESCRIBE, EVALUATE, INSTALL, REPORT, STANDARDISE, STATISTICS, TRAIN
+from fedhead.messages import CALIBRATE, COMPARE, DESCRIBE, EVALUATE, INSTALL, REPORT, STANDARDISE, STATISTICS, TRAIN
 
 AUTHORITY_DAYS = 3650
 SERVER_DAYS = 730
@@ -42,6 +42,7 @@ ACTIONS: Mapping[str, str] = {
     TRAIN: "train a head and send it",
     EVALUATE: "count how a head does on held-out rows",
     REPORT: "the same in detail, for the report",
+    CALIBRATE: "sum how far a head's probabilities come true on held-out rows",
     COMPARE: "compare three heads on held-out rows, for the diagnosis",
 }
 """What a coordinator may ask of a site; its `site.toml` lists what it permits."""

@@ -329,6 +329,8 @@ def _write_run(
         {
             "diagnosis": [diagnosis.to_dict() for diagnosis in result.outcome.diagnoses],
             "coverage": [one.to_dict() for one in result.outcome.coverage],
+            "calibration": result.outcome.calibrated.to_dict() if result.outcome.calibrated else None,
+            "unlearned": list(result.outcome.unlearned),
             "pooled": result.evaluation.to_dict(),
             "sites": {name: report(sums, result.config.classes).to_dict() for name, sums in result.sites.items()},
         }
@@ -464,13 +466,7 @@ def run_plan(
     ended = time.perf_counter()
     return RunResult(
         config=config,
-        model=TransferModel(
-            backbone.to(torch.device("cpu")),
-            outcome.head,
-            config.classes,
-            config.head,
-            multi_label=config.multi_label,
-        ),
+        model=outcome.model(backbone.to(torch.device("cpu")), config),
         outcome=outcome,
         test_accuracy=test(outcome.head) if test else None,
         empty_sites=empty,

@@ -13,6 +13,7 @@ from torch import nn
 
 from fedhead.backbones import Backbone, TextPreprocessing, load_backbone
 from fedhead.backbones.weights import install_weights, weights_path
+from fedhead.calibration import BINS, Calibration
 from fedhead.data import UnreadableSampleError
 from fedhead.errors import FedheadError, UserError
 from fedhead.heads import make_head
@@ -309,3 +310,50 @@ def test_texts_are_strings_and_text_files_are_paths(tmp_path: Path) -> None:
         text_model().predict(pictures(1))
     with pytest.raises(UnreadableSampleError, match=r"none\.txt cannot be read"):
         text_model().predict([tmp_path / "none.txt"])
+
+
+def calibrated(scores: tuple[int, ...] = (), unlearned: tuple[str, ...] = ()) -> TransferModel:
+    plain = model_of()
+    return TransferModel(plain.backbone, plain.head, CLASSES, calibration=Calibration(2.5, scores), unlearned=unlearned)
+
+
+def test_the_temperature_divides_logits_and_is_saved(tmp_path: Path) -> None:
+    model, images = calibrated((0,) * (BINS - 1) + (9,), unlearned=("bee",)), pictures()
+    with torch.inference_mode():
+        logits = model.head(model.backbone.features_of(images))
+        logits[:, 1] = -torch.inf
+    assert torch.allclose(model.probabilities(images), (logits / 2.5).softmax(-1))
+    model.save(tmp_path / "model.safetensors")
+    loaded = TransferModel.load(tmp_path / "model.safetensors")
+    assert (loaded.calibration, loaded.unlearned) == (model.calibration, ("bee",))
+    assert torch.equal(loaded.probabilities(images), model.probabilities(images))
+
+
+def test_an_unlearned_class_is_never_predicted_nor_in_a_set() -> None:
+    images = pictures(20)
+    everywhere = {name for name in model_of().predict(images) if isinstance(name, str)}
+    assert everywhere
+    for name in everywhere:
+        model = calibrated((1,) * BINS, unlearned=(name,))
+        probabilities = model.probabilities(images)
+        assert name not in model.predict(images)
+        assert torch.allclose(probabilities.sum(1), torch.ones(20))
+        assert not any(name in classes for classes in model.sets(probabilities, 0.999))
+
+
+def test_sets_hold_the_classes_above_the_threshold_by_falling_probability() -> None:
+    scores = [0] * BINS
+    scores[BINS // 2] = 99
+    model = calibrated(tuple(scores))
+    probabilities = torch.tensor([[0.2, 0.5, 0.3], [0.1, 0.2, 0.7], [0.5, 0.5, 0.0]])
+    assert model.sets(probabilities, 0.9) == [("bee",), ("cicada",), ("ant", "bee")]
+    everything = [("bee", "cicada", "ant"), ("cicada", "bee", "ant"), ("ant", "bee", "cicada")]
+    assert model.sets(probabilities, 0.999) == everything
+
+
+@pytest.mark.parametrize("coverage", [0.0, 1.0, 90.0])
+def test_sets_need_a_coverage_and_a_calibrated_model(coverage: float) -> None:
+    with pytest.raises(UserError, match="between 0 and 1"):
+        calibrated((1,) * BINS).sets(torch.ones(1, 3) / 3, coverage)
+    with pytest.raises(UserError, match="No held-out rows"):
+        model_of().sets(torch.ones(1, 3) / 3, 0.9)

@@ -469,3 +469,34 @@ def test_glyphnet_beats_pixels_where_labels_are_few() -> None:
         assert glyphnet is not None
         assert pixels is not None
         assert glyphnet > max(pixels, least), (per_class, accuracies)
+
+
+def test_the_model_is_calibrated_alike_under_any_partition(digits: Samples) -> None:
+    runs = [
+        simulate(
+            RunConfig(rounds=0, simulation={"min_class_count": 0, "min_rows": 0, "partition": partition}),
+            data=digits,
+            sites=sites,
+        )
+        for partition, sites in (("iid", 1), ("iid", 7), ("dirichlet:0.1", 5))
+    ]
+    first, *others = (run.outcome.calibrated for run in runs)
+    assert first is not None
+    held_out = runs[0].evaluation.rows
+    assert first.rows + first.judged.before.rows == held_out
+    assert runs[0].model.calibration.temperature == first.calibration.temperature
+    for other in others:
+        assert other is not None
+        assert other.calibration.temperature == pytest.approx(first.calibration.temperature, rel=1e-4)
+        assert (other.rows, sum(other.calibration.scores)) == (first.rows, sum(first.calibration.scores))
+
+
+def test_a_class_that_nobody_holds_is_named_and_never_predicted(digits: Samples) -> None:
+    classes = [*digits.classes, "ten"]
+    result = simulate(RunConfig(rounds=2, classes=classes), data=digits, sites=3)
+    assert result.model.unlearned == ("ten",)
+    written = json.loads((result.run_dir / "evaluation.json").read_text())
+    assert written["unlearned"] == ["ten"]
+    assert TransferModel.load(result.run_dir).unlearned == ("ten",)
+    probabilities = result.model.probabilities([digits.read(row) for row in range(50)])
+    assert (probabilities[:, -1] == 0).all()
