@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fedhead.backbones.backbone import Backbone, assign_weights, backbone_sources, read_files, read_weights
+from fedhead.backbones.downloads import not_to_be_had
 from fedhead.backbones.hf_recipe import (
     Recipe,
     configure,
@@ -25,7 +26,7 @@ from fedhead.backbones.hf_recipe import (
     read_recipe,
     without_pooler,
 )
-from fedhead.errors import FedheadError, UserError
+from fedhead.errors import UserError
 from fedhead.extras import require
 from fedhead.registry import suggest
 
@@ -250,7 +251,7 @@ def _local_folder(name: str) -> Path | None:
 
 def _snapshot(name: str, revision: str | None) -> Path:
     """Return the hub's files of a model, from the cache where they are whole."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     options = {"revision": revision, "allow_patterns": list(WANTED), "ignore_patterns": ["onnx/*", "openvino/*"]}
@@ -265,8 +266,5 @@ def _snapshot(name: str, revision: str | None) -> Path:
     except RepositoryNotFoundError:
         raise UserError(f"The hub has no model {name!r}, or shows it only to those who are signed in.") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise FedheadError(
-            f"The model hf:{name} is not in the cache on this machine and could not be downloaded "
-            f"({first_line(error)}). Bring its folder and name it, as in hf:./{name.rpartition('/')[2]}, or a saved "
-            "backbone with --weights FILE."
-        ) from error
+        url, cache = f"https://huggingface.co/{name}", f"the hub's cache {constants.HF_HUB_CACHE}"
+        raise not_to_be_had(f"hf:{name}", url, cache, error) from error
