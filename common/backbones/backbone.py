@@ -229,12 +229,23 @@ def load_backbone(spec: str, *, weights: str = "default", layer: str = "penultim
     Raises:
         UserError: for an unknown source, name, layer or pooling, and for weights that do not fit.
     """
-    source, colon, name = spec.partition(":")
-    if not colon or not name:
-        raise UserError(f"A backbone is named source:name, as in 'bundled:glyphnet', not {spec!r}.")
+    source, name = split_spec(spec)
     layer, pooling = split_layer(layer)
     backbone = backbone_sources[source](name, weights, layer, seed)
     return backbone.pooled(pooling) if pooling else backbone
+
+
+def split_spec(spec: str) -> tuple[str, str]:
+    """Split `source:name`.
+
+    Raises:
+        UserError: if a part is missing, or there is no such source.
+    """
+    source, colon, name = spec.partition(":")
+    if not colon or not name:
+        raise UserError(f"A backbone is named source:name, as in 'bundled:glyphnet', not {spec!r}.")
+    _ = backbone_sources[source]
+    return source, name
 
 
 def split_layer(layer: str) -> tuple[str, str | None]:

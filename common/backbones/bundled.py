@@ -1,11 +1,13 @@
 """`bundled:glyphnet` and `bundled:pixels`: what the package itself carries."""
 
 from importlib.resources import as_file, files
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from fedhead.backbones.backbone import Backbone, assign_weights, backbone_sources, read_weights
+from fedhead.backbones.catalogue import Catalogue, Entry, catalogues, image_input
 from fedhead.backbones.glyphnet import INPUT_SIZE, MEAN, STD, GlyphNet
 from fedhead.backbones.preprocessing import ImagePreprocessing
 from fedhead.errors import UserError
@@ -30,7 +32,35 @@ def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
             raise UserError("bundled:pixels has no weights to load.")
         square = (PIXELS, PIXELS)
         return Backbone("bundled:pixels", nn.Flatten(), ImagePreprocessing(3, square, None, (0.5,) * 3, (0.5,) * 3))
-    raise UserError(f"There is no bundled backbone {name!r}. {suggest(name, ['glyphnet', 'pixels'])}")
+    raise UserError(f"There is no bundled backbone {name!r}. {suggest(name, names())}")
+
+
+def names() -> list[str]:
+    """Return the two names."""
+    return ["glyphnet", "pixels"]
+
+
+def entry(name: str) -> Entry:
+    """Return what the package carries.
+
+    Raises:
+        UserError: for another name.
+    """
+    if name == "pixels":
+        return Entry("bundled:pixels", image_input(3, PIXELS, PIXELS), parameters=0, licence="Apache-2.0")
+    if name == "glyphnet":
+        path = Path(str(files("fedhead.backbones") / "glyphnet.safetensors"))
+        return Entry(
+            "bundled:glyphnet",
+            image_input(1, INPUT_SIZE, INPUT_SIZE),
+            parameters=sum(parameter.numel() for parameter in GlyphNet().parameters()),
+            licence="Apache-2.0",
+            weights=path,
+        )
+    raise UserError(f"There is no bundled backbone {name!r}. {suggest(name, names())}")
+
+
+catalogues.register("bundled")(Catalogue(names, entry))
 
 
 def _glyphnet(weights: str, seed: int) -> Backbone:

@@ -1,7 +1,7 @@
 """`timm:NAME`: any model of timm's, without its classifier."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fedhead.backbones.backbone import Backbone, WeightsFit, backbone_sources, fill_weights, read_weights
+from fedhead.backbones.catalogue import Catalogue, Entry, catalogues, image_input
 from fedhead.backbones.downloads import fetch_hub_file, fetch_torch_file, hub_file, torch_file
-from fedhead.backbones.layers import PENULTIMATE, Stopped
+from fedhead.backbones.layers import PENULTIMATE, Stopped, module_layers
 from fedhead.backbones.preprocessing import ImagePreprocessing
 from fedhead.errors import UserError
 from fedhead.extras import require
@@ -46,6 +47,35 @@ def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
     if weights != "random":
         _fill(name, model, read_weights(path), config).require(module.state_dict().keys(), spec, path)
     return Backbone(spec, module, preprocessing, layer=layer, trained=weights != "random")
+
+
+def names() -> Sequence[str]:
+    """Return the models, those that have weights with the tag of each of these."""
+    models = library().models
+    tagged = models.list_pretrained()
+    trained = {name.partition(".")[0] for name in tagged}
+    return sorted([*tagged, *(name for name in models.list_models() if name not in trained)])
+
+
+def entry(name: str) -> Entry:
+    """Return what timm says of a model and its weights."""
+    config = pretrained_config(name)
+    return Entry(
+        spec=f"timm:{name}",
+        input=image_input(*config.input_size),
+        licence=config.license,
+        weights=cached_weights(config),
+        origin=f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url or None,
+    )
+
+
+def layers(name: str) -> Sequence[str]:
+    """Return the modules inside a model."""
+    _ = pretrained_config(name)
+    return [PENULTIMATE, *module_layers(build(name, seed=0))]
+
+
+catalogues.register("timm")(Catalogue(names, entry, layers))
 
 
 def library() -> Any:

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ import torchvision
 from torch import Tensor, nn
 
 from fedhead.backbones.backbone import Backbone, backbone_sources, fill_weights, read_weights
-from fedhead.backbones.downloads import fetch_torch_file
+from fedhead.backbones.catalogue import Catalogue, Entry, catalogues, image_input
+from fedhead.backbones.downloads import fetch_torch_file, torch_file
 from fedhead.backbones.layers import Graph
 from fedhead.backbones.preprocessing import ImagePreprocessing
 from fedhead.errors import UserError
@@ -45,6 +46,40 @@ def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
         module = Graph(model).cut(layer, spec)
         fit.require(module.state_dict().keys(), spec, path)
     return Backbone(spec, module, preprocessing_of(entry.transforms()), layer=layer, trained=weights != "random")
+
+
+def names() -> Sequence[str]:
+    """Return the models, and with a dot those of their weights that are not the default ones."""
+    listed = []
+    for model_name in torchvision.models.list_models(module=torchvision.models):
+        entries = torchvision.models.get_model_weights(model_name)
+        others = [entry.name for entry in entries if entry is not entries.DEFAULT]
+        listed += [model_name, *(f"{model_name}.{other}" for other in others)]
+    return listed
+
+
+def entry(name: str) -> Entry:
+    """Return what torchvision says of a model and its weights."""
+    _, found = _entry(name)
+    path = torch_file(found.url)
+    size = found.transforms().crop_size[0]
+    return Entry(
+        spec=f"torchvision:{name}",
+        input=image_input(3, size, size),
+        parameters=found.meta["num_params"],
+        licence=found.meta.get("license"),
+        weights=path if path.is_file() else None,
+        origin=found.url,
+    )
+
+
+def layers(name: str) -> Sequence[str]:
+    """Return the nodes of a model's graph."""
+    model_name, found = _entry(name)
+    return Graph(_build(model_name, found, seed=0)).layers
+
+
+catalogues.register("torchvision")(Catalogue(names, entry, layers))
 
 
 def _entry(name: str) -> tuple[str, Any]:

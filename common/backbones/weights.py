@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 
 from fedhead.backbones.backbone import Backbone, digest_weights, files_of, load_backbone
+from fedhead.backbones.catalogue import entry_of
 from fedhead.errors import FedheadError
 from fedhead.files import home, write_atomically
 
@@ -18,7 +19,9 @@ def weights_path(weights_digest: str) -> Path:
 
 
 def find_backbone(spec: str, layer: str, weights_digest: str) -> Backbone | None:
-    """Return the backbone if the package carries its weights or they were installed here; None if not.
+    """Return the backbone if its weights are on this machine; None if not, and nothing is downloaded.
+
+    They may have been installed, come with the package, or be in the cache of the library that the source stands for.
 
     Raises:
         UserError: if there is no such spec or layer.
@@ -29,7 +32,32 @@ def find_backbone(spec: str, layer: str, weights_digest: str) -> Backbone | None
         backbone = load_backbone(spec, layer=layer)
         if backbone.weights_digest == weights_digest:
             return backbone
-    return None
+    return _in_a_librarys_cache(spec, layer, weights_digest)
+
+
+def _in_a_librarys_cache(spec: str, layer: str, weights_digest: str) -> Backbone | None:
+    entry = entry_of(spec)
+    if entry is None or entry.weights is None:
+        return None
+    try:
+        backbone = load_backbone(spec, weights=str(entry.weights), layer=layer)
+    # A cache that is damaged is as good as none: the coordinator has the weights.
+    except FedheadError:
+        return None
+    return backbone if backbone.weights_digest == weights_digest else None
+
+
+def installed_weights(spec: str) -> list[Path]:
+    """Return the files that coordinators sent for a spec; runs with other weights or layers have files of their own."""
+    found = []
+    for path in sorted((home() / "weights").glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                if (file.metadata() or {}).get("spec") == spec:
+                    found.append(path)
+        except (OSError, SafetensorError):
+            continue
+    return found
 
 
 def install_weights(blob: bytes, weights_digest: str) -> Path:

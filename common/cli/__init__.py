@@ -3,11 +3,24 @@
 import os
 import sys
 
-from fedhead.cli import client, data, flower_app, ledger, membership, provision, rank, server, simulate, status
+from fedhead.cli import (
+    backbones,
+    client,
+    data,
+    flower_app,
+    ledger,
+    membership,
+    provision,
+    rank,
+    server,
+    simulate,
+    status,
+)
 from fedhead.cli.application import INTERRUPTED, app
 
 __all__ = [
     "app",
+    "backbones",
     "client",
     "data",
     "flower_app",
