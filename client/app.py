@@ -173,7 +173,11 @@ def describe_site(site: "Site", content: RecordDict, context: Context) -> Record
 
 
 def _describe(site: "Site", context: Context) -> RecordDict:
-    agreed = kept(context)
+    return Payload(description_of(site, kept(context)).model_dump()).to_content()
+
+
+def description_of(site: "Site", agreed: "Kept") -> Description:
+    """Return whether `site` can take part under what it was told, and if not, why."""
     has_weights, refusal = False, ""
     try:
         site.check_data(agreed.manifest)
@@ -182,8 +186,7 @@ def _describe(site: "Site", context: Context) -> RecordDict:
             site.check(agreed.manifest, agreed.probe)
     except FedheadError as error:
         refusal = str(error)
-    described = Description(site=site.name, rows=site.num_rows, has_weights=has_weights, refusal=refusal)
-    return Payload(described.model_dump()).to_content()
+    return Description(site=site.name, rows=site.num_rows, has_weights=has_weights, refusal=refusal)
 
 
 @dataclass(frozen=True)
@@ -331,7 +334,7 @@ def train_sites(sites: Sequence["Site"], agreed: Kept, request: HeadRequest) -> 
     from fedhead.client.training import train_in_chunks
 
     manifest = agreed.manifest
-    holdings, data, head, incoming = _ready(sites, agreed, request)
+    holdings, data, head, incoming = ready(sites, agreed, request)
     metrics = evaluate_sites(sites, agreed, request)
     local = manifest.local
     if request.proximal_mu is not None:
@@ -356,7 +359,7 @@ def evaluate_sites(sites: Sequence["Site"], agreed: Kept, request: HeadRequest) 
     """Evaluate the head on the held-out rows of all `sites` at once; return metrics `[S, len(METRICS)]`."""
     from fedhead.client.training import evaluate_head
 
-    holdings, data, head, parameters = _ready(sites, agreed, request)
+    holdings, data, head, parameters = ready(sites, agreed, request)
     evaluation = evaluate_head(head, parameters, data, [holding.held_out for holding in holdings])
     metrics = np.zeros((len(sites), len(METRICS)))
     metrics[:, METRICS.index("held_out")] = evaluation.rows
@@ -369,7 +372,7 @@ def report_sites(sites: Sequence["Site"], agreed: Kept, request: ReportRequest) 
     """Count how the head does on each site's held-out rows, in detail; yield in the order of `sites`."""
     from fedhead.metrics import sums_by_site
 
-    holdings, data, head, parameters = _ready(sites, agreed, request.head)
+    holdings, data, head, parameters = ready(sites, agreed, request.head)
     rows = np.concatenate([holding.held_out.rows for holding in holdings])
     owners = np.repeat(np.arange(len(sites)), [len(holding.held_out.rows) for holding in holdings])
     logits, labels = _logits(rows, data, head, parameters, agreed)
@@ -410,9 +413,10 @@ def _logits(
     return torch.cat(logits), torch.cat(labels)
 
 
-def _ready(
+def ready(
     sites: Sequence["Site"], agreed: Kept, request: HeadRequest
 ) -> "tuple[list[Holding], LabelledFeatures, Head, dict[str, Tensor]]":
+    """Return what the sites hold, the features that they share, the head's form and its parameters."""
     import torch
 
     holdings = [site.open(agreed.manifest) for site in sites]

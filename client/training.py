@@ -7,8 +7,9 @@ their order. Only rounding in the parameters' own dtype may differ, since batche
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fedhead.config import LocalConfig
+from fedhead.data import mix
 from fedhead.heads import Head
 from fedhead.losses import loss_for
 
@@ -25,18 +27,25 @@ FloatArray = npt.NDArray[np.float64]
 CHUNK_BYTES = 256 * 2**20
 """Working memory of one chunk, unless told otherwise."""
 
+GRAM_BYTES = 512 * 2**20
+"""What is kept from round to round, beside the features."""
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
 
 @dataclass(frozen=True)
 class LabelledFeatures:
     """Features `[N, d]` and labels (int64) on any device, perhaps memory-mapped; shared by all sites.
 
     Labels are class numbers `[N]`, or for multi-label rows `[N, C]` of 0 and 1.
-    With `standardisation`, a mean and a scale `[d]`, heads see `(x - mean) / scale`.
+    With `standardisation`, a mean and a scale `[d]`, heads see `(x - mean) / scale`. What is computed of the features
+    for several rounds is kept in `grams`.
     """
 
     features: Tensor
     labels: Tensor
     standardisation: tuple[Tensor, Tensor] | None = None
+    grams: "GramCache" = field(default_factory=lambda: GramCache(), compare=False, repr=False)
 
     def gather(self, rows: IntArray, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return the features `[..., d]` and labels `[...]` or `[..., C]` of `rows` `[...]`.
@@ -52,12 +61,58 @@ class LabelledFeatures:
         return features.view(*rows.shape, -1), labels.view(*rows.shape, *labels.shape[1:])
 
 
+class GramCache:
+    """Products of sites' rows with each other, for as long as the same sites are trained together.
+
+    Args:
+        max_bytes: the oldest go where more would be kept.
+    """
+
+    def __init__(self, max_bytes: int = GRAM_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self._standardisation: tuple[Tensor, Tensor] | None = None
+        # The sites stand beside the products so that no other gets their ids.
+        self._kept: dict[tuple[int, ...], tuple[Sequence[SiteRows], Tensor | None]] = {}
+
+    def under(self, standardisation: tuple[Tensor, Tensor] | None) -> None:
+        """Forget what was computed under another standardisation."""
+        before = self._standardisation
+        same = before is standardisation or (
+            before is not None and standardisation is not None and all(map(torch.equal, before, standardisation))
+        )
+        if not same:
+            self._kept.clear()
+            self._standardisation = standardisation
+
+    def seen(self, sites: Sequence["SiteRows"]) -> bool:
+        """Tell whether these very sites were asked about before, and remember that they were."""
+        key = tuple(map(id, sites))
+        known = key in self._kept
+        self._kept.setdefault(key, (sites, None))
+        return known
+
+    def get(self, sites: Sequence["SiteRows"], make: Callable[[Sequence["SiteRows"]], Tensor]) -> Tensor:
+        """Return `[k, n, n]` of these sites, made now or before."""
+        key = tuple(map(id, sites))
+        _, gram = self._kept.pop(key, (sites, None))
+        gram = make(sites) if gram is None else gram
+        self._kept[key] = (sites, gram)
+        while sum(kept.nbytes for _, kept in self._kept.values() if kept is not None) > self.max_bytes:
+            self._kept.pop(next(iter(self._kept)))
+        return gram
+
+
 @dataclass(frozen=True)
 class SiteRows:
     """A site's name and its rows `[n]` among the shared features."""
 
     name: str
     rows: IntArray
+
+    @cached_property
+    def key(self) -> int:
+        """64 bits of the name, that its orders are drawn by."""
+        return int.from_bytes(hashlib.blake2b(self.name.encode(), digest_size=8).digest(), "little")
 
 
 @dataclass(frozen=True)
@@ -96,8 +151,31 @@ def shuffled(seed: int, name: str, round_number: int, epoch: int, count: int) ->
     A function of its arguments alone: the same in every process and under every version of numpy, whose own
     permutations may change.
     """
-    stream = hashlib.shake_128(f"{seed}/{round_number}/{epoch}/{name}".encode())
-    return np.frombuffer(stream.digest(8 * count), dtype="<u8").argsort(kind="stable")
+    site = SiteRows(name, np.arange(count))
+    order: IntArray = orders(seed, [site], round_number, np.array([epoch]))[0]
+    return order
+
+
+def orders(seed: int, sites: Sequence[SiteRows], round_number: int, epochs: IntArray) -> IntArray:
+    """Return `[S, n]`, for each site the order of its rows in the epoch `[S]` that it is in.
+
+    `n` is the most rows of any; the numbers after a site's own are no rows of it.
+    """
+    sizes = np.array([len(site.rows) for site in sites])
+    keys = np.array([site.key for site in sites], dtype=np.uint64)
+    different = epochs[:1] if (epochs == epochs[0]).all() else epochs
+    drawn = np.array([_stream(seed, round_number, epoch) for epoch in different.tolist()], dtype=np.uint64)
+    columns = np.arange(sizes.max(initial=0), dtype=np.uint64)
+    values = mix(np.add(mix(keys ^ drawn)[:, None], columns * _GOLDEN, dtype=np.uint64))
+    values[columns >= sizes[:, None].astype(np.uint64)] = np.iinfo(np.uint64).max
+    drawn_orders: IntArray = values.argsort(axis=1, kind="stable")
+    return drawn_orders
+
+
+@cache
+def _stream(seed: int, round_number: int, epoch: int) -> int:
+    digest = hashlib.blake2b(f"order {seed}/{round_number}/{epoch}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def train_heads(
@@ -158,8 +236,8 @@ def train_in_chunks(
         Positions `[k]` in `sites`, and the heads trained there; larger sites first.
     """
     sizes = np.array([len(site.rows) for site in sites], dtype=np.int64)
-    for positions in _chunks(sizes, settings, incoming, chunk_bytes):
-        yield positions, _train_chunk(head, incoming, data, [sites[i] for i in positions], settings, seed, round_number)
+    for positions in chunks(sizes, settings, incoming, chunk_bytes):
+        yield positions, train_chunk(head, incoming, data, [sites[i] for i in positions], settings, seed, round_number)
 
 
 @torch.inference_mode()
@@ -176,7 +254,7 @@ def evaluate_head(
     sizes = np.array([len(site.rows) for site in sites], dtype=np.int64)
     rows = np.concatenate([np.empty(0, dtype=np.int64), *(site.rows for site in sites)])
     losses, correct = np.empty(len(rows)), np.empty(len(rows), dtype=bool)
-    step = max(1, chunk_bytes // _row_bytes(parameters))
+    step = max(1, chunk_bytes // row_bytes(parameters))
     for start in range(0, len(rows), step):
         block = slice(start, start + step)
         features, labels = data.gather(rows[block], like)
@@ -192,7 +270,7 @@ def evaluate_head(
     )
 
 
-def _row_bytes(parameters: Mapping[str, Tensor]) -> int:
+def row_bytes(parameters: Mapping[str, Tensor]) -> int:
     """Estimate what one row takes on its way to the loss: itself and its units, with their gradients."""
     units = sum(len(value) for value in parameters.values())
     like = next(iter(parameters.values()))
@@ -200,7 +278,7 @@ def _row_bytes(parameters: Mapping[str, Tensor]) -> int:
     return 4 * like.element_size() * (width + units)
 
 
-def _chunks(
+def chunks(
     sizes: IntArray, settings: LocalConfig, incoming: Mapping[str, Tensor], chunk_bytes: int
 ) -> Iterator[IntArray]:
     """Yield the positions of sites that are trained at once, by size, descending."""
@@ -211,16 +289,16 @@ def _chunks(
     start = 0
     while start < len(order):
         width = int(widths[start])
-        room = max(1, chunk_bytes // (head_bytes + width * _row_bytes(incoming)))
-        # Rows are padded to the widest batch: a chunk ends where that would more than double them.
-        alike = int(np.count_nonzero(2 * widths >= width))
+        room = max(1, chunk_bytes // (head_bytes + width * row_bytes(incoming)))
+        # Rows are padded to those of the largest: a chunk ends where that would more than double them.
+        alike = int(np.count_nonzero(2 * sizes[order] >= sizes[order[start]]))
         stop = min(start + room, alike)
         yield order[start:stop]
         start = stop
 
 
 @torch.no_grad()
-def _train_chunk(
+def train_chunk(
     head: Head,
     incoming: Mapping[str, Tensor],
     data: LabelledFeatures,
@@ -233,11 +311,12 @@ def _train_chunk(
     like = next(iter(incoming.values()))
     parameters = {name: value.expand(len(sites), *value.shape).clone() for name, value in incoming.items()}
     losses = like.new_zeros(len(sites))
-    optimizer = _OPTIMIZERS[settings.optimizer](settings)
-    for batch in _batches(sites, settings, seed, round_number):
-        count = len(batch.rows)
+    optimizer = OPTIMIZERS[settings.optimizer](settings)
+    table = table_of(sites)
+    for batch in batches(sites, settings, seed, round_number):
+        count = len(batch.places)
         active = {name: value[:count] for name, value in parameters.items()}
-        features, labels = data.gather(batch.rows, like)
+        features, labels = data.gather(np.take_along_axis(table[:count], batch.places, axis=1), like)
         weights = torch.from_numpy(batch.weights).to(like)
         gradients, values = head.gradients(active, features, labels, weights)
         losses[:count] += torch.from_numpy(batch.share).to(like) * values
@@ -250,44 +329,58 @@ def _train_chunk(
 
 
 @dataclass(frozen=True)
-class _Batch:
+class Batch:
     """One minibatch of `b` rows at each of the first `k` sites of a chunk.
 
     Attributes:
-        rows: `[k, b]`; a shorter batch repeats its last row.
+        places: `[k, b]`, which of the site's rows; a shorter batch repeats its last one.
         weights: `[k, b]`, one over the batch's true length, and 0 for repeated rows.
         share: `[k]`, the batch's share of the site's rows in the last epoch; 0 in the epochs before.
     """
 
-    rows: IntArray
+    places: IntArray
     weights: FloatArray
     share: FloatArray
 
 
-def _batches(sites: Sequence[SiteRows], settings: LocalConfig, seed: int, round_number: int) -> Iterator[_Batch]:
-    """Yield the minibatches of all epochs; those still at work are always the first of `sites`."""
+def batches(sites: Sequence[SiteRows], settings: LocalConfig, seed: int, round_number: int) -> Iterator[Batch]:
+    """Yield the minibatches of all epochs of sites that come with their rows descending in number.
+
+    Those still at work are always the first of `sites`.
+    """
     sizes = np.array([len(site.rows) for site in sites], dtype=np.int64)
-    ends = np.cumsum(sizes)
-    starts = ends - sizes
     per_epoch = -(-sizes // settings.batch_size)
     steps = per_epoch * settings.epochs
-    order = np.empty(sizes.sum(), dtype=np.int64)
+    order = np.zeros((len(sites), sizes.max(initial=0)), dtype=np.int64)
     for step in range(steps[0]):
         count = np.count_nonzero(steps > step)
         epoch, within = np.divmod(step, per_epoch[:count])
-        for i in np.flatnonzero(within == 0).tolist():
-            permutation = shuffled(seed, sites[i].name, round_number, int(epoch[i]), int(sizes[i]))
-            order[starts[i] : ends[i]] = sites[i].rows[permutation]
-        first = starts[:count] + within * settings.batch_size
-        lengths = np.minimum(settings.batch_size, ends[:count] - first)
+        if len(starting := np.flatnonzero(within == 0)):
+            drawn = orders(seed, [sites[i] for i in starting.tolist()], round_number, epoch[starting])
+            order[starting, : drawn.shape[1]] = drawn
+        first = within * settings.batch_size
+        lengths = np.minimum(settings.batch_size, sizes[:count] - first)
         columns = np.arange(lengths.max())
-        rows = order[np.minimum(first[:, None] + columns, ends[:count, None] - 1)]
+        places = np.take_along_axis(
+            order[:count], np.minimum(first[:, None] + columns, sizes[:count, None] - 1), axis=1
+        )
         weights = (columns < lengths[:, None]) / lengths[:, None]
         share = (epoch == settings.epochs - 1) * lengths / sizes[:count]
-        yield _Batch(rows, weights, share)
+        yield Batch(places, weights, share)
 
 
-class _Optimizer(ABC):
+def table_of(sites: Sequence[SiteRows]) -> IntArray:
+    """Return `[S, n]`, the rows of sites, a shorter site's filled up with its first one."""
+    width = max((len(site.rows) for site in sites), default=0)
+    table = np.zeros((len(sites), width), dtype=np.int64)
+    for row, site in zip(table, sites, strict=True):
+        if count := len(site.rows):
+            row[:count] = site.rows
+            row[count:] = site.rows[0]
+    return table
+
+
+class Optimizer(ABC):
     """Steps of heads `[k, ...]`; their number `k` may fall from step to step, never rise."""
 
     def __init__(self, settings: LocalConfig) -> None:
@@ -298,7 +391,7 @@ class _Optimizer(ABC):
         """Change `parameters` in place."""
 
 
-class _SGD(_Optimizer):
+class _SGD(Optimizer):
     def __init__(self, settings: LocalConfig) -> None:
         super().__init__(settings)
         self.velocities: dict[str, Tensor] = {}
@@ -317,7 +410,7 @@ class _SGD(_Optimizer):
             parameter.sub_(gradient, alpha=self.settings.lr)
 
 
-class _AdamW(_Optimizer):
+class _AdamW(Optimizer):
     """Loshchilov & Hutter, ICLR 2019, with the betas and epsilon of torch."""
 
     beta1, beta2, epsilon = 0.9, 0.999, 1e-8
@@ -344,4 +437,4 @@ class _AdamW(_Optimizer):
             parameter.addcdiv_(mean, square.sqrt().div_(square_bias**0.5).add_(self.epsilon), value=-lr / mean_bias)
 
 
-_OPTIMIZERS: dict[str, type[_Optimizer]] = {"sgd": _SGD, "adamw": _AdamW}
+OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": _SGD, "adamw": _AdamW}

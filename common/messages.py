@@ -35,6 +35,9 @@ CALIBRATE = "evaluate.calibrate"
 RECORD = "fedhead"
 PAYLOAD = "payload"
 
+SITE_COUNTS = "site_counts"
+"""Where a Grid in this process sums for several sites: each one's rows by class, `[S, C]`."""
+
 METRICS = ("examples", "train_loss", "held_out", "loss_sum", "correct")
 """What a site reports with a head, a row of float64: training rows and their mean loss, then held-out rows and, of
 the head it received, the summed loss and the correct ones among them."""
@@ -145,8 +148,25 @@ class Description(BaseModel):
         Raises:
             MessageError: if it is anything else.
         """
+        return cls._checked(Payload.from_content(content).values)
+
+    @classmethod
+    def several_from_content(cls, content: RecordDict, count: int) -> list[Self]:
+        """Read and check what a Grid in this process answers for `count` sites, or one site for itself.
+
+        Raises:
+            MessageError: if it is anything else.
+        """
+        values = Payload.from_content(content).values
+        described = values.get("sites", [values])
+        if not isinstance(described, list) or len(described) != count:
+            raise MessageError(f"it does not describe {count} sites")
+        return [cls._checked(one) for one in described]
+
+    @classmethod
+    def _checked(cls, values: Mapping[str, Any]) -> Self:
         try:
-            description = cls(**Payload.from_content(content).values)
+            description = cls(**values)
         except (ValidationError, TypeError) as error:
             raise MessageError(f"it does not describe a site ({error})") from None
         if not description.site or description.rows < 0:
@@ -162,17 +182,15 @@ class HeadRequest:
         arrays: the head.
         server_round: from 1; seeds the minibatches.
         proximal_mu: overrides the manifest's, where a strategy sets it.
-        merge: whether a Grid in this process may answer for several sites with one reply.
     """
 
     arrays: Arrays
     server_round: int
     proximal_mu: float | None = None
-    merge: bool = False
 
     def to_content(self) -> RecordDict:
         """Return what a Flower message carries."""
-        values = {"server_round": self.server_round, "proximal_mu": self.proximal_mu, "merge": self.merge}
+        values = {"server_round": self.server_round, "proximal_mu": self.proximal_mu}
         return Payload(values, self.arrays).to_content()
 
     @classmethod

@@ -2,8 +2,9 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from flwr.app import Message, RecordDict
@@ -54,6 +55,16 @@ class Exchange:
         return total
 
 
+@runtime_checkable
+class MergingGrid(Protocol):
+    """A Grid in this process, that can answer one message for many sites."""
+
+    merges_replies: bool
+
+    def together(self, node_ids: Sequence[int]) -> tuple[int | None, list[int]]:
+        """Return a node that stands for those of `node_ids` that can answer together, if any can, and all others."""
+
+
 class Messenger:
     """Sends messages to named sites, and yields what they answer.
 
@@ -66,7 +77,7 @@ class Messenger:
         self.grid = grid
         self.deadline = deadline
         # A Grid in this process may answer for many sites at once; one that answers so has answered all.
-        self.in_process = bool(getattr(grid, "merges_replies", False))
+        self.in_process = isinstance(grid, MergingGrid) and grid.merges_replies
 
     def ask(
         self, nodes: Mapping[str, int], action: str, content: RecordDict, exchange: Exchange
@@ -76,17 +87,53 @@ class Messenger:
         for name, _, answer in self.send(messages, exchange):
             yield name, answer
 
-    def send(self, messages: Mapping[str, Message], exchange: Exchange) -> Iterator[tuple[str, Message, RecordDict]]:
+    def ask_together(
+        self, nodes: Mapping[str, int], action: str, content: RecordDict, exchange: Exchange
+    ) -> Iterator[tuple[tuple[str, ...], RecordDict]]:
+        """Do as `ask` does, but take one answer for several sites where the Grid gives one; yield whose it is."""
+        addresses, spoken = self.group(nodes)
+        messages = {name: Message(content, node_id, action) for name, node_id in sorted(addresses.items())}
+        for name, _, answer in self.send(messages, exchange, spoken):
+            yield spoken.get(name, (name,)), answer
+
+    def group(self, nodes: Mapping[str, int]) -> tuple[dict[str, int], dict[str, tuple[str, ...]]]:
+        """Return the nodes to send to instead of `nodes`, by name, and those that answer for several sites, for whom.
+
+        Such a node goes by the name of the first of its sites.
+        """
+        if not self.in_process:
+            return dict(nodes), {}
+        assert isinstance(self.grid, MergingGrid)
+        stand_in, alone = self.grid.together(list(nodes.values()))
+        apart = set(alone)
+        names = tuple(name for name, node in nodes.items() if node not in apart)
+        addresses = {name: node for name, node in nodes.items() if node in apart}
+        if stand_in is None or not names:
+            return addresses, {}
+        return {**addresses, names[0]: stand_in}, {names[0]: names}
+
+    def send(
+        self,
+        messages: Mapping[str, Message],
+        exchange: Exchange,
+        spoken: Mapping[str, tuple[str, ...]] | None = None,
+    ) -> Iterator[tuple[str, Message, RecordDict]]:
         """Send messages; yield each site's name, the message it answers and its answer, as they come.
 
         Sites that fail, or do not answer within the deadline, are dropped from `exchange` with the reason.
+
+        Args:
+            messages: by the name of who is to answer.
+            exchange: takes the traffic.
+            spoken: for whom those answer who answer for several, see `group`.
         """
+        spoken = spoken or {}
         sizes: dict[int, int] = {}
-        exchange.asked += len(messages)
-        for message in messages.values():
+        exchange.asked += sum(len(spoken.get(name, (name,))) for name in messages)
+        for asked, message in messages.items():
             if id(message.content) not in sizes:
                 sizes[id(message.content)] = payload_bytes(message.content)
-            exchange.bytes_down += sizes[id(message.content)]
+            exchange.bytes_down += sizes[id(message.content)] * len(spoken.get(asked, (asked,)))
         waiting = dict(zip(self.grid.push_messages(list(messages.values())), messages, strict=True))
         stop = time.monotonic() + self.deadline
         while waiting:
@@ -96,7 +143,8 @@ class Messenger:
                 if name is None:
                     continue
                 if reply.has_error():
-                    exchange.drop(name, reply.error.reason or "it failed without a reason")
+                    for site in spoken.get(name, (name,)):
+                        exchange.drop(site, reply.error.reason or "it failed without a reason")
                 else:
                     yield name, messages[name], reply.content
             if self.in_process:

@@ -5,9 +5,11 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from flwr.app import RecordDict
 
 from fedhead.errors import FedheadError
 from fedhead.messages import (
+    SITE_COUNTS,
     STANDARDISE,
     STATISTICS,
     Manifest,
@@ -59,20 +61,23 @@ class Pooling:
         origin = origin_of(self._probe, self._manifest.seed)
         classes = len(self._manifest.classes)
         total = FeatureStatistics.empty(len(origin), classes, origin, multi_label=self._manifest.multi_label)
-        for name, tensors in self._sums(request, exchange):
+        for names, tensors in self._sums(request, exchange):
+            counts = tensors.pop(SITE_COUNTS, None)
             try:
                 stats = FeatureStatistics.from_tensors(tensors)
                 alike = stats.multi_label == self._manifest.multi_label
-                self._vouch(name, stats.rows, stats.num_classes == classes and alike)
+                self._vouch(names, stats.rows, stats.num_classes == classes and alike)
                 total += stats
             except ValueError as error:
-                exchange.drop(name, str(error))
+                for name in names:
+                    exchange.drop(name, str(error))
                 continue
             used += 1
             if self._kept is not None:
+                (name,) = names
                 self._kept.save(name, request.rows, stats)
             if request.rows == "train":
-                self.counts[name] = stats.counts
+                self.counts.update(zip(names, [stats.counts] if counts is None else counts, strict=True))
         return _at_least_one(total if used else None, exchange)
 
     def moments(self, exchange: Exchange) -> FeatureMoments:
@@ -83,39 +88,53 @@ class Pooling:
         """
         origin = self._probe.mean(0)
         total: FeatureMoments | None = None
-        for name, tensors in self._sums(StatisticsRequest(what="moments"), exchange):
+        for names, tensors in self._sums(StatisticsRequest(what="moments"), exchange):
             try:
                 moments = FeatureMoments.from_tensors(tensors, origin)
-                self._vouch(name, moments.rows, True)
+                self._vouch(names, moments.rows, True)
                 total = moments if total is None else total + moments
             except ValueError as error:
-                exchange.drop(name, str(error))
+                for name in names:
+                    exchange.drop(name, str(error))
         return _at_least_one(total, exchange)
 
     def tell(self, standardisation: tuple[torch.Tensor, torch.Tensor], exchange: Exchange) -> None:
         """Tell the sites the mean and scale `[d]` that heads are trained under."""
         mean, scale = (part.float().numpy() for part in standardisation)
         content = Payload({}, {"mean": mean, "scale": scale}).to_content()
-        for name, answer in self._messenger.ask(self._roster.nodes, STANDARDISE, content, exchange):
+        for names, answer in self._messenger.ask_together(self._roster.nodes, STANDARDISE, content, exchange):
             try:
-                exchange.bytes_up += payload_bytes(answer)
+                exchange.bytes_up += payload_bytes(answer) * len(names)
             except MessageError as error:
-                exchange.drop(name, str(error))
+                for name in names:
+                    exchange.drop(name, str(error))
 
-    def _sums(self, request: StatisticsRequest, exchange: Exchange) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    def _sums(
+        self, request: StatisticsRequest, exchange: Exchange
+    ) -> Iterator[tuple[tuple[str, ...], dict[str, torch.Tensor]]]:
+        """Yield sums and whose they are: of one site, where its own are kept."""
         content = Payload(request.model_dump()).to_content()
-        for name, answer in self._messenger.ask(self._roster.nodes, STATISTICS, content, exchange):
+        nodes = self._roster.nodes
+        answers: Iterator[tuple[tuple[str, ...], RecordDict]]
+        if self._kept is not None and request.what == "gram":
+            asked = self._messenger.ask(nodes, STATISTICS, content, exchange)
+            answers = (((name,), answer) for name, answer in asked)
+        else:
+            answers = self._messenger.ask_together(nodes, STATISTICS, content, exchange)
+        for names, answer in answers:
             try:
-                arrays = Payload.from_content(answer).arrays
-                exchange.bytes_up += payload_bytes(answer)
+                payload = Payload.from_content(answer)
+                exchange.bytes_up += int(payload.values.get("num_bytes", payload_bytes(answer)))
             except MessageError as error:
-                exchange.drop(name, str(error))
+                for name in names:
+                    exchange.drop(name, str(error))
                 continue
-            yield name, {key: torch.from_numpy(np.array(array)) for key, array in arrays.items()}
+            yield names, {key: torch.from_numpy(np.array(array)) for key, array in payload.arrays.items()}
 
-    def _vouch(self, name: str, rows: int, fits: bool) -> None:
-        if rows > self._roster.rows[name]:
-            raise ValueError(f"it sums {rows} rows, of {self._roster.rows[name]} that it has")
+    def _vouch(self, names: tuple[str, ...], rows: int, fits: bool) -> None:
+        known = sum(self._roster.rows[name] for name in names)
+        if rows > known:
+            raise ValueError(f"it sums {rows} rows, of {known} that it has")
         if not fits:
             raise ValueError("its statistics are of other classes")
 

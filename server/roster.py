@@ -120,13 +120,16 @@ class Roster:
     def _descriptions(
         self, nodes: Mapping[str, int], action: str, content: RecordDict, exchange: Exchange
     ) -> dict[str, Description]:
-        descriptions = {}
-        for name, answer in self._messenger.ask(nodes, action, content, exchange):
+        descriptions: dict[str, Description] = {}
+        for names, answer in self._messenger.ask_together(nodes, action, content, exchange):
             try:
-                descriptions[name] = Description.from_content(answer)
+                described = Description.several_from_content(answer, len(names))
                 exchange.bytes_up += payload_bytes(answer)
             except MessageError as error:
-                exchange.drop(name, str(error))
+                for name in names:
+                    exchange.drop(name, str(error))
+                continue
+            descriptions.update(zip(names, described, strict=True))
         return descriptions
 
     def _accept(self, description: Description, node_id: int) -> bool:

@@ -45,7 +45,12 @@ class Rounds:
     def train(self, number: int, head: Arrays) -> Exchange:
         """Have this round's sites train `head`, and evaluate it as it reached them."""
         cohort = sample_sites(self._strategy, list(self._roster.nodes), self._manifest.seed, number)
-        names = {self._roster.nodes[name]: name for name in cohort}
+        addresses = {name: self._roster.nodes[name] for name in cohort}
+        spoken: Mapping[str, tuple[str, ...]] = {}
+        if averages(self._strategy):
+            # Such a strategy tells all sites the same, and sees nothing but the mean of what they answer.
+            addresses, spoken = self._messenger.group(addresses)
+        names = {node: name for name, node in addresses.items()}
         messages: dict[str, Message] = {}
         packed: dict[int, RecordDict] = {}
         records = []
@@ -56,7 +61,7 @@ class Rounds:
                 packed[id(message.content)] = self._request(message.content, number).to_content()
             message.content = packed[id(message.content)]
             messages[names[message.metadata.dst_node_id]] = message
-        return self._heads(messages, head)
+        return self._heads(messages, head, spoken)
 
     def aggregate(self, number: int, head: Arrays, exchange: Exchange) -> Arrays:
         """Return what the strategy makes of the replies; `head`, which was trained, if it makes none.
@@ -73,10 +78,10 @@ class Rounds:
 
     def evaluate(self, number: int, head: Arrays) -> Exchange:
         """Have all sites evaluate the head of round `number`."""
-        request = HeadRequest(head, server_round=number, merge=self._messenger.in_process)
-        content = request.to_content()
-        messages = {name: Message(content, node_id, EVALUATE) for name, node_id in sorted(self._roster.nodes.items())}
-        return self._heads(messages, {})
+        content = HeadRequest(head, server_round=number).to_content()
+        addresses, spoken = self._messenger.group(self._roster.nodes)
+        messages = {name: Message(content, node_id, EVALUATE) for name, node_id in sorted(addresses.items())}
+        return self._heads(messages, {}, spoken)
 
     def _request(self, record: RecordDict, number: int) -> HeadRequest:
         (arrays,) = record.array_records.values()
@@ -86,16 +91,17 @@ class Rounds:
             {name: array.numpy() for name, array in arrays.items()},
             server_round=number,
             proximal_mu=float(mu) if isinstance(mu, int | float) else None,
-            merge=self._messenger.in_process and averages(self._strategy),
         )
 
-    def _heads(self, messages: Mapping[str, Message], expected: Arrays) -> Exchange:
+    def _heads(
+        self, messages: Mapping[str, Message], expected: Arrays, spoken: Mapping[str, tuple[str, ...]]
+    ) -> Exchange:
         """Exchange messages about a head; screen what comes back, and order it by site name."""
         exchange = Exchange()
         replies: dict[str, tuple[Message, HeadReply]] = {}
-        for name, instruction, content in self._messenger.send(messages, exchange):
+        for name, instruction, content in self._messenger.send(messages, exchange, spoken):
             try:
-                reply = screen(content, expected, self._roster.rows, name, merged=self._messenger.in_process)
+                reply = screen(content, expected, self._roster.rows, name, merged=name in spoken)
             except MessageError as error:
                 exchange.drop(name, str(error))
                 continue

@@ -215,12 +215,15 @@ def screen(content: RecordDict, expected: Arrays, rows: Mapping[str, int], site:
         MessageError: for other keys, shapes, dtypes, values that are not finite, or a weight that is not there.
     """
     reply = HeadReply.from_content(content, expected, merged=merged)
-    for name, row in zip(reply.sites or (site,), reply.metrics, strict=False):
-        if row[EXAMPLES] + row[HELD_OUT] > rows.get(name, 0):
-            raise MessageError(
-                f"it claims {row[EXAMPLES]:.0f} training rows and {row[HELD_OUT]:.0f} held out, of {rows.get(name, 0)} "
-                f"that {name} has"
-            )
+    names = reply.sites or (site,)
+    claimed = reply.metrics[:, EXAMPLES] + reply.metrics[:, HELD_OUT]
+    known = np.array([rows.get(name, 0) for name in names[: len(claimed)]])
+    for at in np.flatnonzero(claimed > known):
+        row = reply.metrics[at]
+        raise MessageError(
+            f"it claims {row[EXAMPLES]:.0f} training rows and {row[HELD_OUT]:.0f} held out, of {known[at]} "
+            f"that {names[at]} has"
+        )
     return reply
 
 

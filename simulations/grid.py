@@ -2,43 +2,52 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-import numpy as np
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
-from fedhead.client.app import (
-    Kept,
-    TrainedSites,
-    empty_head,
-    evaluate_sites,
-    kept,
-    make_app,
-    report_sites,
-    train_sites,
-)
+from fedhead.client.app import Kept, empty_head, evaluate_sites, kept, make_app, report_sites, train_sites
 from fedhead.client.site_data import Site
 from fedhead.errors import FedheadError
 from fedhead.flower import set_message_id
 from fedhead.messages import (
+    DESCRIBE,
     EVALUATE,
-    METRICS,
+    INSTALL,
     REPORT,
+    STANDARDISE,
+    STATISTICS,
     TRAIN,
     HeadReply,
     HeadRequest,
     MessageError,
     Payload,
     ReportRequest,
-    check_metrics,
+)
+from fedhead.simulations.together import (
+    describe_together,
+    evaluate_together,
+    install_together,
+    standardise_together,
+    sum_together,
+    train_together,
 )
 
-EXAMPLES = METRICS.index("examples")
 FAILED = 0
 """Flower's code of an unknown error."""
+
+FIRST_GROUP = 2**62
+"""Nodes from here on stand for several."""
+
+TOGETHER: Mapping[str, Callable[[Sequence[Site], RecordDict, Context], RecordDict]] = {
+    DESCRIBE: describe_together,
+    INSTALL: install_together,
+    STANDARDISE: standardise_together,
+    STATISTICS: sum_together,
+}
 
 
 class InProcessGrid(Grid):
@@ -60,11 +69,32 @@ class InProcessGrid(Grid):
         self._sites = {node_id_of(site.name): site for site in sites}
         if len(self._sites) < len(sites):
             raise ValueError("Two sites have one name.")
-        self._contexts = {node_id: Context(run_id, node_id, {}, RecordDict(), {}) for node_id in self._sites}
         self._apps = dict(apps or {})
+        # What sites of ours are told is the same, and kept once for all of them.
+        told = RecordDict()
+        self._contexts = {
+            node_id: Context(run_id, node_id, {}, RecordDict() if site.name in self._apps else told, {})
+            for node_id, site in self._sites.items()
+        }
+        self._groups: dict[int, list[int]] = {}
         self._app = make_app(lambda context: self._sites[context.node_id])
         self._pending: dict[str, Message] = {}
         self._sent = 0
+
+    def together(self, node_ids: Sequence[int]) -> tuple[int | None, list[int]]:
+        """Return a node that stands for all of `node_ids` but the user's own apps, for one message; and those.
+
+        Its one reply is for all of them: their descriptions, their sums added, or the mean of their heads.
+        """
+        alone = [node for node in node_ids if self._sites[node].name in self._apps] if self._apps else []
+        apart = set(alone)
+        group = [node for node in node_ids if node not in apart]
+        if not group:
+            return None, alone
+        self._sent += 1
+        stand_in = FIRST_GROUP + self._sent
+        self._groups[stand_in] = group
+        return stand_in, alone
 
     def set_run(self, run: Run) -> None:
         raise NotImplementedError("A simulated run is known to no SuperLink.")
@@ -91,12 +121,15 @@ class InProcessGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Do what the messages ask for, and return the replies; merged ones answer the first of their messages."""
+        """Do what the messages ask for, and return the replies."""
         answers = {TRAIN: self._train, EVALUATE: self._evaluate, REPORT: self._report}
         together: dict[tuple[str, int], list[Message]] = defaultdict(list)
         for message_id in message_ids:
             message = self._pending.pop(message_id, None)
             if message is None:
+                continue
+            if message.metadata.dst_node_id in self._groups:
+                yield self._answer_together(message, self._groups.pop(message.metadata.dst_node_id))
                 continue
             name = self._sites[message.metadata.dst_node_id].name
             if message.metadata.message_type in answers and name not in self._apps:
@@ -124,29 +157,31 @@ class InProcessGrid(Grid):
         except Exception as error:
             return Message(Error(FAILED, f"{error}"), reply_to=message)
 
+    def _answer_together(self, message: Message, group: Sequence[int]) -> Message:
+        sites, context = [self._sites[node] for node in group], self._contexts[group[0]]
+        asked = message.metadata.message_type
+        try:
+            if asked in TOGETHER:
+                return Message(TOGETHER[asked](sites, message.content, context), reply_to=message)
+            agreed = kept(context)
+            request = HeadRequest.from_content(message.content, empty_head(agreed.manifest))
+            work = train_together if asked == TRAIN else evaluate_together
+            return Message(work(sites, agreed, request).to_content(), reply_to=message)
+        except FedheadError as error:
+            return Message(Error(FAILED, str(error)), reply_to=message)
+
     def _train(self, messages: Sequence[Message]) -> Iterator[Message]:
         sites, agreed = self._addressed(messages)
         request = HeadRequest.from_content(messages[0].content, empty_head(agreed.manifest))
         for chunk in train_sites(sites, agreed, request):
-            answered = [messages[position] for position in chunk.positions]
-            if request.merge:
-                names = [sites[position].name for position in chunk.positions]
-                yield Message(merge(chunk, names).to_content(), reply_to=answered[0])
-            else:
-                for message, reply in zip(answered, chunk.replies(), strict=True):
-                    yield Message(reply.to_content(), reply_to=message)
+            for position, reply in zip(chunk.positions, chunk.replies(), strict=True):
+                yield Message(reply.to_content(), reply_to=messages[position])
 
     def _evaluate(self, messages: Sequence[Message]) -> Iterator[Message]:
         sites, agreed = self._addressed(messages)
         request = HeadRequest.from_content(messages[0].content, empty_head(agreed.manifest))
-        metrics = evaluate_sites(sites, agreed, request)
-        if request.merge:
-            names = tuple(site.name for site in sites)
-            reply = HeadReply(metrics, sites=names, num_bytes=len(sites) * HeadReply(metrics[:1]).single_bytes())
-            yield Message(reply.to_content(), reply_to=messages[0])
-        else:
-            for message, row in zip(messages, metrics, strict=True):
-                yield Message(HeadReply(row[None]).to_content(), reply_to=message)
+        for message, row in zip(messages, evaluate_sites(sites, agreed, request), strict=True):
+            yield Message(HeadReply(row[None]).to_content(), reply_to=message)
 
     def _report(self, messages: Sequence[Message]) -> Iterator[Message]:
         sites, agreed = self._addressed(messages)
@@ -163,30 +198,3 @@ class InProcessGrid(Grid):
 def node_id_of(name: str) -> int:
     """Return the node id of a simulated site."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little") + 2
-
-
-def merge(chunk: TrainedSites, names: Sequence[str]) -> HeadReply:
-    """Screen each site's result as the coordinator would, and return one reply for those that pass.
-
-    The heads' mean is weighted by examples and summed in float64: what any strategy that sees replies only through
-    their weighted mean would make of them.
-    """
-    arrays_finite = np.all([np.isfinite(v).reshape(len(v), -1).all(axis=1) for v in chunk.arrays.values()], axis=0)
-    dropped = {}
-    kept = []
-    for row, name in enumerate(names):
-        try:
-            check_metrics(chunk.metrics[row : row + 1], 1)
-            if not arrays_finite[row]:
-                raise MessageError("its head holds values that are not finite")
-            kept.append(row)
-        except MessageError as error:
-            dropped[name] = str(error)
-    examples = chunk.metrics[kept, EXAMPLES]
-    weights = examples / max(examples.sum(), 1.0)
-    arrays = {
-        name: np.tensordot(weights, value[kept].astype(np.float64), 1).astype(value.dtype)
-        for name, value in chunk.arrays.items()
-    }
-    single = next(chunk.replies()).single_bytes()
-    return HeadReply(chunk.metrics[kept], arrays, tuple(names[row] for row in kept), dropped, len(names) * single)

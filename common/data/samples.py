@@ -286,7 +286,7 @@ def held_out(keys: KeyArray, share: float, seed: int) -> BoolArray:
     """Return which rows are held out: those with `hash(seed, key) < share`.
 
     The choice depends on nothing but a row's own key, so it is the same under any partition, and rows of
-    equal content or group never straddle. Mixing is SplitMix64's (Steele, Lea & Flood, OOPSLA 2014).
+    equal content or group never straddle.
 
     Args:
         keys: `[n]` 64-bit row keys.
@@ -294,12 +294,17 @@ def held_out(keys: KeyArray, share: float, seed: int) -> BoolArray:
         seed: the run's.
     """
     start = int.from_bytes(hashlib.blake2b(f"held out {seed}".encode(), digest_size=8).digest(), "little")
-    mixed = keys ^ np.uint64(start)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-    mixed ^= mixed >> np.uint64(31)
+    mixed = mix(keys ^ np.uint64(start))
     below: BoolArray = (mixed >> np.uint64(11)) < np.uint64(share * 2**53)
     return below
+
+
+def mix(keys: KeyArray) -> KeyArray:
+    """Return 64-bit numbers that look random, one for one: SplitMix64's mixing (Steele, Lea & Flood, OOPSLA 2014)."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        keys = (keys ^ (keys >> np.uint64(shift))) * np.uint64(factor)
+    mixed: KeyArray = keys ^ (keys >> np.uint64(31))
+    return mixed
 
 
 def index_labels(labels: Any, classes: Sequence[str] | None, spec: str) -> tuple[tuple[str, ...], IntArray]:

@@ -342,7 +342,7 @@ def test_row_orders_are_permutations_that_differ_by_every_argument() -> None:
 
 
 def test_row_orders_are_the_same_in_every_process_and_version() -> None:
-    assert shuffled(0, "Zürich/3", 1, 0, 10).tolist() == [2, 3, 0, 7, 1, 9, 4, 5, 8, 6]
+    assert shuffled(0, "Zürich/3", 1, 0, 10).tolist() == [5, 3, 9, 0, 1, 4, 2, 7, 8, 6]
     assert shuffled(0, "a", 1, 0, 0).tolist() == []
 
 

@@ -1,0 +1,437 @@
+"""The weighted mean of S sites' heads, without making each of them where that costs more.
+
+What a strategy that averages needs of a round is one head. In a linear head, steps of gradient descent stay in the
+span of the features: `W = a W0 + A^T X`, with `a` a number and `A` `[n, C]` a site's coefficients. With `K = X X^T` at
+hand, a local step costs products of `K` and `A` alone, and the mean of all sites' heads is one product over all rows.
+That is exact for momentum, weight decay and the proximal term, which are linear in the head.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedhead.client.training import (
+    CHUNK_BYTES,
+    OPTIMIZERS,
+    Evaluation,
+    FloatArray,
+    IntArray,
+    LabelledFeatures,
+    SiteRows,
+    batches,
+    chunks,
+    evaluate_head,
+    table_of,
+    train_chunk,
+)
+from fedhead.config import LocalConfig
+from fedhead.data import BoolArray
+from fedhead.heads import Head, LinearHead
+from fedhead.losses import loss_for
+
+BLOCK_BYTES = 2 * 2**20
+"""Features that are multiplied at a time: few enough to stay in a processor's cache."""
+
+COEFFICIENT_BYTES = 16 * 2**20
+"""Products `K` of the sites that take their steps together."""
+
+_DENSE = 3
+"""Where at least one row in so many is wanted, all of them are multiplied as they lie, and none is copied."""
+
+_REPEATS = 20
+"""Rounds that products `K` are expected to serve, where the same sites come together again."""
+
+_FAR = 32.0
+"""A mean of so many deviations is subtracted from features before they are multiplied, and not from the products."""
+
+
+@dataclass(frozen=True)
+class AveragedHeads:
+    """What local training made of the incoming head at S sites, averaged.
+
+    Attributes:
+        parameters: by name, the mean over `usable` sites weighted by their rows; the incoming head without rows.
+        usable: `[S]`, whether a site's head and losses are finite, on held-out rows too.
+        losses: `[S]`, mean loss of the rows in the last epoch, each as its batch met it; 0 without rows.
+        rows: `[S]`, how many rows each site trained on.
+    """
+
+    parameters: dict[str, Tensor]
+    usable: BoolArray
+    losses: FloatArray
+    rows: IntArray
+
+
+def average_heads(
+    head: Head,
+    incoming: Mapping[str, Tensor],
+    data: LabelledFeatures,
+    sites: Sequence[SiteRows],
+    settings: LocalConfig,
+    held_out: Sequence[SiteRows] = (),
+    *,
+    seed: int,
+    round_number: int,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> tuple[AveragedHeads, Evaluation]:
+    """Train one copy of `incoming` at each site and average them; evaluate `incoming` on other rows of the sites.
+
+    What `fedhead.client.training.train_heads` and `evaluate_head` would give, in the form that is faster for the
+    shapes at hand.
+
+    Args:
+        head: see `fedhead.client.training.train_in_chunks`.
+        incoming: see there.
+        data: see there.
+        sites: see there.
+        settings: see there.
+        held_out: the rows to evaluate on, of as many sites.
+        seed: see there.
+        round_number: see there.
+        chunk_bytes: see there.
+    """
+    data.grams.under(data.standardisation)
+    everyone = [np.arange(len(sites))]
+    if isinstance(head, LinearHead) and settings.optimizer == "sgd":
+        table = _RowTable(incoming, data, [*sites, *held_out])
+        evaluation = table.evaluate(incoming, data, held_out)
+        mean = _Mean(incoming, len(sites), evaluation)
+        rest = list(_step_coefficients(table, incoming, data, sites, settings, mean, seed, round_number))
+        if not mean.finish(table):
+            # One broken row spoils a product over all; by itself, its site is left out.
+            mean, rest = _Mean(incoming, len(sites), evaluation), everyone
+    else:
+        evaluation = evaluate_head(head, incoming, data, held_out, chunk_bytes=chunk_bytes)
+        mean, rest = _Mean(incoming, len(sites), evaluation), everyone
+    for part in rest:
+        sizes = np.array([len(sites[i].rows) for i in part], dtype=np.int64)
+        for chosen in chunks(sizes, settings, incoming, chunk_bytes):
+            positions = part[chosen]
+            trained = train_chunk(head, incoming, data, [sites[i] for i in positions], settings, seed, round_number)
+            mean.add(positions, trained.parameters, trained.losses, trained.rows)
+    return mean.result(), evaluation
+
+
+class _Mean:
+    """The sum, weighted by rows, of what is trained where, in float64."""
+
+    def __init__(self, incoming: Mapping[str, Tensor], count: int, evaluation: Evaluation) -> None:
+        self.incoming = incoming
+        self.evaluated = np.isfinite(evaluation.losses) if len(evaluation.losses) else np.ones(count, dtype=np.bool_)
+        self.total = {name: torch.zeros_like(value, dtype=_exact(value)) for name, value in incoming.items()}
+        self.usable = np.ones(count, dtype=np.bool_)
+        self.losses, self.rows = np.zeros(count), np.zeros(count, dtype=np.int64)
+
+    def add(self, positions: IntArray, parameters: Mapping[str, Tensor], losses: FloatArray, rows: IntArray) -> None:
+        """Add heads `[k, ...]`; those that are not finite are left out."""
+        finite = torch.stack([v.reshape(len(v), -1).isfinite().all(1) for v in parameters.values()]).all(0)
+        finite &= self._note(positions, finite, losses, rows)
+        weights = torch.from_numpy(rows).to(finite.device) * finite
+        for name, value in parameters.items():
+            flat = value.reshape(len(value), -1)
+            if not bool(finite.all()):
+                flat = flat.where(finite[:, None], 0)
+            exact = self.total[name]
+            exact += (weights.to(exact) @ flat.to(exact)).view_as(exact)
+
+    def add_coefficients(self, positions: IntArray, sites: "_Coefficients", table: "_RowTable") -> None:
+        """Add heads in coefficient form; their products with features wait for `finish`."""
+        finite = sites.finite()
+        finite &= self._note(positions, finite, sites.losses, sites.rows)
+        weights = torch.from_numpy(sites.rows).to(finite.device) * finite
+        table.add(sites, weights)
+        weight, bias = self.total["weight"], self.total["bias"]
+        weight += float(weights.to(weight) @ sites.anchor.to(weight)) * self.incoming["weight"].to(weight)
+        bias += weights.to(bias) @ sites.bias.where(finite[:, None], 0).to(bias)
+
+    def _note(self, positions: IntArray, finite: Tensor, losses: FloatArray, rows: IntArray) -> Tensor:
+        """Note what came of sites; return `[k]`, which of them may be used."""
+        self.losses[positions], self.rows[positions] = losses, rows
+        usable = finite.cpu().numpy() & np.isfinite(losses) & self.evaluated[positions]
+        self.usable[positions] = usable
+        return torch.from_numpy(usable).to(finite.device)
+
+    def finish(self, table: "_RowTable") -> bool:
+        """Add what coefficients make of features; return False if that is not finite."""
+        if table.pending:
+            self.total["weight"] += table.products()
+        return all(bool(value.isfinite().all()) for value in self.total.values())
+
+    def result(self) -> AveragedHeads:
+        """Return the mean."""
+        examples = int(self.rows[self.usable].sum())
+        parameters = {
+            name: (value / examples).to(self.incoming[name]) if examples else self.incoming[name].clone()
+            for name, value in self.total.items()
+        }
+        return AveragedHeads(parameters, self.usable, self.losses, self.rows)
+
+
+class _RowTable:
+    """Products with the features of all rows that a round is about, in one pass over them each.
+
+    Where the rows lie close together they are not gathered but multiplied where they are, perhaps in a memory map.
+    Standardisation is applied to what is multiplied with the features, or to the products, and not to the features.
+
+    Args:
+        incoming: the linear head whose products with the features are wanted first.
+        data: the features.
+        sites: whose rows are wanted.
+    """
+
+    def __init__(self, incoming: Mapping[str, Tensor], data: LabelledFeatures, sites: Sequence[SiteRows]) -> None:
+        self.weight = incoming["weight"]
+        self.data = data
+        self.pending = False
+        wanted = np.concatenate([np.empty(0, dtype=np.int64), *(site.rows for site in sites)])
+        self.first = int(wanted.min(initial=0)) if len(wanted) else 0
+        self.size = int(wanted.max()) + 1 - self.first if len(wanted) else 0
+        self.chosen: IntArray | None = None
+        if _DENSE * len(wanted) < self.size:
+            self.chosen = np.unique(wanted)
+            self.size = len(self.chosen)
+        self._mean, self._scale = (None, None)
+        self._folded = False
+        if data.standardisation is not None:
+            mean, scale = (value.to(self.weight) for value in data.standardisation)
+            self._mean, self._scale = mean, scale
+            self._folded = bool((mean.abs() <= _FAR * scale).all())
+        self._logits: Tensor | None = None
+        self._coefficients: Tensor | None = None
+
+    def places(self, rows: IntArray) -> Tensor:
+        """Return where in the table rows `[...]` are."""
+        found = rows - self.first if self.chosen is None else np.searchsorted(self.chosen, rows)
+        return torch.from_numpy(found).to(self.weight.device)
+
+    def logits(self) -> Tensor:
+        """Return `[size, C]`, the products of the incoming weight with every row."""
+        if self._logits is None:
+            weight = self.weight
+            self._logits = weight.new_empty(self.size, len(weight))
+            shift = None
+            if self._folded and self._mean is not None and self._scale is not None:
+                weight = weight / self._scale
+                shift = weight @ self._mean
+            for part, features in self._blocks():
+                torch.mm(features, weight.T, out=self._logits[part])
+            if shift is not None:
+                self._logits -= shift
+        return self._logits
+
+    def add(self, sites: "_Coefficients", weights: Tensor) -> None:
+        """Add coefficients times `weights` `[k]` to those of their rows."""
+        if self._coefficients is None:
+            self._coefficients = self.weight.new_zeros(self.size, len(self.weight))
+        self.pending = True
+        values = sites.values * weights.to(sites.values)[:, None, None]
+        if not bool(weights.all()):
+            values = values.where(weights[:, None, None] > 0, 0)
+        # A short site's row is filled up with its first one, whose coefficients there are 0.
+        self._coefficients.index_add_(0, sites.places.reshape(-1), values.mT.reshape(-1, len(self.weight)))
+
+    def products(self) -> Tensor:
+        """Return `[C, d]`, the products of all coefficients that were added with the features."""
+        assert self._coefficients is not None
+        total = torch.zeros_like(self.weight, dtype=_exact(self.weight))
+        for part, features in self._blocks():
+            total += self._coefficients[part].T @ features
+        if self._folded and self._mean is not None and self._scale is not None:
+            sums = self._coefficients.sum(0, dtype=total.dtype)
+            total = (total - torch.outer(sums, self._mean.to(total))) / self._scale.to(total)
+        return total
+
+    def evaluate(self, incoming: Mapping[str, Tensor], data: LabelledFeatures, sites: Sequence[SiteRows]) -> Evaluation:
+        """Return what `evaluate_head` does."""
+        sizes = np.array([len(site.rows) for site in sites], dtype=np.int64)
+        rows = np.concatenate([np.empty(0, dtype=np.int64), *(site.rows for site in sites)])
+        owner = np.repeat(np.arange(len(sites)), sizes)
+        logits = self.logits()[self.places(rows)] + incoming["bias"]
+        labels = data.labels[torch.from_numpy(rows).to(data.labels.device)].to(logits.device)
+        loss = loss_for(logits, labels)
+        losses = loss.values(logits, labels).cpu().numpy()
+        correct = loss.correct(logits, labels).cpu().numpy()
+        return Evaluation(
+            losses=np.bincount(owner, weights=losses, minlength=len(sites)).astype(np.float64),
+            correct=np.bincount(owner[correct], minlength=len(sites)),
+            rows=sizes,
+        )
+
+    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        width = self.data.features.shape[1]
+        step = max(1, BLOCK_BYTES // (width * self.weight.element_size()))
+        for start in range(0, self.size, step):
+            part = slice(start, min(start + step, self.size))
+            if self.chosen is None:
+                features = self.data.features[self.first + part.start : self.first + part.stop]
+            else:
+                chosen = torch.from_numpy(self.chosen[part]).to(self.data.features.device)
+                features = self.data.features.index_select(0, chosen)
+            features = features.to(self.weight)
+            if self._mean is not None and self._scale is not None and not self._folded:
+                features = (features - self._mean).div_(self._scale)
+            yield part, features
+
+
+@dataclass(frozen=True)
+class _Coefficients:
+    """Heads of `k` sites as `anchor * W0 + values X`.
+
+    Attributes:
+        places: `[k, n]`, where in the table their rows are.
+        values: `[k, C, n]`, 0 beyond a site's own rows.
+        anchor: `[k]`.
+        bias: `[k, C]`.
+        losses: `[k]`.
+        rows: `[k]`.
+    """
+
+    places: Tensor
+    values: Tensor
+    anchor: Tensor
+    bias: Tensor
+    losses: FloatArray
+    rows: IntArray
+
+    def finite(self) -> Tensor:
+        """Return `[k]`, whether all numbers of a site are."""
+        return self.values.reshape(len(self.values), -1).isfinite().all(1) & self.bias.isfinite().all(1)
+
+
+def _step_coefficients(
+    table: _RowTable,
+    incoming: Mapping[str, Tensor],
+    data: LabelledFeatures,
+    sites: Sequence[SiteRows],
+    settings: LocalConfig,
+    mean: _Mean,
+    seed: int,
+    round_number: int,
+) -> Iterator[IntArray]:
+    """Train in coefficient form where that is faster, and add it to `mean`; yield the positions of all others."""
+    sizes = np.array([len(site.rows) for site in sites], dtype=np.int64)
+    order = np.argsort(-sizes, kind="stable")
+    room, start = data.grams.max_bytes, 0
+    make_gram = partial(_gram, data, like=incoming["weight"])
+    itemsize = incoming["weight"].element_size()
+    while start < len(order):
+        largest = int(sizes[order[start]])
+        if largest == 0:
+            yield order[start:]
+            return
+        # K is padded to the largest site's rows: a chunk ends where that would more than double it.
+        alike = int(np.count_nonzero(2 * sizes[order] ** 2 >= largest**2))
+        together = max(1, COEFFICIENT_BYTES // (largest**2 * itemsize))
+        positions = order[start : min(start + together, alike)]
+        start += len(positions)
+        chunk = [sites[i] for i in positions.tolist()]
+        needed = len(chunk) * largest**2 * itemsize
+        if needed > room or not _pays(largest, incoming["weight"], settings, again=data.grams.seen(chunk)):
+            yield positions
+            continue
+        room -= needed
+        rows = table_of(chunk)
+        gram = data.grams.get(chunk, make_gram)
+        mean.add_coefficients(
+            positions,
+            _train_coefficients(table, gram, rows, incoming, data, chunk, settings, seed, round_number),
+            table,
+        )
+
+
+def _pays(rows: int, weight: Tensor, settings: LocalConfig, *, again: bool) -> bool:
+    """Tell whether products `K` of `rows` each are worth making: by multiplications, which decide."""
+    classes, width = weight.shape
+    if rows >= width:
+        return False
+    direct = settings.epochs * 2 * rows * width * classes
+    repeats = _REPEATS if again else 1
+    coefficients = 2 * rows * width * classes + settings.epochs * rows**2 * classes + rows**2 * width / repeats
+    # Equal numbers of them are faster in products over all sites' rows than in one product for every site.
+    return coefficients < (1.25 if again else 1.0) * direct
+
+
+def _gram(data: LabelledFeatures, sites: Sequence[SiteRows], *, like: Tensor) -> Tensor:
+    """Return `[k, n, n]`, the products of each site's rows with each other; 0 beyond its own."""
+    rows = table_of(sites)
+    count, width = rows.shape
+    gram = like.new_empty(count, width, width)
+    step = max(1, BLOCK_BYTES // (width * data.features.shape[1] * like.element_size()))
+    for start in range(0, count, step):
+        features, _ = data.gather(rows[start : start + step], like)
+        gram[start : start + step] = features @ features.mT
+    own = torch.from_numpy(np.arange(width) < np.array([len(site.rows) for site in sites])[:, None]).to(like.device)
+    return gram.mul_(own[:, None, :]).mul_(own[:, :, None])
+
+
+def _train_coefficients(
+    table: _RowTable,
+    gram: Tensor,
+    rows: IntArray,
+    incoming: Mapping[str, Tensor],
+    data: LabelledFeatures,
+    sites: Sequence[SiteRows],
+    settings: LocalConfig,
+    seed: int,
+    round_number: int,
+) -> _Coefficients:
+    """Train at sites that come with their rows descending in number."""
+    like, classes = incoming["weight"], len(incoming["weight"])
+    count, width = rows.shape
+    places = table.places(rows)
+    parameters = {
+        "values": like.new_zeros(count, classes, width),
+        "anchor": like.new_ones(count, 1, 1),
+        "bias": incoming["bias"].repeat(count, 1),
+    }
+    start = {"values": like.new_zeros(()), "anchor": like.new_ones(()), "bias": incoming["bias"]}
+    optimizer = OPTIMIZERS[settings.optimizer](settings)
+    plain = not (settings.momentum or settings.weight_decay or settings.proximal_mu)
+    losses = like.new_zeros(count)
+    logits_of = table.logits()
+    labels_of = data.labels[torch.from_numpy(rows).to(data.labels.device)].to(like.device)
+    flat_gram = gram.view(count * width, width)
+    offsets = torch.arange(count, device=like.device)[:, None]
+    for batch in batches(sites, settings, seed, round_number):
+        active = len(batch.places)
+        index = torch.from_numpy(batch.places).to(like.device)
+        values, anchor, bias = (parameters[name][:active] for name in ("values", "anchor", "bias"))
+        near = flat_gram.index_select(0, (index + offsets[:active] * width).reshape(-1)).view(*index.shape, width)
+        first = logits_of.index_select(0, places[:active].gather(1, index).reshape(-1)).view(*index.shape, classes)
+        first = first if plain else first * anchor
+        logits = torch.baddbmm((first + bias[:, None, :]).mT, values, near.mT)
+        labels = labels_of[offsets[:active], index]
+        slope_values, slopes = loss_for(logits, labels).slopes(logits, labels)
+        weights = torch.from_numpy(batch.weights).to(like)
+        slopes *= weights.unsqueeze(-2)
+        losses[:active] += torch.from_numpy(batch.share).to(like) * (slope_values * weights).sum(-1)
+        wide = index[:, None, :].expand(-1, classes, -1)
+        if plain:
+            bias -= settings.lr * slopes.sum(-1)
+            values.scatter_add_(2, wide, slopes.mul_(-settings.lr))
+            continue
+        gradients = {
+            "values": torch.zeros_like(values).scatter_add_(2, wide, slopes),
+            "anchor": torch.zeros_like(anchor),
+            "bias": slopes.sum(-1),
+        }
+        for name, value in (("values", values), ("anchor", anchor), ("bias", bias)):
+            gradients[name] += settings.proximal_mu * (value - start[name])
+        optimizer.step({"values": values, "anchor": anchor, "bias": bias}, gradients)
+    return _Coefficients(
+        places=places,
+        values=parameters["values"],
+        anchor=parameters["anchor"].view(-1),
+        bias=parameters["bias"],
+        losses=losses.cpu().double().numpy(),
+        rows=np.array([len(site.rows) for site in sites], dtype=np.int64),
+    )
+
+
+def _exact(value: Tensor) -> torch.dtype:
+    """Return float64, where the device has it."""
+    return torch.float32 if value.device.type == "mps" else torch.float64

@@ -1,0 +1,202 @@
+from collections.abc import Iterator
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fedhead.client import averaging
+from fedhead.client.averaging import average_heads
+from fedhead.client.training import LabelledFeatures, SiteRows, evaluate_head, train_heads
+from fedhead.config import LocalConfig
+from fedhead.heads import Head, make_head
+
+CLASSES = 3
+SETTINGS = [
+    LocalConfig(epochs=epochs, batch_size=4, momentum=momentum, weight_decay=decay, proximal_mu=mu)
+    for epochs, momentum, decay, mu in product((1, 3), (0.0, 0.9), (0.0, 0.05), (0.0, 0.5))
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """On a busy machine, threads that share so little work mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_problem(
+    sizes: tuple[int, ...], width: int, *, spread: int = 1, dtype: torch.dtype = torch.float64, labels: str = "single"
+) -> tuple[LabelledFeatures, list[SiteRows], list[SiteRows]]:
+    """Sites of the given sizes with three held-out rows each, scattered over `spread` times as many rows."""
+    generator = torch.Generator().manual_seed(1)
+    total = spread * (sum(sizes) + 3 * len(sizes)) + 5
+    features = torch.randn(total, width, generator=generator, dtype=dtype) * 2 + 1
+    classes = torch.randint(0, CLASSES, (total,), generator=generator)
+    if labels == "multi":
+        classes = torch.randint(0, 2, (total, CLASSES), generator=generator)
+    standardisation = (features.mean(0), features.std(0))
+    scattered = torch.randperm(total, generator=generator).numpy()
+    sites, held_out, at = [], [], 0
+    for number, size in enumerate(sizes):
+        sites.append(SiteRows(f"site-{number}", scattered[at : at + size]))
+        held_out.append(SiteRows(f"site-{number}", scattered[at + size : at + size + 3]))
+        at += size + 3
+    return LabelledFeatures(features, classes, standardisation), sites, held_out
+
+
+def make_incoming(spec: str, width: int, dtype: torch.dtype = torch.float64) -> tuple[Head, dict[str, Tensor]]:
+    head = make_head(spec, width, CLASSES).to(dtype)
+    head.randomise(torch.Generator().manual_seed(2))
+    return head, head.trainable()
+
+
+def assert_averages(
+    head: Head,
+    incoming: dict[str, Tensor],
+    data: LabelledFeatures,
+    sites: list[SiteRows],
+    held_out: list[SiteRows],
+    local: LocalConfig,
+    tolerance: float = 1e-9,
+) -> None:
+    """Check two rounds, as the second may be computed in another form, against each site's own head."""
+    for number in (1, 2):
+        trained = train_heads(head, incoming, data, sites, local, seed=5, round_number=number)
+        averaged, evaluation = average_heads(head, incoming, data, sites, local, held_out, seed=5, round_number=number)
+        weights = torch.from_numpy(trained.rows / max(1, trained.rows.sum())).to(data.features.dtype)
+        for name, value in averaged.parameters.items():
+            torch.testing.assert_close(
+                value, torch.tensordot(weights, trained.parameters[name], 1), rtol=tolerance, atol=tolerance
+            )
+        np.testing.assert_allclose(averaged.losses, trained.losses, rtol=tolerance, atol=tolerance)
+        np.testing.assert_array_equal(averaged.rows, trained.rows)
+        assert averaged.usable.all()
+        expected = evaluate_head(head, incoming, data, held_out)
+        np.testing.assert_allclose(evaluation.losses, expected.losses, rtol=tolerance)
+        np.testing.assert_array_equal(evaluation.correct, expected.correct)
+        np.testing.assert_array_equal(evaluation.rows, expected.rows)
+
+
+@pytest.fixture
+def coefficients(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many sites each call trained in coefficient form."""
+    made: list[int] = []
+    train = averaging._train_coefficients
+
+    def count(*arguments: object) -> object:
+        made.append(len(arguments[5]))  # type: ignore[arg-type]
+        return train(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(averaging, "_train_coefficients", count)
+    return made
+
+
+@pytest.mark.parametrize("spread", [1, 10])
+@pytest.mark.parametrize("local", SETTINGS, ids=str)
+def test_the_mean_is_that_of_each_sites_own_head(local: LocalConfig, spread: int, coefficients: list[int]) -> None:
+    data, sites, held_out = make_problem((5, 23, 0, 1, 8, 7, 16), 200, spread=spread)
+    head, incoming = make_incoming("linear", 200)
+    assert_averages(head, incoming, data, sites, held_out, local)
+    # All but the site without rows, at the latest in the second round.
+    assert sum(coefficients) >= 6
+
+
+@pytest.mark.parametrize("spec", ["linear", "mlp:4", "cosine"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_every_head_and_optimizer_averages(spec: str, optimizer: str) -> None:
+    data, sites, held_out = make_problem((5, 23, 0, 9), 8)
+    head, incoming = make_incoming(spec, 8)
+    local = LocalConfig.model_validate({"optimizer": optimizer, "batch_size": 4, "epochs": 2, "lr": 0.05})
+    assert_averages(head, incoming, data, sites, held_out, local)
+
+
+def test_multi_label_rows_average(coefficients: list[int]) -> None:
+    data, sites, held_out = make_problem((5, 23, 0, 9), 40, labels="multi")
+    head, incoming = make_incoming("linear", 40)
+    assert_averages(head, incoming, data, sites, held_out, LocalConfig(batch_size=4, epochs=2, momentum=0.5))
+    assert coefficients
+
+
+def test_the_form_is_chosen_by_shape(coefficients: list[int]) -> None:
+    local = LocalConfig(batch_size=4)
+    for rows, expected in ((60, 0), (4, 2)):
+        data, sites, held_out = make_problem((rows, rows), 32)
+        head, incoming = make_incoming("linear", 32)
+        coefficients.clear()
+        assert_averages(head, incoming, data, sites, held_out, local)
+        assert sum(coefficients) == expected or (expected and sum(coefficients) == 2 * expected)
+
+
+def test_a_small_site_beside_a_large_one_takes_the_form_that_suits_it(coefficients: list[int]) -> None:
+    data, sites, held_out = make_problem((300, 4, 5, 6), 64)
+    head, incoming = make_incoming("linear", 64)
+    assert_averages(head, incoming, data, sites, held_out, LocalConfig(batch_size=8))
+    assert max(coefficients) < 4
+
+
+def test_features_far_from_zero_lose_nothing() -> None:
+    data, sites, held_out = make_problem((6, 9, 12), 40, dtype=torch.float32)
+    far = LabelledFeatures(
+        data.features + 1000.0, data.labels, ((data.features + 1000.0).mean(0), (data.features + 1000.0).std(0))
+    )
+    head, incoming = make_incoming("linear", 40, torch.float32)
+    assert_averages(head, incoming, far, sites, held_out, LocalConfig(batch_size=4, epochs=2), tolerance=2e-4)
+
+
+def test_single_precision_agrees_to_rounding() -> None:
+    data, sites, held_out = make_problem((6, 30, 30, 12), 64, dtype=torch.float32)
+    head, incoming = make_incoming("linear", 64, torch.float32)
+    assert_averages(head, incoming, data, sites, held_out, LocalConfig(batch_size=4), tolerance=2e-5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("which", ["own", "held out", "nobody's"])
+def test_a_broken_row_takes_its_own_site_out_and_no_other(bad: float, which: str) -> None:
+    data, sites, held_out = make_problem((5, 9, 7), 40, dtype=torch.float32)
+    head, incoming = make_incoming("linear", 40, torch.float32)
+    taken = np.concatenate([site.rows for site in [*sites, *held_out]])
+    strange = int(np.setdiff1d(np.arange(len(data.labels)), taken)[2])
+    row = {"own": int(sites[1].rows[2]), "held out": int(held_out[1].rows[0]), "nobody's": strange}[which]
+    broken = LabelledFeatures(data.features.clone(), data.labels, data.standardisation)
+    broken.features[row] = bad
+    local = LocalConfig(batch_size=4, lr=1.0)
+    good = [0, 1, 2] if which == "nobody's" else [0, 2]
+    for number in (1, 2):
+        averaged, _ = average_heads(head, incoming, broken, sites, local, held_out, seed=5, round_number=number)
+        assert np.flatnonzero(averaged.usable).tolist() == good
+        alone, _ = average_heads(head, incoming, data, [sites[i] for i in good], local, seed=5, round_number=number)
+        for name, value in averaged.parameters.items():
+            torch.testing.assert_close(value, alone.parameters[name], rtol=1e-4, atol=1e-5)
+
+
+def test_no_rows_give_the_incoming_head_back() -> None:
+    data, sites, _ = make_problem((0, 0), 8)
+    head, incoming = make_incoming("linear", 8)
+    for some in (sites, []):
+        averaged, evaluation = average_heads(head, incoming, data, some, LocalConfig(), seed=0, round_number=1)
+        assert all(torch.equal(value, incoming[name]) for name, value in averaged.parameters.items())
+        assert averaged.rows.tolist() == [0] * len(some)
+        assert len(evaluation.rows) == 0
+
+
+def test_another_standardisation_is_not_trained_with_the_first_ones_products() -> None:
+    data, sites, held_out = make_problem((6, 9), 40)
+    head, incoming = make_incoming("linear", 40)
+    local = LocalConfig(batch_size=4, epochs=3)
+    assert_averages(head, incoming, data, sites, held_out, local)
+    other = LabelledFeatures(
+        data.features, data.labels, (torch.zeros(40).double(), torch.full((40,), 3.0).double()), data.grams
+    )
+    assert_averages(head, incoming, other, sites, held_out, local)
+
+
+def test_what_is_kept_between_rounds_is_bounded() -> None:
+    data, sites, held_out = make_problem((6, 9), 40)
+    data.grams.max_bytes = 9 * 9 * 8
+    head, incoming = make_incoming("linear", 40)
+    assert_averages(head, incoming, data, sites, held_out, LocalConfig(batch_size=4, epochs=3))
+    assert sum(gram.nbytes for _, gram in data.grams._kept.values() if gram is not None) <= data.grams.max_bytes
