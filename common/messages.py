@@ -89,6 +89,11 @@ def payload_bytes(content: RecordDict) -> int:
     return len(_blob(content))
 
 
+def single_bytes(content: RecordDict) -> int:
+    """Return the same; where a Grid in this process answers for several sites, of the replies that they would send."""
+    return int(Payload.from_content(content).values.get("num_bytes", payload_bytes(content)))
+
+
 def _blob(content: RecordDict) -> bytes:
     if set(content) != {RECORD}:
         raise MessageError(f"it has the records {sorted(content)} instead of {RECORD!r}")

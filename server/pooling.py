@@ -17,6 +17,7 @@ from fedhead.messages import (
     Payload,
     StatisticsRequest,
     payload_bytes,
+    single_bytes,
 )
 from fedhead.moments import FeatureMoments
 from fedhead.server.exchange import Exchange, Messenger
@@ -123,13 +124,13 @@ class Pooling:
             answers = self._messenger.ask_together(nodes, STATISTICS, content, exchange)
         for names, answer in answers:
             try:
-                payload = Payload.from_content(answer)
-                exchange.bytes_up += int(payload.values.get("num_bytes", payload_bytes(answer)))
+                arrays = Payload.from_content(answer).arrays
+                exchange.bytes_up += single_bytes(answer)
             except MessageError as error:
                 for name in names:
                     exchange.drop(name, str(error))
                 continue
-            yield names, {key: torch.from_numpy(np.array(array)) for key, array in payload.arrays.items()}
+            yield names, {key: torch.from_numpy(np.array(array)) for key, array in arrays.items()}
 
     def _vouch(self, names: tuple[str, ...], rows: int, fits: bool) -> None:
         known = sum(self._roster.rows[name] for name in names)

@@ -13,7 +13,7 @@ from flwr.app import RecordDict
 
 from fedhead.backbones import Backbone
 from fedhead.errors import FedheadError
-from fedhead.messages import DESCRIBE, INSTALL, Description, Manifest, MessageError, Payload, payload_bytes
+from fedhead.messages import DESCRIBE, INSTALL, Description, Manifest, MessageError, Payload, single_bytes
 from fedhead.server.exchange import Exchange, Messenger
 from fedhead.server.observer import Observer, SiteState, Standing
 
@@ -124,7 +124,7 @@ class Roster:
         for names, answer in self._messenger.ask_together(nodes, action, content, exchange):
             try:
                 described = Description.several_from_content(answer, len(names))
-                exchange.bytes_up += payload_bytes(answer)
+                exchange.bytes_up += single_bytes(answer)
             except MessageError as error:
                 for name in names:
                     exchange.drop(name, str(error))

@@ -8,3 +8,5 @@ from fedhead.simulations.rank import RankedBackbone as RankedBackbone
 from fedhead.simulations.rank import rank as rank
 from fedhead.simulations.simulate import RunResult as RunResult
 from fedhead.simulations.simulate import simulate as simulate
+from fedhead.simulations.study import Study as Study
+from fedhead.simulations.study import study as study

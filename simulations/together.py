@@ -132,7 +132,9 @@ def _merged(sites: Sequence[Site], metrics: FloatArray, usable: BoolArray, array
 
 
 def _described(descriptions: Sequence[Description]) -> RecordDict:
-    return Payload({"sites": [one.model_dump() for one in descriptions]}).to_content()
+    values = [one.model_dump() for one in descriptions]
+    num_bytes = sum(payload_bytes(Payload(one).to_content()) for one in values)
+    return Payload({"sites": values, "num_bytes": num_bytes}).to_content()
 
 
 def _counts(rows: Sequence[IntArray], labels: IntArray, classes: int) -> IntArray:

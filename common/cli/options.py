@@ -8,7 +8,7 @@ import typer
 if TYPE_CHECKING:
     from fedhead.config import RunConfig
 
-RUN, SIMULATION, SITE, OUTPUT = "The run", "The simulation", "The site", "Output"
+RUN, SIMULATION, STUDY, SITE, OUTPUT = "The run", "The simulation", "A study of many runs", "The site", "Output"
 
 Weights = Annotated[
     str | None, typer.Option(help="'default', a safetensors or state-dict file, or 'random'.", rich_help_panel=RUN)

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from fedhead.cli import options
 from fedhead.cli.application import app, in_sentences, output, progress_bars
+from fedhead.cli.study import run_study
 from fedhead.cli.wording import percent, size
 
 if TYPE_CHECKING:
@@ -55,6 +56,20 @@ def simulate(
     min_class_count: options.MinClassCount = None,
     min_rows: options.MinRows = None,
     set_: options.Assignments = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Run under so many seeds, and print means.", rich_help_panel=options.STUDY)
+    ] = 1,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE,VALUE",
+            help="Run with each value, as in partition=iid,dirichlet:0.3; may be given again.",
+            rich_help_panel=options.STUDY,
+        ),
+    ] = None,
+    csv: Annotated[
+        Path | None, typer.Option(help="Write a line for each run to this file.", rich_help_panel=options.STUDY)
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="The run folder; by default a new one under runs/.", rich_help_panel=options.OUTPUT),
@@ -100,6 +115,9 @@ def simulate(
             "min_rows": min_rows,
         },
     )
+    if seeds > 1 or sweep or csv:
+        run_study(run, seeds, sweep or [], out, csv, as_json=as_json)
+        return
     with progress_bars() as progress:
         extraction = progress.add_task("Features", total=None)
         training = progress.add_task("Rounds", total=run.rounds)

@@ -470,3 +470,17 @@ def test_ctrl_c_during_the_rounds_keeps_what_is_there() -> None:
         assert not Path("mine/result.json").exists()
         assert [json.loads(line)["number"] for line in Path("mine/metrics.jsonl").read_text().splitlines()]
         RunConfig.from_toml(Path("mine/run.toml"))
+
+
+def test_a_study_prints_means_and_keeps_what_did_not_fail(own_folder: Path) -> None:
+    arguments = ["simulate", "--seeds", "2", "--rounds", "1", "--backbone", "bundled:pixels", "--no-diagnose"]
+    table = fedhead_command(*arguments, "--sweep", "partition=iid,shards:2", "--csv", "study.csv")
+    assert table.exit_code == 0, table.output
+    assert "shards:2" in table.stdout
+    assert "±" in table.stdout
+    assert len((own_folder / "study.csv").read_text().splitlines()) == 5
+    failing = fedhead_command(*arguments, "--sweep", "sites=3,5000", "--json")
+    assert failing.exit_code == 1
+    printed = json.loads(failing.stdout)
+    assert [bool(one["error"]) for one in printed["runs"]] == [False, False, True, True]
+    assert "2 of 4 runs failed" in stderr_of(failing)
