@@ -386,7 +386,7 @@ def calibrate_sites(
     from fedhead.calibration import CalibrationSums, TemperatureSums
     from fedhead.data import held_out
 
-    holdings, data, head, parameters = _ready(sites, agreed, request.head)
+    holdings, data, head, parameters = ready(sites, agreed, request.head)
     rows = np.concatenate([holding.held_out.rows for holding in holdings])
     # Negative seeds are no run's, so the halves have nothing to do with what is held out.
     choosing = held_out(holdings[0].keys[rows], 0.5, -1 - agreed.manifest.seed)

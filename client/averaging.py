@@ -76,6 +76,7 @@ def average_heads(
     *,
     seed: int,
     round_number: int,
+    repeated: bool = False,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[AveragedHeads, Evaluation]:
     """Train one copy of `incoming` at each site and average them; evaluate `incoming` on other rows of the sites.
@@ -92,6 +93,7 @@ def average_heads(
         held_out: the rows to evaluate on, of as many sites.
         seed: see there.
         round_number: see there.
+        repeated: whether the same sites are trained together in every round.
         chunk_bytes: see there.
     """
     data.grams.under(data.standardisation)
@@ -100,7 +102,8 @@ def average_heads(
         table = _RowTable(incoming, data, [*sites, *held_out])
         evaluation = table.evaluate(incoming, data, held_out)
         mean = _Mean(incoming, len(sites), evaluation)
-        rest = list(_step_coefficients(table, incoming, data, sites, settings, mean, seed, round_number))
+        stepped = _step_coefficients(table, incoming, data, sites, settings, mean, seed, round_number, repeated)
+        rest = list(stepped)
         if not mean.finish(table):
             # One broken row spoils a product over all; by itself, its site is left out.
             mean, rest = _Mean(incoming, len(sites), evaluation), everyone
@@ -311,6 +314,7 @@ def _step_coefficients(
     mean: _Mean,
     seed: int,
     round_number: int,
+    repeated: bool,
 ) -> Iterator[IntArray]:
     """Train in coefficient form where that is faster, and add it to `mean`; yield the positions of all others."""
     sizes = np.array([len(site.rows) for site in sites], dtype=np.int64)
@@ -330,7 +334,7 @@ def _step_coefficients(
         start += len(positions)
         chunk = [sites[i] for i in positions.tolist()]
         needed = len(chunk) * largest**2 * itemsize
-        if needed > room or not _pays(largest, incoming["weight"], settings, again=data.grams.seen(chunk)):
+        if needed > room or not _pays(largest, incoming["weight"], settings, repeated=repeated):
             yield positions
             continue
         room -= needed
@@ -343,16 +347,16 @@ def _step_coefficients(
         )
 
 
-def _pays(rows: int, weight: Tensor, settings: LocalConfig, *, again: bool) -> bool:
+def _pays(rows: int, weight: Tensor, settings: LocalConfig, *, repeated: bool) -> bool:
     """Tell whether products `K` of `rows` each are worth making: by multiplications, which decide."""
     classes, width = weight.shape
     if rows >= width:
         return False
     direct = settings.epochs * 2 * rows * width * classes
-    repeats = _REPEATS if again else 1
+    repeats = _REPEATS if repeated else 1
     coefficients = 2 * rows * width * classes + settings.epochs * rows**2 * classes + rows**2 * width / repeats
     # Equal numbers of them are faster in products over all sites' rows than in one product for every site.
-    return coefficients < (1.25 if again else 1.0) * direct
+    return coefficients < (1.25 if repeated else 1.0) * direct
 
 
 def _gram(data: LabelledFeatures, sites: Sequence[SiteRows], *, like: Tensor) -> Tensor:

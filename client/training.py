@@ -72,7 +72,7 @@ class GramCache:
         self.max_bytes = max_bytes
         self._standardisation: tuple[Tensor, Tensor] | None = None
         # The sites stand beside the products so that no other gets their ids.
-        self._kept: dict[tuple[int, ...], tuple[Sequence[SiteRows], Tensor | None]] = {}
+        self._kept: dict[tuple[int, ...], tuple[Sequence[SiteRows], Tensor]] = {}
 
     def under(self, standardisation: tuple[Tensor, Tensor] | None) -> None:
         """Forget what was computed under another standardisation."""
@@ -84,20 +84,15 @@ class GramCache:
             self._kept.clear()
             self._standardisation = standardisation
 
-    def seen(self, sites: Sequence["SiteRows"]) -> bool:
-        """Tell whether these very sites were asked about before, and remember that they were."""
-        key = tuple(map(id, sites))
-        known = key in self._kept
-        self._kept.setdefault(key, (sites, None))
-        return known
-
     def get(self, sites: Sequence["SiteRows"], make: Callable[[Sequence["SiteRows"]], Tensor]) -> Tensor:
         """Return `[k, n, n]` of these sites, made now or before."""
         key = tuple(map(id, sites))
-        _, gram = self._kept.pop(key, (sites, None))
-        gram = make(sites) if gram is None else gram
-        self._kept[key] = (sites, gram)
-        while sum(kept.nbytes for _, kept in self._kept.values() if kept is not None) > self.max_bytes:
+        if key in self._kept:
+            return self._kept[key][1]
+        gram = make(sites)
+        if gram.nbytes <= self.max_bytes:
+            self._kept[key] = (sites, gram)
+        while sum(kept.nbytes for _, kept in self._kept.values()) > self.max_bytes:
             self._kept.pop(next(iter(self._kept)))
         return gram
 

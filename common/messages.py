@@ -187,15 +187,17 @@ class HeadRequest:
         arrays: the head.
         server_round: from 1; seeds the minibatches.
         proximal_mu: overrides the manifest's, where a strategy sets it.
+        everyone: whether all sites of the run are asked, as they will be again: what serves every round may be kept.
     """
 
     arrays: Arrays
     server_round: int
     proximal_mu: float | None = None
+    everyone: bool = False
 
     def to_content(self) -> RecordDict:
         """Return what a Flower message carries."""
-        values = {"server_round": self.server_round, "proximal_mu": self.proximal_mu}
+        values = {"server_round": self.server_round, "proximal_mu": self.proximal_mu, "everyone": self.everyone}
         return Payload(values, self.arrays).to_content()
 
     @classmethod

@@ -58,7 +58,8 @@ class Rounds:
             # A strategy gives most sites one and the same record: pack it once.
             records.append(message.content)  # kept, so that no other gets its id
             if id(message.content) not in packed:
-                packed[id(message.content)] = self._request(message.content, number).to_content()
+                everyone = len(cohort) == len(self._roster.nodes)
+                packed[id(message.content)] = self._request(message.content, number, everyone).to_content()
             message.content = packed[id(message.content)]
             messages[names[message.metadata.dst_node_id]] = message
         return self._heads(messages, head, spoken)
@@ -83,7 +84,7 @@ class Rounds:
         messages = {name: Message(content, node_id, EVALUATE) for name, node_id in sorted(addresses.items())}
         return self._heads(messages, {}, spoken)
 
-    def _request(self, record: RecordDict, number: int) -> HeadRequest:
+    def _request(self, record: RecordDict, number: int, everyone: bool) -> HeadRequest:
         (arrays,) = record.array_records.values()
         settings = {key: value for config in record.config_records.values() for key, value in config.items()}
         mu = settings.get("proximal-mu")
@@ -91,6 +92,7 @@ class Rounds:
             {name: array.numpy() for name, array in arrays.items()},
             server_round=number,
             proximal_mu=float(mu) if isinstance(mu, int | float) else None,
+            everyone=everyone,
         )
 
     def _heads(

@@ -104,6 +104,7 @@ def train_together(sites: Sequence[Site], agreed: Kept, request: HeadRequest) ->
         [holding.held_out for holding in holdings],
         seed=manifest.seed,
         round_number=request.server_round,
+        repeated=request.everyone,
     )
     metrics = np.stack(
         [averaged.rows, averaged.losses, evaluation.rows, evaluation.losses, evaluation.correct], axis=1
