@@ -1,0 +1,217 @@
+"""How a coordinator or a site is run for good: a systemd unit, or a Compose file, for one kit."""
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedhead.errors import UserError
+
+HOME = Path("/var/lib/fedhead")
+"""Where features, ledgers and runs are kept, on the machine or in the container's volume."""
+
+
+@dataclass(frozen=True)
+class Service:
+    """A process that is to be kept up.
+
+    Attributes:
+        name: of the unit, or of the service.
+        description: what it is.
+        command: what is run; a shell's line where it depends on what is there.
+        reads: what it reads and nothing may change: the kit, the configuration, the data.
+        finished: what is there once nothing is left to do; None for what never ends.
+        port: that it listens on for sites; 0 if it does not.
+        health: `HOST:PORT` of its health service; empty for none.
+    """
+
+    name: str
+    description: str
+    command: Sequence[str]
+    reads: Sequence[Path]
+    finished: Path | None = None
+    port: int = 0
+    health: str = ""
+
+
+def site_service(kit: Path, data: str, health: str = "", program: str = "fedhead") -> Service:
+    """Return the service of a site's client.
+
+    Args:
+        kit: of the site.
+        data: a data spec; empty if `site.toml` has it.
+        health: `HOST:PORT` of its health service; empty for none.
+        program: how `fedhead` is called there.
+
+    Raises:
+        UserError: if `kit` is not a site's.
+    """
+    if not (kit / "site.toml").is_file():
+        raise UserError(f"{kit} is not a site's kit: it has no site.toml. fedhead provision makes one.")
+    kit = kit.resolve()
+    source, _, argument = data.partition(":")
+    path = Path(argument).expanduser().resolve() if argument and Path(argument).expanduser().exists() else None
+    spec = data if path is None else f"{source}:{path}"
+    command = [program, "client", "--kit", str(kit), *(["--data", spec] if data else [])]
+    return Service(
+        name=f"fedhead-{kit.name}",
+        description=f"fedhead, site {kit.name}",
+        command=[*command, *(["--health", health] if health else [])],
+        reads=[kit, *([path] if path is not None else [])],
+        health=health,
+    )
+
+
+def coordinator_service(
+    kit: Path, run: Path, out: str, port: int = 0, health: str = "", program: str = "fedhead"
+) -> Service:
+    """Return the service of a coordinator: it runs one run to its end, and goes on with it after a restart.
+
+    Args:
+        kit: of the coordinator.
+        run: the configuration.
+        out: the name of the run folder, below `HOME/runs`.
+        port: that sites connect to.
+        health: `HOST:PORT` of its health service; empty for none.
+        program: how `fedhead` is called there.
+
+    Raises:
+        UserError: if `kit` is not a coordinator's, or there is no configuration.
+    """
+    if not (kit / "coordinator.toml").is_file():
+        raise UserError(f"{kit} is not a coordinator's kit: it has no coordinator.toml. fedhead provision makes one.")
+    if not run.is_file():
+        raise UserError(f"There is no configuration {run}.")
+    kit, run, folder = kit.resolve(), run.resolve(), HOME / "runs" / out
+    same = ["--kit", str(kit), *(["--health", health] if health else [])]
+    first = shlex.join([program, "server", str(run), "--out", str(folder), *same])
+    later = shlex.join([program, "server", "--resume", str(folder), *same])
+    known = shlex.join(["test", "-e", str(folder / "run.toml")])
+    return Service(
+        name="fedhead-coordinator",
+        description=f"fedhead, coordinator of {out}",
+        command=["/bin/sh", "-c", f"if {known}; then exec {later}; else exec {first}; fi"],
+        reads=[kit, run],
+        finished=folder / "result.json",
+        port=port,
+        health=health,
+    )
+
+
+def systemd_unit(service: Service, user: str = "fedhead") -> str:
+    """Return the text of a unit file."""
+    finished = f"ConditionPathExists=!{service.finished}\n" if service.finished else ""
+    return f"""\
+# {service.name}.service, for /etc/systemd/system. Before the first start:
+#   useradd --system --home-dir {HOME} {user}
+#   chown -R {user}: {service.reads[0]}
+# then: systemctl enable --now {service.name}; journalctl -fu {service.name}
+
+[Unit]
+Description={service.description}
+Wants=network-online.target
+After=network-online.target
+StartLimitIntervalSec=0
+{finished}
+[Service]
+Type=exec
+User={user}
+StateDirectory={HOME.name}
+StateDirectoryMode=0700
+WorkingDirectory={HOME}
+Environment=FEDHEAD_HOME={HOME} OMP_WAIT_POLICY=passive
+ExecStart={" ".join(_for_systemd(part) for part in service.command)}
+Restart=on-failure
+RestartSec=15
+# A mistake in the command, the kit or the data: no other start would mend it.
+RestartPreventExitStatus=2
+TimeoutStopSec=60
+UMask=0077
+NoNewPrivileges=yes
+PrivateTmp=yes
+ProtectSystem=strict
+ProtectHome=read-only
+ProtectControlGroups=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+RestrictSUIDSGID=yes
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def compose_file(service: Service, source: Path) -> str:
+    """Return the text of a Compose file that builds fedhead from its checkout `source`."""
+    environment = {"FEDHEAD_HOME": str(HOME), "OMP_WAIT_POLICY": "passive"}
+    volumes: list[dict[str, object]] = [
+        *({"type": "bind", "source": str(path), "target": str(path), "read_only": True} for path in service.reads),
+        {"type": "volume", "source": "state", "target": str(HOME)},
+    ]
+    command = list(service.command)
+    if service.finished is not None:
+        done = shlex.join(["test", "-e", str(service.finished)])
+        command = [*command[:-1], f"if {done}; then exit 0; fi; {command[-1]}"]
+    lines = [
+        f"# {service.name}: docker compose up --build --detach",
+        "# The kit has to belong to the user id below, and stay readable for it alone.",
+        "name: fedhead",
+        "services:",
+        f"  {_for_compose(service.name)}:",
+        "    image: fedhead",
+        "    build:",
+        f"      context: {_for_compose(str(source.resolve()))}",
+        "      dockerfile_inline: |",
+        *(f"        {line}" for line in _DOCKERFILE.splitlines()),
+        "    user: ${FEDHEAD_UID:-10001}:${FEDHEAD_GID:-10001}",
+        f"    command: {_for_compose(command)}",
+        f"    environment: {_for_compose(environment)}",
+        f"    working_dir: {_for_compose(str(HOME))}",
+        *(["    ports:", f'      - "{service.port}:{service.port}"'] if service.port else []),
+        "    volumes:",
+        *(f"      - {_for_compose(volume)}" for volume in volumes),
+        "    restart: on-failure" if service.finished else "    restart: unless-stopped",
+        "    stop_grace_period: 60s",
+        "    read_only: true",
+        "    tmpfs:",
+        "      - /tmp",
+        "    cap_drop:",
+        "      - ALL",
+        "    security_opt:",
+        "      - no-new-privileges:true",
+        *_health_check(service.health),
+        "volumes:",
+        "  state: {}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+_DOCKERFILE = f"""\
+FROM python:3.12-slim
+COPY . /src
+RUN pip install --no-cache-dir /src && rm -rf /src
+RUN install -d -o 10001 -g 10001 -m 700 {HOME}"""
+
+
+def _health_check(health: str) -> list[str]:
+    if not health:
+        return []
+    return [
+        "    healthcheck:",
+        f"      test: {_for_compose(['CMD', 'fedhead', 'status', '--health', health])}",
+        "      interval: 5m",
+        "      timeout: 30s",
+        "      start_period: 2m",
+    ]
+
+
+def _for_systemd(text: str) -> str:
+    """Quote a word of a command line, in which systemd would replace % and $."""
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
+    return escaped if text and not set(text) & set(" \t'\";\\") else f'"{escaped}"'
+
+
+def _for_compose(value: str | Sequence[str] | Mapping[str, object]) -> str:
+    """Return a value as JSON, which YAML is a superset of, without what Compose would replace."""
+    return json.dumps(value, ensure_ascii=False).replace("$", "$$")
