@@ -60,7 +60,7 @@ class Catalogue:
 
 
 catalogues: Registry[Catalogue] = Registry(
-    "catalogue", {name: f"fedhead.backbones.{name}" for name in ("bundled", "timm", "torchvision")}
+    "catalogue", {name: f"fedhead.backbones.{name}" for name in ("bundled", "hf", "timm", "torchvision")}
 )
 
 
@@ -149,14 +149,12 @@ def describe(spec: str, layer: str, installed: Sequence[Path]) -> Description:
     """
     entry = entry_of(spec)
     backbone = load_backbone(spec, layer=layer) if entry is None else _without_weights(spec, layer)
-    preprocessing = backbone.preprocessing
-    probes = preprocessing.collate([preprocessing(item) for item in preprocessing.probes()])
     return Description(
         spec=spec,
         kind=backbone.kind,
         input="" if entry is None else entry.input,
         layer=backbone.layer,
-        num_features=backbone.features(probes).shape[1],
+        num_features=_width(backbone),
         num_parameters=backbone.num_parameters,
         num_bytes=backbone.num_bytes,
         licence=None if entry is None else entry.licence,
@@ -169,12 +167,19 @@ def _without_weights(spec: str, layer: str) -> Backbone:
     """Build a backbone without memory for its weights, or where its code needs values, with random ones."""
     try:
         with torch.device("meta"):
-            return load_backbone(spec, weights="random", layer=layer)
+            backbone = load_backbone(spec, weights="random", layer=layer)
+        _ = _width(backbone)
+        return backbone
     except FedheadError:
         raise
     # What code does with values that are not there differs from model to model.
     except Exception:
         return load_backbone(spec, weights="random", layer=layer)
+
+
+def _width(backbone: Backbone) -> int:
+    """Return `d`, also of weights that are not there."""
+    return backbone.features_of(backbone.preprocessing.probes()).shape[1]
 
 
 def image_input(channels: int, height: int, width: int) -> str:

@@ -14,13 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from fedhead.backbones.backbone import Backbone, assign_weights, backbone_sources, read_files, read_weights
+from fedhead.backbones.catalogue import Catalogue, Entry, catalogues, image_input
 from fedhead.backbones.downloads import not_to_be_had
 from fedhead.backbones.hf_recipe import (
     Recipe,
     configure,
     first_line,
+    image_size,
     longest_text,
     model_class,
+    optional_json,
     preprocessing_of,
     quiet,
     read_recipe,
@@ -120,6 +123,50 @@ def parse_name(name: str) -> tuple[str, _Settings]:
 def _query(settings: _Settings) -> str:
     given = {key: value for key, value in sorted(asdict(settings).items()) if value is not None}
     return "?" + "&".join(f"{key}={value}" for key, value in given.items()) if given else ""
+
+
+def names() -> list[str]:
+    """Return the models of transformers that are whole in the hub's cache on this machine."""
+    require("huggingface_hub", "transformers", "The list of the hub's models")
+    from huggingface_hub import CacheNotFound, scan_cache_dir
+
+    try:
+        cached = sorted(one.repo_id for one in scan_cache_dir().repos if one.repo_type == "model")
+    except CacheNotFound:
+        return []
+    return [name for name in cached if (folder := _cached(name, None)) and _optional_type(folder)]
+
+
+def entry(name: str) -> Entry:
+    """Return what is known here of a folder, or of a name on the hub; of a folder elsewhere, nothing.
+
+    Raises:
+        UserError: for a setting that does not exist.
+    """
+    require("huggingface_hub", "transformers", f"The backbone hf:{name}")
+    plain, settings = parse_name(name)
+    try:
+        local = _local_folder(plain)
+    except UserError:
+        return Entry(f"hf:{name}", "")
+    folder = local or _cached(plain, settings.revision)
+    config = optional_json(folder / "config.json") if folder else {}
+    size = config.get("vision_config", config).get("image_size")
+    takes = image_input(3, *image_size(size)) if size else ""
+    return Entry(
+        f"hf:{name}",
+        takes,
+        weights=next(iter(sorted(folder.glob("*.safetensors"))), None) if folder else None,
+        origin=None if local else f"https://huggingface.co/{plain}",
+    )
+
+
+catalogues.register("hf")(Catalogue(names, entry))
+
+
+def _optional_type(folder: Path) -> bool:
+    """Tell whether a folder is of transformers, and not of another library that uses the hub."""
+    return "model_type" in optional_json(folder / "config.json")
 
 
 class _Encoder(nn.Module):
@@ -254,17 +301,28 @@ def _snapshot(name: str, revision: str | None) -> Path:
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    options = {"revision": revision, "allow_patterns": list(WANTED), "ignore_patterns": ["onnx/*", "openvino/*"]}
+    if folder := _cached(name, revision):
+        return folder
     try:
-        folder = Path(snapshot_download(name, local_files_only=True, **options))
-        if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
-            return folder
-    except (LocalEntryNotFoundError, FileNotFoundError):
-        pass
-    try:
-        return Path(snapshot_download(name, **options))
+        return Path(snapshot_download(name, **_files_of_interest(revision)))
     except RepositoryNotFoundError:
         raise UserError(f"The hub has no model {name!r}, or shows it only to those who are signed in.") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         url, cache = f"https://huggingface.co/{name}", f"the hub's cache {constants.HF_HUB_CACHE}"
         raise not_to_be_had(f"hf:{name}", url, cache, error) from error
+
+
+def _cached(name: str, revision: str | None) -> Path | None:
+    """Return the files of a model in the hub's cache; None where they are not whole."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, local_files_only=True, **_files_of_interest(revision)))
+    except (LocalEntryNotFoundError, FileNotFoundError):
+        return None
+    return folder if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")) else None
+
+
+def _files_of_interest(revision: str | None) -> dict[str, Any]:
+    return {"revision": revision, "allow_patterns": list(WANTED), "ignore_patterns": ["onnx/*", "openvino/*"]}

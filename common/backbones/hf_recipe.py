@@ -167,7 +167,7 @@ def _text_recipe(folder: Path, kept: Mapping[str, Any], config: "PreTrainedConfi
     backend.no_padding()
     backend.no_truncation()
     longest = longest_text(tokenizer.model_max_length, config)
-    said = _optional_json(folder / "sentence_bert_config.json").get("max_seq_length")
+    said = optional_json(folder / "sentence_bert_config.json").get("max_seq_length")
     special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, 0)
     pad = next(one for one in (tokenizer.pad_token_id, getattr(config, "pad_token_id", None), 0) if one is not None)
     return Recipe(
@@ -193,7 +193,7 @@ def _sentence_pooling(folder: Path) -> PoolingName:
 
     The mean is also the default for decoders: their last position is trained to tell the next word, not the text.
     """
-    said = _optional_json(folder / "1_Pooling" / "config.json")
+    said = optional_json(folder / "1_Pooling" / "config.json")
     marked = [key.removeprefix("pooling_mode_") for key, value in said.items() if value is True]
     named = str(said.get("pooling_mode") or next((key for key in marked if key in _SENTENCE_POOLINGS), "mean"))
     if named not in _SENTENCE_POOLINGS:
@@ -218,7 +218,9 @@ def _vision_pooling(config: "PreTrainedConfig", spec: str) -> PoolingName:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model = cls(shallow, **without_pooler(cls)).eval()
-        output = model(torch.rand(1, getattr(config, "num_channels", 3), *_image_size(config)))
+        output = model(
+            torch.rand(1, getattr(config, "num_channels", 3), *image_size(getattr(config, "image_size", 224)))
+        )
     states, own = output.last_hidden_state, getattr(output, "pooler_output", None)
     if own is None:
         return "cls" if any("cls_token" in name for name in model.state_dict()) else "mean"
@@ -230,8 +232,8 @@ def _vision_pooling(config: "PreTrainedConfig", spec: str) -> PoolingName:
     return "pooler"
 
 
-def _image_size(config: "PreTrainedConfig") -> tuple[int, int]:
-    size = getattr(config, "image_size", 224)
+def image_size(size: int | Sequence[int]) -> tuple[int, int]:
+    """Return height and width of what a configuration calls the image's size."""
     return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
@@ -334,7 +336,12 @@ def _json(path: Path, spec: str) -> dict[str, Any]:
     return values
 
 
-def _optional_json(path: Path) -> dict[str, Any]:
+def optional_json(path: Path) -> dict[str, Any]:
+    """Return the values of a JSON file; none where there is no file.
+
+    Raises:
+        UserError: if it is damaged.
+    """
     return _json(path, str(path.parent)) if path.is_file() else {}
 
 

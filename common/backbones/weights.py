@@ -39,12 +39,14 @@ def _in_a_librarys_cache(spec: str, layer: str, weights_digest: str) -> Backbone
     entry = entry_of(spec)
     if entry is None or entry.weights is None:
         return None
+    # A model of the hub's is more than its weights: the library finds the rest beside them.
+    weights = "default" if spec.startswith("hf:") else str(entry.weights)
     try:
-        backbone = load_backbone(spec, weights=str(entry.weights), layer=layer)
+        backbone = load_backbone(spec, weights=weights, layer=layer)
     # A cache that is damaged is as good as none: the coordinator has the weights.
     except FedheadError:
         return None
-    return backbone if backbone.weights_digest == weights_digest else None
+    return backbone if (backbone.spec, backbone.weights_digest) == (spec, weights_digest) else None
 
 
 def installed_weights(spec: str) -> list[Path]:

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fedhead.backbones import Backbone, load_backbone
+from fedhead.backbones.catalogue import describe, search
 from fedhead.backbones.weights import find_backbone, install_weights
 from fedhead.errors import FedheadError, UserError
 
@@ -234,6 +235,9 @@ def test_a_site_without_the_folder_gets_all_it_needs(tmp_path: Path, name: str) 
     backbone = load_backbone(spec)
     probe = backbone.probe()
     blob = backbone.to_bytes()
+    # A site that has the folder too needs nothing sent.
+    assert find_backbone(spec, "penultimate", backbone.weights_digest) is not None
+    assert find_backbone(spec, "penultimate", "0" * 64) is None
     shutil.rmtree(folder)
     assert find_backbone(spec, "penultimate", backbone.weights_digest) is None
     with pytest.raises(FedheadError, match="weights that arrived"):
@@ -268,6 +272,11 @@ def test_a_name_on_the_hub_is_read_from_the_cache_without_the_network(
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("abc123")
     assert load_backbone("hf:someone/tiny").spec == "hf:someone/tiny"
+    (listed,) = search("hf:*tiny")
+    assert (listed.spec, listed.input, listed.weights is not None) == ("hf:someone/tiny", "", True)
+    described = describe("hf:someone/tiny", "penultimate", [])
+    assert (described.kind, described.num_features) == ("text", 16)
+    assert described.origin == "https://huggingface.co/someone/tiny"
 
 
 def test_what_is_not_in_the_cache_and_cannot_be_downloaded_says_the_other_ways(
