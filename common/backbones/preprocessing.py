@@ -17,6 +17,8 @@ Batch = Tensor | Mapping[str, Tensor]
 """What goes through a backbone at once: a tensor of images, or `input_ids` and `attention_mask` of texts."""
 
 PROBES = 2
+LONGEST = 32
+"""Sides to one; of an image that is longer only the middle is resized, which is more than any crop takes."""
 PROBE_TEXTS = (
     "Where is my card? It hasn't arrived yet.",
     "Naïve Bayes, 3.5 % \u2014 \u4f60\u597d; the quick brown fox jumps over the lazy dog, twice.",
@@ -96,6 +98,8 @@ class ImagePreprocessing:
         if isinstance(item, str):
             raise UserError("This backbone takes images, and was given a text.")
         image = item.convert("L" if self.channels == 1 else "RGB")
+        if isinstance(self.resize, int) and self.crop is not None:
+            image = _middle(image)
         width, height = image.size
         if isinstance(self.resize, int):
             short = min(width, height)
@@ -125,6 +129,16 @@ class ImagePreprocessing:
     def describe(self) -> dict[str, Any]:
         """Return the attributes."""
         return asdict(self)
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    """Cut off most of what is left and right of a strip's middle, which enlarging would take gigabytes for."""
+    width, height = image.size
+    longest = LONGEST * min(width, height)
+    left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
+    if not left and not top:
+        return image
+    return image.crop((left, top, width - left, height - top))
 
 
 def _margin(size: int, crop: int, rounding: Literal["even", "down"]) -> int:

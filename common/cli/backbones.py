@@ -169,15 +169,19 @@ def _print_entries(found: "list[Entry]", console: Console) -> None:
 
 def _print_description(described: "Description", layers: list[str], console: Console) -> None:
     lines = Table.grid(padding=(0, 2))
+    lines.add_column(no_wrap=True)
+    lines.add_column(overflow="fold")
     lines.add_row("Backbone", described.spec)
     lines.add_row("Takes", f"{described.kind}s{f' of {described.input}' if described.input else ''}")
     lines.add_row("Features", f"{described.num_features}, of layer {described.layer}")
-    lines.add_row("Parameters", f"{described.num_parameters / 1e6:.2f} million, {size(described.num_bytes)}")
+    lines.add_row("Parameters", f"{described.num_parameters:,} ({size(described.num_bytes)})")
     lines.add_row("Licence", described.licence or "not known")
     if described.weights:
         lines.add_row("Weights", "here: " + "\n".join(map(str, described.weights)))
+    elif described.origin:
+        lines.add_row("Weights", f"not here; to fetch from {described.origin}")
     else:
-        lines.add_row("Weights", f"not here; to fetch from {described.origin}" if described.origin else "none to fetch")
+        lines.add_row("Weights", "none but those that it is built with")
     if layers:
         lines.add_row("Layers", "\n".join(layers))
     console.print(lines, highlight=False)

@@ -81,7 +81,7 @@ def test_grey_images_have_three_equal_channels_where_a_backbone_wants_colour() -
     assert torch.allclose(grey, torch.full((3, 4, 4), 0.2))
 
 
-@pytest.mark.parametrize("save", ["safetensors", "state dict", "nested"])
+@pytest.mark.parametrize("save", ["safetensors", "state dict", "nested", "model", "parallel"])
 def test_weights_come_from_a_file_that_may_lack_the_classifier(tmp_path: Path, save: str) -> None:
     import torchvision
 
@@ -93,7 +93,13 @@ def test_weights_come_from_a_file_that_may_lack_the_classifier(tmp_path: Path, s
         save_file(expected, path)
     else:
         path = tmp_path / "w.pth"
-        torch.save(state if save == "state dict" else {"epoch": 3, "state_dict": state}, path)
+        saved = {
+            "state dict": state,
+            "nested": {"epoch": 3, "state_dict": state},
+            "model": {"model": state, "optimizer": {"lr": 0.1}},
+            "parallel": {f"module.{name}": value for name, value in state.items()},
+        }
+        torch.save(saved[save], path)
     backbone = load_backbone("torchvision:squeezenet1_1", weights=str(path))
     assert backbone.tensors().keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in backbone.tensors().items())
@@ -106,6 +112,33 @@ def test_weights_of_another_architecture_name_the_keys(tmp_path: Path) -> None:
         load_backbone("torchvision:squeezenet1_1", weights=str(path))
     with pytest.raises(UserError, match="not those of bundled:glyphnet"):
         load_backbone("bundled:glyphnet", weights=str(path))
+
+
+def test_files_that_hold_no_weights_are_told_apart(tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    torch.save(nn.Linear(2, 2), path)
+    with pytest.raises(UserError, match=r"hold Python objects.*whole model.*state_dict\(\)"):
+        read_weights(str(path))
+    torch.save({"epoch": 3}, path)
+    with pytest.raises(UserError, match="more than named tensors"):
+        read_weights(str(path))
+    torch.save(nn.Linear(200, 200).state_dict(), path)
+    path.write_bytes(path.read_bytes()[:50_000])
+    with pytest.raises(UserError, match="cut short"):
+        read_weights(str(path))
+    save_file({"x": torch.zeros(100)}, tmp_path / "w.safetensors")
+    (tmp_path / "w.safetensors").write_bytes((tmp_path / "w.safetensors").read_bytes()[:-9])
+    with pytest.raises(UserError, match="cannot be read"):
+        read_weights(str(tmp_path / "w.safetensors"))
+
+
+@pytest.mark.parametrize("spec", ["bundled:glyphnet", "torchvision:inception_v3", "timm:test_vit"])
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (1, 40)])
+def test_images_smaller_than_any_minimum_are_enlarged(spec: str, size: tuple[int, int]) -> None:
+    with torch.device("meta"):
+        backbone = load_backbone(spec, weights="random")
+    features = backbone.features(backbone.preprocessing.collate([backbone.preprocessing(image(*size))]))
+    assert features.shape[0] == 1
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:

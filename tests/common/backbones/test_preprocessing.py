@@ -35,3 +35,14 @@ def test_probes_are_fixed_and_of_the_kind(preprocessing: TextPreprocessing | Ima
     assert list(probes) == list(preprocessing.probes())
     inputs = [preprocessing(item) for item in probes]
     assert preprocessing.kind == "image" or len(inputs[0]) != len(inputs[1])
+
+
+def test_a_long_strip_is_cut_to_its_middle_before_it_is_enlarged() -> None:
+    strip = Image.linear_gradient("L").resize((1, 40_000), Image.Resampling.BILINEAR).convert("RGB")
+    made = ImagePreprocessing(3, 256, (224, 224), (0.5,) * 3, (0.5,) * 3)(strip)
+    assert made.shape == (3, 224, 224)
+    assert made.abs().max() < 0.02
+    sideways = ImagePreprocessing(3, 256, (224, 224), (0.5,) * 3, (0.5,) * 3)(
+        strip.transpose(Image.Transpose.ROTATE_90)
+    )
+    torch.testing.assert_close(sideways.abs().max(), made.abs().max(), atol=1e-2, rtol=0)

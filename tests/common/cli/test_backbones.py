@@ -83,7 +83,7 @@ def test_show_describes_and_lists_layers() -> None:
     assert {"conv1", "layer3.0.add", "flatten"} < set(shown["layers"])
     text = " ".join(backbones("show", "torchvision:vgg16").stdout.split())
     assert "Features 4096, of layer penultimate" in text
-    assert "Parameters 134.26 million, 537 MB" in text
+    assert "Parameters 134,260,544 (537 MB)" in text
     assert "not here; to fetch from https://download.pytorch.org" in text
 
 
