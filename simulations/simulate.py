@@ -412,7 +412,7 @@ def make_plan(
         samples=samples,
         labels=relabel(samples, classes),
         test_samples=test_samples,
-        test_labels=relabel(test_samples, classes) if test_samples else None,
+        test_labels=_test_labels(test_samples, samples, classes) if test_samples else None,
         own_rows=None if sites is None or isinstance(sites, int) else check_rows(sites, len(samples)),
     )
     plan.assign(np.arange(len(samples)))
@@ -498,6 +498,29 @@ def _extract(plan: Plan, on_extraction: Progress) -> tuple[FeatureStore, Feature
         before += len(samples)
     on_extraction(total, total)
     return stores[0], stores[1] if len(stores) == 2 else None
+
+
+def _test_labels(test: Samples, samples: Samples, classes: Sequence[str]) -> IntArray:
+    """Return the test set's labels; say so where it has rows of a class that no site has any of."""
+    try:
+        labels = relabel(test, classes)
+    except UserError as error:
+        raise UserError(
+            f"In the test data, {error} No site has rows of that class: mend or remove the test rows."
+        ) from None
+    unseen = _held(test) & set(classes) - _held(samples)
+    if unseen:
+        logger.warning(
+            "The test data has rows of classes that no site has any of, and no head can know: %s.",
+            ", ".join(sorted(unseen)),
+        )
+    return labels
+
+
+def _held(samples: Samples) -> set[str]:
+    """Return the classes that have rows."""
+    held = samples.labels.any(0) if samples.multi_label else np.bincount(samples.labels, minlength=len(samples.classes))
+    return {samples.classes[label] for label in np.flatnonzero(held)}
 
 
 def _override(

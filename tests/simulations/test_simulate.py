@@ -380,7 +380,18 @@ def test_what_does_not_exist_is_refused_before_anything_is_run(
 
 def test_a_test_set_of_other_classes_is_refused_by_file(own_folder: Path, digits: Samples) -> None:
     save_digits(own_folder / "test", np.arange(900, 910))
-    refuse(r"test/digit-\d/\d+\.png is of class 'digit-\d'", RunConfig(), digits, test_data="folder:test")
+    words = r"In the test data, .*test/digit-\d/\d+\.png is of class 'digit-\d'.* No site has rows of that class"
+    refuse(words, RunConfig(), digits, test_data="folder:test")
+
+
+def test_a_test_set_of_classes_that_no_site_has_is_told_of(digits: Samples, caplog: pytest.LogCaptureFixture) -> None:
+    seen = [row for row in range(300) if digits.labels[row] < 8]
+    images = [digits.read(row) for row in range(300)]
+    names = [digits.classes[label] for label in digits.labels[:300]]
+    data = samples_from_arrays([images[row] for row in seen], [names[row] for row in seen])
+    config = RunConfig(classes=list("0123456789"), rounds=0, simulation={"sites": 2, "partition": "iid"})
+    simulate(config, data, test_data=samples_from_arrays(images, names))
+    assert "classes that no site has any of, and no head can know: 8, 9." in caplog.text
 
 
 def test_unreadable_files_are_skipped_and_counted_or_refused(own_folder: Path) -> None:
