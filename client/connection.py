@@ -48,6 +48,10 @@ class WorkIsOverError(FedheadError):
     """The message at hand is of a run that has ended, or was meant for a node that this site no longer is."""
 
 
+class RefusedError(WorkIsOverError):
+    """The coordinator does not take what was sent; it says why."""
+
+
 @dataclass(frozen=True)
 class Trouble:
     """Why a request got no answer, in a sentence, and whether trying again may help."""
@@ -140,6 +144,7 @@ class Connection:
 
         Raises:
             CannotHealError: if the connection is lost for good.
+            RefusedError: if the coordinator does not take it.
             WorkIsOverError: if nobody waits for it any more.
         """
         self._last_message = time.monotonic()
@@ -197,7 +202,7 @@ class Connection:
                 if status in (httpx.codes.UNAUTHORIZED, httpx.codes.PRECONDITION_FAILED):
                     self._forget(node)
                 elif status < 500 and status not in (httpx.codes.REQUEST_TIMEOUT, httpx.codes.TOO_MANY_REQUESTS):
-                    raise WorkIsOverError(f"The coordinator refuses it: {_detail(error.response)}.") from None
+                    raise RefusedError(f"The coordinator refuses it: {_detail(error.response)}.") from None
                 else:
                     self._say(Trouble(f"{self.address} fails with {_detail(error.response)}."))
             except httpx.TransportError as error:

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from fedhead.certificates import expiry_warning
 from fedhead.client.app import kept, make_app
 from fedhead.client.approval import Approvals, Ask
-from fedhead.client.connection import LONG_WAIT, Connection, WorkIsOverError
+from fedhead.client.connection import LONG_WAIT, Connection, RefusedError, WorkIsOverError
 from fedhead.client.guard import Entry, Guard, Ledger, ledger_path
 from fedhead.client.settings import Kit, SiteSettings, insecure_key
 from fedhead.client.site_data import LocalSite
@@ -193,7 +193,13 @@ class SiteProcess:
             began = time.monotonic()
             reply = self.answer(message)
             took = time.monotonic() - began
-            self._connection.send(reply, took)
+            try:
+                self._connection.send(reply, took)
+            except RefusedError as error:
+                # Too large, perhaps: the coordinator is told that there is nothing to wait for.
+                logger.error("%s: %s", self._asked(message), error)
+                reply = _failure(message, f"Its reply was not taken. {error}")
+                self._connection.send(reply, took)
             if not reply.has_error():
                 logger.info("%s: done in %.2f s.%s", self._asked(message), took, self._said_of_releases())
         except WorkIsOverError as error:

@@ -119,5 +119,5 @@ def _serve(settings: "SiteSettings", kit: "Kit | None", approve: bool, health: s
 
 def _ask(described: str) -> bool:
     errors.print("[bold]The coordinator asks for what was never released to it before.[/bold] The ledger would have:")
-    errors.print(described, markup=False, highlight=False)
+    errors.print(described, markup=False, highlight=False, soft_wrap=True)
     return typer.confirm("Release it, and from now on all of this kind?", err=True)

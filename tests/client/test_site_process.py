@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from fedhead.client.guard import read_ledger
 from fedhead.config import RunConfig
 from fedhead.data import load_samples
+from fedhead.health import ask
 from fedhead.server.provision import provision
 from fedhead.simulations import simulate
 from fedhead.simulations.partition import divide
@@ -87,7 +88,7 @@ class Federation:
         provision(folder / "kit", f"127.0.0.1:{self.port}", SITES)
 
     def server(self, out: str, *more: str, name: str = "server") -> Process:
-        return self._start(
+        return self.start(
             name,
             *("server", "--kit", "kit/coordinator", "--classes", ",".join(CLASSES), "--out", out),
             *("--round-deadline", str(PATIENCE), *more),
@@ -95,9 +96,9 @@ class Federation:
 
     def client(self, site: str, data: str = "", *more: str, cwd: Path | None = None) -> Process:
         kit = str(self.folder / "kit" / site)
-        return self._start(site, "client", "--kit", kit, "--data", data or f"folder:{self.data / site}", *more, cwd=cwd)
+        return self.start(site, "client", "--kit", kit, "--data", data or f"folder:{self.data / site}", *more, cwd=cwd)
 
-    def _start(self, name: str, *arguments: str, cwd: Path | None = None) -> Process:
+    def start(self, name: str, *arguments: str, cwd: Path | None = None) -> Process:
         self.processes.append(Process(self.folder, name, *arguments, cwd=cwd))
         return self.processes[-1]
 
@@ -162,6 +163,27 @@ def test_a_site_that_is_killed_in_a_round_comes_back_and_the_head_is_the_same(fe
     assert server.ended() == 0, server.said()
     assert_same_head(federation.head("run"), federation.simulated(rounds=12, local={"epochs": 20}))
     assert all(not line["dropped"] for line in rounds_of(federation.folder / "run" / "metrics.jsonl"))
+
+
+def test_a_coordinator_that_is_killed_goes_on_with_the_sites_that_stayed(federation: Federation) -> None:
+    rounds = ("--rounds", "12", "--set", "local.epochs=20")
+    killed = federation.server("run", "--min-sites", "3", *rounds)
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        health = f"127.0.0.1:{listening.getsockname()[1]}"
+    clients = [federation.client(site) for site in SITES[1:]]
+    clients.append(federation.client(SITES[0], "", "--health", health))
+    metrics = federation.folder / "run" / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 4, killed.said)
+    assert ask(health) == "SERVING"
+    killed.kill()
+    for client in clients:
+        client.until("Nothing listens at")
+    assert ask(health) == "NOT_SERVING"
+    resumed = federation.start("resumed", "server", "--kit", "kit/coordinator", "--resume", "run")
+    assert resumed.ended() == 0, resumed.said()
+    assert_same_head(federation.head("run"), federation.simulated(rounds=12, local={"epochs": 20}))
+    assert [line["number"] for line in rounds_of(metrics)] == list(range(13))
 
 
 SLOW_DATA = """
