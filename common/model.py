@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from fedhead.backbones import Backbone
+from fedhead.backbones import Backbone, load_backbone
 from fedhead.backbones.backbone import digest_tensors
 from fedhead.backbones.weights import find_backbone, weights_path
 from fedhead.calibration import Calibration
@@ -20,6 +20,9 @@ from fedhead.data import UnreadableSampleError, read_image, read_text, to_image
 from fedhead.errors import FedheadError, UserError
 from fedhead.files import write_atomically
 from fedhead.heads import Head, make_head
+
+MODEL_FILE = "model.safetensors"
+BACKBONE_FILE = "backbone.safetensors"
 
 Digest = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 
@@ -161,26 +164,34 @@ class TransferModel:
         write_atomically(Path(path), save(tensors, {"model": described.model_dump_json()}))
 
     @classmethod
-    def load(cls, path: Path | str, backbone: Backbone | None = None) -> Self:
+    def load(cls, path: Path | str, backbone: Backbone | None = None, *, weights: str = "") -> Self:
         """Read what `save` wrote.
 
         Args:
             path: the file, or a run folder that holds one.
-            backbone: the model's, where it is neither bundled nor installed on this machine.
+            backbone: the model's, where it is at hand.
+            weights: the backbone's file, where this machine has none.
 
         Raises:
             UserError: if the file is missing, damaged or not a model's, or `backbone` is another one.
             FedheadError: if its backbone is not on this machine.
         """
-        path = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
+        path = Path(path)
+        if path.is_dir():
+            path = _in_run_folder(path)
         described, tensors = _read(path)
+        if backbone is None and weights:
+            backbone = load_backbone(described.backbone, weights=weights, layer=described.layer)
         if backbone is None:
             backbone = find_backbone(described.backbone, described.layer, described.weights_digest)
+        beside = path.with_name(BACKBONE_FILE)
+        if backbone is None and beside.is_file():
+            backbone = Backbone.load(beside)
         if backbone is None:
             raise FedheadError(
                 f"The weights of {described.backbone} are not on this machine: looked for "
-                f"{weights_path(described.weights_digest)}. Pass the backbone, as in TransferModel.load(path, "
-                "load_backbone(spec, weights=FILE))."
+                f"{weights_path(described.weights_digest)} and {beside}. Bring their file and name it with --weights "
+                f"FILE, put {BACKBONE_FILE} beside the model, or load the backbone here once, as its site did."
             )
         if backbone.digest != described.backbone_digest:
             raise UserError(
@@ -201,6 +212,15 @@ class TransferModel:
             calibration=Calibration(described.temperature, described.scores),
             unlearned=described.unlearned,
         )
+
+
+def _in_run_folder(folder: Path) -> Path:
+    path = folder / MODEL_FILE
+    if not path.is_file() and (folder / "run.toml").is_file():
+        raise UserError(
+            f"The run {folder} has not finished, so it has no model yet; go on with it by --resume {folder}."
+        )
+    return path
 
 
 def _read(path: Path) -> tuple[_Description, dict[str, Tensor]]:

@@ -2,6 +2,8 @@
 
 import functools
 import logging
+import os
+import sys
 import traceback
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -60,6 +62,10 @@ def in_sentences(command: Callable[..., None]) -> Callable[..., None]:
                 "[bold]Interrupted.[/bold] Features extracted so far are kept; start again to go on from them."
             )
             raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            # Whoever read the output has read enough; what is left to flush must not complain either.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
         except FedheadError as error:
             if options["debug"]:
                 traceback.print_exc()

@@ -12,10 +12,9 @@ from rich.table import Table
 from fedhead.cli import options
 from fedhead.cli.application import app, in_sentences, output, progress_bars
 from fedhead.cli.study import run_study
-from fedhead.cli.wording import percent, size
+from fedhead.cli.wording import interval, percent, size
 
 if TYPE_CHECKING:
-    from fedhead.metrics import Estimate
     from fedhead.server.history import Round
     from fedhead.simulations.simulate import RunResult
 
@@ -239,15 +238,9 @@ def _class_table(result: "RunResult") -> Table:
         table.add_column(column, justify="right")
     for one in result.evaluation.classes:
         table.add_row(
-            one.name, str(one.rows), _interval(one.sensitivity), _interval(one.specificity), _interval(one.auroc)
+            one.name, str(one.rows), interval(one.sensitivity), interval(one.specificity), interval(one.auroc)
         )
     return table
-
-
-def _interval(estimate: "Estimate") -> str:
-    if estimate.value is None or estimate.low is None or estimate.high is None:
-        return "-"
-    return f"{100 * estimate.value:.1f} ({100 * estimate.low:.0f}-{100 * estimate.high:.0f})"
 
 
 def _cells(finished: "Round", has_test: bool) -> list[str]:
