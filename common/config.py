@@ -59,6 +59,8 @@ class SimulationConfig(_Table):
     test_data: str = ""
     sites: int = Field(10, ge=1)
     partition: str = "dirichlet:0.3"
+    engine: Literal["process", "ray"] = "process"
+    cluster: str = ""
     device: str = "auto"
     precision: Literal["float32", "mixed"] = "float32"
     strict_data: bool = False

@@ -103,6 +103,11 @@ class FeatureStore:
         return store
 
     @classmethod
+    def read(cls, path: Path) -> Self:
+        """Map a store that is known to be whole, as another process has just opened it."""
+        return cls._map(path, 0)
+
+    @classmethod
     def _map(cls, path: Path, extracted: int) -> Self:
         meta = json.loads((path / "meta.json").read_text())
         shape = (meta["rows"], meta["features"])

@@ -38,8 +38,15 @@ COORDINATOR_NODE_ID = 1
 @contextmanager
 def in_process_identity(run_id: int) -> Iterator[None]:
     """Let this process create messages of a run that no SuperLink knows."""
+    with keep_identity():
+        TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = run_id, 0, COORDINATOR_NODE_ID
+        yield
+
+
+@contextmanager
+def keep_identity() -> Iterator[None]:
+    """Leave this process's identity as it was, whatever Flower makes of it."""
     before = (TaskIdentity._run_id, TaskIdentity._task_id, TaskIdentity._node_id)
-    TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = run_id, 0, COORDINATOR_NODE_ID
     try:
         yield
     finally:

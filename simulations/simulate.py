@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
@@ -378,6 +379,10 @@ def make_plan(
     """
     given = _override(config, data=data, sites=sites, test_data=test_data)
     table = given.simulation
+    if table.engine == "ray":
+        from fedhead.simulations.ray_engine import require_ray
+
+        require_ray()
     strategy = strategy or build_strategy(given.strategy)
     device = pick_device(table.device)
     load_data = load_sites if table.partition.partition(":")[0] == "folder" else load_samples
@@ -437,6 +442,8 @@ def run_plan(
     """
     started = time.perf_counter()
     config, backbone = plan.config, plan.backbone
+    if apps and config.simulation.engine != "process":
+        raise UserError("Apps of sites' own run in this process: leave simulation.engine at 'process'.")
     store, test_store = _extract(plan, on_extraction)
     guard = Guard(config.simulation.min_class_count, config.simulation.min_rows)
     shared = SharedData(backbone, store, plan.labels, guard)
@@ -444,16 +451,17 @@ def run_plan(
     empty = tuple(name for name, rows in assigned.items() if len(rows) == 0)
     if empty:
         logger.warning("%d sites have no rows and take no part: %s.", len(empty), ", ".join(empty[:5]))
-    present = [SimulatedSite(name, rows, shared) for name, rows in assigned.items() if name not in empty]
+    present = [SimulatedSite(name, rows, shared) for name, rows in assigned.items() if len(rows)]
     test = None
     if test_store is not None and plan.test_labels is not None:
         test = _accuracy_on(test_store, torch.from_numpy(plan.test_labels))
 
     extracted_at = time.perf_counter()
-    with in_process_identity(run_id=1):
-        outcome = Coordinator(
+
+    def coordinate(grid: Grid) -> Outcome:
+        coordinator = Coordinator(
             config,
-            InProcessGrid(present, apps),
+            grid,
             backbone,
             config.classes,
             plan.strategy,
@@ -462,7 +470,20 @@ def run_plan(
             test=test,
             checkpoint=checkpoint,
             deliver=deliver,
-        ).run()
+        )
+        outcome = coordinator.run()
+        for site in present:
+            site.open(coordinator.manifest)
+        return outcome
+
+    if config.simulation.engine == "ray":
+        from fedhead.simulations.ray_engine import run_on_ray
+
+        rows = [assigned[site.name] for site in present]
+        outcome = run_on_ray(config, [site.name for site in present], rows, plan.labels, store, coordinate)
+    else:
+        with in_process_identity(run_id=1):
+            outcome = coordinate(InProcessGrid(present, apps))
     ended = time.perf_counter()
     return RunResult(
         config=config,

@@ -66,6 +66,14 @@ Partition = Annotated[
         rich_help_panel=SIMULATION,
     ),
 ]
+Engine = Annotated[
+    str | None,
+    typer.Option(help="'process', or 'ray' for Flower's own simulation engine.", rich_help_panel=SIMULATION),
+]
+Cluster = Annotated[
+    str | None,
+    typer.Option(help="Address of a Ray cluster; by default one is started here.", rich_help_panel=SIMULATION),
+]
 Device = Annotated[str | None, typer.Option(help="'auto', 'cpu', 'cuda' or 'mps'.", rich_help_panel=SIMULATION)]
 Precision = Annotated[
     str | None,

@@ -2,6 +2,9 @@
 
 from fedhead.simulations.benchmarks import extraction as extraction
 from fedhead.simulations.benchmarks import rounds as rounds
+from fedhead.simulations.benchmarks import scaling as scaling
+from fedhead.simulations.benchmarks import time_to_accuracy as time_to_accuracy
+from fedhead.simulations.benchmarks import traffic as traffic
 from fedhead.simulations.benchmarks.measurement import app
 
 app()

@@ -1,0 +1,210 @@
+"""The other engine: Flower's own simulation on Ray, for what one machine cannot hold, with the identical apps.
+
+A site is described by files in a folder that all machines of the cluster see, and lives in whichever worker its next
+message goes to. Everything here is importable, because what is in `__main__` is pickled anew for every message.
+"""
+
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedhead.backbones import load_backbone
+from fedhead.client.app import make_app
+from fedhead.client.guard import Guard
+from fedhead.config import RunConfig
+from fedhead.data import IntArray
+from fedhead.devices import pick_device
+from fedhead.errors import FedheadError, UserError
+from fedhead.features import FeatureStore
+from fedhead.files import home, safe_name, write_atomically
+from fedhead.flower import keep_identity
+from fedhead.messages import Manifest
+from fedhead.server.history import Outcome
+from fedhead.simulations.simulate import SharedData, SimulatedSite
+
+START_SECONDS = 120.0
+"""How long sites may take to register with Flower's engine, which is in memory."""
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What a worker needs to know, as JSON; arrays lie beside it."""
+
+    backbone: str
+    weights: str
+    layer: str
+    seed: int
+    device: str
+    features: str
+    min_class_count: int
+    min_rows: int
+
+
+class RaySite(SimulatedSite):
+    """A simulated site in whichever process its message reaches; that it has the backbone is noted in a file."""
+
+    def __init__(self, name: str, rows: IntArray, shared: SharedData, folder: Path) -> None:
+        super().__init__(name, rows, shared)
+        self._mark = folder / f"{safe_name(name)}.installed"
+
+    def has_weights(self, manifest: Manifest) -> bool:
+        return super().has_weights(manifest) or self._mark.exists()
+
+    def install(self, manifest: Manifest, blob: bytes) -> None:
+        super().install(manifest, blob)
+        self._mark.touch()
+
+
+def require_ray() -> None:
+    """Check that Flower's simulation engine can run here.
+
+    Raises:
+        UserError: if Ray is not installed.
+    """
+    if find_spec("ray") is None:
+        raise UserError("The engine 'ray' needs Ray: pip install 'fedhead[ray]'.")
+
+
+def run_on_ray(
+    config: RunConfig,
+    names: Sequence[str],
+    rows: Sequence[IntArray],
+    labels: IntArray,
+    store: FeatureStore,
+    coordinate: Callable[[Grid], Outcome],
+) -> Outcome:
+    """Run a coordinator over sites on Ray, here or on the cluster that `config` names.
+
+    Args:
+        config: of the run.
+        names: of the sites.
+        rows: `[n]`, of each of them.
+        labels: of all rows.
+        store: their features.
+        coordinate: runs the coordinator over a Grid.
+
+    Raises:
+        FedheadError: if the run fails.
+    """
+    require_ray()
+    home().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="ray-run-", dir=home()) as folder:
+        _write(Path(folder), config, names, rows, labels, store)
+        return _run(partial(_site_of, folder), len(names), config.simulation.cluster, coordinate)
+
+
+def _write(
+    folder: Path,
+    config: RunConfig,
+    names: Sequence[str],
+    rows: Sequence[IntArray],
+    labels: IntArray,
+    store: FeatureStore,
+) -> None:
+    table = config.simulation
+    told = _Told(
+        backbone=config.backbone,
+        weights=config.weights,
+        layer=config.layer,
+        seed=config.seed,
+        device=table.device,
+        features=str(store.path),
+        min_class_count=table.min_class_count,
+        min_rows=table.min_rows,
+    )
+    write_atomically(folder / "told.json", json.dumps(asdict(told)))
+    write_atomically(folder / "names.json", json.dumps(list(names)))
+    np.save(folder / "labels.npy", labels)
+    np.save(folder / "rows.npy", np.concatenate(rows))
+    np.save(folder / "ends.npy", np.cumsum([len(own) for own in rows]))
+
+
+@cache
+def _shared(folder: str) -> SharedData:
+    told = _Told(**json.loads((Path(folder) / "told.json").read_text()))
+    backbone = load_backbone(told.backbone, weights=told.weights, layer=told.layer, seed=told.seed)
+    store = FeatureStore.read(Path(told.features))
+    labels = np.load(Path(folder) / "labels.npy")
+    return SharedData(backbone.to(pick_device(told.device)), store, labels, Guard(told.min_class_count, told.min_rows))
+
+
+@cache
+def _names(folder: str) -> list[str]:
+    names: list[str] = json.loads((Path(folder) / "names.json").read_text())
+    return names
+
+
+@cache
+def _site(folder: str, number: int) -> RaySite:
+    ends = np.load(Path(folder) / "ends.npy", mmap_mode="r")
+    start = int(ends[number - 1]) if number else 0
+    rows = np.array(np.load(Path(folder) / "rows.npy", mmap_mode="r")[start : int(ends[number])])
+    return RaySite(_names(folder)[number], rows, _shared(folder), Path(folder))
+
+
+def _site_of(folder: str, context: Context) -> RaySite:
+    return _site(folder, int(str(context.node_config["partition-id"])))
+
+
+def _run(
+    site_of: Callable[[Context], RaySite], count: int, cluster: str, coordinate: Callable[[Grid], Outcome]
+) -> Outcome:
+    """Start Flower's engine, have the coordinator run in its `ServerApp`, and stop it."""
+    import ray
+    from flwr.simulation import run_simulation
+
+    ended: list[Outcome | BaseException] = []
+    server = ServerApp()
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        try:
+            _wait_for(grid, count)
+            ended.append(coordinate(grid))
+        # It is raised where the run was asked for, and not in Flower's thread.
+        except BaseException as error:
+            ended.append(error)
+
+    with keep_identity(), _quiet("flwr"), _quiet("ray"):
+        if cluster:
+            ray.init(address=cluster, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        resources: dict[str, Any] = {"num_cpus": 1, "num_gpus": 0.0}
+        run_simulation(server, make_app(site_of), count, backend_config={"client_resources": resources})
+    if not ended:
+        raise FedheadError("Flower's simulation engine ended before the run did.")
+    (outcome,) = ended
+    if isinstance(outcome, BaseException):
+        raise outcome
+    return outcome
+
+
+def _wait_for(grid: Grid, count: int) -> None:
+    stop = time.monotonic() + START_SECONDS
+    while len(list(grid.get_node_ids())) < count:
+        if time.monotonic() > stop:
+            raise FedheadError(f"Not all of the {count} sites were there after {START_SECONDS:.0f} s.")
+        time.sleep(0.1)
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Leave out what a library tells while it starts and stops; failures are raised."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
