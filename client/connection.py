@@ -261,8 +261,6 @@ class Connection:
         while True:
             try:
                 node = self._resume() or self._register_and_activate()
-                write_atomically(self._remembered, json.dumps({"node": node, "address": self.address}))
-                return node
             except httpx.HTTPStatusError as error:
                 now = time.monotonic()
                 if error.response.status_code == httpx.codes.PRECONDITION_FAILED:
@@ -275,6 +273,9 @@ class Connection:
                 trouble = self._explain(error)
             except ValueError:
                 trouble = Trouble(f"What answers at {self.address} is no coordinator: check the address.", heals=False)
+            else:
+                self._remember(node)
+                return node
             if not trouble.heals:
                 raise CannotHealError(trouble.sentence)
             self._say(trouble)
@@ -299,6 +300,13 @@ class Connection:
             return node
         self._remembered.unlink(missing_ok=True)
         return None
+
+    def _remember(self, node: int) -> None:
+        try:
+            write_atomically(self._remembered, json.dumps({"node": node, "address": self.address}))
+        except FedheadError as error:
+            # Without it, a site that is killed waits until its old node counts as gone; that is all.
+            logger.warning("%s", error)
 
     def _register_and_activate(self) -> int:
         if self._insecure:

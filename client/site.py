@@ -26,7 +26,7 @@ from fedhead.client.guard import Entry, Guard, Ledger, ledger_path
 from fedhead.client.settings import Kit, SiteSettings, insecure_key
 from fedhead.client.site_data import LocalSite
 from fedhead.errors import FedheadError, UserError
-from fedhead.files import home, safe_name, write_atomically
+from fedhead.files import disk_errors, home, safe_name, write_atomically
 from fedhead.flower import FleetClient, content_from_bytes, content_to_bytes
 from fedhead.health import Health
 from fedhead.messages import DESCRIBE, TRAIN, Payload
@@ -69,7 +69,8 @@ def serve(
     if kit is not None and (warning := expiry_warning(kit.path / "ca.pem", "Ask the coordinator for a new kit.")):
         logger.warning("%s", warning)
     folder = home() / "sites" / safe_name(settings.name)
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with disk_errors(folder):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     whom = settings.coordinator if kit is None else hashlib.sha256(kit.root_certificates).hexdigest()
     approvals = Approvals(folder / "approvals.json", whom, ask) if approve else None
 
@@ -241,11 +242,11 @@ class SiteProcess:
         """Return what a message asks for, as the log tells it."""
         action = message.metadata.message_type
         try:
-            run = kept(self._contexts.of(message)).manifest.run[:8]
-            number = Payload.from_content(message.content).values["server_round"] if action == TRAIN else None
+            values = Payload.from_content(message.content).values if action in (DESCRIBE, TRAIN) else {}
+            run = values["run"] if action == DESCRIBE else kept(self._contexts.of(message)).manifest.run
         except (FedheadError, ValueError, KeyError):
-            run, number = "(not described yet)", None
-        return f"Run {run}, {action}" + (f" of round {number}" if number is not None else "")
+            return f"An unknown run, {action}"
+        return f"Run {str(run)[:8]}, {action}" + (f" of round {values.get('server_round')}" if action == TRAIN else "")
 
     def _said_of_releases(self) -> str:
         return "".join(
@@ -288,15 +289,17 @@ def only_process(settings: SiteSettings) -> Iterator[None]:
     there = path.resolve() if path is not None and path.exists() else None
     data = settings.data if there is None else str(there)
     locks = home() / "sites" / "locks"
+    taken = "Another fedhead client is up for {} on this machine; a site has one. End it first."
     with ExitStack() as held:
-        locks.mkdir(mode=0o700, parents=True, exist_ok=True)
-        taken = "Another fedhead client is up for {} on this machine; a site has one. End it first."
-        for path, what in (
-            (locks / f"name-{safe_name(settings.name)}", f"the site {settings.name}"),
-            (locks / f"data-{hashlib.sha256(data.encode()).hexdigest()[:32]}", f"the data {settings.data}"),
+        for name, what in (
+            (f"name-{safe_name(settings.name)}", f"the site {settings.name}"),
+            (f"data-{hashlib.sha256(data.encode()).hexdigest()[:32]}", f"the data {settings.data}"),
         ):
-            _hold(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), taken.format(what), held)
-        if there is not None:
+            with disk_errors(locks / name):
+                locks.mkdir(mode=0o700, parents=True, exist_ok=True)
+                handle = os.open(locks / name, os.O_RDWR | os.O_CREAT, 0o600)
+            _hold(handle, taken.format(what), held)
+        if there is not None and os.access(there, os.R_OK):
             # The lock that processes with another FEDHEAD_HOME see, where the file system has one to give.
             _hold(os.open(there, os.O_RDONLY), taken.format(f"the data {settings.data}"), held)
         yield
