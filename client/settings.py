@@ -1,7 +1,5 @@
 """What a site decides by itself: its kit's `site.toml`, with flags over it. Nothing a coordinator sends changes it."""
 
-import ipaddress
-import re
 import stat
 import tomllib
 from collections.abc import Mapping
@@ -10,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from fedhead.addresses import is_loopback, split_address
 from fedhead.errors import UserError
 from fedhead.files import write_atomically
 from fedhead.messages import CALIBRATE, COMPARE, DESCRIBE, EVALUATE, INSTALL, REPORT, STANDARDISE, STATISTICS, TRAIN
@@ -71,7 +70,8 @@ class SiteSettings(_Table):
     @field_validator("coordinator")
     @classmethod
     def _is_an_address(cls, address: str) -> str:
-        split_address(address)
+        if split_address(address)[1] == 0:
+            raise UserError(f"{address!r} names no port.")
         return address
 
     @classmethod
@@ -159,30 +159,13 @@ def insecure_key(folder: Path) -> "EllipticCurvePrivateKey":
     return load_key(path)
 
 
-def split_address(address: str) -> tuple[str, int]:
-    """Return host and port.
-
-    Raises:
-        UserError: if `address` is not `host:port`.
-    """
-    host, _, port = address.rpartition(":")
-    if not re.fullmatch(r"[^\s/:\[\]]+|\[[0-9a-fA-F:.]+\]", host) or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise UserError(f"{address!r} is no address; expected host:port, as in coord.example.org:9092")
-    return host.strip("[]"), int(port)
-
-
 def require_loopback(address: str) -> None:
     """Check that an address is of this machine, where traffic without TLS is read by nobody.
 
     Raises:
         UserError: if it is not.
     """
-    host, _ = split_address(address)
-    try:
-        local = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        local = host == "localhost"
-    if not local:
+    if not is_loopback(split_address(address)[0]):
         raise UserError(
             f"--insecure goes to this machine alone (127.0.0.1, ::1 or localhost), not to {address}. Across a network "
             "use --kit: fedhead provision makes one."

@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from fedhead.addresses import split_address
 from fedhead.certificates import expiry_warning, valid_until
 from fedhead.errors import UserError
 from fedhead.files import safe_name, write_atomically
@@ -254,24 +255,6 @@ def fingerprint(key: bytes) -> str:
     digest = hashes.Hash(hashes.SHA256())
     digest.update(key)
     return digest.finalize().hex()[:16]
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """Return host and port of `HOST:PORT`; an IPv6 address stands in brackets.
-
-    Raises:
-        UserError: if it is anything else.
-    """
-    host, colon, port = address.rpartition(":")
-    if (
-        not colon
-        or not port.isdecimal()
-        or int(port) > 65535
-        or not host
-        or (":" in host and host[0] + host[-1] != "[]")
-    ):
-        raise UserError(f"{address!r} is not HOST:PORT, as in coord.example.org:9092 or [::1]:9092.")
-    return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 def check_site_name(name: str) -> None:

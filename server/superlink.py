@@ -7,7 +7,6 @@ own, so that none can touch what is another's.
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import socket
 import ssl
@@ -21,6 +20,7 @@ from typing import Any, Self
 import uvicorn
 from flwr.app import Message
 
+from fedhead.addresses import is_loopback
 from fedhead.certificates import valid_until
 from fedhead.errors import UserError
 from fedhead.flower import (
@@ -97,7 +97,7 @@ class SuperLink:
     """
 
     def __init__(self, host: str, port: int, kit: CoordinatorKit | None = None) -> None:
-        if kit is None and not _is_loopback(host):
+        if kit is None and not is_loopback(host):
             raise UserError(
                 f"Without a kit the coordinator listens on this machine alone (127.0.0.1 or ::1), not on {host!r}: "
                 "nothing would be encrypted, and anyone could take part. fedhead provision makes a kit."
@@ -513,13 +513,6 @@ def _tls(kit: CoordinatorKit, say: Callable[[str], None]) -> ssl.SSLContext:
         raise UserError(f"{kit.certificate} and {kit.key} cannot be used together ({error}).") from None
     context.sslobject_class = Handshake
     return context
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from fedhead.addresses import split_address
 from fedhead.cli import options
 from fedhead.cli.application import app, in_sentences
 from fedhead.errors import UserError
@@ -28,7 +29,7 @@ def deploy(
 ) -> None:
     """Print what keeps a coordinator or a site up: after failures, and after the machine was started again."""
     from fedhead.server import deployment
-    from fedhead.server.provision import CoordinatorKit, split_address
+    from fedhead.server.provision import CoordinatorKit
 
     program = "fedhead" if what == "compose" else shutil.which("fedhead") or "fedhead"
     if (kit / "coordinator.toml").is_file():

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.live import Live
 
+from fedhead.addresses import split_address
 from fedhead.cli import options
 from fedhead.cli.application import app, errors, in_sentences, output
 from fedhead.cli.status import LiveTables, run_tables
@@ -100,7 +101,7 @@ def server(
     )
     if insecure == (kit is not None):
         raise UserError("A coordinator needs --kit FOLDER, or on one machine --insecure: one of the two.")
-    from fedhead.server.provision import CoordinatorKit, split_address
+    from fedhead.server.provision import CoordinatorKit
     from fedhead.server.serve import serve
     from fedhead.server.superlink import SuperLink
 

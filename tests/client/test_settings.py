@@ -10,7 +10,6 @@ from fedhead.client.settings import (
     insecure_key,
     load_key,
     require_loopback,
-    split_address,
 )
 from fedhead.errors import UserError
 from fedhead.messages import TRAIN
@@ -51,7 +50,7 @@ def test_an_action_that_is_struck_out_is_not_permitted(kit: Path) -> None:
         ("min_rows = 20", "min_row = 20", r"no setting 'limits.min_row'. Did you mean 'min_rows'"),
         ("min_rows = 20", "min_rows = -1", r"'limits.min_rows'.*greater than or equal to 0"),
         ('"train",', '"trian",', r"no action 'trian'. Did you mean 'train'"),
-        ('"coord.example.org:9092"', '"https://coord.example.org"', "expected host:port"),
+        ('"coord.example.org:9092"', '"https://coord.example.org"', "is not HOST:PORT"),
         ("[limits]", "[limits", "not valid TOML"),
     ],
 )
@@ -95,18 +94,6 @@ def test_a_site_without_a_kit_keeps_one_key(tmp_path: Path) -> None:
     first = insecure_key(tmp_path).public_key()
     assert insecure_key(tmp_path).public_key() == first
     assert insecure_key(tmp_path / "other").public_key() != first
-
-
-@pytest.mark.parametrize("address", ["coord:9092", "127.0.0.1:1", "[::1]:65535", "a-b.example.org:80"])
-def test_addresses_are_taken_apart(address: str) -> None:
-    host, port = split_address(address)
-    assert address in (f"{host}:{port}", f"[{host}]:{port}")
-
-
-@pytest.mark.parametrize("address", ["coord", ":9092", "coord:", "coord:0", "coord:65536", "http://coord:1", "::1:80"])
-def test_what_is_no_address_is_refused(address: str) -> None:
-    with pytest.raises(UserError, match="expected host:port"):
-        split_address(address)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:9092", "127.9.9.9:1", "[::1]:9092", "localhost:9092"])
