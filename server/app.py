@@ -79,7 +79,7 @@ def _write_run(
         config.classes,
         strategy,
         observer=observer,
-        sums=folder.sums,
+        sums=None if config.keep_sums == "total" else folder.sums,
         checkpoint=checkpoint,
     ).run()
     folder.sums.finish()

@@ -54,12 +54,12 @@ class RunFolder(Observer):
         if (folder.path / "result.json").is_file():
             raise UserError(f"The run in {path} has finished; there is nothing to resume.")
         config = RunConfig.from_toml(folder.path / "run.toml")
-        folder.sums = SiteSums(folder.path / "sums", config.keep_sums)
+        folder.sums = _sums(folder.path, config)
         return folder, config
 
     def write_config(self, config: RunConfig) -> None:
         """Write what runs, as a TOML file that reproduces it; from now on sums are kept as it says."""
-        self.sums = SiteSums(self.path / "sums", config.keep_sums)
+        self.sums = _sums(self.path, config)
         write_atomically(self.path / "run.toml", config.to_toml())
 
     def on_round(self, finished: Round) -> None:
@@ -105,6 +105,10 @@ class RunFolder(Observer):
     def write_result(self, values: Mapping[str, Any]) -> None:
         """Write the closing summary; a folder without it belongs to a run that did not finish."""
         write_atomically(self.path / "result.json", json.dumps(values, indent=2) + "\n")
+
+
+def _sums(path: Path, config: RunConfig) -> SiteSums:
+    return SiteSums(path / "sums", "folder" if config.keep_sums == "folder" else "none")
 
 
 def _unused(path: Path) -> Path:

@@ -40,12 +40,16 @@ from fedhead.server.history import Outcome, Round
 from fedhead.server.observer import Observer, Observers
 from fedhead.server.run_folder import RunFolder
 from fedhead.server.site_sums import SiteSums
-from fedhead.server.starting_head import resolve_init
+from fedhead.server.starting_head import UNSOLVED, resolve_init
 from fedhead.server.strategies import build_strategy
 from fedhead.simulations.grid import InProcessGrid
 from fedhead.simulations.partition import check_rows, divide
+from fedhead.statistics import MAX_WIDTH
 
 logger = logging.getLogger(__name__)
+
+SUMS_BYTES = 2 * 2**30
+"""Each site's own sums are kept by default up to so much."""
 
 
 @dataclass(frozen=True)
@@ -321,7 +325,7 @@ def _write_run(
         run_dir=folder.path,
         on_extraction=on_extraction,
         observer=observer,
-        sums=folder.sums,
+        sums=None if plan.config.keep_sums == "total" else folder.sums,
         checkpoint=checkpoint,
     )
     folder.sums.finish()
@@ -401,6 +405,7 @@ def make_plan(
     if not backbone.trained:
         logger.warning("The weights of %s are random, as asked for: nothing is transferred.", backbone.spec)
     init = resolve_init(given, make_head(given.head, backbone.num_features, len(classes)))
+    given = _sums_that_fit(given.changed({"init": init}), backbone.num_features)
     plan = Plan(
         config=given.changed(
             {
@@ -451,6 +456,8 @@ def run_plan(
     empty = tuple(name for name, rows in assigned.items() if len(rows) == 0)
     if empty:
         logger.warning("%d sites have no rows and take no part: %s.", len(empty), ", ".join(empty[:5]))
+    if apps:
+        logger.warning("%d sites run apps of their own, one at a time: %s.", len(apps), ", ".join(sorted(apps)[:5]))
     present = [SimulatedSite(name, rows, shared) for name, rows in assigned.items() if len(rows)]
     test = None
     if test_store is not None and plan.test_labels is not None:
@@ -563,6 +570,21 @@ def _run_name(plan: Plan) -> str:
     source, _, name = plan.backbone.spec.partition(":")
     name = Path(name.partition("?")[0]).name
     return "-".join((source, re.sub(r"[^\w.-]+", "-", name), plan.samples.spec.partition(":")[0]))
+
+
+def _sums_that_fit(config: RunConfig, num_features: int) -> RunConfig:
+    """Return the run with sums pooled at once where nobody asked for each site's, and they would fill the disk."""
+    width = min(num_features, MAX_WIDTH)
+    needed = config.simulation.sites * width * (width + 1) // 2 * 8
+    if "keep_sums" in config.model_fields_set or config.init in UNSOLVED or needed <= SUMS_BYTES:
+        return config
+    logger.warning(
+        "The sums of %d sites would take %.0f GB: only their total is made. Sites cannot join or leave this run later, "
+        "and are not diagnosed; --keep-sums folder keeps them.",
+        config.simulation.sites,
+        needed / 1e9,
+    )
+    return config.changed({"keep_sums": "total"})
 
 
 def _absolute(weights: str) -> str:

@@ -51,7 +51,10 @@ Diagnose = Annotated[
 ]
 KeepSums = Annotated[
     str | None,
-    typer.Option(help="Keep each site's sums in the run folder, or 'none'.", rich_help_panel=OUTPUT),
+    typer.Option(
+        help="Keep each site's sums in the 'folder' of the run, or 'none' but their digests, or only their 'total'.",
+        rich_help_panel=OUTPUT,
+    ),
 ]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same result.", rich_help_panel=RUN)]
 Data = Annotated[

@@ -1,5 +1,6 @@
 import json
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -511,3 +512,25 @@ def test_a_class_that_nobody_holds_is_named_and_never_predicted(digits: Samples)
     assert TransferModel.load(result.run_dir).unlearned == ("ten",)
     probabilities = result.model.probabilities([digits.read(row) for row in range(50)])
     assert (probabilities[:, -1] == 0).all()
+
+
+def test_sums_by_site_that_would_fill_the_disk_are_pooled_at_once(
+    digits: Samples, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = RunConfig(rounds=1, simulation=UNGUARDED)
+    kept = simulate(config, digits, 4)
+    monkeypatch.setattr(sys.modules["fedhead.simulations.simulate"], "SUMS_BYTES", 1000)
+    pooled = simulate(config, digits, 4)
+    assert "Sites cannot join or leave" in caplog.text
+    assert pooled.config.keep_sums == "total"
+    assert not (folder_of(pooled) / "sums").exists()
+    assert pooled.outcome.diagnoses == []
+    assert kept.outcome.statistics is not None
+    assert pooled.outcome.statistics is not None
+    torch.testing.assert_close(pooled.outcome.statistics.gram(), kept.outcome.statistics.gram(), rtol=1e-10, atol=1e-8)
+    assert torch.equal(pooled.outcome.statistics.counts, kept.outcome.statistics.counts)
+    assert pooled.outcome.coverage == kept.outcome.coverage
+    assert pooled.accuracy == kept.accuracy
+    assert pooled.bytes_up < kept.bytes_up
+    asked_for = simulate(config.changed({"keep_sums": "folder"}), digits, 4)
+    assert (folder_of(asked_for) / "sums").exists()
