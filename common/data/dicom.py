@@ -25,7 +25,7 @@ def decode_dicom(content: bytes, name: str) -> Image.Image:
         UnreadableSampleError: if they are damaged, hold no pixels, or are compressed in a way that no installed decoder
             knows, calling the file `name`.
     """
-    pydicom = require("pydicom", "medical", f"{name} is a DICOM file, and reading it")
+    pydicom = require("pydicom", "medical", "Reading DICOM files")
     try:
         dataset = pydicom.dcmread(io.BytesIO(content))
     # pydicom raises nearly anything on damaged input.

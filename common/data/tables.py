@@ -146,8 +146,8 @@ def samples_of_table(table: Table, options: dict[str, str], spec: str) -> Sample
         stamps = [files.stamp(row) for row in range(len(paths))]
         if not any(stamps):
             raise UserError(
-                f"None of the {len(paths)} files of {spec} is there; the first is {files.name(0)}. Relative paths "
-                f"start from {root}; another folder as in ?root=/data/images."
+                f"Not one file of {spec} is there; the first is {files.name(0)}. Relative paths start from {root}; "
+                "another folder as in ?root=/data/images."
             )
         digest.update("\n".join(stamps).encode())
         read = PathRows(files, table, rows).read

@@ -118,7 +118,7 @@ def test_another_encoding_is_refused_with_its_line_or_named(tmp_path: Path) -> N
         (b"path,text,label\na.png,hi,x\n", "'path', 'text', any of which"),
         (b"path,labels,class\na.png,x,y\n", r"columns 'labels', 'class': say which"),
         (b"text,label\nhi,x\nyo,\nup,\n", "2 of the 3 rows .* have no label in column 'label'; the first: .*line 3"),
-        (b"path,label\nno/1.png,x\nno/2.png,y\n", r"None of the 2 files .*no/1\.png.*\?root="),
+        (b"path,label\nno/1.png,x\nno/2.png,y\n", r"Not one file .*no/1\.png.*\?root="),
         (b"PK\x03\x04rest", "is an archive or a spreadsheet"),
         (b"PAR1rest", "is a Parquet file"),
         (b"text,label,site\nhi,x,n\nyo,y,\n", "line 3 names no site"),
