@@ -1,5 +1,7 @@
 """A head evaluated in detail: what each site counts on its held-out rows, and whether probabilities come true."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from fedhead.calibration import BINS, Calibration, CalibrationSums, TemperatureSums
@@ -7,6 +9,7 @@ from fedhead.heads import Head, LinearHead
 from fedhead.messages import (
     CALIBRATE,
     REPORT,
+    Arrays,
     CalibrateRequest,
     HeadRequest,
     Manifest,
@@ -14,6 +17,7 @@ from fedhead.messages import (
     Payload,
     ReportRequest,
     payload_bytes,
+    single_bytes,
 )
 from fedhead.metrics import EvaluationSums, ScoreBins
 from fedhead.server.exchange import Exchange, Messenger
@@ -53,7 +57,7 @@ def evaluate_in_detail(
             arrays = Payload.from_content(answer).arrays
             sums = EvaluationSums.from_arrays(arrays, num_classes, multi_label=manifest.multi_label)
             exchange.bytes_up += payload_bytes(answer)
-            _check_rows(sums.rows, roster.rows[name])
+            _check_rows(sums.rows, roster, (name,))
         except (MessageError, ValueError) as error:
             exchange.drop(name, str(error))
             continue
@@ -72,36 +76,49 @@ def calibrate(
     """
     classes, multi_label = len(manifest.classes), manifest.multi_label
     chosen = TemperatureSums()
-    for name, answer in messenger.ask(roster.nodes, CALIBRATE, CalibrateRequest(request).to_content(), exchange):
+    for names, arrays in _ask_to_calibrate(messenger, roster, CalibrateRequest(request), exchange):
         try:
-            losses = TemperatureSums.from_arrays(Payload.from_content(answer).arrays)
-            _check_rows(losses.rows, roster.rows[name])
-        except (MessageError, ValueError) as error:
-            exchange.drop(name, str(error))
-            continue
-        exchange.bytes_up += payload_bytes(answer)
-        chosen += losses
+            losses = TemperatureSums.from_arrays(arrays)
+            _check_rows(losses.rows, roster, names)
+            chosen += losses
+        except ValueError as error:
+            _drop(names, error, exchange)
     temperature = chosen.best()
     zeros = EvaluationSums.zeros(classes, multi_label=multi_label)
     judged = CalibrationSums(zeros, zeros, np.zeros(BINS, np.int64))
-    content = CalibrateRequest(request, temperature).to_content()
-    for name, answer in messenger.ask(roster.nodes, CALIBRATE, content, exchange):
+    for names, arrays in _ask_to_calibrate(messenger, roster, CalibrateRequest(request, temperature), exchange):
         try:
-            arrays = Payload.from_content(answer).arrays
             sums = CalibrationSums.from_arrays(arrays, classes, multi_label=multi_label)
-            _check_rows(sums.before.rows, roster.rows[name])
-        except (MessageError, ValueError) as error:
-            exchange.drop(name, str(error))
-            continue
-        exchange.bytes_up += payload_bytes(answer)
-        judged += sums
+            _check_rows(sums.before.rows, roster, names)
+            judged += sums
+        except ValueError as error:
+            _drop(names, error, exchange)
     if not (chosen.rows and judged.before.rows):
         return None
     scores = () if multi_label else tuple(judged.scores.tolist())
     return Calibrated(Calibration(temperature, scores), chosen.rows, judged)
 
 
-def _check_rows(rows: int, most: int) -> None:
+def _ask_to_calibrate(
+    messenger: Messenger, roster: Roster, request: CalibrateRequest, exchange: Exchange
+) -> Iterator[tuple[tuple[str, ...], Arrays]]:
+    for names, answer in messenger.ask_together(roster.nodes, CALIBRATE, request.to_content(), exchange):
+        try:
+            arrays = Payload.from_content(answer).arrays
+            exchange.bytes_up += single_bytes(answer)
+        except MessageError as error:
+            _drop(names, error, exchange)
+            continue
+        yield names, arrays
+
+
+def _drop(names: tuple[str, ...], error: Exception, exchange: Exchange) -> None:
+    for name in names:
+        exchange.drop(name, str(error))
+
+
+def _check_rows(rows: int, roster: Roster, names: tuple[str, ...]) -> None:
+    most = sum(roster.rows[name] for name in names)
     if rows > most:
         raise ValueError(f"it evaluated {rows} rows, of {most} that it has")
 

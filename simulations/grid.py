@@ -14,6 +14,7 @@ from fedhead.client.site_data import Site
 from fedhead.errors import FedheadError
 from fedhead.flower import set_message_id
 from fedhead.messages import (
+    CALIBRATE,
     DESCRIBE,
     EVALUATE,
     INSTALL,
@@ -28,6 +29,7 @@ from fedhead.messages import (
     ReportRequest,
 )
 from fedhead.simulations.together import (
+    calibrate_together,
     describe_together,
     evaluate_together,
     install_together,
@@ -47,6 +49,7 @@ TOGETHER: Mapping[str, Callable[[Sequence[Site], RecordDict, Context], RecordDic
     INSTALL: install_together,
     STANDARDISE: standardise_together,
     STATISTICS: sum_together,
+    CALIBRATE: calibrate_together,
 }
 
 

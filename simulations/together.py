@@ -9,7 +9,17 @@ import numpy as np
 import torch
 from flwr.app import Context, RecordDict
 
-from fedhead.client.app import Kept, describe_site, description_of, evaluate_sites, keep_standardisation, kept, ready
+from fedhead.client.app import (
+    Kept,
+    calibrate_sites,
+    describe_site,
+    description_of,
+    empty_head,
+    evaluate_sites,
+    keep_standardisation,
+    kept,
+    ready,
+)
 from fedhead.client.averaging import average_heads
 from fedhead.client.site_data import Site
 from fedhead.data import BoolArray, IntArray
@@ -18,6 +28,7 @@ from fedhead.messages import (
     RECORD,
     SITE_COUNTS,
     Arrays,
+    CalibrateRequest,
     Description,
     FloatArray,
     HeadReply,
@@ -86,6 +97,15 @@ def sum_together(sites: Sequence[Site], content: RecordDict, context: Context) -
     arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
     single = payload_bytes(Payload({}, arrays).to_content())
     return Payload({"num_bytes": single * len(sites)}, {**arrays, **counts}).to_content()
+
+
+def calibrate_together(sites: Sequence[Site], content: RecordDict, context: Context) -> RecordDict:
+    """Return what chooses or judges a temperature, summed over all sites' held-out rows."""
+    agreed = kept(context)
+    request = CalibrateRequest.from_content(content, empty_head(agreed.manifest))
+    arrays = calibrate_sites(sites, agreed, request).to_arrays()
+    single = payload_bytes(Payload({}, arrays).to_content())
+    return Payload({"num_bytes": single * len(sites)}, arrays).to_content()
 
 
 def train_together(sites: Sequence[Site], agreed: Kept, request: HeadRequest) -> HeadReply:
