@@ -317,6 +317,21 @@ def _public_key(pem: bytes) -> "EllipticCurvePublicKey":
     return bytes_to_public_key(pem)
 
 
+def signed_headers(key: "EllipticCurvePrivateKey") -> dict[str, str]:
+    """Return the headers by which a request proves to be of a key's owner."""
+    from flwr.common.constant import TIMESTAMP_HEADER
+    from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+    from flwr.supercore.date import now
+    from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
+
+    timestamp = now().isoformat()
+    return {
+        FLEET_HTTP_PUBLIC_KEY_HEADER: base64.b64encode(public_key_to_bytes(key.public_key())).decode(),
+        TIMESTAMP_HEADER: timestamp,
+        FLEET_HTTP_SIGNATURE_HEADER: base64.b64encode(sign_message(key, timestamp.encode())).decode(),
+    }
+
+
 def proven_key(headers: Mapping[bytes, bytes], now: datetime | None = None) -> bytes:
     """Return the public key, as PEM, whose owner signed a request a short while ago, as Flower's node authentication.
 
@@ -452,6 +467,8 @@ class SiteLink:
         assert self._run.primary_task_id is not None
         self._state.claim_task(self._run.primary_task_id)
         self._state.activate_task(self._run.primary_task_id)
+        self.replies = 0
+        """How many complete replies have come."""
         self._sent: dict[str, _Sent] = {}
         self._lock = threading.RLock()
 
@@ -542,12 +559,14 @@ class SiteLink:
             metadata = request.messages_list[0].metadata
             stored = self._state.message_ins_id_to_message_res_id.get(metadata.reply_to_message_id)
             if stored == metadata.message_id and metadata.reply_to_message_id in self._sent:
-                self._sent[metadata.reply_to_message_id].missing = set(response.objects_to_push)
+                missing = self._sent[metadata.reply_to_message_id].missing = set(response.objects_to_push)
+                self.replies += not missing
         elif request_name == PUSH_OBJECT and response.stored:
             for sent in self._sent.values():
                 if sent.missing and request.object_id in sent.missing:
                     sent.missing.discard(request.object_id)
                     sent.reply_bytes += len(request.object_content)
+                    self.replies += not sent.missing
 
     def send(self, message: Message, content: PackedContent) -> str | None:
         """Hold a message for the site to pull; return its id, or None if the site was never there.

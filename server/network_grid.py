@@ -10,8 +10,8 @@ from flwr.supercore.run import Run
 
 from fedhead.server.superlink import SuperLink
 
-WAIT_SECONDS = 0.25
-"""For how long a pull waits that finds no reply."""
+LOOK_SECONDS = 0.5
+"""How often it is looked whether sites are lost."""
 UNREACHABLE = 6
 """Flower's code of a node that is unavailable."""
 
@@ -26,6 +26,8 @@ class NetworkGrid(Grid):
     def __init__(self, link: SuperLink) -> None:
         self.link = link
         self._asked: dict[str, Message] = {}
+        self._seen = 0
+        self._looked = 0.0
 
     def set_run(self, run: Run) -> None:
         raise NotImplementedError("Each site has a run of its own.")
@@ -54,16 +56,19 @@ class NetworkGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Return the replies that are there; wait a little if there are none."""
+        """Return the replies that are there, and an error for each site that is lost."""
         wanted = [message_id for message_id in message_ids if message_id in self._asked]
-        found: list[Message] = []
+        self._seen = self.link.answers
+        found = list(self._taken(wanted))
+        now = time.monotonic()
+        if now - self._looked > LOOK_SECONDS:
+            self._looked = now
+            found.extend(self._lost([message_id for message_id in wanted if message_id in self._asked]))
+        return found
 
-        def look() -> bool:
-            found.extend(self._taken(wanted))
-            return bool(found)
-
-        self.link.wait(WAIT_SECONDS, look)
-        return found or list(self._lost(wanted))
+    def wait(self, seconds: float) -> None:
+        """Return when an answer has come since the last pull, or after `seconds`."""
+        self.link.wait_for_answer(self._seen, seconds)
 
     def forget(self, message_ids: Iterable[str]) -> None:
         """Give up messages: sites that have not pulled them never will, and replies to them are dropped."""
@@ -78,6 +83,7 @@ class NetworkGrid(Grid):
         stop = time.monotonic() + (timeout if timeout is not None else float("inf"))
         replies: list[Message] = []
         while waiting and time.monotonic() < stop:
+            self.wait(LOOK_SECONDS)
             found = self.pull_messages(waiting)
             replies.extend(found)
             waiting -= {reply.metadata.reply_to_message_id for reply in found}

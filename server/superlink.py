@@ -29,7 +29,6 @@ from fedhead.flower import (
     MEDIA_TYPE,
     PROCESS_HEADER,
     PULL_MESSAGES,
-    PUSH_MESSAGES,
     PUSH_OBJECT,
     SITE_HEADER,
     WAIT_HEADER,
@@ -110,6 +109,7 @@ class SuperLink:
         self._by_key: dict[bytes, ConnectedSite] = {}
         self._revoked: Mapping[bytes, str] = {}
         self._changed = threading.Condition()
+        self._answers = 0
         self._said: dict[str, float] = {}
         self._ending = threading.Event()
         self._failed: BaseException | None = None
@@ -183,14 +183,20 @@ class SuperLink:
                     self._api.release([site.link.name])
         return ids
 
-    def wait(self, seconds: float, until: Callable[[], bool]) -> None:
-        """Return once a reply makes `until` true, or after `seconds`."""
-        with self._changed:
-            self._changed.wait_for(lambda: until() or self._failed is not None, seconds)
+    @property
+    def answers(self) -> int:
+        """How many complete replies have come, of all sites."""
+        return self._answers
 
-    def notify(self) -> None:
-        """Wake who waits for replies."""
+    def wait_for_answer(self, seen: int, seconds: float) -> None:
+        """Return once more than `seen` complete replies have come, or after `seconds`."""
         with self._changed:
+            self._changed.wait_for(lambda: self._answers > seen or self._failed is not None, seconds)
+
+    def answered(self) -> None:
+        """Take note of a complete reply."""
+        with self._changed:
+            self._answers += 1
             self._changed.notify_all()
 
     @property
@@ -350,9 +356,10 @@ class FleetApi:
         turn = self._uploads.setdefault(site.link.name, asyncio.Lock()) if name == PUSH_OBJECT else _anyone()
         async with turn:
             body = await _read(receive, length)
+            before = site.link.replies
             answered = await self._dispatch(site, name, headers, body, receive)
-        if name in (PUSH_OBJECT, PUSH_MESSAGES):
-            self._link.notify()
+        if site.link.replies > before:
+            self._link.answered()
         return answered
 
     async def _dispatch(

@@ -1,6 +1,7 @@
 """`python -m fedhead.simulations.benchmarks NAME`: one command per figure."""
 
 from fedhead.simulations.benchmarks import extraction as extraction
+from fedhead.simulations.benchmarks import network as network
 from fedhead.simulations.benchmarks import rounds as rounds
 from fedhead.simulations.benchmarks import scaling as scaling
 from fedhead.simulations.benchmarks import time_to_accuracy as time_to_accuracy

@@ -1,0 +1,231 @@
+"""`network`: rounds over real sites on this machine, with TLS and registered keys, and what waiting sites cost.
+
+Three sites are the command's own processes. The many are light: one process holds them all, each with its own key,
+connection and rows, so that what is measured is the coordinator.
+"""
+
+import contextlib
+import http.client
+import json
+import os
+import ssl
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.app import Context, RecordDict
+
+from fedhead.backbones import load_backbone
+from fedhead.client.app import make_app
+from fedhead.client.guard import Guard
+from fedhead.config import RunConfig
+from fedhead.data import Samples, samples_from_arrays
+from fedhead.errors import FedheadError
+from fedhead.features import FeatureStore
+from fedhead.flower import MEDIA_TYPE, WAIT_HEADER, FleetClient, assemble, disassemble, signed_headers
+from fedhead.server.history import Outcome
+from fedhead.server.observer import Observer
+from fedhead.server.provision import provision
+from fedhead.server.serve import serve
+from fedhead.server.superlink import SuperLink
+from fedhead.simulations.benchmarks.measurement import Json, Measurement, app
+from fedhead.simulations.benchmarks.problem import CLASSES, Problem, own_home
+from fedhead.simulations.simulate import SharedData, SimulatedSite
+
+HEARTBEAT_SECONDS = 60.0
+SITE = "FEDHEAD_BENCHMARK_SITE"
+PROBLEM = "FEDHEAD_BENCHMARK_PROBLEM"
+
+
+def rows_of_site() -> Samples:
+    """Return one site's rows; the data of the benchmark's own processes, which are told by their environment."""
+    problem = Problem(**json.loads(os.environ[PROBLEM]))
+    everything, first = problem.samples(), int(os.environ[SITE]) * problem.rows
+    chosen = range(first, first + problem.rows)
+    images = np.stack([np.asarray(everything.read(row)) for row in chosen])
+    return samples_from_arrays(images, everything.labels[chosen], classes=everything.classes, spec="benchmark")
+
+
+@app.command()
+def network(
+    sites: Annotated[int, typer.Option(help="Processes of fedhead client.", min=1)] = 3,
+    light: Annotated[int, typer.Option(help="Light sites in one process; 0 leaves them out.", min=0)] = 200,
+    rows: Annotated[int, typer.Option(help="At each site.", min=10)] = 50,
+    features: Annotated[int, typer.Option(help="Of each row.")] = 512,
+    rounds: Annotated[int, typer.Option(help="Over the processes.", min=3)] = 20,
+    light_rounds: Annotated[int, typer.Option(help="Over the light sites.", min=3)] = 8,
+    waiting: Annotated[float, typer.Option(help="Seconds to watch the coordinator while light sites wait.")] = 20.0,
+    as_json: Json = False,
+) -> None:
+    """Time rounds over TLS with registered keys, and the coordinator while sites wait."""
+    seconds: dict[str, float] = {}
+    figures: dict[str, float] = {}
+    with own_home() as home:
+        problem = Problem(sites=sites, rows=rows, features=features, rounds=rounds)
+        seconds[f"a round, {sites} processes"] = with_processes(problem, home / "processes")
+        if light:
+            problem = Problem(sites=light, rows=rows, features=features, rounds=light_rounds)
+            busy, seconds[f"a round, {light} light sites"] = with_light_sites(problem, home / "light", waiting)
+            figures[f"the coordinator while {light} sites wait"] = 100 * busy
+    setting = {"rows": rows, "features": features, "classes": CLASSES, "rounds": rounds, "light_rounds": light_rounds}
+    Measurement("Rounds over loopback TLS, median", seconds, setting, figures, units="% of a core").show(
+        as_json=as_json
+    )
+
+
+def with_processes(problem: Problem, home: Path) -> float:
+    """Return the median seconds of a round over processes of `fedhead client`."""
+    names = [f"site-{number}" for number in range(problem.sites)]
+    link, kits = door(names, home)
+    data = f"python:{__name__}:{rows_of_site.__name__}"
+    start = [sys.executable, "-c", "from fedhead.cli import main; main()", "client", "--data", data]
+    limits = ["--min-class-count", "0", "--min-rows", "0", "--device", "cpu", "--coordinator", f"127.0.0.1:{link.port}"]
+    commands = [[*start, *limits, "--kit", str(kits / name)] for name in names]
+    return median_round(run(problem, link, kits, commands, home))
+
+
+def with_light_sites(problem: Problem, home: Path, waiting: float) -> tuple[float, float]:
+    """Return the share of a core that the coordinator takes while light sites wait, and the median round's seconds."""
+    link, kits = door([f"site-{number}" for number in range(problem.sites)], home)
+    watch = Watch(waiting)
+    command = [sys.executable, "-m", __name__, str(link.port), str(kits)]
+    outcome = run(problem, link, kits, [command], home, watch)
+    return watch.busy, median_round(outcome)
+
+
+class Watch(Observer):
+    """Watches what this process takes for some seconds after the sites have come."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self.busy = 0.0
+
+    def on_started(self, config: RunConfig, run_dir: Path | None) -> None:
+        before, started = time.process_time(), time.perf_counter()
+        time.sleep(self._seconds)
+        self.busy = (time.process_time() - before) / (time.perf_counter() - started)
+
+
+def door(names: Sequence[str], home: Path) -> tuple[SuperLink, Path]:
+    """Make kits, and a SuperLink on a free port."""
+    kits = home / "kit"
+    kit = provision(kits, "localhost:9092", names)
+    return SuperLink("127.0.0.1", 0, kit), kits
+
+
+def run(
+    problem: Problem, link: SuperLink, kits: Path, commands: Sequence[Sequence[str]], home: Path, *watchers: Observer
+) -> Outcome:
+    """Run over the sites that `commands` start."""
+    config = problem.config(min_sites=problem.sites, classes=[str(number) for number in range(CLASSES)])
+    processes = []
+    try:
+        for number, command in enumerate(commands):
+            own = {
+                "FEDHEAD_HOME": str(home / f"home-{number}"),
+                SITE: str(number),
+                PROBLEM: json.dumps(asdict(problem)),
+            }
+            waits = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
+            log = (home / f"site-{number}.log").open("w")
+            processes.append(
+                subprocess.Popen(command, env={**os.environ, **waits, **own}, stdout=log, stderr=subprocess.STDOUT)
+            )
+            log.close()
+        outcome, _ = serve(config, link, out=home / "run", observers=watchers)
+    except FedheadError as error:
+        said = "".join(path.read_text()[-500:] for path in sorted(home.glob("site-*.log"))[:3])
+        raise FedheadError(f"{error} The sites said: {said}") from None
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait()
+    lost = {name: reason for line in outcome.history for name, reason in line.dropped.items()}
+    if lost or len(outcome.participants) < problem.sites:
+        raise FedheadError(f"Not every site took part in every round: {lost or outcome.refused}.")
+    return outcome
+
+
+def median_round(outcome: Outcome) -> float:
+    """Return the median seconds of a round."""
+    return statistics.median(line.seconds for line in outcome.history[1:])
+
+
+class LightSite(threading.Thread):
+    """A site with a connection, a key and rows of its own, and neither process nor HTTP library of its own."""
+
+    def __init__(self, site: SimulatedSite, kit: Path, port: int, context: ssl.SSLContext) -> None:
+        super().__init__(name=site.name, daemon=True)
+        key = serialization.load_pem_private_key((kit / "key.pem").read_bytes(), None)
+        assert isinstance(key, ec.EllipticCurvePrivateKey)
+        self._key = key
+        self._app = make_app(lambda _: site)
+        self._line = http.client.HTTPSConnection("127.0.0.1", port, context=context, timeout=120)
+        self._fleet = FleetClient(f"127.0.0.1:{port}", key, (kit / "ca.pem").read_bytes(), 0, site.name)
+        setattr(self._fleet._client, "_unary_unary", self._request)  # noqa: B010
+
+    def _request(self, *, path: str, request: Any, response_type: Any, **_: Any) -> Any:
+        headers = {"content-type": MEDIA_TYPE.decode(), WAIT_HEADER: "25", **signed_headers(self._key)}
+        self._line.request("POST", path, request.SerializeToString(), headers)
+        response = self._line.getresponse()
+        body = response.read()
+        if response.status != 200:
+            raise FedheadError(f"{path} is answered with {response.status}: {body.decode()[:200]}")
+        return response_type.FromString(body)
+
+    def run(self) -> None:
+        """Answer until the coordinator is gone."""
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            node = self._fleet.activate(HEARTBEAT_SECONDS)
+            context = Context(1, node, {}, RecordDict(), {})
+            beat = time.monotonic()
+            while True:
+                self._answer(node, context)
+                if time.monotonic() - beat > HEARTBEAT_SECONDS / 3:
+                    self._fleet.heartbeat(node, HEARTBEAT_SECONDS)
+                    beat = time.monotonic()
+
+    def _answer(self, node: int, context: Context) -> None:
+        delivery = self._fleet.pull(node)
+        if delivery is None:
+            return
+        parts = {each: self._fleet.pull_object(delivery.message, each) or b"" for each in delivery.objects}
+        message = assemble(delivery, parts)
+        self._fleet.confirm(message)
+        reply = self._app(message, context)
+        tree, objects = disassemble(reply)
+        session, wanted = self._fleet.push(reply, tree, 0.0)
+        for object_id in wanted:
+            self._fleet.push_object(reply, session, object_id, objects[object_id])
+
+
+def light_sites(port: int, kits: Path) -> None:
+    """Be all the light sites, until the coordinator is gone."""
+    problem = Problem(**json.loads(os.environ[PROBLEM]))
+    samples = problem.samples()
+    backbone = load_backbone(f"benchmark:{problem.features}")
+    shared = SharedData(backbone, FeatureStore.open(backbone, samples), samples.labels, Guard(0, 0))
+    context = ssl.create_default_context(cafile=str(kits / "ca.pem"))
+    rows = np.arange(problem.sites * problem.rows).reshape(problem.sites, problem.rows)
+    sites = []
+    for number in range(problem.sites):
+        name = f"site-{number}"
+        sites.append(LightSite(SimulatedSite(name, rows[number], shared), kits / name, port, context))
+        sites[-1].start()
+    for site in sites:
+        site.join()
+
+
+if __name__ == "__main__":
+    light_sites(int(sys.argv[1]), Path(sys.argv[2]))
