@@ -107,6 +107,7 @@ class SuperLink:
         self.host, self.port = self._socket.getsockname()[:2]
         self._sites: dict[str, ConnectedSite] = {}
         self._by_key: dict[bytes, ConnectedSite] = {}
+        self._by_node: dict[int, ConnectedSite] = {}
         self._revoked: Mapping[bytes, str] = {}
         self._changed = threading.Condition()
         self._answers = 0
@@ -166,7 +167,7 @@ class SuperLink:
 
     def named(self, node_id: int) -> ConnectedSite | None:
         """Return the site with a node id."""
-        return next((site for site in self._sites.values() if site.link.node_id == node_id), None)
+        return self._by_node.get(node_id)
 
     def send(self, messages: list[Message]) -> list[str]:
         """Hold messages for their sites to pull; return an id for each, empty for a site that is not known."""
@@ -239,13 +240,17 @@ class SuperLink:
         if known is not None and known.link.public_key != key:
             if known.link.online and time.time() - known.last_seen < LONGEST_WAIT:
                 raise self._refuse(412, f"a second {name}", "a process that calls itself so is connected already")
-            self._by_key.pop(known.link.public_key, None)
+            self._drop(known)
             known = None
         if known is None:
             self._add(name, key)
 
     def _add(self, name: str, key: bytes) -> None:
-        self._sites[name] = self._by_key[key] = ConnectedSite(SiteLink(key, name))
+        site = ConnectedSite(SiteLink(key, name))
+        self._sites[name] = self._by_key[key] = self._by_node[site.link.node_id] = site
+
+    def _drop(self, site: ConnectedSite) -> None:
+        del self._sites[site.link.name], self._by_key[site.link.public_key], self._by_node[site.link.node_id]
 
     def _register(self) -> None:
         """Read who is registered, where that has changed."""
@@ -260,8 +265,7 @@ class SuperLink:
         for name, site in list(self._sites.items()):
             if kit.sites.get(name) != site.link.public_key:
                 logger.warning("%s is no longer registered, and is disconnected.", name)
-                del self._sites[name]
-                self._by_key.pop(site.link.public_key, None)
+                self._drop(site)
         for name, key in kit.sites.items():
             if name not in self._sites:
                 self._add(name, key)

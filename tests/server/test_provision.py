@@ -54,7 +54,7 @@ def test_the_register_holds_each_sites_own_key(kits: Path) -> None:
     for name, public in kit.sites.items():
         private = serialization.load_pem_private_key((kits / name / "key.pem").read_bytes(), None)
         assert isinstance(private, ec.EllipticCurvePrivateKey)
-        assert private.curve.name == "secp384r1"
+        assert private.curve.name == "secp256r1"
         same = private.public_key().public_bytes(
             serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
         )
