@@ -388,10 +388,10 @@ class WeightsFit:
 
 def fill_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> WeightsFit:
     """Copy `weights` into `module`, which may rename those of older versions of itself as it takes them in."""
-    own = module.state_dict()
+    own = {name: tensor for name, tensor in module.state_dict().items() if not name.endswith("num_batches_tracked")}
     given = OrderedDict((name, weights[name]) for name in weights if not name.endswith("num_batches_tracked"))
     # A safetensors file names no version; some modules refuse that.
-    metadata = getattr(weights, "_metadata", {"": getattr(own, "_metadata", {}).get("", {})})
+    metadata = getattr(weights, "_metadata", {"": getattr(module.state_dict(), "_metadata", {}).get("", {})})
     given._metadata = metadata  # type: ignore[attr-defined]
     try:
         result = module.load_state_dict(given, strict=False)

@@ -114,6 +114,16 @@ def test_weights_of_another_architecture_name_the_keys(tmp_path: Path) -> None:
         load_backbone("bundled:glyphnet", weights=str(path))
 
 
+def test_weights_of_another_shape_are_the_only_ones_named(tmp_path: Path) -> None:
+    tensors = load_backbone("torchvision:mnasnet0_5", weights="random").tensors()
+    save_file({**tensors, "layers.0.weight": torch.zeros(3, 3)}, tmp_path / "w.safetensors")
+    with pytest.raises(
+        UserError, match=r"mnasnet0_5; of another shape: layers\.0\.weight is \[3, 3\], not \[16, 3"
+    ) as caught:
+        load_backbone("torchvision:mnasnet0_5", weights=str(tmp_path / "w.safetensors"))
+    assert "batches" not in str(caught.value)
+
+
 def test_files_that_hold_no_weights_are_told_apart(tmp_path: Path) -> None:
     path = tmp_path / "w.pth"
     torch.save(nn.Linear(2, 2), path)
