@@ -17,6 +17,7 @@ from fedhead.server.coordinator import Coordinator
 from fedhead.server.flower_app import from_run_config
 from fedhead.server.history import Outcome
 from fedhead.server.observer import Observer, Observers
+from fedhead.server.report.journal import Journal
 from fedhead.server.run_folder import RunFolder
 from fedhead.server.strategies import build_strategy
 
@@ -54,7 +55,7 @@ def coordinate(
     backbone = load_backbone(config.backbone, weights=config.weights, layer=config.layer, seed=config.seed)
     if not resume:
         folder = RunFolder.create(out, backbone.spec.replace(":", "-"))
-    observer = Observers([folder, *observers])
+    observer = Observers([folder, Journal(folder.path, backbone), *observers])
     try:
         with locked_folder(folder.path):
             outcome = _write_run(config, grid, folder, backbone, strategy, observer)
@@ -84,12 +85,14 @@ def _write_run(
     ).run()
     folder.sums.finish()
     folder.write_model(outcome.model(backbone, config))
+    folder.write_evaluation(outcome, config)
     folder.write_result(
         {
             "accuracy": outcome.history[outcome.kept_round].accuracy,
             "kept_round": outcome.kept_round,
             "sites": len(outcome.participants),
             "sites_refused": dict(outcome.refused),
+            "bytes_full_model": outcome.full_model_bytes,
         }
     )
     checkpoint.remove()

@@ -212,6 +212,7 @@ class Coordinator:
             full_model_bytes=progress.full_model_bytes,
             statistics=stats,
             unlearned=self._unlearned(stats_of_head),
+            traffic=self._messenger.traffic,
         )
 
     def _unlearned(self, stats: FeatureStatistics | None) -> tuple[str, ...]:

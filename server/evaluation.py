@@ -56,7 +56,7 @@ def evaluate_in_detail(
         try:
             arrays = Payload.from_content(answer).arrays
             sums = EvaluationSums.from_arrays(arrays, num_classes, multi_label=manifest.multi_label)
-            exchange.bytes_up += payload_bytes(answer)
+            messenger.receive([name], REPORT, payload_bytes(answer), exchange)
             _check_rows(sums.rows, roster, (name,))
         except (MessageError, ValueError) as error:
             exchange.drop(name, str(error))
@@ -105,7 +105,7 @@ def _ask_to_calibrate(
     for names, answer in messenger.ask_together(roster.nodes, CALIBRATE, request.to_content(), exchange):
         try:
             arrays = Payload.from_content(answer).arrays
-            exchange.bytes_up += single_bytes(answer)
+            messenger.receive(names, CALIBRATE, single_bytes(answer), exchange)
         except MessageError as error:
             _drop(names, error, exchange)
             continue

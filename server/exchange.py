@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -65,19 +66,74 @@ class MergingGrid(Protocol):
         """Return a node that stands for those of `node_ids` that can answer together, if any can, and all others."""
 
 
+@dataclass
+class Traffic:
+    """Payload by site and by action, over all exchanges of a run.
+
+    Attributes:
+        down: bytes sent to each site.
+        up: bytes that each site sent.
+        action_down: bytes sent for each action.
+        action_up: bytes of the answers to it.
+        answers: how many answers came.
+    """
+
+    down: Counter[str] = field(default_factory=Counter)
+    up: Counter[str] = field(default_factory=Counter)
+    action_down: Counter[str] = field(default_factory=Counter)
+    action_up: Counter[str] = field(default_factory=Counter)
+    answers: Counter[str] = field(default_factory=Counter)
+
+    def sent(self, sites: Sequence[str], action: str, count: int) -> None:
+        """Note a message of `count` bytes to each of some sites."""
+        for site in sites:
+            self.down[site] += count
+        self.action_down[action] += count * len(sites)
+
+    def received(self, sites: Sequence[str], action: str, count: int) -> None:
+        """Note the answers of sites, of `count` bytes in all."""
+        for site in sites:
+            self.up[site] += count // len(sites)
+        self.action_up[action] += count
+        self.answers[action] += len(sites)
+
+    def rename(self, node: str, site: str) -> None:
+        """Count what was sent to a node for the site that it turned out to be."""
+        self.down[site] += self.down.pop(node, 0)
+
+    def to_dict(self) -> dict[str, dict[str, list[int]]]:
+        """Return bytes down and up of each site, and answers, bytes down and bytes up of each action."""
+        return {
+            "sites": {site: [self.down[site], self.up[site]] for site in sorted(self.down.keys() | self.up.keys())},
+            "actions": {
+                action: [self.answers[action], count, self.action_up[action]]
+                for action, count in self.action_down.items()
+            },
+        }
+
+
 class Messenger:
     """Sends messages to named sites, and yields what they answer.
 
     Args:
         grid: where the sites are.
         deadline: seconds to wait for the replies of one exchange.
+
+    Attributes:
+        traffic: what went to the sites and came back; who reads an answer notes it there.
     """
 
     def __init__(self, grid: Grid, deadline: float) -> None:
         self.grid = grid
         self.deadline = deadline
+        self.traffic = Traffic()
         # A Grid in this process may answer for many sites at once; one that answers so has answered all.
         self.in_process = isinstance(grid, MergingGrid) and grid.merges_replies
+
+    def receive(self, sites: Sequence[str], action: str, count: int, exchange: Exchange) -> None:
+        """Note the `count` bytes of an answer, of one site or merged of several."""
+        exchange.bytes_up += count
+        self.traffic.received(sites, action, count)
 
     def ask(
         self, nodes: Mapping[str, int], action: str, content: RecordDict, exchange: Exchange
@@ -133,7 +189,9 @@ class Messenger:
         for asked, message in messages.items():
             if id(message.content) not in sizes:
                 sizes[id(message.content)] = payload_bytes(message.content)
-            exchange.bytes_down += sizes[id(message.content)] * len(spoken.get(asked, (asked,)))
+            sites = spoken.get(asked, (asked,))
+            exchange.bytes_down += sizes[id(message.content)] * len(sites)
+            self.traffic.sent(sites, message.metadata.message_type, sizes[id(message.content)])
         waiting = dict(zip(self.grid.push_messages(list(messages.values())), messages, strict=True))
         stop = time.monotonic() + self.deadline
         while waiting:

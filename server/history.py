@@ -11,6 +11,7 @@ from fedhead.diagnosis import ClassCoverage, SiteDiagnosis
 from fedhead.heads import Head
 from fedhead.metrics import EvaluationSums, reliability
 from fedhead.model import TransferModel
+from fedhead.server.exchange import Traffic
 from fedhead.statistics import FeatureStatistics
 
 
@@ -90,6 +91,7 @@ class Outcome:
         refused: sites that could not take part, with the reason.
         full_model_bytes: what exchanging backbone and head each round would have taken.
         statistics: the sites' training rows summed, where the first head was solved of them.
+        traffic: payload by site and by action.
         unlearned: classes of which no site had a row, as far as statistics tell.
     """
 
@@ -105,6 +107,7 @@ class Outcome:
     refused: Mapping[str, str]
     full_model_bytes: int
     statistics: FeatureStatistics | None
+    traffic: Traffic
     unlearned: Sequence[str] = ()
 
     def model(self, backbone: Backbone, config: RunConfig) -> TransferModel:

@@ -105,7 +105,7 @@ class Pooling:
         content = Payload({}, {"mean": mean, "scale": scale}).to_content()
         for names, answer in self._messenger.ask_together(self._roster.nodes, STANDARDISE, content, exchange):
             try:
-                exchange.bytes_up += payload_bytes(answer) * len(names)
+                self._messenger.receive(names, STANDARDISE, payload_bytes(answer) * len(names), exchange)
             except MessageError as error:
                 for name in names:
                     exchange.drop(name, str(error))
@@ -125,7 +125,7 @@ class Pooling:
         for names, answer in answers:
             try:
                 arrays = Payload.from_content(answer).arrays
-                exchange.bytes_up += single_bytes(answer)
+                self._messenger.receive(names, STATISTICS, single_bytes(answer), exchange)
             except MessageError as error:
                 for name in names:
                     exchange.drop(name, str(error))

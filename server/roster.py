@@ -124,7 +124,10 @@ class Roster:
         for names, answer in self._messenger.ask_together(nodes, action, content, exchange):
             try:
                 described = Description.several_from_content(answer, len(names))
-                exchange.bytes_up += single_bytes(answer)
+                sites = [description.site for description in described]
+                for name, site in zip(names, sites, strict=True):
+                    self._messenger.traffic.rename(name, site)
+                self._messenger.receive(sites, action, single_bytes(answer), exchange)
             except MessageError as error:
                 for name in names:
                     exchange.drop(name, str(error))

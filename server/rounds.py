@@ -107,7 +107,8 @@ class Rounds:
             except MessageError as error:
                 exchange.drop(name, str(error))
                 continue
-            exchange.bytes_up += reply.num_bytes
+            answered = (*reply.sites, *reply.dropped) or (name,)
+            self._messenger.receive(answered, instruction.metadata.message_type, reply.num_bytes, exchange)
             for site, reason in reply.dropped.items():
                 exchange.drop(site, reason)
             exchange.metrics.update(zip(reply.sites or (name,), reply.metrics, strict=False))

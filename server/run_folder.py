@@ -12,8 +12,9 @@ from typing import Any, Self
 from fedhead.config import RunConfig
 from fedhead.errors import UserError
 from fedhead.files import disk_errors, write_atomically
+from fedhead.metrics import EvaluationSums, reliability, report, roc_points
 from fedhead.model import TransferModel
-from fedhead.server.history import Round
+from fedhead.server.history import Outcome, Round
 from fedhead.server.observer import Observer
 from fedhead.server.site_sums import SiteSums
 
@@ -98,8 +99,30 @@ class RunFolder(Observer):
         """Write the model that the run delivers."""
         model.save(self.path / "model.safetensors")
 
-    def write_evaluation(self, values: Mapping[str, Any]) -> None:
-        """Write the figures of the delivered head, pooled and by site, with their intervals."""
+    def write_evaluation(self, outcome: Outcome, config: RunConfig, baseline: Mapping[str, Any] | None = None) -> None:
+        """Write the figures of the delivered head, pooled and by site, with their intervals.
+
+        Args:
+            outcome: of the run.
+            config: of the run, with its classes.
+            baseline: the figures of a backbone to compare with, if one was asked for.
+        """
+        pooled = sum(outcome.sites.values(), EvaluationSums.zeros(len(config.classes), multi_label=config.multi_label))
+        values = {
+            "pooled": report(pooled, config.classes).to_dict(),
+            "curves": {
+                "confusion": pooled.confusion.tolist(),
+                "reliability": reliability(pooled).to_dict(),
+                "roc": [None if points is None else points.round(5).tolist() for points in roc_points(pooled)],
+            },
+            "sites": {name: report(sums, config.classes).to_dict() for name, sums in outcome.sites.items()},
+            "diagnosis": [diagnosis.to_dict() for diagnosis in outcome.diagnoses],
+            "calibration": outcome.calibrated.to_dict() if outcome.calibrated else None,
+            "unlearned": list(outcome.unlearned),
+            "coverage": [one.to_dict() for one in outcome.coverage],
+            "traffic": outcome.traffic.to_dict(),
+            **({"baseline": dict(baseline)} if baseline else {}),
+        }
         write_atomically(self.path / "evaluation.json", json.dumps(values, indent=1) + "\n")
 
     def write_result(self, values: Mapping[str, Any]) -> None:

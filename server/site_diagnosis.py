@@ -68,7 +68,7 @@ def diagnose_sites(
         for _, answer in messenger.ask({name: nodes[name]}, COMPARE, Payload({}, arrays).to_content(), exchange):
             try:
                 joint = Payload.from_content(answer).arrays["joint"]
-                exchange.bytes_up += payload_bytes(answer)
+                messenger.receive([name], COMPARE, payload_bytes(answer), exchange)
                 comparison = compare(torch.from_numpy(np.array(joint)))
             except (MessageError, KeyError, ValueError, TypeError) as error:
                 exchange.drop(name, str(error))

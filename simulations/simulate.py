@@ -4,7 +4,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from fedhead.server.checkpoint import Checkpoint, require_same_run
 from fedhead.server.coordinator import Coordinator
 from fedhead.server.history import Outcome, Round
 from fedhead.server.observer import Observer, Observers
+from fedhead.server.report.journal import Journal
 from fedhead.server.run_folder import RunFolder
 from fedhead.server.site_sums import SiteSums
 from fedhead.server.starting_head import UNSOLVED, resolve_init
@@ -264,6 +265,7 @@ def simulate(
     apps: Mapping[str, ClientApp] | None = None,
     out: Path | str | None = None,
     resume: bool = False,
+    baseline: str | None = None,
     on_extraction: Progress = lambda done, total: None,
     observers: Sequence[Observer] = (),
 ) -> RunResult:
@@ -279,6 +281,7 @@ def simulate(
         out: the run folder; by default a new one under `runs/`.
         resume: whether to go on with the run in `out`, of which a process was killed or failed. `config` may be left
             out then; `data`, `sites` and `strategy` that were given to it must be given again.
+        baseline: a backbone that the report compares with, by the head of one exchange on the same sites.
         on_extraction: called with rows done and rows in all.
         observers: are told of what happens.
 
@@ -295,10 +298,10 @@ def simulate(
     else:
         plan = make_plan(config or RunConfig(), data, sites, test_data=test_data, strategy=strategy)
         folder = RunFolder.create(out, _run_name(plan))
-    observer = Observers([folder, *observers])
+    observer = Observers([folder, Journal(folder.path, plan.backbone, simulated=True), *observers])
     try:
         with locked_folder(folder.path):
-            result = _write_run(plan, folder, observer, apps, on_extraction)
+            result = _write_run(plan, folder, observer, apps, on_extraction, baseline)
         observer.on_finished(result.outcome)
         return result
     except BaseException as error:
@@ -314,9 +317,11 @@ def _write_run(
     observer: Observer,
     apps: Mapping[str, ClientApp] | None,
     on_extraction: Progress,
+    baseline: str | None,
 ) -> RunResult:
     """Run what was planned, from the start or from where its folder says, and write everything to the folder."""
     folder.write_config(plan.config)
+    compared = run_baseline(plan, baseline) if baseline else None
     observer.on_started(plan.config, folder.path)
     checkpoint = Checkpoint(folder, plan.config, plan.backbone, plan.strategy, every_round=False)
     result = run_plan(
@@ -330,16 +335,7 @@ def _write_run(
     )
     folder.sums.finish()
     folder.write_model(result.model)
-    folder.write_evaluation(
-        {
-            "diagnosis": [diagnosis.to_dict() for diagnosis in result.outcome.diagnoses],
-            "coverage": [one.to_dict() for one in result.outcome.coverage],
-            "calibration": result.outcome.calibrated.to_dict() if result.outcome.calibrated else None,
-            "unlearned": list(result.outcome.unlearned),
-            "pooled": result.evaluation.to_dict(),
-            "sites": {name: report(sums, result.config.classes).to_dict() for name, sums in result.sites.items()},
-        }
-    )
+    folder.write_evaluation(result.outcome, result.config, compared)
     folder.write_result(result.summary())
     checkpoint.remove()
     return result
@@ -504,6 +500,26 @@ def run_plan(
         seconds={"extraction": extracted_at - started, "rounds": ended - extracted_at, "total": ended - started},
         run_dir=run_dir,
     )
+
+
+def run_baseline(plan: Plan, backbone: str) -> dict[str, Any]:
+    """Return how the head of one exchange does on another backbone, over the same sites and held-out rows.
+
+    Raises:
+        UserError: if there is no such backbone.
+        FedheadError: if the run fails.
+    """
+    init = "ridge" if plan.config.multi_label else "lda"
+    changes = {"backbone": backbone, "weights": "default", "layer": "penultimate", "head": "linear", "init": init}
+    config = plan.config.changed({**changes, "rounds": 0, "diagnose": False, "strategy": {"name": "FedAvg"}})
+    other = load_backbone(backbone, seed=config.seed).to(plan.backbone.device)
+    compared = replace(plan, config=config, strategy=build_strategy(config.strategy), backbone=other)
+    result = run_plan(compared, deliver=False)
+    return {
+        "backbone": backbone,
+        "accuracy": result.evaluation.accuracy.to_list(),
+        "accuracy_test": result.test_accuracy,
+    }
 
 
 def _extract(plan: Plan, on_extraction: Progress) -> tuple[FeatureStore, FeatureStore | None]:

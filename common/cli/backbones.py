@@ -13,8 +13,8 @@ from typer.core import TyperGroup
 
 from fedhead.cli import options
 from fedhead.cli.application import app, errors, in_sentences, output
-from fedhead.cli.wording import size
 from fedhead.errors import UserError
+from fedhead.wording import size
 
 if TYPE_CHECKING:
     import click

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from fedhead.cli import options
 from fedhead.cli.application import app, in_sentences, output, progress_bars
-from fedhead.cli.wording import percent
+from fedhead.wording import percent
 
 if TYPE_CHECKING:
     from fedhead.data import Item, Samples, UnreadableSampleError

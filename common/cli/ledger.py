@@ -10,8 +10,8 @@ from rich.table import Table
 
 from fedhead.cli import options
 from fedhead.cli.application import app, in_sentences, output
-from fedhead.cli.wording import size
 from fedhead.errors import UserError
+from fedhead.wording import size
 
 
 @app.command(epilog="Example: [bold]fedhead ledger hospital-a[/bold]")

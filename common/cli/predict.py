@@ -15,7 +15,7 @@ from rich.table import Table
 
 from fedhead.cli import options
 from fedhead.cli.application import app, in_sentences, output, progress_bars
-from fedhead.cli.wording import interval, percent
+from fedhead.wording import interval, percent
 
 if TYPE_CHECKING:
     from fedhead.model import TransferModel

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from fedhead.cli import options
 from fedhead.cli.application import app, in_sentences, output, progress_bars
-from fedhead.cli.wording import percent, size
+from fedhead.wording import percent, size
 
 
 @app.command(

@@ -12,7 +12,7 @@ from rich.table import Table
 from fedhead.cli import options
 from fedhead.cli.application import app, in_sentences, output, progress_bars
 from fedhead.cli.study import run_study
-from fedhead.cli.wording import interval, percent, size
+from fedhead.wording import interval, percent, size
 
 if TYPE_CHECKING:
     from fedhead.server.history import Round
@@ -75,6 +75,10 @@ def simulate(
         Path | None,
         typer.Option(help="The run folder; by default a new one under runs/.", rich_help_panel=options.OUTPUT),
     ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(help="A backbone to compare with, as in bundled:pixels.", rich_help_panel=options.OUTPUT),
+    ] = None,
     resume: options.Resume = None,
     as_json: options.Json = False,
     debug: options.Debug = False,
@@ -128,6 +132,7 @@ def simulate(
             run,
             out=out,
             resume=resume is not None,
+            baseline=baseline,
             on_extraction=lambda done, total: progress.update(extraction, completed=done, total=total),
             observers=[EachRound(lambda finished: progress.update(training, completed=finished.number))],
         )

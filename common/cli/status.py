@@ -15,7 +15,7 @@ from rich.text import Text
 
 from fedhead.cli import options
 from fedhead.cli.application import app, in_sentences, output
-from fedhead.cli.wording import percent, size
+from fedhead.wording import percent, size
 
 MOST_ROUNDS = 10
 MOST_SITES = 40

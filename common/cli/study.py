@@ -10,8 +10,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from fedhead.cli.application import output, progress_bars
-from fedhead.cli.wording import size
 from fedhead.errors import FedheadError
+from fedhead.wording import size
 
 if TYPE_CHECKING:
     from fedhead.config import RunConfig

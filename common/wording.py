@@ -1,4 +1,4 @@
-"""How figures are worded on a terminal."""
+"""How figures are worded, on a terminal and in reports."""
 
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,23 @@ def size(count: int) -> str:
         if count < 1000 * factor:
             return f"{count / factor:.3g} {unit}"
     return f"{count / 1e9:.3g} GB"
+
+
+def duration(seconds: float) -> str:
+    """Return a time span in the unit that suits it."""
+    if seconds < 1:
+        return f"{1000 * seconds:.0f} ms"
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def counted(number: int, what: str, plural: str = "") -> str:
+    """Return a number with what it counts: `1 site`, `2 sites`."""
+    return f"{number:,} {what if number == 1 else plural or what + 's'}"
 
 
 def interval(estimate: "Estimate") -> str:

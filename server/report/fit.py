@@ -1,0 +1,116 @@
+"""Which sites fit: how each stands to the pool, what the pool is without it, and who holds which class."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from fedhead.diagnosis import MIN_DISTANCE
+from fedhead.server.report import charts
+from fedhead.server.report.layout import DASH, Figure, Section, Table
+from fedhead.server.report.quality import MOST_LINES
+from fedhead.server.report.record import RunRecord, Values
+from fedhead.wording import counted, percent
+
+
+def fit(record: RunRecord) -> Section:
+    """Which sites fit: how each stands to the pool, and what the pool is without it."""
+    question = "Which sites fit?"
+    diagnoses = record.diagnoses
+    if not diagnoses:
+        reason = (
+            "Sites are not diagnosed where rows have several classes each."
+            if record.multi_label
+            else "Sites were not diagnosed: that needs a head solved from sums, each site's own kept, and --diagnose."
+            if record.result
+            else "Sites are diagnosed when the run ends."
+        )
+        return Section("fit", question, reason, _coverage_sentences(record), _coverage(record))
+    counts = Counter(one["recommendation"] for one in diagnoses)
+    summary = ", ".join(f"{number} {_ADVICE.get(name, name)}" for name, number in counts.most_common())
+    odd = [one for one in diagnoses if one["recommendation"] not in ("join", "not enough rows to tell")]
+    odd += [one for one in diagnoses if one["finding"] not in ("alike", "unknown") and one not in odd]
+    sentences = [one["sentence"] for one in odd[:12]]
+    if len(odd) > 12:
+        sentences.append(f"{len(odd) - 12} more sites are told something else than to join: see the table.")
+    table = Table(
+        ["site", "rows", "classes", "advice", "its rows", "distance", "shared head", "without the site", "why"],
+        [
+            [
+                one["site"],
+                str(one["rows"]),
+                str(one["classes"]),
+                one["recommendation"],
+                one["finding"],
+                f"{one['shift']['distance']:.2f}" if one.get("shift") else DASH,
+                *_leave_one_out(one),
+                one["reason"] if len(diagnoses) <= 60 else "",
+            ]
+            for one in diagnoses
+        ],
+        note="Without the site: how a head made of all other sites does on its held-out rows (leave one site out).",
+        words=(0, 3, 4, 8),
+    )
+    measured = sorted(
+        ((one["site"], (float(one["shift"]["distance"]),)) for one in diagnoses if one.get("shift")),
+        key=lambda pair: (-pair[1][0], pair[0]),
+    )
+    figures = []
+    if measured:
+        farthest = f", the {MOST_LINES} farthest" if len(measured) > MOST_LINES else ""
+        figures.append(
+            Figure(
+                f"Distance of a site's rows from the others' of the same classes{farthest}",
+                charts.bars(measured[:MOST_LINES], ("",), lambda distance: f"{distance:.2f}", MIN_DISTANCE),
+                table,
+                f"In units of the distance between two classes; the dashed line, {MIN_DISTANCE}, is much. It does not "
+                "count which classes a site holds.",
+            )
+        )
+    answer = f"Of {counted(len(diagnoses), 'site')}: {summary}."
+    rest = [] if figures else [("Sites", table)]
+    return Section(
+        "fit", question, answer, [*sentences, *_coverage_sentences(record)], [*figures, *_coverage(record)], tables=rest
+    )
+
+
+_ADVICE = {
+    "join": "gain by joining",
+    "join with a local head": "should join, with a head of their own beside the shared one",
+    "stay local": "do better by themselves",
+    "not enough rows to tell": "have not enough rows to tell",
+}
+
+
+def _leave_one_out(diagnosis: Values) -> tuple[str, str]:
+    found = diagnosis.get("comparison")
+    if not found:
+        return DASH, DASH
+    return percent(found["right"]["pooled"] / found["rows"]), percent(found["right"]["others"] / found["rows"])
+
+
+def _coverage_sentences(record: RunRecord) -> list[str]:
+    said = [
+        one["sentence"] for one in record.evaluation.get("coverage", ()) if one["rests_on_one_site"] or not one["rows"]
+    ]
+    if len(said) > 8:
+        return [*said[:8], f"{len(said) - 8} more classes rest on one site, or have no rows: see the table."]
+    return said
+
+
+def _coverage(record: RunRecord) -> list[Figure]:
+    classes: Sequence[Values] = record.evaluation.get("coverage", ())
+    if not any(one["rows"] for one in classes):
+        return []
+    fewest = sorted(classes, key=lambda one: (one["rows"], one["name"]))[:MOST_LINES]
+    shown = classes if len(classes) <= MOST_LINES else fewest
+    table = Table(
+        ["class", "training rows", "sites", "most at", "share there"],
+        [
+            [one["name"], str(one["rows"]), str(one["sites"]), one["largest_site"], percent(one["share"])]
+            for one in classes
+        ],
+        words=(0, 3),
+    )
+    title = "Training rows by class" + (f", the {MOST_LINES} with the fewest" if len(classes) > MOST_LINES else "")
+    lines = [(one["name"], (one["rows"] * one["share"], one["rows"] * (1 - one["share"]))) for one in shown]
+    kinds = ("at the site with most", "elsewhere")
+    return [Figure(title, charts.bars(lines, kinds, lambda count: f"{count:.0f}"), table)]

@@ -1,0 +1,280 @@
+"""How good the model is: pooled, by site and by class, each with its interval."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedhead.server.report import charts
+from fedhead.server.report.layout import DASH, Figure, Section, Table
+from fedhead.server.report.record import RunRecord, Values
+from fedhead.wording import counted, percent
+
+MOST_LINES = 36
+"""A chart with a line for each site or class has so many; of more it shows the worst."""
+
+MOST_CELLS = 24
+"""A square of classes has so many; of more it shows those that are most often confused."""
+
+QUESTION = "How good is the model?"
+_KEY = "quality"
+_MOST_CURVES = 60
+_MOST_CORNERS = 60
+_MOST_PAIRS = 20
+
+
+def quality(record: RunRecord) -> Section:
+    """Return the section."""
+    tested = record.result.get("accuracy_test")
+    on_test = f"On the pooled test set, which no site holds, it has {percent(tested)} right." if tested else ""
+    if not record.pooled:
+        return Section(_KEY, QUESTION, on_test or _unknown(record))
+    pooled = record.pooled
+    what = "all labels of" if record.multi_label else ""
+    answer = (
+        f"It has {what} {interval(pooled['accuracy'])} of {counted(pooled['rows'], 'held-out row')} right".replace(
+            "  ", " "
+        )
+        + f", at {counted(len(record.sites), 'site')}."
+    )
+    return Section(
+        key=_KEY,
+        question=QUESTION,
+        answer=answer,
+        sentences=[sentence for sentence in (on_test, *_sentences(record)) if sentence],
+        figures=[
+            *_by_site(record),
+            *_by_class(record),
+            *_confusion(record),
+            *_roc(record),
+            *_reliability(record),
+        ],
+    )
+
+
+def interval(figure: Sequence[float | None] | None) -> str:
+    """Return a share with its 95 % interval."""
+    if not figure or figure[0] is None:
+        return DASH
+    value, low, high = figure
+    if low is None or high is None:
+        return percent(value)
+    return f"{100 * (value or 0):.1f} % ({100 * low:.1f}{DASH}{100 * high:.1f})"
+
+
+def _unknown(record: RunRecord) -> str:
+    if record.status == "running":
+        latest = "" if record.accuracy is None else f" So far the latest head has {percent(record.accuracy)} right."
+        return f"The run has not finished; sites evaluate in detail at its end.{latest}"
+    if record.status != "finished":
+        return "The run did not finish, so no head was evaluated in detail."
+    if not record.config.get("holdout"):
+        return "Unknown: no rows are held out (holdout = 0), and there is no test set."
+    return "Unknown: no site had held-out rows."
+
+
+def _sentences(record: RunRecord) -> list[str]:
+    pooled = record.pooled
+    said = ["Figures in brackets are 95 % intervals; they take the rows for independent of each other."]
+    means = [f"The area under the ROC curve is {interval(pooled['auroc'])} on average over the classes"]
+    if not record.multi_label:
+        means.append(f"the balanced accuracy {interval(pooled['balanced_accuracy'])}")
+    said.append(", ".join(means) + ".")
+    if record.sites:
+        name, worst = min(record.sites.items(), key=lambda pair: (pair[1]["accuracy"][0], -pair[1]["rows"]))
+        said.append(
+            f"Worst site: {name}, {interval(worst['accuracy'])} of {counted(worst['rows'], 'row')}."
+            + (" With so few rows that says little." if worst["rows"] < 30 else "")
+        )
+    present = [one for one in pooled["classes"] if one["sensitivity"][0] is not None]
+    if present:
+        least = min(present, key=lambda one: (one["sensitivity"][0], -one["rows"]))
+        said.append(
+            f"Worst class: {least['name']}, of which {interval(least['sensitivity'])} of {least['rows']} are found."
+        )
+    unlearned = [one["name"] for one in record.evaluation.get("coverage", ()) if not one["rows"]]
+    if unlearned:
+        listed = ", ".join(unlearned[:10]) + (" and others" if len(unlearned) > 10 else "")
+        said.append(f"Not learned, as no site has rows of it: {listed}.")
+    error = _curves(record).get("reliability", {}).get("error")
+    if error is not None:
+        said.append(f"Expected calibration error: {percent(error)} (probabilities in 20 bins).")
+    return said
+
+
+def _by_site(record: RunRecord) -> list[Figure]:
+    sites = sorted(record.sites.items(), key=lambda pair: (pair[1]["accuracy"][0], pair[0]))
+    if not sites:
+        return []
+    table = Table(
+        ["site", "rows", "accuracy", "balanced accuracy", "AUROC"],
+        [
+            [
+                name,
+                str(one["rows"]),
+                interval(one["accuracy"]),
+                interval(one["balanced_accuracy"]),
+                interval(one["auroc"]),
+            ]
+            for name, one in sites
+        ],
+    )
+    title = "Accuracy by site"
+    worst = [_line(name, one, "accuracy") for name, one in sites[:MOST_LINES]]
+    pooled = record.pooled["accuracy"][0]
+    caption = "Dots with 95 % intervals; the dashed line is all sites' rows pooled."
+    if len(sites) <= MOST_LINES:
+        return [Figure(title, charts.forest(worst, "of the site's held-out rows right", pooled), table, caption)]
+    values = [one["accuracy"][0] for _, one in sites]
+    spread = charts.distribution(values, "of a site's held-out rows right")
+    return [
+        Figure(f"Accuracy of {len(sites):,} sites", spread, table, "Each site counts once, whatever its rows."),
+        Figure(
+            f"The {MOST_LINES} sites with the lowest accuracy",
+            charts.forest(worst, "of the site's held-out rows right", pooled),
+            Table(table.columns, table.rows[:MOST_LINES]),
+            caption,
+        ),
+    ]
+
+
+def _line(name: str, report: Values, figure: str) -> charts.Interval:
+    value, low, high = report[figure]
+    return charts.Interval(name, value, low, high, report["rows"])
+
+
+def _by_class(record: RunRecord) -> list[Figure]:
+    classes: Sequence[Values] = record.pooled["classes"]
+    table = Table(
+        ["class", "rows", "sensitivity", "specificity", "AUROC"],
+        [
+            [one["name"], str(one["rows"]), *(interval(one[key]) for key in ("sensitivity", "specificity", "auroc"))]
+            for one in classes
+        ],
+    )
+    present = [one for one in classes if one["sensitivity"][0] is not None]
+    if not present:
+        return []
+    title, shown = "Sensitivity by class", present
+    if len(present) > MOST_LINES:
+        title = f"The {MOST_LINES} classes of {len(classes):,} with the lowest sensitivity"
+        shown = sorted(present, key=lambda one: one["sensitivity"][0])[:MOST_LINES]
+    lines = [_line(one["name"], one, "sensitivity") for one in shown]
+    caption = "Of the rows of a class, the share found (also called recall), with its 95 % interval."
+    return [Figure(title, charts.forest(lines, "of the class's rows found"), table, caption)]
+
+
+def _curves(record: RunRecord) -> Values:
+    curves: Values = record.evaluation.get("curves", {})
+    return curves
+
+
+def _confusion(record: RunRecord) -> list[Figure]:
+    counts: Sequence[Any] = _curves(record).get("confusion", ())
+    names = record.classes
+    if not counts or len(counts) != len(names):
+        return []
+    if record.multi_label:
+        return [_labels(counts, names)]
+    pairs = _confused(counts, names)
+    if len(names) <= MOST_CELLS:
+        table = Table(["true class", *names], [[name, *map(str, row)] for name, row in zip(names, counts, strict=True)])
+        return [Figure("Confusion matrix", charts.confusion(counts, names), table, _SHADES)]
+    wrong = [sum(row) - row[number] for number, row in enumerate(counts)]
+    taken = [sum(row[number] for row in counts) - counts[number][number] for number in range(len(names))]
+    order = sorted(range(len(names)), key=lambda number: (-wrong[number] - taken[number], number))
+    chosen = sorted(order[:MOST_CELLS])
+    part = [[counts[row][column] for column in chosen] for row in chosen]
+    title = f"Confusion of the {MOST_CELLS} classes of {len(names):,} that are most often mistaken"
+    return [Figure(title, charts.confusion(part, [names[number] for number in chosen]), pairs, _SHADES)]
+
+
+_SHADES = "Rows by true class, shaded by their share of it: right on the diagonal, wrong elsewhere."
+
+
+def _confused(counts: Sequence[Sequence[int]], names: Sequence[str]) -> Table:
+    found = [
+        (count, sum(line), names[row], names[column])
+        for row, line in enumerate(counts)
+        for column, count in enumerate(line)
+        if count and row != column
+    ]
+    found.sort(key=lambda one: (-one[0], one[2], one[3]))
+    return Table(
+        ["true class", "predicted as", "rows", "of the class's"],
+        [[true, taken, str(count), str(total)] for count, total, true, taken in found],
+        words=(0, 1),
+    )
+
+
+def _labels(counts: Sequence[Any], names: Sequence[str]) -> Figure:
+    cells = [(name, (int(one[1][1]), int(one[1][0]), int(one[0][1]))) for name, one in zip(names, counts, strict=True)]
+    worst = sorted(cells, key=lambda one: (-one[1][1] - one[1][2], one[0]))[:MOST_LINES]
+    kinds = ("found", "missed", "wrongly given")
+    return Figure(
+        "Labels found, missed and wrongly given",
+        charts.bars([(name, values) for name, values in worst], kinds, lambda count: f"{count:g}"),
+        Table(["label", *kinds], [[name, *map(str, values)] for name, values in cells]),
+        "Each label is told by itself.",
+    )
+
+
+def _roc(record: RunRecord) -> list[Figure]:
+    areas: Mapping[str, Any] = {one["name"]: one["auroc"] for one in record.pooled["classes"]}
+    curves = {
+        name: points for name, points in zip(record.classes, _curves(record).get("roc", ()), strict=False) if points
+    }
+    if not curves:
+        return []
+    worst_first = sorted(curves, key=lambda name: (areas.get(name) or [1.0])[0] or 0.0)
+    chosen = [name for name in curves if name in set(worst_first[:_MOST_CURVES])]
+    lines = [(_with_area(name, areas), _thinned(curves[name])) for name in chosen]
+    table = Table(["class", "AUROC"], [[name, interval(areas.get(name))] for name in curves])
+    many = len(chosen) > charts.COLOURS
+    note = f"The {_MOST_CURVES} lowest curves of {len(curves):,} are drawn." if len(curves) > len(chosen) else ""
+    caption = f"Each class against the rest, over all thresholds; towards the upper left is better. {note}".strip()
+    return [Figure("ROC curves", charts.curves(lines, _mean(list(curves.values())) if many else ()), table, caption)]
+
+
+def _with_area(name: str, areas: Mapping[str, Any]) -> str:
+    area = (areas.get(name) or [None])[0]
+    return name if area is None else f"{name} ({area:.3f})"
+
+
+def _thinned(points: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
+    """Return at most `_MOST_CORNERS` of a curve's corners, its ends among them."""
+    step = max(-(-len(points) // _MOST_CORNERS), 1)
+    kept = [*points[:-1:step], points[-1]]
+    return [(x, y) for x, y in kept]
+
+
+def _mean(curves: Sequence[Sequence[Sequence[float]]]) -> list[tuple[float, float]]:
+    """Return the mean height of curves at 51 places."""
+    import numpy as np
+
+    # Where a curve rises upright, the upper end counts: a hair to the right of each place.
+    places = np.linspace(0, 1, 51)
+    heights = np.mean([np.interp(places + 1e-9, *np.transpose(points)) for points in curves], axis=0)
+    return [(0.0, 0.0), *zip(places.tolist(), heights.tolist(), strict=True)]
+
+
+def _reliability(record: RunRecord) -> list[Figure]:
+    found = _curves(record).get("reliability")
+    if not found or not sum(found["rows"]):
+        return []
+    rows, given, came = found["rows"], found["confidence"], found["frequency"]
+    table = Table(
+        ["probability", "predictions", "given on average", "came true"],
+        [
+            [
+                f"{100 * number / len(rows):.0f}{DASH}{100 * (number + 1) / len(rows):.0f} %",
+                str(count),
+                percent(mean),
+                interval(share),
+            ]
+            for number, (count, mean, share) in enumerate(zip(rows, given, came, strict=True))
+            if count
+        ],
+        note=f"Expected calibration error: {percent(found['error'])}.",
+    )
+    subject = "Each label of each row" if record.multi_label else "The predicted class of each row"
+    caption = f"{subject}: on the diagonal, probabilities come true as often as they say."
+    return [Figure("Reliability", charts.reliability(rows, given, came), table, caption)]
