@@ -22,7 +22,7 @@ from fedhead.errors import UserError
 from fedhead.files import disk_errors, write_atomically
 from fedhead.messages import METRICS, Arrays
 from fedhead.server.contest import Candidate, Contest
-from fedhead.server.exchange import Exchange
+from fedhead.server.exchange import Exchange, Traffic
 from fedhead.server.history import Round
 from fedhead.server.rounds import Version
 from fedhead.server.run_folder import RunFolder
@@ -52,6 +52,7 @@ class Progress:
         counts: each site's training rows by class.
         contest: the heads that may turn out to be the best.
         full_model_bytes: see `fedhead.server.history.Outcome`.
+        traffic: the same.
         history: the finished lines.
     """
 
@@ -62,6 +63,7 @@ class Progress:
     counts: Mapping[str, Tensor]
     contest: Contest = field(default_factory=Contest)
     full_model_bytes: int = 0
+    traffic: Traffic = field(default_factory=Traffic)
     history: list[Round] = field(default_factory=list)
 
 
@@ -219,6 +221,7 @@ class Checkpoint:
             "counts": list(progress.counts),
             "statistics": progress.stats is not None,
             "full_model_bytes": progress.full_model_bytes,
+            "traffic": progress.traffic.to_dict(),
             "strategy": strategy,
             "common": contest.sites,
             "candidates": [[one.number, self._heads[one.number]] for one in contest.candidates],
@@ -266,6 +269,7 @@ class Checkpoint:
                 (torch.from_numpy(arrays["mean"]), torch.from_numpy(arrays["scale"])) if "mean" in arrays else None
             ),
             full_model_bytes=values["full_model_bytes"],
+            traffic=Traffic.from_dict(values["traffic"]),
             history=self._folder.rewind(values["history"]),
         )
 

@@ -130,6 +130,7 @@ class Coordinator:
             standardisation=self.form.standardisation,
             excluded=self._roster.excluded,
             counts=self._pooling.counts,
+            traffic=self._messenger.traffic,
         )
         self._save(progress)
         return progress
@@ -137,6 +138,7 @@ class Coordinator:
     def _go_on(self, progress: Progress) -> Progress:
         """Gather the sites again; they are told how features are standardised in this run."""
         exchange = Exchange()
+        self._messenger.traffic = progress.traffic
         self.form.standardisation = progress.standardisation
         self._roster.excluded.update(progress.excluded)
         self._pooling.counts.update(progress.counts)
@@ -212,7 +214,7 @@ class Coordinator:
             full_model_bytes=progress.full_model_bytes,
             statistics=stats,
             unlearned=self._unlearned(stats_of_head),
-            traffic=self._messenger.traffic,
+            traffic=progress.traffic,
         )
 
     def _unlearned(self, stats: FeatureStatistics | None) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
 from flwr.app import Message, RecordDict
@@ -110,6 +110,18 @@ class Traffic:
                 for action, count in self.action_down.items()
             },
         }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Mapping[str, Sequence[int]]]) -> Self:
+        """Read what `to_dict` returned."""
+        sites, actions = values["sites"], values["actions"]
+        return cls(
+            down=Counter({site: down for site, (down, _) in sites.items()}),
+            up=Counter({site: up for site, (_, up) in sites.items()}),
+            action_down=Counter({action: down for action, (_, down, _) in actions.items()}),
+            action_up=Counter({action: up for action, (_, _, up) in actions.items()}),
+            answers=Counter({action: answers for action, (answers, _, _) in actions.items()}),
+        )
 
 
 class Messenger:

@@ -428,7 +428,9 @@ def test_a_run_that_fails_later_keeps_what_it_has(digits: Samples) -> None:
         simulate(RunConfig(init="zeros", rounds=5), digits, 3, observers=[EachRound(interrupt)])
     (folder,) = run_folders()
     assert [line["number"] for line in lines_of(folder)] == [0, 1]
-    assert {path.name for path in folder.iterdir()} == {"run.toml", "metrics.jsonl", "checkpoint"}
+    assert {path.name for path in folder.iterdir()} == {
+        "run.toml", "metrics.jsonl", "checkpoint", "journal.json", "report.html"
+    }  # fmt: skip
     RunConfig.from_toml(folder / "run.toml")
 
 
