@@ -58,6 +58,8 @@ class Journal(Observer):
         }
         self._since = time.perf_counter()
         self._written = 0.0
+        # A run that is refused before its first step leaves its folder as it was.
+        self._begun = False
 
     def on_started(self, config: RunConfig, run_dir: Path | None) -> None:
         """Go on from what an earlier process wrote, if the run is resumed."""
@@ -65,9 +67,9 @@ class Journal(Observer):
         self.values["started"] = earlier.get("started", self.values["started"])
         self.values["seconds"] = dict(earlier.get("seconds", {}))
         self._since = time.perf_counter()
-        self._write()
 
     def on_step(self, step: Step, server_round: int) -> None:
+        self._begun = True
         self._count_seconds()
         changed = step != self.values["step"]
         self.values["step"] = step
@@ -85,6 +87,8 @@ class Journal(Observer):
         self._end("finished")
 
     def on_failed(self, error: BaseException) -> None:
+        if not self._begun:
+            return
         interrupted = isinstance(error, KeyboardInterrupt)
         self.values["error"] = "" if interrupted else str(error)
         self._end("interrupted" if interrupted else "failed")
@@ -92,10 +96,10 @@ class Journal(Observer):
     def _end(self, status: str) -> None:
         self._count_seconds()
         self.values |= {"status": status, "step": "", "ended": _now()}
-        self._write()
         try:
+            self._write()
             write_report(self.path)
-        # What the run was for is there already; the report can be written again.
+        # What the run was for is there already, or its own failure matters more; the report can be written again.
         except FedheadError as problem:
             logger.warning("The report was not written: %s", problem)
 

@@ -114,6 +114,8 @@ def assert_complete(run_dir: Path, expected: RunResult) -> None:
         "model.safetensors",
         "evaluation.json",
         "result.json",
+        "journal.json",
+        "report.html",
     }
     numbers = [json.loads(line)["number"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert numbers == list(range(len(expected.history)))
