@@ -15,6 +15,7 @@ RELEASES = {
     "evaluate": "how a head did: how many held-out rows, how many right, and the sum of the losses",
     "report": "counts on its held-out rows: true class by predicted class, and scores in bins",
     "compare": "on how many of its held-out rows which of three heads are right",
+    "calibrate": "for a set of temperatures the sum of the losses, and counts of how often probabilities came true",
 }
 """What a site's answer to each action tells, in plain words."""
 

@@ -85,7 +85,7 @@ def test_traffic_of_every_action_is_that_of_all_sites(run: Path) -> None:
     assert sum(down for _, down, _ in actions.values()) == sum(down for down, _ in sites.values())
     assert actions["train"][0] == 3 * 4
     assert {name.rpartition(".")[2] for name in actions} == {
-        "describe", "statistics", "standardise", "train", "evaluate", "report", "compare"
+        "describe", "statistics", "standardise", "train", "evaluate", "report", "compare", "calibrate"
     }  # fmt: skip
 
 
