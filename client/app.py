@@ -11,7 +11,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from pydantic import ValidationError
 
-from fedhead.errors import FedheadError
+from fedhead.errors import FedheadError, UserError
 from fedhead.messages import (
     CALIBRATE,
     COMPARE,
@@ -51,14 +51,39 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SiteOf = Callable[[Context], "Site"]
+Handler = Callable[[Message, Context], Message]
+Mod = Callable[[Message, Context, Handler], Message]
 
 STATISTICS_ROWS = 8192
 """Rows whose features are in memory at a time while sums are taken."""
 
 
-def make_app(site_of: SiteOf) -> ClientApp:
-    """Build the app of the site that a context belongs to."""
-    app = ClientApp()
+def discreet(message: Message, context: Context, call_next: Handler) -> Message:
+    """Let what goes wrong leave the site only in sentences that were written to; a Flower mod.
+
+    Others may name a file of the site's, whose name may be a person's; its own log has them.
+
+    Raises:
+        FedheadError: what may leave.
+    """
+    try:
+        return call_next(message, context)
+    except UserError as error:
+        logger.error("%s", error)
+        raise FedheadError("The site cannot do it; its own log says why.") from None
+    except FedheadError:
+        raise
+    except ValidationError as error:
+        asked = ", ".join(sorted({".".join(map(str, detail["loc"])) for detail in error.errors()}))
+        raise FedheadError(f"The site does not know, or decides by itself: {asked}.") from None
+    except Exception as error:
+        logger.exception("An unexpected failure.")
+        raise FedheadError(f"The site failed ({type(error).__name__}); its own log says why.") from None
+
+
+def make_app(site_of: SiteOf, mods: Sequence[Mod] = ()) -> ClientApp:
+    """Build the app of the site that a context belongs to, with Flower mods around its handlers."""
+    app = ClientApp(mods=list(mods))
 
     @app.query(DESCRIBE.split(".")[1])
     def describe(message: Message, context: Context) -> Message:
@@ -457,4 +482,4 @@ def local_site(context: Context) -> "Site":
     )
 
 
-app = make_app(local_site)
+app = make_app(local_site, [discreet])

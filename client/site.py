@@ -16,10 +16,9 @@ from pathlib import Path
 from types import FrameType
 
 from flwr.app import Context, Error, Message, RecordDict
-from pydantic import ValidationError
 
 from fedhead.certificates import expiry_warning
-from fedhead.client.app import kept, make_app
+from fedhead.client.app import discreet, kept, make_app
 from fedhead.client.approval import Approvals, Ask
 from fedhead.client.connection import LONG_WAIT, Connection, RefusedError, WorkIsOverError
 from fedhead.client.guard import Entry, Guard, Ledger, ledger_path
@@ -163,7 +162,7 @@ class SiteProcess:
         self._connection = connection
         self._contexts = KeptContexts(folder / "runs")
         self._released = [] if released is None else released
-        self._app = make_app(lambda context: site)
+        self._app = make_app(lambda context: site, [discreet])
         self._working_on: Message | None = None
 
     def run(self) -> None:
@@ -222,20 +221,16 @@ class SiteProcess:
             reply = self._app(message, context)
             self._contexts.keep(context)
         except UserError as error:
-            # It speaks of the site's own files and rows, which are nobody else's business.
+            # The data is not there any more; where it was is nobody else's business.
             logger.error("%s: refused. %s", self._asked(message), error)
-            return _failure(message, f"{self.settings.name} cannot do it; its own log says why.")
+            return _failure(message, "The site cannot do it; its own log says why.")
         except FedheadError as error:
             logger.error("%s: refused. %s", self._asked(message), error)
             return _failure(message, str(error))
-        except ValidationError as error:
-            asked = ", ".join(sorted({".".join(map(str, detail["loc"])) for detail in error.errors()}))
-            logger.error("%s: refused, because it asks for what is not known here: %s.", self._asked(message), asked)
-            return _failure(message, f"{self.settings.name} does not know, or decides by itself: {asked}.")
-        # A site answers for as long as it is up: whatever a handler raises is the end of this message alone.
+        # A site answers for as long as it is up: whatever is asked for, the failure is of this message alone.
         except Exception as error:
             logger.exception("%s: failed, unexpectedly.", self._asked(message))
-            return _failure(message, f"{self.settings.name} failed ({type(error).__name__}); its own log says why.")
+            return _failure(message, f"The site failed ({type(error).__name__}); its own log says why.")
         return reply
 
     def _asked(self, message: Message) -> str:

@@ -172,7 +172,7 @@ def test_what_goes_wrong_inside_names_no_file_outside(
     one = process(data, tmp_path)
     shutil.rmtree(data)
     told = reason(one.answer(message(DESCRIBE, asked[DESCRIBE])))
-    assert told == "site-0 cannot do it; its own log says why."
+    assert told == "The site cannot do it; its own log says why."
     assert "ward-7" in caplog.text
     for path in scans.glob("*/*"):
         damaged = data / path.relative_to(scans)

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 SITES = ("ward-a", "ward-b", "ward-c")
 CLASSES = tuple(f"digit-{label}" for label in range(10))
-PATIENCE = 60.0
+PATIENCE = 180.0
 
 
 class Process:
