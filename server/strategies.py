@@ -258,10 +258,14 @@ def _quick_collections() -> Iterator[None]:
 
 @contextmanager
 def _quiet_flower() -> Iterator[None]:
+    # Another level would empty the caches of all loggers, twice in every round.
     logger = logging.getLogger("flwr")
-    level = logger.level
-    logger.setLevel(max(level, logging.ERROR))
+    logger.addFilter(_is_error)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(_is_error)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
