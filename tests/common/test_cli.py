@@ -87,10 +87,12 @@ def test_every_commands_help_groups_its_flags_and_shows_an_example() -> None:
     commands = typer.main.get_command(app)
     assert isinstance(commands, click.Group)
     assert "simulate" in commands.commands
-    for name in commands.commands:
-        text = click.unstyle(fedhead_command(name, "--help").stdout)
-        assert f"Example: fedhead {name}" in text, name
-        assert "─ Output ─" in text, name
+    for name, command in commands.commands.items():
+        below = [(name, part) for part in command.commands] if isinstance(command, click.Group) else [(name,)]
+        for words in below:
+            text = click.unstyle(fedhead_command(*words, "--help").stdout)
+            assert f"Example: fedhead {name}" in text, words
+            assert "─ Output ─" in text, words
 
 
 def test_every_setting_has_a_flag_of_its_name() -> None:
