@@ -25,6 +25,7 @@ from fedhead.messages import (
     STANDARDISE,
     STATISTICS,
     TRAIN,
+    UNDESCRIBED,
     Arrays,
     CalibrateRequest,
     Description,
@@ -35,6 +36,7 @@ from fedhead.messages import (
     Payload,
     ReportRequest,
     StatisticsRequest,
+    WeightsChunk,
     check_arrays,
 )
 
@@ -92,9 +94,7 @@ def make_app(site_of: SiteOf, mods: Sequence[Mod] = ()) -> ClientApp:
     @app.query(INSTALL.split(".")[1])
     def install(message: Message, context: Context) -> Message:
         site = site_of(context)
-        blob = Payload.from_content(message.content).arrays["weights"].tobytes()
-        site.install(kept(context).manifest, blob)
-        return Message(_describe(site, context), reply_to=message)
+        return Message(install_chunk(site, message.content, context), reply_to=message)
 
     @app.query(STATISTICS.split(".")[1])
     def statistics(message: Message, context: Context) -> Message:
@@ -104,6 +104,8 @@ def make_app(site_of: SiteOf, mods: Sequence[Mod] = ()) -> ClientApp:
     @app.query(STANDARDISE.split(".")[1])
     def standardise(message: Message, context: Context) -> Message:
         keep_standardisation(Payload.from_content(message.content), context)
+        # A site that comes late extracts its features now, and not while others wait for it in a round.
+        site_of(context).open(kept(context).manifest)
         return Message(Payload().to_content(), reply_to=message)
 
     @app.query(COMPARE.split(".")[1])
@@ -197,6 +199,14 @@ def describe_site(site: "Site", content: RecordDict, context: Context) -> Record
     return _describe(site, context)
 
 
+def install_chunk(site: "Site", content: RecordDict, context: Context) -> RecordDict:
+    """Take in a part of the weights; answer how much is here, or once all of it is, whether `site` can take part."""
+    received = site.install(kept(context).manifest, WeightsChunk.from_content(content))
+    if received is None:
+        return _describe(site, context)
+    return Payload(Description(site=site.name, rows=site.num_rows, received=received).model_dump()).to_content()
+
+
 def _describe(site: "Site", context: Context) -> RecordDict:
     return Payload(description_of(site, kept(context)).model_dump()).to_content()
 
@@ -237,7 +247,7 @@ def kept(context: Context) -> Kept:
     """
     record = context.state.get(RECORD)
     if not isinstance(record, ConfigRecord):
-        raise FedheadError("This site has no manifest of the run; the coordinator must describe it again.")
+        raise FedheadError(f"{UNDESCRIBED}; the coordinator must describe it again.")
     manifest = Manifest.model_validate_json(str(record["manifest"]))
     standardisation = None
     if "mean" in record:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from fedhead.backbones import Backbone
-from fedhead.backbones.weights import find_backbone, install_weights
+from fedhead.backbones.weights import PartialWeights, find_backbone, weights_path
 from fedhead.client.guard import Guard, GuardedRows, Ledger, ledger_path
 from fedhead.client.training import LabelledFeatures, SiteRows
 from fedhead.data import IntArray, KeyArray, held_out, load_samples, relabel, require_kind, require_labels
 from fedhead.devices import Precision, pick_device
 from fedhead.errors import FedheadError, UserError
 from fedhead.features import FeatureStore
-from fedhead.messages import Manifest
+from fedhead.messages import Manifest, WeightsChunk
 
 logger = logging.getLogger(__name__)
 
@@ -95,8 +95,11 @@ class Site(Protocol):
     def has_weights(self, manifest: Manifest) -> bool:
         """Tell whether the backbone's weights are here."""
 
-    def install(self, manifest: Manifest, blob: bytes) -> None:
-        """Verify and keep the backbone's weights.
+    def install(self, manifest: Manifest, chunk: WeightsChunk) -> int | None:
+        """Take in a part of the backbone's weights; verify and keep them once they are complete.
+
+        Returns:
+            How many bytes are here, in order, if some are missing; None if not.
 
         Raises:
             FedheadError: if they are not what the manifest says.
@@ -164,8 +167,11 @@ class LocalSite:
     def has_weights(self, manifest: Manifest) -> bool:
         return self._find_backbone(manifest) is not None
 
-    def install(self, manifest: Manifest, blob: bytes) -> None:
-        install_weights(blob, manifest.weights_digest)
+    def install(self, manifest: Manifest, chunk: WeightsChunk) -> int | None:
+        if weights_path(manifest.weights_digest).is_file():
+            return None
+        partial = PartialWeights(manifest.weights_digest, chunk.file, self.name)
+        return None if partial.add(chunk.offset, chunk.data.data, chunk.size) else partial.received
 
     def check_data(self, manifest: Manifest) -> None:
         require_kind(manifest.backbone, manifest.kind, self.samples.kind)

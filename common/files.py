@@ -96,16 +96,39 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         UserError: if it may not be written.
         FedheadError: if the disk is full.
     """
-    data = content.encode() if isinstance(content, str) else content
+    with replaced(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Give a temporary file to write to, which is flushed and renamed to `path` if all goes well, else removed.
+
+    Raises:
+        UserError: if it may not be written.
+        FedheadError: if the disk is full.
+    """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+        os.close(handle)
+        temporary = Path(name)
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).replace(path)
+            yield temporary
+            flush(temporary)
+            temporary.replace(path)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
+
+
+def flush(path: Path) -> None:
+    """Have what was written to a file on the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def digest_file(path: Path) -> str:
+    """Return the SHA-256 of a file, of which little is in memory at a time."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

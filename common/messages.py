@@ -5,6 +5,7 @@ A message carries one `Payload`: plain values and named arrays as one safetensor
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self
@@ -31,6 +32,9 @@ TRAIN = "train"
 EVALUATE = "evaluate"
 REPORT = "evaluate.report"
 CALIBRATE = "evaluate.calibrate"
+
+UNDESCRIBED = "This site has no manifest of the run"
+"""Begins what a site says that does not know of the run it is asked about; it must be described again."""
 
 RECORD = "fedhead"
 PAYLOAD = "payload"
@@ -107,7 +111,11 @@ def _blob(content: RecordDict) -> bytes:
 
 
 class Manifest(BaseModel):
-    """What both sides must agree on before a run; the coordinator sends it, a site keeps it."""
+    """What both sides must agree on before a run; the coordinator sends it, a site keeps it.
+
+    A site refuses keys that it does not know: it would not do what they ask. So a release that adds one speaks another
+    protocol, unless it leaves the key out where it asks for nothing new.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -127,6 +135,46 @@ class Manifest(BaseModel):
     local: LocalConfig
 
 
+@dataclass(frozen=True)
+class WeightsChunk:
+    """A part of a file of weights.
+
+    Attributes:
+        file: SHA-256 of the whole file.
+        size: of the whole file, in bytes.
+        offset: where the part begins.
+        data: the part, uint8; none of it asks only how much the site has.
+    """
+
+    file: str
+    size: int
+    offset: int
+    data: npt.NDArray[np.uint8]
+
+    def to_content(self) -> RecordDict:
+        """Return what a Flower message carries."""
+        return Payload({"file": self.file, "size": self.size, "offset": self.offset}, {"data": self.data}).to_content()
+
+    @classmethod
+    def from_content(cls, content: RecordDict) -> Self:
+        """Read and check what a site receives.
+
+        Raises:
+            MessageError: if it is anything else.
+        """
+        payload = Payload.from_content(content)
+        try:
+            file, size, offset = payload.values["file"], int(payload.values["size"]), int(payload.values["offset"])
+            data = payload.arrays["data"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise MessageError(f"it is no part of a file of weights ({error})") from None
+        if not isinstance(file, str) or not re.fullmatch("[0-9a-f]{64}", file) or data.dtype != np.uint8:
+            raise MessageError("it is no part of a file of weights")
+        if not 0 <= offset <= size or data.ndim != 1 or offset + len(data) > size:
+            raise MessageError(f"its {len(data)} bytes at {offset} are not part of a file of {size}")
+        return cls(file, size, offset, data)
+
+
 class StatisticsRequest(BaseModel):
     """Which sums a site is asked for: of the rows it trains on or of those held out, with a Gram matrix or without."""
 
@@ -137,13 +185,26 @@ class StatisticsRequest(BaseModel):
 
 
 class Description(BaseModel):
-    """A site's answer: whether it can take part, and if not, why, in words its engineer can act on."""
+    """A site's answer: whether it can take part, and if not, why, in words its engineer can act on.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    Keys that a later release of the same protocol adds are ignored.
 
+    Attributes:
+        protocol: that it speaks.
+        site: its name.
+        rows: how many it has.
+        has_weights: whether the backbone's are there.
+        received: how many bytes of them are, while they are sent.
+        refusal: why it cannot take part.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    protocol: int = PROTOCOL
     site: str
     rows: int = 0
     has_weights: bool = False
+    received: int = 0
     refusal: str = ""
 
     @classmethod
@@ -170,11 +231,16 @@ class Description(BaseModel):
 
     @classmethod
     def _checked(cls, values: Mapping[str, Any]) -> Self:
+        if values.get("protocol", PROTOCOL) != PROTOCOL:
+            raise MessageError(
+                f"it speaks protocol {values['protocol']}, and this coordinator speaks {PROTOCOL}; install one version "
+                "of fedhead on both sides"
+            )
         try:
             description = cls(**values)
         except (ValidationError, TypeError) as error:
             raise MessageError(f"it does not describe a site ({error})") from None
-        if not description.site or description.rows < 0:
+        if not description.site or description.rows < 0 or description.received < 0:
             raise MessageError("it names no site, or a negative number of rows")
         return description
 

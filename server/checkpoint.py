@@ -49,6 +49,7 @@ class Progress:
         stats: the pooled statistics, where the first head was solved of them.
         standardisation: mean and scale `[d]` that heads are trained under.
         excluded: sites whose sums could not be used, with the reason.
+        sites: those that take part.
         counts: each site's training rows by class.
         contest: the heads that may turn out to be the best.
         full_model_bytes: see `fedhead.server.history.Outcome`.
@@ -61,6 +62,7 @@ class Progress:
     standardisation: tuple[Tensor, Tensor] | None
     excluded: Mapping[str, str]
     counts: Mapping[str, Tensor]
+    sites: Sequence[str] = ()
     contest: Contest = field(default_factory=Contest)
     full_model_bytes: int = 0
     traffic: Traffic = field(default_factory=Traffic)
@@ -159,6 +161,11 @@ class Checkpoint:
         ended = time.monotonic()
         self._next = ended + max(SECONDS, (ended - started) / SHARE)
 
+    @property
+    def hint(self) -> str:
+        """Say what can be done after a run failed."""
+        return f"What is complete is saved: go on with --resume {self._folder.path}."
+
     def remove(self) -> None:
         """Remove the folder of a run that is finished."""
         with disk_errors(self._path):
@@ -215,9 +222,11 @@ class Checkpoint:
             "names": list(current.arrays),
             "seconds": current.seconds,
             "dropped": made_by.dropped,
+            "joined": made_by.joined,
             "bytes": [made_by.bytes_down, made_by.bytes_up],
             "answered": answered,
             "excluded": dict(progress.excluded),
+            "sites": list(progress.sites),
             "counts": list(progress.counts),
             "statistics": progress.stats is not None,
             "full_model_bytes": progress.full_model_bytes,
@@ -241,6 +250,7 @@ class Checkpoint:
         made_by = Exchange(
             metrics=dict(zip(values["answered"], arrays["metrics"], strict=True)),
             dropped=values["dropped"],
+            joined=values["joined"],
             bytes_down=values["bytes"][0],
             bytes_up=values["bytes"][1],
         )
@@ -263,6 +273,7 @@ class Checkpoint:
             current=Version(values["number"], head, made_by, values["seconds"]),
             contest=Contest(None if values["common"] is None else tuple(values["common"]), candidates),
             excluded=values["excluded"],
+            sites=values["sites"],
             counts={name: torch.from_numpy(arrays[f"counts.{row}"]) for row, name in enumerate(values["counts"])},
             stats=stats,
             standardisation=(

@@ -1,5 +1,6 @@
 """The run as a reader would tell it: describe, install, statistics, train, finish."""
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 
@@ -9,25 +10,54 @@ from flwr.serverapp.strategy import Strategy
 from fedhead.backbones import Backbone
 from fedhead.config import RunConfig
 from fedhead.diagnosis import SiteDiagnosis, coverage
-from fedhead.errors import UserError
+from fedhead.errors import FedheadError, UserError
 from fedhead.heads import Head
 from fedhead.messages import METRICS, Arrays, HeadRequest, Manifest, StatisticsRequest
 from fedhead.server.checkpoint import Checkpoint, Progress, new_run
 from fedhead.server.contest import HELD_OUT, LOSS_SUM
 from fedhead.server.evaluation import calibrate, evaluate_in_detail
-from fedhead.server.exchange import EXAMPLES, TRAIN_LOSS, Exchange, Messenger
+from fedhead.server.exchange import EXAMPLES, POLL_SECONDS, TRAIN_LOSS, Exchange, Messenger
 from fedhead.server.history import Calibrated, Outcome, Round
+from fedhead.server.latecomers import Latecomers
 from fedhead.server.observer import Observer
-from fedhead.server.pooling import Pooling
+from fedhead.server.pooling import Pooling, standardise_content
 from fedhead.server.roster import Roster
 from fedhead.server.rounds import Rounds, Version
 from fedhead.server.site_diagnosis import diagnose_sites
 from fedhead.server.site_sums import SiteSums
 from fedhead.server.starting_head import UNSOLVED, HeadForm
 from fedhead.server.strategies import required_sites
+from fedhead.server.weights_file import CHUNK_BYTES, WeightsFile
 from fedhead.statistics import FeatureStatistics
 
+logger = logging.getLogger(__name__)
+
 CORRECT = METRICS.index("correct")
+
+
+RETURN_SECONDS = 60.0
+"""For so long a resumed run waits for the sites that it had; those that come later join later."""
+
+
+class Patience:
+    """How long something is waited for.
+
+    Args:
+        seconds: from now.
+
+    Attributes:
+        said: what was said last about the wait.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.said = ""
+        self._stop = time.monotonic() + seconds
+
+    @property
+    def lasts(self) -> bool:
+        """Whether the time is not over yet."""
+        return time.monotonic() < self._stop
 
 
 class Coordinator:
@@ -92,7 +122,11 @@ class Coordinator:
         self._messenger = Messenger(grid, config.round_deadline)
         # Taken once: sites sum about the mean of the very features that they are sent.
         probe = backbone.probe()
-        self._roster = Roster(self._messenger, self.manifest, backbone, probe, required_sites(strategy), self.observer)
+        weights = WeightsFile(backbone, None if self._messenger.in_process else CHUNK_BYTES)
+        self._roster = Roster(self._messenger, self.manifest, weights, probe, self.observer)
+        self._latecomers = Latecomers(self._messenger, self._roster)
+        self._needed = max(required_sites(strategy), config.min_sites)
+        self._joined: list[str] = []
         self._pooling = Pooling(self._messenger, self.manifest, self._roster, probe, sums)
         self._rounds = Rounds(strategy, self._messenger, self.manifest, self._roster)
         self._marked = time.perf_counter()
@@ -105,9 +139,8 @@ class Coordinator:
         """
         progress = self._start() if self._saved is None else self._go_on(self._saved)
         for number in range(progress.current.number + 1, self.config.rounds + 1):
-            self.observer.on_step("train", number)
             current = progress.current
-            exchange = self._rounds.train(number, current.arrays)
+            exchange = self._train(number, current)
             made = self._rounds.aggregate(number, current.arrays, exchange)
             progress.contest.enter(current.number, current.arrays, exchange)
             progress.full_model_bytes += 2 * exchange.asked * self._whole_model(current.arrays)
@@ -120,10 +153,19 @@ class Coordinator:
         """Gather the sites and make the first head."""
         exchange = Exchange()
         self._roster.gather(exchange)
-        stats = self._sum_statistics(exchange)
-        if self.config.rounds:
-            self._standardise(stats, exchange)
-        self._roster.exclude(exchange.dropped)
+        patience = Patience(self.config.round_deadline)
+        while True:
+            self._await_sites(0, exchange)
+            stats = self._sum_statistics(exchange)
+            if self.config.rounds:
+                self._standardise(stats, exchange)
+            self._skip_late(exchange)
+            self._roster.exclude(exchange.dropped)
+            if not (shortage := self._roster.shortage(self._needed)):
+                break
+            self._be_patient(patience, shortage)
+            self._pooling.forget()
+            exchange.dropped.clear()
         progress = Progress(
             current=self._version(0, self.form.start(stats), exchange),
             stats=stats,
@@ -136,21 +178,98 @@ class Coordinator:
         return progress
 
     def _go_on(self, progress: Progress) -> Progress:
-        """Gather the sites again; they are told how features are standardised in this run."""
-        exchange = Exchange()
+        """Gather the sites again, and tell them how features are standardised in this run."""
+        exchange = progress.current.made_by
         self._messenger.traffic = progress.traffic
         self.form.standardisation = progress.standardisation
         self._roster.excluded.update(progress.excluded)
         self._pooling.counts.update(progress.counts)
-        self._roster.gather(exchange)
+        again = Exchange()
+        self._roster.gather(again)
         if progress.standardisation is not None:
             self.observer.on_step("standardise", progress.current.number)
-            self._pooling.tell(progress.standardisation, exchange)
-        progress.current.made_by.bytes_down += exchange.bytes_down
-        progress.current.made_by.bytes_up += exchange.bytes_up
+            self._latecomers.standardise = standardise_content(progress.standardisation)
+            self._pooling.tell(progress.standardisation, again)
+            self._skip_late(again)
+            self._roster.exclude(again.dropped)
+        exchange.bytes_down += again.bytes_down
+        exchange.bytes_up += again.bytes_up
+        joined = set(self._roster.nodes) - set(progress.sites)
+        patience = Patience(min(RETURN_SECONDS, self.config.round_deadline))
+        while not self._messenger.in_process and patience.lasts:
+            if not set(progress.sites) - self._roster.nodes.keys() - self._roster.refused.keys():
+                break
+            time.sleep(POLL_SECONDS)
+            self._messenger.poll()
+            joined |= set(self._latecomers.welcome(progress.current.number + 1, exchange)) - set(progress.sites)
+        self._joined = sorted(joined)
         return progress
 
+    def _await_sites(self, number: int, exchange: Exchange) -> None:
+        """Go on without sites that are gone, take in those that came, and wait until they are enough.
+
+        Raises:
+            FedheadError: if they are not within the deadline.
+        """
+        patience = Patience(self.config.round_deadline)
+        while True:
+            if not self._messenger.in_process:
+                self._messenger.poll()
+                self._joined += self._latecomers.welcome(number, exchange)
+            if not (shortage := self._roster.shortage(self._needed)):
+                return
+            self._be_patient(patience, shortage)
+
+    def _train(self, number: int, current: Version) -> Exchange:
+        """Have the head trained by enough sites; where too few answer, the round is done again.
+
+        Raises:
+            FedheadError: if too few answered when the deadline had passed.
+        """
+        patience = Patience(self.config.round_deadline)
+        spent = Exchange()
+        while True:
+            self._await_sites(number, current.made_by)
+            self.observer.on_step("train", number)
+            exchange = self._rounds.train(number, current.arrays)
+            self._skip_late(exchange)
+            exchange.bytes_down += spent.bytes_down
+            exchange.bytes_up += spent.bytes_up
+            if self._messenger.in_process or len(exchange.metrics) >= min(self._needed, exchange.asked):
+                exchange.joined, self._joined = sorted(set(self._joined)), []
+                return exchange
+            spent = exchange
+            self._be_patient(
+                patience,
+                f"{len(exchange.metrics)} of {exchange.asked} sites answered in round {number}, and the run needs "
+                f"{self._needed} or more; the round is done again.{exchange.first_reasons()}",
+            )
+
+    def _skip_late(self, exchange: Exchange) -> None:
+        """Go on without sites that were late or gone; they take part again once they are there."""
+        for site in sorted(exchange.late):
+            self._roster.lose(site, exchange.dropped[site])
+        self._roster.tell()
+
+    def _be_patient(self, patience: "Patience", shortage: str) -> None:
+        """Wait a little for more sites, and say why.
+
+        Raises:
+            FedheadError: if it was waited for long enough, or waiting cannot help.
+        """
+        if self._messenger.in_process:
+            raise FedheadError(shortage)
+        if not patience.lasts:
+            hint = f" {self.checkpoint.hint}" if self.checkpoint is not None else ""
+            raise FedheadError(f"{shortage} This did not change within {patience.seconds:.0f} s.{hint}")
+        if shortage != patience.said:
+            patience.said = shortage
+            self.observer.on_waiting(shortage)
+            logger.warning("Waiting: %s", shortage)
+        time.sleep(POLL_SECONDS)
+
     def _save(self, progress: Progress) -> None:
+        progress.sites = sorted(self._roster.nodes)
         if self.checkpoint is not None:
             self.checkpoint.record(progress)
 
@@ -170,11 +289,13 @@ class Coordinator:
         sums = stats if stats is not None and same_width else self._pooling.moments(exchange)
         # What the sites compute with is float32, so that is what must be folded back, if in float64.
         self.form.standardisation = (sums.mean().float().double(), sums.scale().float().double())
+        self._latecomers.standardise = standardise_content(self.form.standardisation)
         self._pooling.tell(self.form.standardisation, exchange)
 
     def _finish(self, progress: Progress) -> Outcome:
         """Evaluate the last head, and the one that is kept in detail; diagnose the sites; deliver."""
         last, stats = progress.current, progress.stats
+        self._await_sites(last.number + 1, last.made_by)
         self.observer.on_step("evaluate", last.number)
         exchange = self._rounds.evaluate(last.number, last.arrays)
         progress.contest.enter(last.number, last.arrays, exchange)
@@ -205,7 +326,7 @@ class Coordinator:
             kept_round=kept.number,
             all_rows=all_rows,
             history=history,
-            participants=sorted(self._roster.nodes),
+            participants=sorted(self._roster.rows.keys() - self._roster.refused.keys()),
             sites=sites,
             calibrated=calibrated,
             diagnoses=diagnoses,
@@ -242,6 +363,7 @@ class Coordinator:
             accuracy=float(sums[CORRECT] / held_out) if held_out else None,
             test_accuracy=self.test(self.form.leave(version.arrays)) if self.test else None,
             dropped=dict(sorted(version.made_by.dropped.items())),
+            joined=tuple(version.made_by.joined),
         )
         self.observer.on_round(finished)
         return finished

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, Self, runtime_checkable
 
@@ -11,12 +11,22 @@ import numpy as np
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedhead.messages import METRICS, FloatArray, HeadReply, payload_bytes
+from fedhead.messages import METRICS, UNDESCRIBED, FloatArray, HeadReply, payload_bytes
 
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.05
+UNREACHABLE = 6
+"""Flower's code of a node that is unavailable."""
 EXAMPLES, TRAIN_LOSS = METRICS.index("examples"), METRICS.index("train_loss")
+
+
+@runtime_checkable
+class Forgetful(Protocol):
+    """A Grid that can be told what is no longer waited for."""
+
+    def forget(self, message_ids: Iterable[str]) -> None:
+        """Drop these messages, and replies to them."""
 
 
 @dataclass
@@ -27,6 +37,8 @@ class Exchange:
         replies: usable heads with the message each answers, by site name.
         metrics: `[len(METRICS)]` of each site that answered usably about a head.
         dropped: sites that did not, with the reason.
+        late: those of `dropped` that did not answer in time, are gone, or no longer know of the run.
+        joined: sites that came late or returned, and took part for the first time since.
         asked: how many messages were sent.
         bytes_down: payload sent.
         bytes_up: payload received.
@@ -35,6 +47,8 @@ class Exchange:
     replies: list[tuple[Message, HeadReply]] = field(default_factory=list)
     metrics: dict[str, FloatArray] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
+    late: set[str] = field(default_factory=set)
+    joined: list[str] = field(default_factory=list)
     asked: int = 0
     bytes_down: int = 0
     bytes_up: int = 0
@@ -124,8 +138,16 @@ class Traffic:
         )
 
 
+Handler = Callable[[Message], None]
+
+
 class Messenger:
     """Sends messages to named sites, and yields what they answer.
+
+    Of a Grid it needs `get_node_ids`, which lists the nodes that are connected now, and `push_messages` and
+    `pull_messages`, which may answer with an error for a node that is lost. It uses, where a Grid has them,
+    `site_name(node_id)`, the name that a node is registered under, and `forget(message_ids)`, to which it says what it
+    no longer waits for.
 
     Args:
         grid: where the sites are.
@@ -141,6 +163,28 @@ class Messenger:
         self.traffic = Traffic()
         # A Grid in this process may answer for many sites at once; one that answers so has answered all.
         self.in_process = isinstance(grid, MergingGrid) and grid.merges_replies
+        self._posted: dict[str, Handler] = {}
+
+    def post(
+        self, site: str, node_id: int, action: str, content: RecordDict, exchange: Exchange, handler: Handler
+    ) -> None:
+        """Send a message that nobody waits for; its answer goes to `handler` when others' are awaited, or at `poll`."""
+        count = payload_bytes(content)
+        exchange.bytes_down += count
+        self.traffic.sent((site,), action, count)
+        (message_id,) = self.grid.push_messages([Message(content, node_id, action)])
+        self._posted[message_id] = handler
+
+    def poll(self) -> None:
+        """Take in answers to what was posted, as far as they are there."""
+        if self._posted:
+            for reply in self.grid.pull_messages(list(self._posted)):
+                self._hand_over(reply)
+
+    def _hand_over(self, reply: Message) -> None:
+        handler = self._posted.pop(reply.metadata.reply_to_message_id, None)
+        if handler is not None:
+            handler(reply)
 
     def receive(self, sites: Sequence[str], action: str, count: int, exchange: Exchange) -> None:
         """Note the `count` bytes of an answer, of one site or merged of several."""
@@ -207,14 +251,18 @@ class Messenger:
         waiting = dict(zip(self.grid.push_messages(list(messages.values())), messages, strict=True))
         stop = time.monotonic() + self.deadline
         while waiting:
-            for reply in self.grid.pull_messages(list(waiting)):
+            for reply in self.grid.pull_messages([*waiting, *self._posted]):
                 # A lost node's error comes from node 1, so the message that is answered names the site.
                 name = waiting.pop(reply.metadata.reply_to_message_id, None)
                 if name is None:
+                    self._hand_over(reply)
                     continue
                 if reply.has_error():
+                    reason = reply.error.reason or "it failed without a reason"
                     for site in spoken.get(name, (name,)):
-                        exchange.drop(site, reply.error.reason or "it failed without a reason")
+                        exchange.drop(site, reason)
+                    if reply.error.code == UNREACHABLE or UNDESCRIBED in reason:
+                        exchange.late.update(spoken.get(name, (name,)))
                 else:
                     yield name, messages[name], reply.content
             if self.in_process:
@@ -222,5 +270,8 @@ class Messenger:
             if waiting and time.monotonic() > stop:
                 for name in waiting.values():
                     exchange.drop(name, f"no reply within {self.deadline:.0f} s")
+                exchange.late.update(waiting.values())
+                if isinstance(self.grid, Forgetful):
+                    self.grid.forget(list(waiting))
                 return
             time.sleep(POLL_SECONDS if waiting else 0)

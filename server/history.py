@@ -32,6 +32,7 @@ class Round:
             nothing is held out.
         test_accuracy: the same on the pooled test set, where there is one.
         dropped: sites whose replies did not count, with the reason.
+        joined: sites that came late or returned, and took part for the first time since.
     """
 
     number: int
@@ -44,6 +45,7 @@ class Round:
     accuracy: float | None = None
     test_accuracy: float | None = None
     dropped: Mapping[str, str] = field(default_factory=dict)
+    joined: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

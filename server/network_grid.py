@@ -8,12 +8,11 @@ from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
+from fedhead.server.exchange import UNREACHABLE
 from fedhead.server.superlink import SuperLink
 
 LOOK_SECONDS = 0.5
 """How often it is looked whether sites are lost."""
-UNREACHABLE = 6
-"""Flower's code of a node that is unavailable."""
 
 
 class NetworkGrid(Grid):

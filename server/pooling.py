@@ -81,6 +81,12 @@ class Pooling:
                 self.counts.update(zip(names, [stats.counts] if counts is None else counts, strict=True))
         return _at_least_one(total if used else None, exchange)
 
+    def forget(self) -> None:
+        """Forget the statistics that were summed, to sum them again of other sites."""
+        self.counts.clear()
+        if self._kept is not None:
+            self._kept.clear()
+
     def moments(self, exchange: Exchange) -> FeatureMoments:
         """Return the sum of the sites' moments.
 
@@ -101,8 +107,7 @@ class Pooling:
 
     def tell(self, standardisation: tuple[torch.Tensor, torch.Tensor], exchange: Exchange) -> None:
         """Tell the sites the mean and scale `[d]` that heads are trained under."""
-        mean, scale = (part.float().numpy() for part in standardisation)
-        content = Payload({}, {"mean": mean, "scale": scale}).to_content()
+        content = standardise_content(standardisation)
         for names, answer in self._messenger.ask_together(self._roster.nodes, STANDARDISE, content, exchange):
             try:
                 self._messenger.receive(names, STANDARDISE, payload_bytes(answer) * len(names), exchange)
@@ -116,6 +121,9 @@ class Pooling:
         """Yield sums and whose they are: of one site, where its own are kept."""
         content = Payload(request.model_dump()).to_content()
         nodes = self._roster.nodes
+        if request.rows == "held_out":
+            # Of a site that came late no training rows were summed, and so no others are.
+            nodes = {name: node for name, node in nodes.items() if name in self.counts}
         answers: Iterator[tuple[tuple[str, ...], RecordDict]]
         if self._kept is not None and request.what == "gram":
             asked = self._messenger.ask(nodes, STATISTICS, content, exchange)
@@ -144,3 +152,9 @@ def _at_least_one(total: Sums | None, exchange: Exchange) -> Sums:
     if total is None:
         raise FedheadError(f"Not one site's statistics could be used.{exchange.first_reasons()}")
     return total
+
+
+def standardise_content(standardisation: tuple[torch.Tensor, torch.Tensor]) -> RecordDict:
+    """Return what tells a site the mean and scale `[d]` that heads are trained under."""
+    mean, scale = (part.float().numpy() for part in standardisation)
+    return Payload({}, {"mean": mean, "scale": scale}).to_content()

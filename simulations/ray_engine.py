@@ -30,7 +30,7 @@ from fedhead.errors import FedheadError, UserError
 from fedhead.features import FeatureStore
 from fedhead.files import home, safe_name, write_atomically
 from fedhead.flower import keep_identity
-from fedhead.messages import Manifest
+from fedhead.messages import Manifest, WeightsChunk
 from fedhead.server.history import Outcome
 from fedhead.simulations.simulate import SharedData, SimulatedSite
 
@@ -62,9 +62,11 @@ class RaySite(SimulatedSite):
     def has_weights(self, manifest: Manifest) -> bool:
         return super().has_weights(manifest) or self._mark.exists()
 
-    def install(self, manifest: Manifest, blob: bytes) -> None:
-        super().install(manifest, blob)
-        self._mark.touch()
+    def install(self, manifest: Manifest, chunk: WeightsChunk) -> int | None:
+        received = super().install(manifest, chunk)
+        if received is None:
+            self._mark.touch()
+        return received
 
 
 def require_ray() -> None:

@@ -18,20 +18,20 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from fedhead.backbones import Backbone, load_backbone
-from fedhead.backbones.weights import install_weights
+from fedhead.backbones.weights import weights_path
 from fedhead.client.guard import Guard, Ledger
 from fedhead.client.site_data import Holding, check_backbone, hold, refuse_if_withheld
 from fedhead.client.training import LabelledFeatures
 from fedhead.config import RunConfig
 from fedhead.data import IntArray, Samples, load_samples, load_sites, relabel, require_kind, require_labels
 from fedhead.devices import pick_device
-from fedhead.errors import UserError
+from fedhead.errors import FedheadError, UserError
 from fedhead.features import FeatureStore, Progress
 from fedhead.files import locked_folder
 from fedhead.flower import in_process_identity
 from fedhead.heads import Head, make_head
 from fedhead.losses import loss_for
-from fedhead.messages import Manifest
+from fedhead.messages import Manifest, WeightsChunk
 from fedhead.metrics import EvaluationReport, EvaluationSums, report
 from fedhead.model import TransferModel
 from fedhead.server.checkpoint import Checkpoint, require_same_run
@@ -194,18 +194,11 @@ class SharedData:
         self.guard = guard
         device = backbone.device
         self.data = LabelledFeatures(store.features.to(device), torch.from_numpy(labels).to(device))
-        self._installed: set[str] = set()
 
     @cached_property
     def probe(self) -> Tensor:
         """The features of the probe."""
         return self.backbone.probe()
-
-    def install(self, blob: bytes, weights_digest: str) -> None:
-        """Verify and keep what is sent to the first site; the others of this process are sent the same."""
-        if weights_digest not in self._installed:
-            install_weights(blob, weights_digest)
-            self._installed.add(weights_digest)
 
 
 class SimulatedSite:
@@ -232,9 +225,15 @@ class SimulatedSite:
     def has_weights(self, manifest: Manifest) -> bool:
         return self._has_weights
 
-    def install(self, manifest: Manifest, blob: bytes) -> None:
-        self._shared.install(blob, manifest.weights_digest)
+    def install(self, manifest: Manifest, chunk: WeightsChunk) -> int | None:
+        received = chunk.offset + len(chunk.data)
+        if received < chunk.size:
+            return received
+        # The coordinator of this machine has written the file that a site would keep.
+        if not weights_path(manifest.weights_digest).is_file():
+            raise FedheadError(f"The weights that were sent to {self.name} are not there.")
         self._has_weights = True
+        return None
 
     def check_data(self, manifest: Manifest) -> None:
         """Check nothing: `make_plan` has looked at all sites' data."""

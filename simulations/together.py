@@ -35,6 +35,7 @@ from fedhead.messages import (
     HeadRequest,
     Payload,
     StatisticsRequest,
+    WeightsChunk,
     payload_bytes,
 )
 from fedhead.moments import FeatureMoments
@@ -55,11 +56,11 @@ def describe_together(sites: Sequence[Site], content: RecordDict, context: Conte
 
 
 def install_together(sites: Sequence[Site], content: RecordDict, context: Context) -> RecordDict:
-    """Have every site keep the weights, and answer as to a description."""
+    """Have every site keep the weights, which go in one chunk, and answer as to a description."""
     agreed = kept(context)
-    blob = Payload.from_content(content).arrays["weights"].tobytes()
+    chunk = WeightsChunk.from_content(content)
     for site in sites:
-        site.install(agreed.manifest, blob)
+        site.install(agreed.manifest, chunk)
     return _described([description_of(site, agreed) for site in sites])
 
 

@@ -13,14 +13,14 @@ from typing import Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
 from fedhead.backbones.pooling import pool, poolings
 from fedhead.backbones.preprocessing import Batch, Preprocessing
 from fedhead.data import Item, Kind
 from fedhead.errors import UserError
-from fedhead.files import write_atomically
+from fedhead.files import replaced
 from fedhead.registry import Registry
 
 BackboneSource = Callable[[str, str, str, int], "Backbone"]
@@ -178,7 +178,18 @@ class Backbone:
 
     def to_bytes(self) -> bytes:
         """Return the backbone as a safetensors file: weights, and how to build and feed the module."""
-        metadata = {
+        return save(self._tensors_to_save(), self._metadata())
+
+    def save(self, path: Path | str) -> None:
+        """Write `to_bytes` to `path`, whole or not at all, with one copy of the weights in memory beside the module."""
+        with replaced(Path(path)) as temporary:
+            save_file(self._tensors_to_save(), temporary, self._metadata())
+
+    def _tensors_to_save(self) -> dict[str, Tensor]:
+        return {name: tensor.cpu().contiguous() for name, tensor in self.tensors().items()}
+
+    def _metadata(self) -> dict[str, str]:
+        return {
             "format": FORMAT,
             "spec": self.spec,
             "layer": self.layer,
@@ -186,12 +197,6 @@ class Backbone:
             "weights_digest": self.weights_digest,
             **({"files": json.dumps(self.files, sort_keys=True)} if self.files else {}),
         }
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.tensors().items()}
-        return save(tensors, metadata)
-
-    def save(self, path: Path | str) -> None:
-        """Write `to_bytes` to `path`, whole or not at all."""
-        write_atomically(Path(path), self.to_bytes())
 
     @staticmethod
     def load(path: Path | str) -> "Backbone":

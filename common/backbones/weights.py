@@ -1,16 +1,16 @@
 """Where a machine keeps backbones it was sent, under their weights' digest."""
 
-import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load
+from torch import Tensor
 
 from fedhead.backbones.backbone import Backbone, digest_weights, files_of, load_backbone
 from fedhead.backbones.catalogue import entry_of
 from fedhead.errors import FedheadError
-from fedhead.files import home, write_atomically
+from fedhead.files import digest_file, disk_errors, flush, home, replaced, safe_name
 
 
 def weights_path(weights_digest: str) -> Path:
@@ -62,26 +62,108 @@ def installed_weights(spec: str) -> list[Path]:
     return found
 
 
+def export_weights(backbone: Backbone) -> Path:
+    """Return a file of a backbone's weights, as they are sent to sites; it is written if it is not there yet."""
+    path = weights_path(backbone.weights_digest)
+    if not path.is_file():
+        backbone.save(path)
+    return path
+
+
 def install_weights(blob: bytes, weights_digest: str) -> Path:
     """Verify a safetensors file and keep it under its digest; it is never needed again.
 
     Raises:
         FedheadError: if it is damaged or of another digest; nothing is kept then.
     """
-    try:
-        received = digest_weights(load(blob), files_of(_metadata(blob)))
-    except (SafetensorError, ValueError) as error:
-        raise FedheadError(f"The weights that arrived cannot be read: {error}.") from None
-    if received != weights_digest:
-        raise FedheadError(f"The weights that arrived have the digest {received[:12]}…, not {weights_digest[:12]}….")
     path = weights_path(weights_digest)
     if not path.is_file():
-        write_atomically(path, blob)
+        with replaced(path) as temporary:
+            temporary.write_bytes(blob)
+            _verify(temporary, weights_digest)
     return path
 
 
-def _metadata(blob: bytes) -> dict[str, Any]:
-    """Return the metadata of a safetensors file, which the library reads only from a path."""
-    length = int.from_bytes(blob[:8], "little")
-    metadata: dict[str, Any] = json.loads(blob[8 : 8 + length]).get("__metadata__", {})
-    return metadata
+class PartialWeights:
+    """A file of weights as it arrives, chunk by chunk; what arrived survives a restart.
+
+    Args:
+        weights_digest: of the backbone's tensors: where the file is kept once it is complete.
+        file_digest: SHA-256 of the file that is sent. Another file of the same weights is another partial one.
+        owner: who receives it; several sites of one machine do not write to one file.
+    """
+
+    def __init__(self, weights_digest: str, file_digest: str, owner: str) -> None:
+        self._weights_digest = weights_digest
+        self._file_digest = file_digest
+        name = f"{weights_digest[:16]}-{file_digest[:16]}-{safe_name(owner)}.part"
+        self._path = home() / "weights" / name
+
+    @property
+    def received(self) -> int:
+        """How many bytes are here."""
+        return self._path.stat().st_size if self._path.is_file() else 0
+
+    def add(self, offset: int, chunk: bytes | memoryview, size: int) -> bool:
+        """Append what begins at `offset`, if that is what is missing next; return whether all `size` bytes are here.
+
+        Raises:
+            FedheadError: if the complete file is damaged or of another digest; nothing is kept then.
+        """
+        with disk_errors(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            if offset == self.received:
+                with self._path.open("ab") as file:
+                    file.write(chunk)
+        if self.received < size:
+            return False
+        try:
+            found = digest_file(self._path)
+            if found != self._file_digest:
+                raise FedheadError(
+                    f"The weights that arrived have the SHA-256 {found[:12]}…, not {self._file_digest[:12]}… as the "
+                    "coordinator said: they were changed on the way, or there. None of it is kept; start the run "
+                    "again, and if it happens again compare the weights at the coordinator with their source."
+                )
+            _verify(self._path, self._weights_digest)
+            flush(self._path)
+            self._path.replace(weights_path(self._weights_digest))
+        finally:
+            self._path.unlink(missing_ok=True)
+        return True
+
+
+def _verify(path: Path, weights_digest: str) -> None:
+    """Check that a file holds the weights of a digest.
+
+    Raises:
+        FedheadError: if it does not.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            files = files_of(file.metadata() or {})
+            found = digest_weights(_Lazily(file), files)
+    except (SafetensorError, ValueError) as error:
+        raise FedheadError(f"The weights that arrived cannot be read: {error}.") from None
+    if found != weights_digest:
+        raise FedheadError(
+            f"The weights that arrived have the digest {found[:12]}…, not {weights_digest[:12]}… as the run says. "
+            "None of it is kept; ask the coordinator which weights the run is to have."
+        )
+
+
+class _Lazily(Mapping[str, Tensor]):
+    """The tensors of an open safetensors file, each read when it is looked up."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file.keys())
+
+    def __len__(self) -> int:
+        return len(self._file.keys())

@@ -1,3 +1,4 @@
+import hashlib
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,18 @@ from fedhead.config import RunConfig
 from fedhead.data import load_samples
 from fedhead.errors import FedheadError
 from fedhead.flower import in_process_identity
-from fedhead.messages import DESCRIBE, EVALUATE, INSTALL, METRICS, PROTOCOL, TRAIN, Description, HeadReply, Payload
+from fedhead.messages import (
+    DESCRIBE,
+    EVALUATE,
+    INSTALL,
+    METRICS,
+    PROTOCOL,
+    TRAIN,
+    Description,
+    HeadReply,
+    Payload,
+    WeightsChunk,
+)
 from fedhead.simulations import RunResult, simulate
 
 ROWS = 120
@@ -272,15 +284,27 @@ def test_weights_that_are_not_what_was_promised_are_not_kept(
     monkeypatch.setenv("FEDHEAD_HOME", str(home))
     context = fresh_context({"site": "careful", "data": f"folder:{images}", "device": "cpu"})
     ask(DESCRIBE, tap.content(DESCRIBE), context)
-    good = Payload.from_content(tap.content(INSTALL)).arrays["weights"]
-    flipped = good.copy()
+    good = WeightsChunk.from_content(tap.content(INSTALL))
+    flipped = good.data.copy()
     flipped[-1] ^= 1
-    for bad in (flipped, good[:-5], good[:50], np.zeros(0, np.uint8)):
-        with pytest.raises(FedheadError, match="The weights that arrived"):
-            ask(INSTALL, changed(tap.content(INSTALL), {"weights": bad}), context)
-        assert not list(home.glob("weights/*"))
-    assert Description.from_content(ask(INSTALL, tap.content(INSTALL), context)).has_weights
-    assert len(list(home.glob("weights/*"))) == 1
+    for bad in (flipped, good.data[:50], np.zeros(3, np.uint8)):
+        file = hashlib.sha256(bad).hexdigest()
+        for claimed in {good.file, file}:
+            sent = WeightsChunk(claimed, len(bad), 0, bad).to_content()
+            with pytest.raises(FedheadError, match="The weights that arrived"):
+                ask(INSTALL, sent, context)
+            assert not list(home.glob("weights/*"))
+    for impossible in ({"offset": -1}, {"offset": 1}, {"file": "../../etc"}, {"size": "many"}):
+        with pytest.raises(FedheadError, match="part of a file"):
+            ask(INSTALL, changed(tap.content(INSTALL), **impossible), context)
+    half = len(good.data) // 2
+    for start, received in ((0, half), (0, half), (half + 1, half)):
+        sent = WeightsChunk(good.file, good.size, start, good.data[start : start + half]).to_content()
+        answer = Description.from_content(ask(INSTALL, sent, context))
+        assert (answer.received, answer.has_weights) == (received, False)
+    rest = WeightsChunk(good.file, good.size, half, good.data[half:]).to_content()
+    assert Description.from_content(ask(INSTALL, rest, context)).has_weights
+    assert [path.suffix for path in home.glob("weights/*")] == [".safetensors"]
 
 
 @pytest.mark.parametrize("action", [INSTALL, TRAIN, EVALUATE])

@@ -301,7 +301,6 @@ def described(**values: Any) -> Change:
         (described(rows=-3), "negative"),
         (described(rows="many"), "rows"),
         (described(site=""), "names no site"),
-        (described(boast=1), "boast"),
         (described(refusal="This site is closed."), "This site is closed."),
         (described(has_weights=False), "still has none"),
     ],
