@@ -67,6 +67,12 @@ class SimulationConfig(_Table):
     min_class_count: int = Field(5, ge=0)
     min_rows: int = Field(20, ge=0)
 
+    @model_validator(mode="after")
+    def _a_cluster_is_rays(self) -> Self:
+        if self.cluster and self.engine != "ray":
+            raise ValueError("a cluster needs engine 'ray'")
+        return self
+
 
 class RunConfig(_Table):
     """A federated transfer-learning run.

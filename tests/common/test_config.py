@@ -73,3 +73,9 @@ def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
 def test_an_assignment_needs_a_key_and_a_value(text: str) -> None:
     with pytest.raises(UserError, match="TABLE"):
         parse_assignments([text])
+
+
+def test_a_cluster_needs_the_engine_that_has_one() -> None:
+    assert RunConfig(simulation={"engine": "ray", "cluster": "ray://head:10001"}).simulation.cluster
+    with pytest.raises(UserError, match="engine 'ray'"):
+        RunConfig(simulation={"cluster": "ray://head:10001"})

@@ -12,6 +12,7 @@ from fedhead.messages import (
     MessageError,
     Payload,
     payload_bytes,
+    single_bytes,
 )
 
 HEAD = {"weight": np.zeros((3, 4), np.float32), "bias": np.zeros(3, np.float32)}
@@ -34,9 +35,9 @@ def test_values_and_arrays_arrive_as_they_were_sent() -> None:
 
 
 def test_a_head_travels_both_ways() -> None:
-    request = HeadRequest(HEAD, server_round=3, proximal_mu=0.1, merge=True)
+    request = HeadRequest(HEAD, server_round=3, proximal_mu=0.1, everyone=True)
     received = HeadRequest.from_content(request.to_content(), HEAD)
-    assert (received.server_round, received.proximal_mu, received.merge) == (3, 0.1, True)
+    assert (received.server_round, received.proximal_mu, received.everyone) == (3, 0.1, True)
     answer = HeadReply.from_content(reply(), HEAD)
     assert np.array_equal(answer.metrics, GOOD_METRICS)
     assert answer.num_bytes == payload_bytes(reply()) == HeadReply(GOOD_METRICS, HEAD).single_bytes()
@@ -84,3 +85,16 @@ def test_only_a_grid_in_this_process_may_speak_for_several_sites() -> None:
 def test_a_description_must_describe(values: dict[str, object]) -> None:
     with pytest.raises(MessageError):
         Description.from_content(Payload(values).to_content())
+
+
+def test_one_answer_may_describe_several_sites_and_no_others() -> None:
+    one, two = (Description(site=name, rows=3, has_weights=True) for name in ("a", "b"))
+    both = Payload({"sites": [one.model_dump(), two.model_dump()], "num_bytes": 7}).to_content()
+    assert Description.several_from_content(both, 2) == [one, two]
+    assert single_bytes(both) == 7
+    alone = Payload(one.model_dump()).to_content()
+    assert Description.several_from_content(alone, 1) == [one]
+    assert single_bytes(alone) == payload_bytes(alone)
+    for content, count in ((both, 1), (both, 3), (alone, 2), (Payload({"sites": [{"rows": 1}]}).to_content(), 1)):
+        with pytest.raises(MessageError):
+            Description.several_from_content(content, count)
