@@ -129,6 +129,30 @@ Resume = Annotated[
         metavar="RUN_DIR", help="Go on with a run that was interrupted, from its last round.", rich_help_panel=OUTPUT
     ),
 ]
+Dashboard = Annotated[
+    str,
+    typer.Option(
+        "--dashboard",
+        metavar="HOST:PORT",
+        help="Serve the report there while the run goes on, as in 127.0.0.1:8080.",
+        rich_help_panel=OUTPUT,
+    ),
+]
+DashboardAnywhere = Annotated[
+    bool,
+    typer.Option(
+        "--dashboard-anywhere", help="Other machines may read that page, without a password.", rich_help_panel=OUTPUT
+    ),
+]
+Track = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--track",
+        metavar="NAME",
+        help="Tell a tracker: tensorboard, mlflow or python:MODULE:FUNCTION; may be given again.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else.", rich_help_panel=OUTPUT)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.", rich_help_panel=OUTPUT)]
 

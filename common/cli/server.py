@@ -16,6 +16,7 @@ from rich.live import Live
 from fedhead.addresses import split_address
 from fedhead.cli import options
 from fedhead.cli.application import app, errors, in_sentences, output
+from fedhead.cli.observers import watching
 from fedhead.cli.status import LiveTables, run_tables
 from fedhead.errors import UserError
 
@@ -72,6 +73,9 @@ def server(
         typer.Option(help="The run folder; by default a new one under runs/.", rich_help_panel=options.OUTPUT),
     ] = None,
     resume: options.Resume = None,
+    dashboard: options.Dashboard = "",
+    dashboard_anywhere: options.DashboardAnywhere = False,
+    track: options.Track = None,
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -125,7 +129,17 @@ def server(
 
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        folder = serve(run, link, kit=keys, out=out, resume=resume is not None, health=health, shown=show)[1]
+        with watching(dashboard, anywhere=dashboard_anywhere, track=track) as observers:
+            folder = serve(
+                run,
+                link,
+                kit=keys,
+                out=out,
+                resume=resume is not None,
+                health=health,
+                shown=show,
+                observers=observers,
+            )[1]
     finally:
         if shown and shown[-1].snapshot()["run"] and not as_json:
             output().print(run_tables(shown[-1].snapshot()), highlight=False)

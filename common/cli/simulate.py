@@ -11,6 +11,7 @@ from rich.table import Table
 
 from fedhead.cli import options
 from fedhead.cli.application import app, in_sentences, output, progress_bars
+from fedhead.cli.observers import watching
 from fedhead.cli.study import run_study
 from fedhead.wording import interval, percent, size
 
@@ -80,6 +81,9 @@ def simulate(
         typer.Option(help="A backbone to compare with, as in bundled:pixels.", rich_help_panel=options.OUTPUT),
     ] = None,
     resume: options.Resume = None,
+    dashboard: options.Dashboard = "",
+    dashboard_anywhere: options.DashboardAnywhere = False,
+    track: options.Track = None,
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -125,7 +129,8 @@ def simulate(
     if seeds > 1 or sweep or csv:
         run_study(run, seeds, sweep or [], out, csv, as_json=as_json)
         return
-    with progress_bars() as progress:
+    watched = watching(dashboard, anywhere=dashboard_anywhere, track=track)
+    with watched as observers, progress_bars() as progress:
         extraction = progress.add_task("Features", total=None)
         training = progress.add_task("Rounds", total=run.rounds)
         result = simulations.simulate(
@@ -134,7 +139,7 @@ def simulate(
             resume=resume is not None,
             baseline=baseline,
             on_extraction=lambda done, total: progress.update(extraction, completed=done, total=total),
-            observers=[EachRound(lambda finished: progress.update(training, completed=finished.number))],
+            observers=[EachRound(lambda finished: progress.update(training, completed=finished.number)), *observers],
         )
     if as_json:
         typer.echo(json.dumps(result.summary()))

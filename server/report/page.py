@@ -55,7 +55,7 @@ def render(record: RunRecord, *, live: bool = False) -> str:
         progress=_progress(record),
         tiles=_tiles(record),
         sections=sections(record),
-        style=Markup(_resource("style.css")),
+        style=Markup(resource("style.css")),
         live=live,
     )
 
@@ -74,10 +74,11 @@ def sections(record: RunRecord) -> list[Section]:
 
 @cache
 def _template() -> Template:
-    return Environment(autoescape=True, undefined=StrictUndefined).from_string(_resource("page.html"))
+    return Environment(autoescape=True, undefined=StrictUndefined).from_string(resource("page.html"))
 
 
-def _resource(name: str) -> str:
+def resource(name: str) -> str:
+    """Return a file of the page."""
     return (files(__package__) / name).read_text(encoding="utf-8")
 
 

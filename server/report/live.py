@@ -1,0 +1,158 @@
+"""The report while the run goes on: served on this machine, and kept up to date in the browser."""
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from fedhead.addresses import is_loopback, split_address
+from fedhead.config import RunConfig
+from fedhead.errors import FedheadError, UserError
+from fedhead.server.history import Outcome, Round
+from fedhead.server.observer import Observer, SiteState, Step
+from fedhead.server.report.page import render, resource
+from fedhead.server.report.record import RunRecord
+
+FAREWELL_SECONDS = 4.0
+"""How long the end of a run waits at most for pages that are open to show it."""
+
+_HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY"}
+
+
+class LivePage(Observer):
+    """Serves a run's report while it is entered, in a thread of its own.
+
+    A page is made only when a browser asks for it, from what the run folder says, so that a run nobody looks at loses
+    nothing. When the run ends, pages that are open show its end; then the server stops.
+
+    Args:
+        address: `HOST:PORT`; a loopback address unless `anywhere`.
+        anywhere: whether other machines may read the page: it says everything that the run folder says but the sums.
+
+    Raises:
+        UserError: if the address is none, is not loopback, or is taken.
+    """
+
+    def __init__(self, address: str, *, anywhere: bool = False) -> None:
+        host, port = split_address(address)
+        if not anywhere and not is_loopback(host):
+            raise UserError(
+                f"{host} is reached from other machines, and whoever reaches it reads the page. Serve it on "
+                f"127.0.0.1:{port} (from elsewhere: ssh -L {port}:127.0.0.1:{port} HOST), or add --dashboard-anywhere."
+            )
+        self._socket = _listen(host, port)
+        self.port: int = self._socket.getsockname()[1]
+        self._hosts = None if anywhere else {f"{name}:{self.port}" for name in ("127.0.0.1", "localhost", "[::1]")}
+        self._run_dir: Path | None = None
+        self._version = 0
+        self._ended = False
+        self._asked = 0.0
+        self._shown = 0
+        routes = [Route("/", self._page), Route("/live.js", self._script), Route("/state", self._state)]
+        options = uvicorn.Config(
+            Starlette(routes=routes), log_config=None, access_log=False, lifespan="off", ws="none", server_header=False
+        )
+        self._server = uvicorn.Server(options)
+        self._thread = threading.Thread(
+            target=self._server.run, kwargs={"sockets": [self._socket]}, name="dashboard", daemon=True
+        )
+
+    @property
+    def url(self) -> str:
+        """Where a browser finds it on this machine."""
+        return f"http://127.0.0.1:{self.port}/"
+
+    def __enter__(self) -> Self:
+        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._ended = True
+        self._version += 1
+        stop = time.monotonic() + FAREWELL_SECONDS
+        watched = time.monotonic() - self._asked < FAREWELL_SECONDS
+        while watched and self._shown < self._version and time.monotonic() < stop:
+            time.sleep(0.05)
+        self._server.should_exit = True
+        self._thread.join(FAREWELL_SECONDS)
+        self._socket.close()
+
+    def on_started(self, config: RunConfig, run_dir: Path | None) -> None:
+        self._run_dir = run_dir
+        self._version += 1
+
+    def on_step(self, step: Step, server_round: int) -> None:
+        self._version += 1
+
+    def on_sites(self, sites: Mapping[str, SiteState]) -> None:
+        self._version += 1
+
+    def on_round(self, finished: Round) -> None:
+        self._version += 1
+
+    def on_finished(self, outcome: Outcome) -> None:
+        self._version += 1
+
+    def on_failed(self, error: BaseException) -> None:
+        self._version += 1
+
+    def _refused(self, request: Request) -> Response | None:
+        """Refuse a name that a foreign page made the browser resolve to this machine."""
+        self._asked = time.monotonic()
+        if self._hosts is None or request.headers.get("host", "") in self._hosts:
+            return None
+        return PlainTextResponse(
+            "This page is served to this machine by its own name only.\n", status_code=421, headers=_HEADERS
+        )
+
+    def _page(self, request: Request) -> Response:
+        if refused := self._refused(request):
+            return refused
+        version = self._version
+        try:
+            record = RunRecord.read(self._run_dir) if self._run_dir else _NOT_STARTED
+            page = render(record, live=True)
+        except FedheadError as error:
+            return PlainTextResponse(f"{error}\n", status_code=503, headers=_HEADERS)
+        self._shown = version
+        return HTMLResponse(page, headers=_HEADERS)
+
+    def _script(self, request: Request) -> Response:
+        script = Response(resource("live.js"), media_type="text/javascript", headers=_HEADERS)
+        return self._refused(request) or script
+
+    def _state(self, request: Request) -> Response:
+        state: dict[str, Any] = {"version": self._version, "ended": self._ended}
+        return self._refused(request) or JSONResponse(state, headers=_HEADERS)
+
+
+_NOT_STARTED = RunRecord("not started", {}, "", {}, (), {}, {})
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind(where)
+            listening.listen(64)
+        except OSError:
+            listening.close()
+            raise
+    except OSError as error:
+        raise UserError(
+            f"The page cannot be served on {host}:{port}: {error.strerror or error}. Choose another port, or end "
+            "what listens there."
+        ) from None
+    return listening
