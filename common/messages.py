@@ -95,7 +95,8 @@ def payload_bytes(content: RecordDict) -> int:
 
 def single_bytes(content: RecordDict) -> int:
     """Return the same; where a Grid in this process answers for several sites, of the replies that they would send."""
-    return int(Payload.from_content(content).values.get("num_bytes", payload_bytes(content)))
+    told = Payload.from_content(content).values.get("num_bytes")
+    return told if isinstance(told, int) and told >= 0 else payload_bytes(content)
 
 
 def _blob(content: RecordDict) -> bytes:

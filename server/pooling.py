@@ -63,8 +63,8 @@ class Pooling:
         classes = len(self._manifest.classes)
         total = FeatureStatistics.empty(len(origin), classes, origin, multi_label=self._manifest.multi_label)
         for names, tensors in self._sums(request, exchange):
-            counts = tensors.pop(SITE_COUNTS, None)
             try:
+                counts = _site_counts(tensors, len(names), classes)
                 stats = FeatureStatistics.from_tensors(tensors)
                 alike = stats.multi_label == self._manifest.multi_label
                 self._vouch(names, stats.rows, stats.num_classes == classes and alike)
@@ -146,6 +146,18 @@ class Pooling:
             raise ValueError(f"it sums {rows} rows, of {known} that it has")
         if not fits:
             raise ValueError("its statistics are of other classes")
+
+
+def _site_counts(tensors: dict[str, torch.Tensor], sites: int, classes: int) -> torch.Tensor | None:
+    """Take what is told of each of several sites out of `tensors`.
+
+    Raises:
+        ValueError: if it is not of them.
+    """
+    counts = tensors.pop(SITE_COUNTS, None)
+    if counts is not None and (counts.shape != (sites, classes) or counts.dtype != torch.int64):
+        raise ValueError("it counts rows for other sites than its own")
+    return counts
 
 
 def _at_least_one(total: Sums | None, exchange: Exchange) -> Sums:

@@ -329,6 +329,19 @@ def test_a_site_bad_in_one_exchange_alone_cannot_end_the_run(
     assert set(GOOD_NAMES) <= set(result.outcome.participants)
 
 
+def test_a_site_cannot_count_rows_for_others(digits: Samples, honest_app: ClientApp, tmp_path: Path) -> None:
+    def claims(content: RecordDict) -> RecordDict:
+        payload = Payload.from_content(content)
+        counts = {"site_counts": np.full((3, 10), 7, dtype=np.int64)}
+        return Payload({**payload.values, "num_bytes": "all"}, {**payload.arrays, **counts}).to_content()
+
+    bad = BadSite(honest_app, claims, actions=("query.statistics",))
+    config = RunConfig(rounds=1, keep_sums="total", simulation=UNGUARDED)
+    result = simulate(config, digits, ALL_SITES, apps={BAD: bad}, out=tmp_path / "run")
+    assert "other sites" in result.outcome.refused[BAD]
+    assert list(result.outcome.participants) == GOOD_NAMES
+
+
 def test_a_site_that_missed_the_standardisation_does_not_train(digits: Samples, honest_app: ClientApp) -> None:
     class Deaf(ClientApp):
         def __call__(self, message: Message, context: Context) -> Message:
