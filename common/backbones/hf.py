@@ -128,10 +128,10 @@ def _query(settings: _Settings) -> str:
 def names() -> list[str]:
     """Return the models of transformers that are whole in the hub's cache on this machine."""
     require("huggingface_hub", "transformers", "The list of the hub's models")
-    from huggingface_hub import CacheNotFound, scan_cache_dir
+    from huggingface_hub import CacheNotFound, constants, scan_cache_dir
 
     try:
-        cached = sorted(one.repo_id for one in scan_cache_dir().repos if one.repo_type == "model")
+        cached = sorted(one.repo_id for one in scan_cache_dir(constants.HF_HUB_CACHE).repos if one.repo_type == "model")
     except CacheNotFound:
         return []
     return [name for name in cached if (folder := _cached(name, None)) and _optional_type(folder)]

@@ -397,7 +397,7 @@ def test_a_run_pools_what_its_sites_send(digits: Samples, finished: Path) -> Non
 # Guard and ledger.
 
 
-def test_the_guard_and_the_ledger_are_the_sites_own(finished: Path) -> None:
+def test_the_guard_and_the_ledger_are_the_sites_own(finished: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = copy_of(finished)
     guest = some_digits([*range(600, 700), *range(700, 712)], [0, 1, 2, 3, 4], spec="guarded")
     thin = some_digits(range(400, 480), [7])
@@ -418,8 +418,9 @@ def test_the_guard_and_the_ledger_are_the_sites_own(finished: Path) -> None:
     fewer = samples_from_arrays(
         [few.read(row) for row in range(1, len(few))], [few.classes[label] for label in few.labels[1:]], spec="fewer"
     )
-    with pytest.raises(FedheadError, match="lay bare what changed"):
+    with pytest.raises(FedheadError, match="differ by too few"):
         join(run, "careful", fewer)
+    assert "lay bare what changed" in caplog.text
     assert RunFolder(run).sums.sites() == [f"site-{number}" for number in range(4)]
 
 

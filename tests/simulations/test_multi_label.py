@@ -19,7 +19,7 @@ from fedhead.client.site_data import LocalSite
 from fedhead.config import RunConfig
 from fedhead.data import Samples, load_samples, samples_from_arrays
 from fedhead.errors import FedheadError, UserError
-from fedhead.messages import EVALUATE, REPORT, STATISTICS, TRAIN, Manifest
+from fedhead.messages import CALIBRATE, EVALUATE, REPORT, STATISTICS, TRAIN, Manifest
 from fedhead.model import TransferModel
 from fedhead.simulations import RunResult, rank, simulate
 
@@ -243,7 +243,7 @@ def test_a_real_site_gives_what_a_simulated_one_does(module: str, own_folder: Pa
     for name in ("model.safetensors", "evaluation.json"):
         assert (folder_of(real) / name).read_bytes() == (folder_of(simulated) / name).read_bytes()
     entries = read_ledger(ledger.path)
-    assert {entry.action for entry in entries} == {STATISTICS, TRAIN, EVALUATE, REPORT}
+    assert {entry.action for entry in entries} == {STATISTICS, TRAIN, EVALUATE, CALIBRATE, REPORT}
     assert set(entries[0].classes) == set(ATTRIBUTES)
 
 
