@@ -1,5 +1,6 @@
 """How figures are worded, on a terminal and in reports."""
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -36,6 +37,20 @@ def duration(seconds: float) -> str:
 def counted(number: int, what: str, plural: str = "") -> str:
     """Return a number with what it counts: `1 site`, `2 sites`."""
     return f"{number:,} {what if number == 1 else plural or what + 's'}"
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """Return names with commas between them, after `most` of them only how many others there are."""
+    others = len(names) - most
+    return ", ".join(names[:most]) + (f" and {counted(others, 'other')}" if others > 0 else "")
+
+
+def by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return who has each reason, in the order in which the reasons are first given."""
+    shared: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        shared.setdefault(reason, []).append(name)
+    return shared
 
 
 def interval(estimate: "Estimate") -> str:

@@ -13,7 +13,7 @@ from fedhead.cli import options
 from fedhead.cli.application import app, in_sentences, output, progress_bars
 from fedhead.cli.observers import watching
 from fedhead.cli.study import run_study
-from fedhead.wording import interval, percent, size
+from fedhead.wording import by_reason, interval, listed, percent, size
 
 if TYPE_CHECKING:
     from fedhead.server.history import Round
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 MOST_LINES = 26
 MOST_DIAGNOSES = 8
+MOST_NAMES = 8
 
 
 @app.command(
@@ -191,8 +192,8 @@ def _print_result(result: "RunResult", console: Console) -> None:
     _add_diagnosis(lines, result)
     if result.empty_sites:
         lines.add_row("No rows", f"{len(result.empty_sites)} sites: {', '.join(result.empty_sites)}")
-    for site, reason in result.outcome.refused.items():
-        lines.add_row("Refused", f"{site}: {reason}")
+    for reason, refused in by_reason(result.outcome.refused).items():
+        lines.add_row("Refused", f"{listed(refused, MOST_NAMES)}: {reason}")
     lines.add_row("Run folder", str(result.run_dir))
     console.print(lines, highlight=False)
 
@@ -208,7 +209,7 @@ def _add_diagnosis(lines: Table, result: "RunResult") -> None:
     for one in others[:MOST_DIAGNOSES]:
         lines.add_row("", one.sentence)
     if undecided:
-        lines.add_row("", f"not enough rows to tell: {', '.join(undecided[:MOST_DIAGNOSES])}")
+        lines.add_row("", f"not enough rows to tell: {listed(undecided, MOST_NAMES)}")
     for covered in result.outcome.coverage:
         if covered.rests_on_one_site:
             lines.add_row("", covered.sentence)

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 
 from fedhead.server.report.layout import Section, Table
 from fedhead.server.report.record import RunRecord
-from fedhead.wording import counted, size
+from fedhead.wording import by_reason, counted, listed, size
+
+_MOST_NAMES = 40
 
 
 def about(record: RunRecord) -> Section:
@@ -22,23 +24,21 @@ def about(record: RunRecord) -> Section:
         ("Head", f"{config.get('head', '')}, starting from {config.get('init') or 'its default'}"),
         ("Strategy", f"{config.get('strategy', {}).get('name', '')}, {counted(int(config.get('rounds', 0)), 'round')}"),
         ("Seed", str(config.get("seed", ""))),
-        (
-            "Classes",
-            f"{len(record.classes)}: {', '.join(record.classes[:20])}{' …' if len(record.classes) > 20 else ''}",
-        ),
+        ("Classes", f"{len(record.classes)}: {listed(record.classes, 20)}"),
         ("Started", str(journal.get("started", "not known"))),
         ("Ended", str(journal.get("ended") or "not yet")),
         ("Versions", ", ".join(f"{name} {version}" for name, version in journal.get("versions", {}).items())),
     ]
-    dropped = [
-        (f"round {line['number']}", site, reason)
-        for line in record.rounds
-        for site, reason in line.get("dropped", {}).items()
+    missing = [("never took part", _refused(record))]
+    missing += [(f"round {line['number']}", line.get("dropped", {})) for line in record.rounds]
+    rows = [
+        [when, listed(sites, _MOST_NAMES), reason]
+        for when, reasons in missing
+        for reason, sites in by_reason(reasons).items()
     ]
-    refused = [("never took part", site, reason) for site, reason in _refused(record).items()]
     tables = []
-    if refused or dropped:
-        table = Table(["when", "site", "why"], [list(one) for one in refused + dropped], words=(0, 1, 2))
+    if rows:
+        table = Table(["when", "sites", "why"], rows, words=(0, 1, 2))
         tables.append(("Sites and replies that did not count", table))
     nothing = "" if tables else " Every reply counted."
     fedhead = f"fedhead {journal.get('versions', {}).get('fedhead', '')}".strip()

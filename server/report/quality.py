@@ -6,7 +6,7 @@ from typing import Any
 from fedhead.server.report import charts
 from fedhead.server.report.layout import DASH, Figure, Section, Table
 from fedhead.server.report.record import RunRecord, Values
-from fedhead.wording import counted, percent
+from fedhead.wording import counted, listed, percent
 
 MOST_LINES = 36
 """A chart with a line for each site or class has so many; of more it shows the worst."""
@@ -92,12 +92,21 @@ def _sentences(record: RunRecord) -> list[str]:
         )
     unlearned = [one["name"] for one in record.evaluation.get("coverage", ()) if not one["rows"]]
     if unlearned:
-        listed = ", ".join(unlearned[:10]) + (" and others" if len(unlearned) > 10 else "")
-        said.append(f"Not learned, as no site has rows of it: {listed}.")
+        said.append(f"Not learned, as no site has rows of it: {listed(unlearned, 10)}.")
+    return [*said, *_calibration(record)]
+
+
+def _calibration(record: RunRecord) -> list[str]:
+    found = record.evaluation.get("calibration")
+    if found and found["rows_judged_on"]:
+        before, after = found["before"]["reliability"]["error"], found["after"]["reliability"]["error"]
+        return [
+            f"The model divides its scores by a temperature of {found['temperature']:.2g}, chosen on "
+            f"{counted(found['rows_chosen_on'], 'held-out row')}. On the {found['rows_judged_on']:,} others that takes "
+            f"the expected calibration error (of probabilities in 20 bins) from {percent(before)} to {percent(after)}."
+        ]
     error = _curves(record).get("reliability", {}).get("error")
-    if error is not None:
-        said.append(f"Expected calibration error: {percent(error)} (probabilities in 20 bins).")
-    return said
+    return [] if error is None else [f"Expected calibration error: {percent(error)} (probabilities in 20 bins)."]
 
 
 def _by_site(record: RunRecord) -> list[Figure]:
@@ -257,9 +266,20 @@ def _mean(curves: Sequence[Sequence[Sequence[float]]]) -> list[tuple[float, floa
 
 
 def _reliability(record: RunRecord) -> list[Figure]:
+    calibration = record.evaluation.get("calibration")
+    if calibration and calibration["rows_judged_on"]:
+        temperature = f"{calibration['temperature']:.2g}"
+        return [
+            _reliability_figure(record, "Reliability before calibration", calibration["before"]["reliability"]),
+            _reliability_figure(
+                record, f"Reliability at temperature {temperature}", calibration["after"]["reliability"]
+            ),
+        ]
     found = _curves(record).get("reliability")
-    if not found or not sum(found["rows"]):
-        return []
+    return [_reliability_figure(record, "Reliability", found)] if found and sum(found["rows"]) else []
+
+
+def _reliability_figure(record: RunRecord, title: str, found: Values) -> Figure:
     rows, given, came = found["rows"], found["confidence"], found["frequency"]
     table = Table(
         ["probability", "predictions", "given on average", "came true"],
@@ -277,4 +297,4 @@ def _reliability(record: RunRecord) -> list[Figure]:
     )
     subject = "Each label of each row" if record.multi_label else "The predicted class of each row"
     caption = f"{subject}: on the diagonal, probabilities come true as often as they say."
-    return [Figure("Reliability", charts.reliability(rows, given, came), table, caption)]
+    return Figure(title, charts.reliability(rows, given, came), table, caption)

@@ -59,7 +59,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_run_writes_its_report(run: Path) -> None:
     page = (run / "report.html").read_text()
     check(page)
-    assert page.count("<figure") == 12
+    assert page.count("<figure") == 13
     evaluation = json.loads((run / "evaluation.json").read_text())
     result = json.loads((run / "result.json").read_text())
     value, low, high = evaluation["pooled"]["accuracy"]
@@ -67,7 +67,9 @@ def test_every_run_writes_its_report(run: Path) -> None:
     name, worst = min(evaluation["sites"].items(), key=lambda pair: pair[1]["accuracy"][0])
     assert f"Worst site: {name}, {100 * worst['accuracy'][0]:.1f} %" in page
     assert "on bundled:pixels, the head of one exchange has" in page
-    assert f"Expected calibration error: {100 * evaluation['curves']['reliability']['error']:.1f} %" in page
+    for when in ("before", "after"):
+        assert f"{100 * evaluation['calibration'][when]['reliability']['error']:.1f} %" in page
+    assert f"temperature of {evaluation['calibration']['temperature']:.2g}" in page
     assert 'data-status="finished"' in page
     traffic = evaluation["traffic"]["sites"]
     assert sorted(traffic) == sorted(evaluation["sites"])
