@@ -312,6 +312,8 @@ def preprocessing_of(recipe: Recipe) -> Preprocessing:
         encode=_encoding(tokenizer, recipe.empty),
         digest=hashlib.sha256(what.encode()).hexdigest(),
         pad=recipe.pad,
+        max_length=recipe.max_length,
+        empty=recipe.empty,
     )
 
 

@@ -156,11 +156,15 @@ class TextPreprocessing:
         encode: gives a text's token ids, cut to the length that the backbone takes.
         digest: of everything that `encode` depends on.
         pad: the id that fills the shorter texts of a batch up; the mask says where.
+        max_length: how many ids `encode` gives at most; None for any number.
+        empty: the id that `encode` gives for a text without any; None if it gives none.
     """
 
     encode: Callable[[str], Sequence[int]]
     digest: str
     pad: int = 0
+    max_length: int | None = None
+    empty: int | None = None
 
     @property
     def kind(self) -> Kind:

@@ -1,0 +1,58 @@
+"""`fedhead export`: a finished model in a form that other software takes."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedhead.cli import options
+from fedhead.cli.application import app, in_sentences, output
+from fedhead.cli.predict import Model, Weights
+from fedhead.wording import size
+
+
+@app.command(epilog="Example: [bold]fedhead export runs/flowers --format onnx --out flowers.onnx[/bold]")
+@in_sentences
+def export(
+    model: Model,
+    file_format: Annotated[
+        str,
+        typer.Option(
+            "--format", help="'onnx', 'torch-export', 'state-dict', or 'fedhead': a folder, with the backbone."
+        ),
+    ],
+    weights: Weights = "",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where to; by default beside the model.", rich_help_panel=options.OUTPUT),
+    ] = None,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Write a model as one program or file, run back first and refused if its probabilities differ."""
+    from fedhead.errors import UserError
+    from fedhead.export import BATCH_SIZES, FORMATS, check_format, export_model
+    from fedhead.model import MODEL_FILE, TransferModel
+
+    check_format(file_format)
+    loaded = TransferModel.load(model, weights=weights)
+    folder = model if model.is_dir() else model.parent
+    path = folder / FORMATS[file_format] if out is None else out
+    if out is not None and out.is_dir() and file_format != "fedhead":
+        path = out / FORMATS[file_format]
+    if path.resolve() in (model.resolve(), (folder / MODEL_FILE).resolve()):
+        raise UserError(f"{path} is the model itself; choose another --out.")
+    written = export_model(loaded, file_format, path)
+    if as_json:
+        typer.echo(
+            json.dumps({"path": str(written.path), "bytes": written.size, "largest_difference": written.difference})
+        )
+        return
+    *some, last = map(str, BATCH_SIZES)
+    output().print(
+        f"{written.path}: {size(written.size)}, {len(loaded.classes)} classes. Run back on {', '.join(some)} and "
+        f"{last} samples: probabilities differ by {written.difference:.1g} at most.",
+        highlight=False,
+        soft_wrap=True,
+    )
