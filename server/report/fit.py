@@ -23,7 +23,8 @@ def fit(record: RunRecord) -> Section:
             if record.result
             else "Sites are diagnosed when the run ends."
         )
-        return Section("fit", question, reason, _coverage_sentences(record), _coverage(record))
+        standing = [("Sites", _standing(record))] if record.standing else []
+        return Section("fit", question, reason, _coverage_sentences(record), _coverage(record), tables=standing)
     counts = Counter(one["recommendation"] for one in diagnoses)
     summary = ", ".join(f"{number} {_ADVICE.get(name, name)}" for name, number in counts.most_common())
     odd = [one for one in diagnoses if one["recommendation"] not in ("join", "not enough rows to tell")]
@@ -69,6 +70,17 @@ def fit(record: RunRecord) -> Section:
     rest = [] if figures else [("Sites", table)]
     return Section(
         "fit", question, answer, [*sentences, *_coverage_sentences(record)], [*figures, *_coverage(record)], tables=rest
+    )
+
+
+def _standing(record: RunRecord) -> Table:
+    return Table(
+        ["site", "state", "rows", "why"],
+        [
+            [name, state["standing"], str(state["rows"]), state["reason"]]
+            for name, state in sorted(record.standing.items())
+        ],
+        words=(0, 1, 3),
     )
 
 

@@ -142,6 +142,7 @@ def test_a_run_that_goes_on_has_a_report(run: Path, tmp_path: Path) -> None:
     assert 'data-status="running"' in page
     assert "<progress" in page and 'value="2"' in page
     assert "The run has not finished" in page
+    assert page.count('<td class="word">ready</td>') == 4
     (half / "metrics.jsonl").write_text("")
     check(write_report(half).read_text())
 
