@@ -8,13 +8,15 @@ import contextlib
 import http.client
 import json
 import os
+import signal
+import socket
 import ssl
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,6 +35,7 @@ from fedhead.data import Samples, samples_from_arrays
 from fedhead.errors import FedheadError
 from fedhead.features import FeatureStore
 from fedhead.flower import MEDIA_TYPE, WAIT_HEADER, FleetClient, assemble, disassemble, signed_headers
+from fedhead.server.flower_app import write_flower_app
 from fedhead.server.history import Outcome
 from fedhead.server.observer import Observer
 from fedhead.server.provision import provision
@@ -64,6 +67,7 @@ def network(
     features: Annotated[int, typer.Option(help="Of each row.")] = 512,
     rounds: Annotated[int, typer.Option(help="Over the processes.", min=3)] = 20,
     light_rounds: Annotated[int, typer.Option(help="Over the light sites.", min=3)] = 8,
+    stock_rounds: Annotated[int, typer.Option(help="With Flower's own processes; 0 leaves them out.", min=0)] = 3,
     waiting: Annotated[float, typer.Option(help="Seconds to watch the coordinator while light sites wait.")] = 20.0,
     as_json: Json = False,
 ) -> None:
@@ -77,6 +81,9 @@ def network(
             problem = Problem(sites=light, rows=rows, features=features, rounds=light_rounds)
             busy, seconds[f"a round, {light} light sites"] = with_light_sites(problem, home / "light", waiting)
             figures[f"the coordinator while {light} sites wait"] = 100 * busy
+        if stock_rounds:
+            problem = Problem(sites=sites, rows=rows, features=features, rounds=stock_rounds)
+            seconds[f"a round, {sites} stock SuperNodes"] = with_stock_flower(problem, home / "stock")
     setting = {"rows": rows, "features": features, "classes": CLASSES, "rounds": rounds, "light_rounds": light_rounds}
     Measurement("Rounds over loopback TLS, median", seconds, setting, figures, units="% of a core").show(
         as_json=as_json
@@ -92,6 +99,91 @@ def with_processes(problem: Problem, home: Path) -> float:
     limits = ["--min-class-count", "0", "--min-rows", "0", "--device", "cpu", "--coordinator", f"127.0.0.1:{link.port}"]
     commands = [[*start, *limits, "--kit", str(kits / name)] for name in names]
     return median_round(run(problem, link, kits, commands, home))
+
+
+def with_stock_flower(problem: Problem, home: Path) -> float:
+    """Return the median seconds of a round of the same app under Flower's own SuperLink, SuperNodes and `flwr run`.
+
+    Without TLS, and on the bundled backbone: its processes know nothing of this module's.
+    """
+    port, *others = free_ports(problem.sites + 1)
+    (home / "flwr").mkdir(parents=True)
+    (home / "flwr" / "config.toml").write_text(f'[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n')
+    config = problem.config(backbone="bundled:pixels", classes=[str(number) for number in range(CLASSES)])
+    write_flower_app(home / "app", config.changed({"min_sites": problem.sites}), str(home / "run"))
+    with contextlib.ExitStack() as stack:
+
+        def start(number: int, name: str, *arguments: str) -> subprocess.Popen[bytes]:
+            command = [str(Path(sys.executable).with_name(name)), *arguments]
+            more = {"FLWR_HOME": str(home / "flwr"), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+            return stack.enter_context(started(command, problem, home, number, more))
+
+        address = ("--insecure", "--host", "127.0.0.1", "--port")
+        start(90, "flower-superlink", *address, str(port), "--disable-runtime-dependency-installation")
+        wait_for(lambda: answers(port))
+        for number, own in enumerate(others):
+            data = f'data="python:{__name__}:{rows_of_site.__name__}" device="cpu" min-class-count=0 min-rows=0'
+            node = ("--superlink", f"127.0.0.1:{port}", "--node-config", f'site="site-{number}" {data}')
+            start(number, "flower-supernode", *address, str(own), *node)
+        log = home / "site-90.log"
+        wait_for(lambda: log.read_text().count("Activated node_id") == problem.sites)
+        start(91, "flwr", "run", str(home / "app"), "here", "--stream")
+        wait_for((home / "run" / "result.json").exists)
+    lines = [json.loads(line) for line in (home / "run" / "metrics.jsonl").read_text().splitlines()]
+    return statistics.median(float(line["seconds"]) for line in lines[1:])
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports that nobody listens on."""
+    with contextlib.ExitStack() as stack:
+        held = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [int(each.getsockname()[1]) for each in held]
+
+
+def answers(port: int) -> bool:
+    """Tell whether somebody listens."""
+    with socket.socket() as trying:
+        return trying.connect_ex(("127.0.0.1", port)) == 0
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 300.0) -> None:
+    """Wait until something has come about.
+
+    Raises:
+        FedheadError: if it does not.
+    """
+    stop = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > stop:
+            raise FedheadError(f"Flower's processes did not get there within {seconds:.0f} s.")
+        time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def started(
+    command: Sequence[str], problem: Problem, home: Path, number: int, more: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a process, and all that it starts, with a home and a log of its own."""
+    own = {"FEDHEAD_HOME": str(home / f"home-{number}"), SITE: str(number), PROBLEM: json.dumps(asdict(problem))}
+    waits = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
+    with (home / f"site-{number}.log").open("w") as log:
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, **waits, **own, **(more or {})},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def with_light_sites(problem: Problem, home: Path, waiting: float) -> tuple[float, float]:
@@ -128,29 +220,14 @@ def run(
 ) -> Outcome:
     """Run over the sites that `commands` start."""
     config = problem.config(min_sites=problem.sites, classes=[str(number) for number in range(CLASSES)])
-    processes = []
     try:
-        for number, command in enumerate(commands):
-            own = {
-                "FEDHEAD_HOME": str(home / f"home-{number}"),
-                SITE: str(number),
-                PROBLEM: json.dumps(asdict(problem)),
-            }
-            waits = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
-            log = (home / f"site-{number}.log").open("w")
-            processes.append(
-                subprocess.Popen(command, env={**os.environ, **waits, **own}, stdout=log, stderr=subprocess.STDOUT)
-            )
-            log.close()
-        outcome, _ = serve(config, link, out=home / "run", observers=watchers)
+        with contextlib.ExitStack() as stack:
+            for number, command in enumerate(commands):
+                stack.enter_context(started(command, problem, home, number))
+            outcome, _ = serve(config, link, out=home / "run", observers=watchers)
     except FedheadError as error:
         said = "".join(path.read_text()[-500:] for path in sorted(home.glob("site-*.log"))[:3])
         raise FedheadError(f"{error} The sites said: {said}") from None
-    finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.wait()
     lost = {name: reason for line in outcome.history for name, reason in line.dropped.items()}
     if lost or len(outcome.participants) < problem.sites:
         raise FedheadError(f"Not every site took part in every round: {lost or outcome.refused}.")
