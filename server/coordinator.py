@@ -16,7 +16,7 @@ from fedhead.messages import METRICS, Arrays, HeadRequest, Manifest, StatisticsR
 from fedhead.server.checkpoint import Checkpoint, Progress, new_run
 from fedhead.server.contest import HELD_OUT, LOSS_SUM
 from fedhead.server.evaluation import calibrate, evaluate_in_detail
-from fedhead.server.exchange import EXAMPLES, POLL_SECONDS, TRAIN_LOSS, Exchange, Messenger
+from fedhead.server.exchange import EXAMPLES, TRAIN_LOSS, Exchange, Messenger
 from fedhead.server.history import Calibrated, Outcome, Round
 from fedhead.server.latecomers import Latecomers
 from fedhead.server.observer import Observer
@@ -52,7 +52,11 @@ class Patience:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self.said = ""
-        self._stop = time.monotonic() + seconds
+        self.renew()
+
+    def renew(self) -> None:
+        """Wait for so long from now on."""
+        self._stop = time.monotonic() + self.seconds
 
     @property
     def lasts(self) -> bool:
@@ -166,6 +170,8 @@ class Coordinator:
             self._be_patient(patience, shortage)
             self._pooling.forget()
             exchange.dropped.clear()
+        # Whoever is in the statistics was there from the start.
+        self._joined = []
         progress = Progress(
             current=self._version(0, self.form.start(stats), exchange),
             stats=stats,
@@ -199,7 +205,7 @@ class Coordinator:
         while not self._messenger.in_process and patience.lasts:
             if not set(progress.sites) - self._roster.nodes.keys() - self._roster.refused.keys():
                 break
-            time.sleep(POLL_SECONDS)
+            self._messenger.rest()
             self._messenger.poll()
             joined |= set(self._latecomers.welcome(progress.current.number + 1, exchange)) - set(progress.sites)
         self._joined = sorted(joined)
@@ -209,13 +215,17 @@ class Coordinator:
         """Go on without sites that are gone, take in those that came, and wait until they are enough.
 
         Raises:
-            FedheadError: if they are not within the deadline.
+            FedheadError: if they are not within the deadline; time in which sites receive weights does not count.
         """
         patience = Patience(self.config.round_deadline)
+        received = self._latecomers.received
         while True:
             if not self._messenger.in_process:
                 self._messenger.poll()
                 self._joined += self._latecomers.welcome(number, exchange)
+            if self._latecomers.received > received:
+                received = self._latecomers.received
+                patience.renew()
             if not (shortage := self._roster.shortage(self._needed)):
                 return
             self._be_patient(patience, shortage)
@@ -266,7 +276,7 @@ class Coordinator:
             patience.said = shortage
             self.observer.on_waiting(shortage)
             logger.warning("Waiting: %s", shortage)
-        time.sleep(POLL_SECONDS)
+        self._messenger.rest()
 
     def _save(self, progress: Progress) -> None:
         progress.sites = sorted(self._roster.nodes)

@@ -29,6 +29,14 @@ class Forgetful(Protocol):
         """Drop these messages, and replies to them."""
 
 
+@runtime_checkable
+class Attentive(Protocol):
+    """A Grid that knows when answers come."""
+
+    def wait(self, seconds: float) -> None:
+        """Return once an answer has come since the last pull or wait, or after `seconds`."""
+
+
 @dataclass
 class Exchange:
     """What exchanges brought and took.
@@ -146,8 +154,8 @@ class Messenger:
 
     Of a Grid it needs `get_node_ids`, which lists the nodes that are connected now, and `push_messages` and
     `pull_messages`, which may answer with an error for a node that is lost. It uses, where a Grid has them,
-    `site_name(node_id)`, the name that a node is registered under, and `forget(message_ids)`, to which it says what it
-    no longer waits for.
+    `site_name(node_id)`, the name that a node is registered under, `forget(message_ids)`, to which it says what it
+    no longer waits for, and `wait(seconds)`, which returns early where an answer comes.
 
     Args:
         grid: where the sites are.
@@ -274,4 +282,12 @@ class Messenger:
                 if isinstance(self.grid, Forgetful):
                     self.grid.forget(list(waiting))
                 return
-            time.sleep(POLL_SECONDS if waiting else 0)
+            if waiting:
+                self.rest()
+
+    def rest(self) -> None:
+        """Wait a little, and no longer than until another answer is there where the Grid can tell."""
+        if isinstance(self.grid, Attentive):
+            self.grid.wait(POLL_SECONDS)
+        else:
+            time.sleep(POLL_SECONDS)

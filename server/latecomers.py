@@ -6,7 +6,7 @@ from flwr.app import Message, RecordDict
 
 from fedhead.messages import DESCRIBE, INSTALL, STANDARDISE, Description, MessageError, payload_bytes
 from fedhead.server.exchange import UNREACHABLE, Exchange, Messenger
-from fedhead.server.roster import Roster
+from fedhead.server.roster import INSTALLING, Roster
 
 
 @dataclass
@@ -16,12 +16,16 @@ class _Arrival:
     Attributes:
         node_id: where it is.
         offset: where the chunk of weights begins that was sent last; None before the first.
+        lacking: whether it waits to be sent the weights.
+        installing: whether it is being sent them.
         description: what it said of itself when it had the weights.
         ready: whether it may take part.
     """
 
     node_id: int
     offset: int | None = None
+    lacking: bool = False
+    installing: bool = False
     description: Description | None = None
     ready: bool = False
 
@@ -39,10 +43,12 @@ class Latecomers:
 
     Attributes:
         standardise: tells a site how features are standardised; None before that is known.
+        received: how many bytes of weights have arrived at sites.
     """
 
     def __init__(self, messenger: Messenger, roster: Roster) -> None:
         self.standardise: RecordDict | None = None
+        self.received = 0
         self._messenger = messenger
         self._roster = roster
         self._arriving: dict[int, _Arrival] = {}
@@ -75,11 +81,20 @@ class Latecomers:
                 del self._arriving[arrival.node_id]
                 self._roster.admit(arrival.description, arrival.node_id, server_round)
                 admitted.append(arrival.description.site)
+        self._install()
         exchange.bytes_down += self._traffic.bytes_down
         exchange.bytes_up += self._traffic.bytes_up
         self._traffic = Exchange()
         self._roster.tell()
         return sorted(admitted)
+
+    def _install(self) -> None:
+        """Begin to send the weights to those that lack them, to a few at a time."""
+        free = INSTALLING - sum(arrival.installing for arrival in self._arriving.values())
+        waiting = [arrival for arrival in self._arriving.values() if arrival.lacking]
+        for arrival in waiting[: max(free, 0)]:
+            arrival.lacking, arrival.installing = False, True
+            self._send(arrival, INSTALL, self._roster.weights.question())
 
     def _send(self, arrival: _Arrival, action: str, content: RecordDict) -> None:
         site = self._roster.name_of(arrival.node_id)
@@ -107,16 +122,18 @@ class Latecomers:
         verdict = self._roster.judge(answer, arrival.node_id, arrival.offset)
         if verdict == "refused":
             self._turn_away(arrival)
-        elif verdict == "lacking":
-            weights = self._roster.weights
-            asked_before = action == INSTALL or not weights.in_chunks
-            arrival.offset = answer.received if asked_before else None
-            self._send(arrival, INSTALL, weights.chunk(answer.received) if asked_before else weights.question())
-        elif self.standardise is None:
-            arrival.description, arrival.ready = answer, True
+        elif verdict == "fit":
+            arrival.description, arrival.installing = answer, False
+            if self.standardise is None:
+                arrival.ready = True
+            else:
+                self._send(arrival, STANDARDISE, self.standardise)
+        elif action == DESCRIBE:
+            arrival.lacking = True
         else:
-            arrival.description = answer
-            self._send(arrival, STANDARDISE, self.standardise)
+            self.received += answer.received - (arrival.offset or 0)
+            arrival.offset = answer.received
+            self._send(arrival, INSTALL, self._roster.weights.chunk(answer.received))
 
     def _turn_away(self, arrival: _Arrival, reason: str = "", *, for_good: bool = True) -> None:
         """Give a site up: until it connects anew, or only for now."""

@@ -66,8 +66,9 @@ class NetworkGrid(Grid):
         return found
 
     def wait(self, seconds: float) -> None:
-        """Return when an answer has come since the last pull, or after `seconds`."""
+        """Return when an answer has come since the last pull or wait, or after `seconds`."""
         self.link.wait_for_answer(self._seen, seconds)
+        self._seen = self.link.answers
 
     def forget(self, message_ids: Iterable[str]) -> None:
         """Give up messages: sites that have not pulled them never will, and replies to them are dropped."""

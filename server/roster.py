@@ -180,10 +180,15 @@ class Roster:
         if len(self.nodes) >= needed:
             return ""
         missing = {site: state.reason for site, state in self._states.items() if state.standing in ("refused", "lost")}
+        installing = [site for site, state in self._states.items() if state.standing == "lacking"]
+        if not self._states:
+            return f"No site is connected, and the run needs {needed} or more."
+        able = f" ({', '.join(sorted(self.nodes)[:3])}{', ...' if len(self.nodes) > 3 else ''})" if self.nodes else ""
+        receiving = f" Weights are on their way to {len(installing)} of them." if installing else ""
         reasons = "".join(f" {site}: {reason.rstrip('.')}." for site, reason in sorted(missing.items())[:3])
         return (
-            f"{len(self.nodes)} of {len(self.nodes) + len(missing)} sites can take part, and the run needs {needed} or "
-            f"more.{reasons}"
+            f"{len(self.nodes)} of {len(self._states)} sites can take part{able}, and the run needs {needed} or more."
+            f"{receiving}{reasons}"
         )
 
     def _install(self, lacking: Mapping[str, int], exchange: Exchange) -> None:

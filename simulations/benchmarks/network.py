@@ -30,14 +30,13 @@ from flwr.app import Context, RecordDict
 from fedhead.backbones import load_backbone
 from fedhead.client.app import make_app
 from fedhead.client.guard import Guard
-from fedhead.config import RunConfig
 from fedhead.data import Samples, samples_from_arrays
 from fedhead.errors import FedheadError
 from fedhead.features import FeatureStore
 from fedhead.flower import MEDIA_TYPE, WAIT_HEADER, FleetClient, assemble, disassemble, signed_headers
 from fedhead.server.flower_app import write_flower_app
 from fedhead.server.history import Outcome
-from fedhead.server.observer import Observer
+from fedhead.server.observer import Observer, Step
 from fedhead.server.provision import provision
 from fedhead.server.serve import serve
 from fedhead.server.superlink import SuperLink
@@ -196,16 +195,18 @@ def with_light_sites(problem: Problem, home: Path, waiting: float) -> tuple[floa
 
 
 class Watch(Observer):
-    """Watches what this process takes for some seconds after the sites have come."""
+    """Holds a run back before its first round, and watches what this process takes meanwhile."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self.busy = 0.0
 
-    def on_started(self, config: RunConfig, run_dir: Path | None) -> None:
-        before, started = time.process_time(), time.perf_counter()
+    def on_step(self, step: Step, server_round: int) -> None:
+        if (step, server_round) != ("train", 1):
+            return
+        before, began = time.process_time(), time.perf_counter()
         time.sleep(self._seconds)
-        self.busy = (time.process_time() - before) / (time.perf_counter() - started)
+        self.busy = (time.process_time() - before) / (time.perf_counter() - began)
 
 
 def door(names: Sequence[str], home: Path) -> tuple[SuperLink, Path]:

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 import fedhead.server.coordinator
+import fedhead.server.latecomers
 from fedhead.backbones import Backbone, load_backbone
 from fedhead.client.app import make_app
 from fedhead.client.guard import Guard
@@ -296,7 +298,7 @@ def test_below_quorum_a_run_waits_until_sites_return() -> None:
     script = Script({1: lambda: network.connected.difference_update("bc")}, all_back)
     undisturbed = run(Network(), "undisturbed", min_sites=3)
     outcome = run(network, observers=[script], min_sites=3)
-    assert "1 of 3 sites can take part, and the run needs 3 or more." in script.waited[0]
+    assert "1 of 3 sites can take part (a), and the run needs 3 or more." in script.waited[0]
     assert [line["sites"] for line in lines()] == [0, 3, 3, 3, 3, 3]
     assert same(head("run"), head("undisturbed"))
     assert outcome.kept_round == undisturbed.kept_round
@@ -341,13 +343,14 @@ def test_statistics_wait_for_a_quorum_too() -> None:
     run(network, observers=[script], min_sites=3)
     run(Network(), "undisturbed", min_sites=3)
     assert len(set(network.asked(STATISTICS))) == 3
+    assert [line["joined"] for line in lines()] == [[]] * 6
     assert same(head("run"), head("undisturbed"))
 
 
 def test_nobody_at_all() -> None:
     network = Network()
     network.connected = set()
-    with pytest.raises(FedheadError, match="0 of 0 sites can take part"):
+    with pytest.raises(FedheadError, match="No site is connected, and the run needs 1 or more"):
         run(network, round_deadline=0.3)
 
 
@@ -486,6 +489,22 @@ def test_a_late_site_is_given_the_weights_while_others_train(
     assert joined < 60
     (exported,) = Path("home/weights").iterdir()
     assert file_sent("c")[1] == exported.read_bytes()
+
+
+def test_weights_go_to_a_few_sites_at_a_time_however_long_that_takes(
+    weights: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fedhead.server.latecomers, "INSTALLING", 1)
+    monkeypatch.setattr(fedhead.server.coordinator, "CHUNK_BYTES", 50_000)
+    network = Apart()
+    network.connected = set()
+    script = Script({}, lambda: network.connected.update("abc"))
+    outcome = run(network, observers=[script], min_sites=3, round_deadline=2.0, **weights)
+    assert outcome.participants == ["a", "b", "c"]
+    receivers = [name for name, action in network.sent if action == INSTALL]
+    assert sorted(name for name, _ in groupby(receivers)) == ["a", "b", "c"]
+    assert "No site is connected" in script.waited[0]
+    assert any("Weights are on their way to 2 of them" in reason for reason in script.waited)
 
 
 def test_tampered_weights_are_refused_and_not_kept(weights: dict[str, Any]) -> None:
