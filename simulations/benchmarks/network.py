@@ -113,21 +113,28 @@ def with_stock_flower(problem: Problem, home: Path) -> float:
     with contextlib.ExitStack() as stack:
 
         def start(number: int, name: str, *arguments: str) -> subprocess.Popen[bytes]:
-            command = [str(Path(sys.executable).with_name(name)), *arguments]
-            more = {"FLWR_HOME": str(home / "flwr"), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+            commands = Path(sys.executable).parent
+            more = {
+                # Flower's commands start others by name.
+                "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}",
+                "FLWR_HOME": str(home / "flwr"),
+                "FLWR_TELEMETRY_ENABLED": "0",
+                "FLWR_DISABLE_UPDATE_CHECK": "1",
+            }
+            command = [str(commands / name), *arguments]
             return stack.enter_context(started(command, problem, home, number, more))
 
         address = ("--insecure", "--host", "127.0.0.1", "--port")
         start(90, "flower-superlink", *address, str(port), "--disable-runtime-dependency-installation")
-        wait_for(lambda: answers(port))
+        log = home / "site-90.log"
+        wait_for(lambda: answers(port), log)
         for number, own in enumerate(others):
             data = f'data="python:{__name__}:{rows_of_site.__name__}" device="cpu" min-class-count=0 min-rows=0'
             node = ("--superlink", f"127.0.0.1:{port}", "--node-config", f'site="site-{number}" {data}')
             start(number, "flower-supernode", *address, str(own), *node)
-        log = home / "site-90.log"
-        wait_for(lambda: log.read_text().count("Activated node_id") == problem.sites)
+        wait_for(lambda: log.read_text().count("Activated node_id") == problem.sites, log)
         start(91, "flwr", "run", str(home / "app"), "here", "--stream")
-        wait_for((home / "run" / "result.json").exists)
+        wait_for((home / "run" / "result.json").exists, home / "site-91.log")
     lines = [json.loads(line) for line in (home / "run" / "metrics.jsonl").read_text().splitlines()]
     return statistics.median(float(line["seconds"]) for line in lines[1:])
 
@@ -145,7 +152,7 @@ def answers(port: int) -> bool:
         return trying.connect_ex(("127.0.0.1", port)) == 0
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 300.0) -> None:
+def wait_for(condition: Callable[[], bool], log: Path, seconds: float = 180.0) -> None:
     """Wait until something has come about.
 
     Raises:
@@ -154,7 +161,8 @@ def wait_for(condition: Callable[[], bool], seconds: float = 300.0) -> None:
     stop = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > stop:
-            raise FedheadError(f"Flower's processes did not get there within {seconds:.0f} s.")
+            said = log.read_text()[-1000:]
+            raise FedheadError(f"Flower's processes did not get there within {seconds:.0f} s. {log.name}: {said}")
         time.sleep(0.1)
 
 
