@@ -186,13 +186,13 @@ def describe_site(site: "Site", content: RecordDict, context: Context) -> Record
             f"This site speaks protocol {PROTOCOL} and the coordinator {payload.values.get('protocol')}; install the "
             "coordinator's version of fedhead."
         )
-        return Payload(Description(site=site.name, refusal=refusal).model_dump()).to_content()
+        return _told(Description(site=site.name, refusal=refusal))
     try:
         manifest = Manifest(**payload.values)
     except ValidationError as error:
         asked = ", ".join(sorted({".".join(map(str, detail["loc"])) for detail in error.errors()}))
         refusal = f"The manifest asks for what this site does not know, or decides by itself: {asked}."
-        return Payload(Description(site=site.name, refusal=refusal).model_dump()).to_content()
+        return _told(Description(site=site.name, refusal=refusal))
     context.state[RECORD] = ConfigRecord(
         {"manifest": manifest.model_dump_json(), "probe": payload.arrays["probe"].astype("<f4").tobytes()}
     )
@@ -204,11 +204,18 @@ def install_chunk(site: "Site", content: RecordDict, context: Context) -> Record
     received = site.install(kept(context).manifest, WeightsChunk.from_content(content))
     if received is None:
         return _describe(site, context)
-    return Payload(Description(site=site.name, rows=site.num_rows, received=received).model_dump()).to_content()
+    return _told(Description(site=site.name, rows=site.num_rows, received=received))
 
 
 def _describe(site: "Site", context: Context) -> RecordDict:
-    return Payload(description_of(site, kept(context)).model_dump()).to_content()
+    return _told(description_of(site, kept(context)))
+
+
+def _told(description: Description) -> RecordDict:
+    """Return what the coordinator is told; if the site takes no part, its own log says so too."""
+    if description.refusal:
+        logger.error("This site takes no part in the run. %s", description.refusal)
+    return Payload(description.model_dump()).to_content()
 
 
 def description_of(site: "Site", agreed: "Kept") -> Description:

@@ -426,6 +426,8 @@ class Connection:
         """Return why this site may not connect; a stock SuperLink does not tell the reasons apart, ours does."""
         said = _body(response)
         remedy = "Ask the coordinator's operator for a new kit (fedhead provision --add-site)."
+        if self._insecure:
+            remedy = "Give this site another name, or end what has it."
         if "code" not in said and said.get("detail"):
             return Trouble(f"{str(said['detail'])[:500].rstrip('.')}. {remedy}", heals=False)
         return Trouble(

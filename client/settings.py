@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from fedhead.addresses import is_loopback, split_address
 from fedhead.errors import UserError
-from fedhead.files import write_atomically
+from fedhead.files import safe_name, write_atomically
 from fedhead.messages import CALIBRATE, COMPARE, DESCRIBE, EVALUATE, INSTALL, REPORT, STANDARDISE, STATISTICS, TRAIN
 from fedhead.registry import suggest
 
@@ -59,13 +59,23 @@ class SiteSettings(_Table):
         permit: what a coordinator may ask of it.
     """
 
-    name: str = Field(min_length=1, max_length=200)
+    name: str
     coordinator: str
     data: str = ""
     device: str = "auto"
     strict_data: bool = False
     limits: Limits = Limits()
     permit: Permit = Permit()
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_name(cls, name: str) -> str:
+        if safe_name(name) != name:
+            raise ValueError(
+                f"a site cannot be called {name!r}: names are up to 64 of a-z, 0-9, - and _, and begin with a "
+                "letter or digit."
+            )
+        return name
 
     @field_validator("coordinator")
     @classmethod

@@ -8,10 +8,12 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
 import signal
+import stat
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -24,6 +26,7 @@ from fedhead.client.connection import LONG_WAIT, Connection, RefusedError, WorkI
 from fedhead.client.guard import Entry, Guard, Ledger, ledger_path
 from fedhead.client.settings import Kit, SiteSettings, insecure_key
 from fedhead.client.site_data import LocalSite
+from fedhead.data.samples import local_path
 from fedhead.errors import FedheadError, UserError
 from fedhead.files import disk_errors, home, safe_name, write_atomically
 from fedhead.flower import FleetClient, content_from_bytes, content_to_bytes
@@ -36,14 +39,11 @@ KEPT_RUNS = 8
 """Of how many runs a site keeps what it was told."""
 FAILED = 2
 """Flower's code of an app that raised an exception."""
+_HOLDER = re.compile(rb"[a-z0-9_-]+, process [0-9]+")
 
 
 class StopSite(BaseException):
     """The process was asked to end; not an `Exception`, so that nothing on the way takes it for a failure."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"signal {number}")
-        self.number = number
 
 
 def serve(
@@ -262,7 +262,7 @@ def stopping_by_signal() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         for each in (signal.SIGTERM, signal.SIGINT):
             signal.signal(each, signal.SIG_IGN)
-        raise StopSite(number)
+        raise StopSite(signal.Signals(number).name)
 
     before = {each: signal.signal(each, stop) for each in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -279,12 +279,11 @@ def only_process(settings: SiteSettings) -> Iterator[None]:
     Raises:
         UserError: if another process holds one of them.
     """
-    argument = settings.data.partition(":")[2]
-    path = Path(argument).expanduser() if argument else None
-    there = path.resolve() if path is not None and path.exists() else None
-    data = settings.data if there is None else str(there)
+    there = local_path(settings.data)
+    # Sites may share a table, each with its own rows of it: then the options tell them apart.
+    options = settings.data.partition("?")[2]
+    data = settings.data if there is None else f"{there}?{options}" if options else str(there)
     locks = home() / "sites" / "locks"
-    taken = "Another fedhead client is up for {} on this machine; a site has one. End it first."
     with ExitStack() as held:
         for name, what in (
             (f"name-{safe_name(settings.name)}", f"the site {settings.name}"),
@@ -293,18 +292,35 @@ def only_process(settings: SiteSettings) -> Iterator[None]:
             with disk_errors(locks / name):
                 locks.mkdir(mode=0o700, parents=True, exist_ok=True)
                 handle = os.open(locks / name, os.O_RDWR | os.O_CREAT, 0o600)
-            _hold(handle, taken.format(what), held)
-        if there is not None and os.access(there, os.R_OK):
+            _hold(handle, what, held)
+            os.truncate(handle, 0)
+            os.write(handle, f"{settings.name}, process {os.getpid()}".encode())
+        if there is not None and not options and os.access(there, os.R_OK):
             # The lock that processes with another FEDHEAD_HOME see, where the file system has one to give.
-            _hold(os.open(there, os.O_RDONLY), taken.format(f"the data {settings.data}"), held)
+            _hold(os.open(there, os.O_RDONLY), f"the data {settings.data}", held)
         yield
 
 
-def _hold(handle: int, taken: str, held: ExitStack) -> None:
+def _hold(handle: int, what: str, held: ExitStack) -> None:
     held.callback(os.close, handle)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(taken) from None
+        raise UserError(
+            f"Another fedhead client is up for {what} on this machine{_holder(handle)}; a site has one. End it first."
+        ) from None
     except OSError as error:
         logger.debug("No lock is to be had: %s.", error)
+
+
+def _holder(handle: int) -> str:
+    """Return who holds a lock: by what it wrote into one of ours, or by its process, where the system tells."""
+    about = os.fstat(handle)
+    if stat.S_ISREG(about.st_mode) and (said := _HOLDER.match(os.read(handle, 200))):
+        return f": {said[0].decode()}"
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/locks").read_text().splitlines():
+            _, kind, _, _, process, file, *_ = line.split()
+            if kind == "FLOCK" and int(file.rpartition(":")[2]) == about.st_ino and int(process) > 0:
+                return f": process {process}"
+    return ""

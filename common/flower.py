@@ -84,7 +84,8 @@ def content_from_bytes(blob: bytes) -> RecordDict:
 WAIT_HEADER = "x-fedhead-wait"
 """On a pull: for how many seconds the coordinator may hold it until there is a message. Others ignore it."""
 SITE_HEADER = "x-fedhead-site"
-"""A site's name, where it makes its own key (`--insecure`); registered keys have theirs."""
+"""What a site calls itself: its name, where it makes its own key (`--insecure`), and else what its key must be
+registered as."""
 PROCESS_HEADER = "x-fedhead-process"
 """Tells processes of one site apart: to a new one, what is still unanswered is delivered again."""
 
@@ -108,7 +109,7 @@ class FleetClient:
         key: what the site proves its identity with.
         root_certificates: PEM, for TLS; None is plain HTTP, which then never goes through a proxy.
         wait: seconds to ask the coordinator to hold a pull that finds nothing.
-        name: of the site, which a coordinator without registered keys knows it by.
+        name: of the site; a coordinator without registered keys knows it by that.
     """
 
     def __init__(

@@ -78,7 +78,12 @@ class Roster:
         self._observer.on_step("describe", 0)
         nodes = {str(node): node for node in self._messenger.grid.get_node_ids()}
         descriptions = self._descriptions(nodes, DESCRIBE, self.description(), exchange)
-        claimed = Counter(description.site for description in descriptions.values())
+        # Who is registered under another name counts as no namesake, and is refused alone.
+        claimed = Counter(
+            description.site
+            for key, description in descriptions.items()
+            if self._registered(nodes[key]) in (None, description.site)
+        )
         lacking: dict[str, int] = {}
         for key, description in sorted(descriptions.items()):
             if claimed[description.site] > 1:

@@ -226,6 +226,10 @@ class SuperLink:
             who = f"{self._revoked[key]} ({address})" if key in self._revoked else f"a site from {address}"
             why = "its key is revoked" if key in self._revoked else f"its key ({fingerprint(key)}) is not registered"
             raise self._refuse(412 if request_name == ACTIVATE else 401, who, why)
+        claimed = headers.get(SITE_HEADER.encode(), b"").decode("latin1")
+        if claimed not in ("", site.link.name):
+            why = f"its key is registered as {site.link.name!r}, and its site.toml calls it {claimed[:64]!r}"
+            raise self._refuse(412 if request_name == ACTIVATE else 401, f"a site from {address}", why)
         site.address = address
         site.last_seen = time.time()
         return site

@@ -1,15 +1,15 @@
 """`fedhead client`: the long-running process of one site."""
 
 import logging
-import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fedhead.cli import options
-from fedhead.cli.application import INTERRUPTED, app, errors, in_sentences
+from fedhead.cli.application import app, errors, in_sentences
 from fedhead.errors import UserError
 
 if TYPE_CHECKING:
@@ -111,13 +111,14 @@ def _serve(settings: "SiteSettings", kit: "Kit | None", approve: bool, health: s
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S", force=True)
     for chatty in ("httpx", "flwr"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    try:
+    with suppress(StopSite):
         serve(settings, kit, approve=approve, ask=_ask if sys.stdin.isatty() else None, health=health)
-    except StopSite as stop:
-        sys.exit(0 if stop.number == signal.SIGTERM else INTERRUPTED)
 
 
 def _ask(described: str) -> bool:
     errors.print("[bold]The coordinator asks for what was never released to it before.[/bold] The ledger would have:")
     errors.print(described, markup=False, highlight=False, soft_wrap=True)
-    return typer.confirm("Release it, and from now on all of this kind?", err=True)
+    try:
+        return typer.confirm("Release it, and from now on all of this kind?", err=True)
+    except typer.Abort:
+        return False

@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -161,6 +162,15 @@ def split_options(argument: str, known: Collection[str], spec: str) -> tuple[str
             raise UserError(f"{spec} gives the option {name!r} twice.")
         options[name] = value
     return before, options
+
+
+def local_path(spec: str) -> Path | None:
+    """Return the file or folder that a data spec names, resolved; None if it names none that is there."""
+    argument = spec.partition(":")[2]
+    for given in (argument, argument.partition("?")[0]):
+        if given and (path := Path(given).expanduser()).exists():
+            return path.resolve()
+    return None
 
 
 def class_names(values: Iterable[str]) -> tuple[str, ...]:

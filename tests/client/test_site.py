@@ -1,4 +1,5 @@
 import logging
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -275,7 +276,24 @@ def test_data_is_locked_for_processes_with_another_home(
 ) -> None:
     with only_process(settings(f"folder:{scans}")):
         monkeypatch.setenv("FEDHEAD_HOME", str(tmp_path / "another"))
-        with pytest.raises(UserError, match="is up for the data"), only_process(settings(f"folder:{scans}")):
+        holder = f": process {os.getpid()}" if Path("/proc/locks").exists() else ""
+        with (
+            pytest.raises(UserError, match=f"is up for the data .* on this machine{holder};"),
+            only_process(settings(f"folder:{scans}")),
+        ):
+            pass
+
+
+def test_a_table_is_shared_by_sites_that_take_other_rows_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("all.csv").write_text("path,label,ward\n")
+    with only_process(settings("csv:all.csv?split=ward:a", "a")):
+        with only_process(settings("csv:all.csv?split=ward:b", "b")):
+            pass
+        with (
+            pytest.raises(UserError, match=f": a, process {os.getpid()};"),
+            only_process(settings(f"csv:{tmp_path}/all.csv?split=ward:a", "b")),
+        ):
             pass
 
 

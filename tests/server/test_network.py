@@ -536,6 +536,14 @@ def test_another_name_than_the_registered_one_is_refused() -> None:
     assert "registered as 'b'" in outcome.refused["b"]
 
 
+def test_a_site_that_takes_anothers_name_harms_itself_alone() -> None:
+    network = Network()
+    network.sites["b"].name = "a"
+    outcome = run(network, rounds=1)
+    assert outcome.participants == ["a", "c"]
+    assert "registered as 'b'" in outcome.refused["b"]
+
+
 def spoken_by(protocol: int) -> Callable[[str, Message], RecordDict | None]:
     def change(name: str, message: Message) -> RecordDict | None:
         if name != "b" or message.metadata.message_type != DESCRIBE:

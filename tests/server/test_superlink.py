@@ -277,6 +277,17 @@ def test_a_key_that_is_not_registered_is_refused_and_named(
     assert "a site from 127.0.0.1" in caplog.text
 
 
+def test_a_key_that_comes_under_another_sites_name_is_refused(
+    link: SuperLink, kits: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    impostor = FleetClient(f"127.0.0.1:{link.port}", key_of(kits / "a"), (kits / "ca.pem").read_bytes(), 0, "b")
+    response = refused(lambda: impostor.activate(20.0))
+    assert response.status_code == 412
+    assert "registered as 'a', and its site.toml calls it 'b'" in response.json()["detail"]
+    assert "registered as 'a'" in caplog.text
+    assert not link.online()
+
+
 def test_a_site_is_revoked_and_another_added_while_the_coordinator_runs(
     own_kits: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,7 @@
+import io
 import logging
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +11,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from fedhead.cli import app
+from fedhead.cli.client import _ask
 from fedhead.client.settings import SiteSettings
 from fedhead.client.site import only_process
 from fedhead.server.provision import provision
@@ -43,6 +47,7 @@ LOCAL = ("--insecure", "--site", "here")
         (("--insecure", "--data", "digits"), "--site NAME"),
         ((*LOCAL, "--data", "digits", "--coordinator", "coord.example.org:9092"), "goes to this machine alone"),
         ((*LOCAL, "--data", "digits", "--coordinator", "127.0.0.1"), "is not HOST:PORT"),
+        (("--insecure", "--site", "Ward 3", "--data", "digits"), "a site cannot be called 'Ward 3'"),
         ((*LOCAL, "--data", "folder:nowhere"), "There is no folder nowhere"),
         ((*LOCAL, "--data", "folder:empty"), "empty holds no images"),
         ((*LOCAL, "--data", "digits", "--device", "abacus"), "The device 'abacus' is not to be had"),
@@ -58,12 +63,18 @@ def test_a_mistake_is_told_before_anything_is_sent(arguments: tuple[str, ...], w
     assert words in said
 
 
+@pytest.mark.parametrize(("answer", "agreed"), [("y\n", True), ("n\n", False), ("\n", False), ("", False)])
+def test_no_answer_is_no(monkeypatch: pytest.MonkeyPatch, answer: str, agreed: bool) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(answer))
+    assert _ask("action   train") is agreed
+
+
 def test_a_second_client_on_the_same_data_is_refused() -> None:
     settings = SiteSettings(name="there", coordinator="127.0.0.1:9092", data="digits")
     with only_process(settings):
         status, said = client(*LOCAL, "--data", "digits")
     assert status == 2
-    assert "Another fedhead client is up for the data digits" in said
+    assert f"Another fedhead client is up for the data digits on this machine: there, process {os.getpid()};" in said
 
 
 def test_a_home_that_cannot_be_written_is_a_sentence(tmp_path: Path) -> None:
