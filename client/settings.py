@@ -1,6 +1,5 @@
 """What a site decides by itself: its kit's `site.toml`, with flags over it. Nothing a coordinator sends changes it."""
 
-import stat
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from fedhead.addresses import is_loopback, split_address
 from fedhead.errors import UserError
-from fedhead.files import safe_name, write_atomically
+from fedhead.files import require_private, safe_name, write_atomically
 from fedhead.messages import CALIBRATE, COMPARE, DESCRIBE, EVALUATE, INSTALL, REPORT, STANDARDISE, STATISTICS, TRAIN
 from fedhead.registry import suggest
 
@@ -144,10 +143,7 @@ def load_key(path: Path) -> "EllipticCurvePrivateKey":
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     content = _read(path)
-    if (mode := stat.S_IMODE(path.stat().st_mode)) & 0o077:
-        raise UserError(
-            f"The private key {path} can be read by others on this machine (mode {mode:04o}): chmod 600 {path}."
-        )
+    require_private(path)
     try:
         key = load_pem_private_key(content, password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:

@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -120,6 +121,18 @@ def replaced(path: Path) -> Iterator[Path]:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def require_private(path: Path) -> None:
+    """Check that nobody but its owner can read a private key.
+
+    Raises:
+        UserError: if others can.
+    """
+    if (mode := stat.S_IMODE(path.stat().st_mode)) & 0o077:
+        raise UserError(
+            f"The private key {path} can be read by others on this machine (mode {mode:04o}): chmod 600 {path}."
+        )
 
 
 def flush(path: Path) -> None:

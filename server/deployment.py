@@ -2,14 +2,17 @@
 
 import json
 import shlex
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedhead.data.samples import local_path
 from fedhead.errors import UserError
 
 HOME = Path("/var/lib/fedhead")
 """Where features, ledgers and runs are kept, on the machine or in the container's volume."""
+TABLES = ("csv", "jsonl", "parquet")
 
 
 @dataclass(frozen=True)
@@ -50,15 +53,14 @@ def site_service(kit: Path, data: str, health: str = "", program: str = "fedhead
     if not (kit / "site.toml").is_file():
         raise UserError(f"{kit} is not a site's kit: it has no site.toml. fedhead provision makes one.")
     kit = kit.resolve()
-    source, _, argument = data.partition(":")
-    path = Path(argument).expanduser().resolve() if argument and Path(argument).expanduser().exists() else None
-    spec = data if path is None else f"{source}:{path}"
-    command = [program, "client", "--kit", str(kit), *(["--data", spec] if data else [])]
+    declared = data or _data_of(kit / "site.toml")
+    spec, reads = _from_anywhere(declared)
+    command = [program, "client", "--kit", str(kit), *(["--data", spec] if data or spec != declared else [])]
     return Service(
         name=f"fedhead-{kit.name}",
         description=f"fedhead, site {kit.name}",
         command=[*command, *(["--health", health] if health else [])],
-        reads=[kit, *([path] if path is not None else [])],
+        reads=[kit, *reads],
         health=health,
     )
 
@@ -204,6 +206,35 @@ def _health_check(health: str) -> list[str]:
         "      timeout: 30s",
         "      start_period: 2m",
     ]
+
+
+def _data_of(settings: Path) -> str:
+    """Return the data spec that a `site.toml` has, perhaps empty."""
+    try:
+        return str(tomllib.loads(settings.read_text()).get("data", ""))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{settings} cannot be read: {error}.") from None
+
+
+def _from_anywhere(spec: str) -> tuple[str, list[Path]]:
+    """Return a data spec with absolute paths, and what is read for it."""
+    source, _, argument = spec.partition(":")
+    path = local_path(spec)
+    whole = path is not None and Path(argument).expanduser().exists()
+    before, _, query = (argument, "", "") if whole else argument.partition("?")
+    options, roots = [], []
+    for option in query.split("&") if query else ():
+        name, _, value = option.partition("=")
+        if name == "root":
+            roots.append(Path(value).expanduser().resolve())
+            option = f"root={roots[-1]}"
+        options.append(option)
+    reads = roots if path is None else [path, *roots]
+    if path is not None and source in TABLES and not roots:
+        # The files that a table names lie beside it.
+        reads = [path.parent]
+    named = f"{source}:{path or before}" if argument else spec
+    return named + (f"?{'&'.join(options)}" if options else ""), reads
 
 
 def _for_systemd(text: str) -> str:

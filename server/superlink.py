@@ -23,6 +23,7 @@ from flwr.app import Message
 from fedhead.addresses import is_loopback
 from fedhead.certificates import valid_until
 from fedhead.errors import UserError
+from fedhead.files import require_private
 from fedhead.flower import (
     ACTIVATE,
     FLEET_PATH,
@@ -520,6 +521,7 @@ def _tls(kit: CoordinatorKit, say: Callable[[str], None]) -> ssl.SSLContext:
 
     if valid_until(kit.certificate) < datetime.now(UTC):
         raise UserError(" ".join(expiry_warnings(kit)))
+    require_private(kit.key)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:

@@ -107,6 +107,32 @@ def test_a_container_has_what_its_command_needs_and_can_change_nothing_of_it(kit
     assert "$HOME" not in text.replace("$$HOME", "")
 
 
+def test_data_is_found_from_elsewhere_with_the_files_that_it_names(
+    kits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    kit, data = kits / "hospital-a", tmp_path / "data"
+    (data / "images").mkdir(parents=True)
+    (data / "all.csv").touch()
+    (data / "all.npz").touch()
+    for spec, named, reads in (
+        ("csv:data/all.csv?label=finding", f"csv:{data}/all.csv?label=finding", [data]),
+        ("csv:data/all.csv?root=data", f"csv:{data}/all.csv?root={data}", [data / "all.csv", data]),
+        ("npz:data/all.npz", f"npz:{data}/all.npz", [data / "all.npz"]),
+        ("torchvision:MNIST?root=data", f"torchvision:MNIST?root={data}", [data]),
+        ("digits", "digits", []),
+        ("python:wards:rows", "python:wards:rows", []),
+    ):
+        service = site_service(kit, spec)
+        assert (parsed(service.command)["data"], service.reads) == (named, [kit, *reads])
+    settings = kit / "site.toml"
+    settings.write_text(settings.read_text().replace('data = ""', f'data = "folder:{data}/images"'))
+    assert "--data" not in site_service(kit, "").command
+    assert site_service(kit, "").reads == [kit, data / "images"]
+    settings.write_text(settings.read_text().replace(f"folder:{data}", "folder:data"))
+    assert parsed(site_service(kit, "").command)["data"] == f"folder:{data}/images"
+
+
 def test_a_coordinators_container_listens_and_ends_with_its_run(kits: Path, run: Path, tmp_path: Path) -> None:
     text = compose_file(coordinator_service(kits / "coordinator", run, "xray", 9092), tmp_path)
     (described,) = yaml.safe_load(text.replace("$$", "$"))["services"].values()

@@ -382,6 +382,9 @@ def test_without_a_kit_only_this_machine_may_connect_and_each_name_once(tmp_path
 def test_a_port_in_use_and_a_broken_kit_are_told_before_anything_starts(link: SuperLink, own_kits: Path) -> None:
     with pytest.raises(UserError, match=r"cannot listen on .*in use"):
         SuperLink("127.0.0.1", link.port)
+    (own_kits / "coordinator" / "server.key").chmod(0o644)
+    with pytest.raises(UserError, match=r"server.key can be read by others on this machine \(mode 0644\): chmod 600"):
+        SuperLink("127.0.0.1", 0, CoordinatorKit.read(own_kits / "coordinator"))
     shutil.copy(own_kits / "a" / "key.pem", own_kits / "coordinator" / "server.key")
     with pytest.raises(UserError, match="cannot be used together"):
         SuperLink("127.0.0.1", 0, CoordinatorKit.read(own_kits / "coordinator"))
