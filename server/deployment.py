@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedhead.config import RunConfig
 from fedhead.data.samples import local_path
 from fedhead.errors import UserError
 
 HOME = Path("/var/lib/fedhead")
 """Where features, ledgers and runs are kept, on the machine or in the container's volume."""
 TABLES = ("csv", "jsonl", "parquet")
+NAMED = ("bundled", "python", "timm", "torchvision")
+"""Sources whose argument is a name, whatever lies in the folder."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +82,13 @@ def coordinator_service(
         program: how `fedhead` is called there.
 
     Raises:
-        UserError: if `kit` is not a coordinator's, or there is no configuration.
+        UserError: if `kit` is not a coordinator's, or there is no configuration, or what it names would not be found.
     """
     if not (kit / "coordinator.toml").is_file():
         raise UserError(f"{kit} is not a coordinator's kit: it has no coordinator.toml. fedhead provision makes one.")
     if not run.is_file():
         raise UserError(f"There is no configuration {run}.")
+    reads = _read_by(run)
     kit, run, folder = kit.resolve(), run.resolve(), HOME / "runs" / out
     same = ["--kit", str(kit), *(["--health", health] if health else [])]
     first = shlex.join([program, "server", str(run), "--out", str(folder), *same])
@@ -94,7 +98,7 @@ def coordinator_service(
         name="fedhead-coordinator",
         description=f"fedhead, coordinator of {out}",
         command=["/bin/sh", "-c", f"if {known}; then exec {later}; else exec {first}; fi"],
-        reads=[kit, run],
+        reads=[kit, run, *reads],
         finished=folder / "result.json",
         port=port,
         health=health,
@@ -216,10 +220,31 @@ def _data_of(settings: Path) -> str:
         raise UserError(f"{settings} cannot be read: {error}.") from None
 
 
+def _read_by(run: Path) -> list[Path]:
+    """Return the files and folders that a configuration names.
+
+    Raises:
+        UserError: if it names one by a relative path: a service starts elsewhere.
+    """
+    config = RunConfig.from_toml(run)
+    found = []
+    for setting in ("weights", "backbone", "classes_from"):
+        value = getattr(config, setting)
+        spec = f":{value}" if setting == "weights" else value
+        absolute, reads = _from_anywhere(spec)
+        if reads and absolute != spec:
+            raise UserError(
+                f"{run} has {setting} = {value!r}, which a service would not find, since it starts in {HOME}; write "
+                f"{absolute.removeprefix(':')!r}."
+            )
+        found += reads
+    return found
+
+
 def _from_anywhere(spec: str) -> tuple[str, list[Path]]:
     """Return a data spec with absolute paths, and what is read for it."""
     source, _, argument = spec.partition(":")
-    path = local_path(spec)
+    path = None if source in NAMED else local_path(spec)
     whole = path is not None and Path(argument).expanduser().exists()
     before, _, query = (argument, "", "") if whole else argument.partition("?")
     options, roots = [], []

@@ -115,6 +115,7 @@ def test_data_is_found_from_elsewhere_with_the_files_that_it_names(
     (data / "images").mkdir(parents=True)
     (data / "all.csv").touch()
     (data / "all.npz").touch()
+    Path("MNIST").mkdir()
     for spec, named, reads in (
         ("csv:data/all.csv?label=finding", f"csv:{data}/all.csv?label=finding", [data]),
         ("csv:data/all.csv?root=data", f"csv:{data}/all.csv?root={data}", [data / "all.csv", data]),
@@ -142,6 +143,20 @@ def test_a_coordinators_container_listens_and_ends_with_its_run(kits: Path, run:
     done, _, rest = line.partition("; then exit 0; fi; ")
     assert done == "if test -e /var/lib/fedhead/runs/xray/result.json"
     assert parsed(branches(rest)[2])["config"] == str(run)
+
+
+def test_what_a_run_names_is_there_or_told_of(
+    kits: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    weights = tmp_path / "weights.safetensors"
+    weights.touch()
+    before = run.read_text()
+    run.write_text(f'weights = "{weights}"\n{before}')
+    assert coordinator_service(kits / "coordinator", run, "xray").reads == [kits / "coordinator", run, weights]
+    run.write_text(f'weights = "weights.safetensors"\n{before}')
+    with pytest.raises(UserError, match=f"a service would not find.*write '{weights}'"):
+        coordinator_service(kits / "coordinator", run, "xray")
 
 
 def test_the_kit_has_to_be_of_the_right_kind(kits: Path, run: Path) -> None:
