@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 CORRECT = METRICS.index("correct")
 
 
+BETWEEN_WORDS = 5.0
+"""Seconds between two lines in the log about one wait."""
 RETURN_SECONDS = 60.0
 """For so long a resumed run waits for the sites that it had; those that come later join later."""
 
@@ -52,11 +54,20 @@ class Patience:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self.said = ""
+        self._speak_at = 0.0
         self.renew()
 
     def renew(self) -> None:
         """Wait for so long from now on."""
         self._stop = time.monotonic() + self.seconds
+
+    def speaks(self) -> bool:
+        """Return whether the log is to be told: where hundreds of sites come one by one, not of each."""
+        now = time.monotonic()
+        if now < self._speak_at:
+            return False
+        self._speak_at = now + BETWEEN_WORDS
+        return True
 
     @property
     def lasts(self) -> bool:
@@ -275,7 +286,8 @@ class Coordinator:
         if shortage != patience.said:
             patience.said = shortage
             self.observer.on_waiting(shortage)
-            logger.warning("Waiting: %s", shortage)
+            if patience.speaks():
+                logger.warning("Waiting: %s", shortage)
         self._messenger.rest()
 
     def _save(self, progress: Progress) -> None:

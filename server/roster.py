@@ -189,7 +189,7 @@ class Roster:
         if not self._states:
             return f"No site is connected, and the run needs {needed} or more."
         able = f" ({', '.join(sorted(self.nodes)[:3])}{', ...' if len(self.nodes) > 3 else ''})" if self.nodes else ""
-        receiving = f" Weights are on their way to {len(installing)} of them." if installing else ""
+        receiving = f" {len(installing)} of them still need the weights." if installing else ""
         reasons = "".join(f" {site}: {reason.rstrip('.')}." for site, reason in sorted(missing.items())[:3])
         return (
             f"{len(self.nodes)} of {len(self._states)} sites can take part{able}, and the run needs {needed} or more."

@@ -1,23 +1,20 @@
 """`network`: rounds over real sites on this machine, with TLS and registered keys, and what waiting sites cost.
 
-Three sites are the command's own processes. The many are light: one process holds them all, each with its own key,
-connection and rows, so that what is measured is the coordinator.
+Three sites are the command's own processes; with a backbone of 100 MB, the coordinator is one too. The many are light:
+one process holds them all, each with its own key, connection and rows, so that what is measured is the coordinator.
 """
 
 import contextlib
 import http.client
 import json
 import os
-import signal
-import socket
 import ssl
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,9 +25,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Context, RecordDict
 
 from fedhead.backbones import load_backbone
+from fedhead.backbones.weights import export_weights
 from fedhead.client.app import make_app
 from fedhead.client.guard import Guard
-from fedhead.data import Samples, samples_from_arrays
 from fedhead.errors import FedheadError
 from fedhead.features import FeatureStore
 from fedhead.flower import MEDIA_TYPE, WAIT_HEADER, FleetClient, assemble, disassemble, signed_headers
@@ -42,20 +39,21 @@ from fedhead.server.serve import serve
 from fedhead.server.superlink import SuperLink
 from fedhead.simulations.benchmarks.measurement import Json, Measurement, app
 from fedhead.simulations.benchmarks.problem import CLASSES, Problem, own_home
+from fedhead.simulations.benchmarks.processes import (
+    CLIENT,
+    DATA,
+    PROBLEM,
+    answers,
+    free_ports,
+    processor_seconds,
+    started,
+    wait_for,
+    watchable,
+)
+from fedhead.simulations.benchmarks.shipping import shipping
 from fedhead.simulations.simulate import SharedData, SimulatedSite
 
 HEARTBEAT_SECONDS = 60.0
-SITE = "FEDHEAD_BENCHMARK_SITE"
-PROBLEM = "FEDHEAD_BENCHMARK_PROBLEM"
-
-
-def rows_of_site() -> Samples:
-    """Return one site's rows; the data of the benchmark's own processes, which are told by their environment."""
-    problem = Problem(**json.loads(os.environ[PROBLEM]))
-    everything, first = problem.samples(), int(os.environ[SITE]) * problem.rows
-    chosen = range(first, first + problem.rows)
-    images = np.stack([np.asarray(everything.read(row)) for row in chosen])
-    return samples_from_arrays(images, everything.labels[chosen], classes=everything.classes, spec="benchmark")
 
 
 @app.command()
@@ -67,7 +65,8 @@ def network(
     rounds: Annotated[int, typer.Option(help="Over the processes.", min=3)] = 20,
     light_rounds: Annotated[int, typer.Option(help="Over the light sites.", min=3)] = 8,
     stock_rounds: Annotated[int, typer.Option(help="With Flower's own processes; 0 leaves them out.", min=0)] = 3,
-    waiting: Annotated[float, typer.Option(help="Seconds to watch the coordinator while light sites wait.")] = 20.0,
+    waiting: Annotated[float, typer.Option(help="Seconds to watch coordinator and client while they wait.")] = 20.0,
+    ship: Annotated[bool, typer.Option(help="Weights of 100 MB too.")] = True,
     as_json: Json = False,
 ) -> None:
     """Time rounds over TLS with registered keys, and the coordinator while sites wait."""
@@ -75,29 +74,32 @@ def network(
     figures: dict[str, float] = {}
     with own_home() as home:
         problem = Problem(sites=sites, rows=rows, features=features, rounds=rounds)
-        seconds[f"a round, {sites} processes"] = with_processes(problem, home / "processes")
+        round_seconds, idle = with_processes(problem, home / "processes", waiting)
+        seconds[f"a round, {sites} processes of fedhead client"] = round_seconds
+        if watchable():
+            figures["a client that waits, % of a core"] = 100 * idle
         if light:
             problem = Problem(sites=light, rows=rows, features=features, rounds=light_rounds)
             busy, seconds[f"a round, {light} light sites"] = with_light_sites(problem, home / "light", waiting)
-            figures[f"the coordinator while {light} sites wait"] = 100 * busy
+            figures[f"the coordinator while {light} sites wait, % of a core"] = 100 * busy
         if stock_rounds:
             problem = Problem(sites=sites, rows=rows, features=features, rounds=stock_rounds)
             seconds[f"a round, {sites} stock SuperNodes"] = with_stock_flower(problem, home / "stock")
+        if ship and watchable():
+            figures |= shipping(Problem(sites=sites, rows=rows), home / "shipping")
     setting = {"rows": rows, "features": features, "classes": CLASSES, "rounds": rounds, "light_rounds": light_rounds}
-    Measurement("Rounds over loopback TLS, median", seconds, setting, figures, units="% of a core").show(
-        as_json=as_json
-    )
+    left_out = {} if watchable() else {"what processes take": "it is read from /proc, which only Linux has."}
+    title = "Over loopback TLS: median round, and what processes take"
+    Measurement(title, seconds, setting, figures, units="figure", left_out=left_out).show(as_json=as_json)
 
 
-def with_processes(problem: Problem, home: Path) -> float:
-    """Return the median seconds of a round over processes of `fedhead client`."""
+def with_processes(problem: Problem, home: Path, waiting: float) -> tuple[float, float]:
+    """Return the median round's seconds over processes of `fedhead client`, and a waiting one's share of a core."""
     names = [f"site-{number}" for number in range(problem.sites)]
     link, kits = door(names, home)
-    data = f"python:{__name__}:{rows_of_site.__name__}"
-    start = [sys.executable, "-c", "from fedhead.cli import main; main()", "client", "--data", data]
-    limits = ["--min-class-count", "0", "--min-rows", "0", "--device", "cpu", "--coordinator", f"127.0.0.1:{link.port}"]
-    commands = [[*start, *limits, "--kit", str(kits / name)] for name in names]
-    return median_round(run(problem, link, kits, commands, home))
+    start = [*CLIENT, "--coordinator", f"127.0.0.1:{link.port}", "--kit"]
+    outcome, watch = run(problem, link, kits, [[*start, str(kits / name)] for name in names], home, waiting)
+    return median_round(outcome), watch.busy_sites / problem.sites
 
 
 def with_stock_flower(problem: Problem, home: Path) -> float:
@@ -129,7 +131,7 @@ def with_stock_flower(problem: Problem, home: Path) -> float:
         log = home / "site-90.log"
         wait_for(lambda: answers(port), log)
         for number, own in enumerate(others):
-            data = f'data="python:{__name__}:{rows_of_site.__name__}" device="cpu" min-class-count=0 min-rows=0'
+            data = f'data="{DATA}" device="cpu" min-class-count=0 min-rows=0'
             node = ("--superlink", f"127.0.0.1:{port}", "--node-config", f'site="site-{number}" {data}')
             start(number, "flower-supernode", *address, str(own), *node)
         wait_for(lambda: log.read_text().count("Activated node_id") == problem.sites, log)
@@ -139,82 +141,39 @@ def with_stock_flower(problem: Problem, home: Path) -> float:
     return statistics.median(float(line["seconds"]) for line in lines[1:])
 
 
-def free_ports(count: int) -> list[int]:
-    """Return ports that nobody listens on."""
-    with contextlib.ExitStack() as stack:
-        held = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [int(each.getsockname()[1]) for each in held]
-
-
-def answers(port: int) -> bool:
-    """Tell whether somebody listens."""
-    with socket.socket() as trying:
-        return trying.connect_ex(("127.0.0.1", port)) == 0
-
-
-def wait_for(condition: Callable[[], bool], log: Path, seconds: float = 180.0) -> None:
-    """Wait until something has come about.
-
-    Raises:
-        FedheadError: if it does not.
-    """
-    stop = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > stop:
-            said = log.read_text()[-1000:]
-            raise FedheadError(f"Flower's processes did not get there within {seconds:.0f} s. {log.name}: {said}")
-        time.sleep(0.1)
-
-
-@contextlib.contextmanager
-def started(
-    command: Sequence[str], problem: Problem, home: Path, number: int, more: Mapping[str, str] | None = None
-) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a process, and all that it starts, with a home and a log of its own."""
-    own = {"FEDHEAD_HOME": str(home / f"home-{number}"), SITE: str(number), PROBLEM: json.dumps(asdict(problem))}
-    waits = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
-    with (home / f"site-{number}.log").open("w") as log:
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, **waits, **own, **(more or {})},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
 def with_light_sites(problem: Problem, home: Path, waiting: float) -> tuple[float, float]:
     """Return the share of a core that the coordinator takes while light sites wait, and the median round's seconds."""
     link, kits = door([f"site-{number}" for number in range(problem.sites)], home)
-    watch = Watch(waiting)
     command = [sys.executable, "-m", __name__, str(link.port), str(kits)]
-    outcome = run(problem, link, kits, [command], home, watch)
+    outcome, watch = run(problem, link, kits, [command], home, waiting)
     return watch.busy, median_round(outcome)
 
 
 class Watch(Observer):
-    """Holds a run back before its first round, and watches what this process takes meanwhile."""
+    """Holds a run back before its first round, and watches what is taken meanwhile.
 
-    def __init__(self, seconds: float) -> None:
+    Attributes:
+        busy: this process's share of a core.
+        busy_sites: that of `processes` together, where it can be seen.
+    """
+
+    def __init__(self, seconds: float, processes: Sequence[subprocess.Popen[bytes]]) -> None:
         self._seconds = seconds
+        self._processes = processes
         self.busy = 0.0
+        self.busy_sites = 0.0
 
     def on_step(self, step: Step, server_round: int) -> None:
         if (step, server_round) != ("train", 1):
             return
-        before, began = time.process_time(), time.perf_counter()
+        began, before, sites_before = time.perf_counter(), time.process_time(), self._of_sites()
         time.sleep(self._seconds)
-        self.busy = (time.process_time() - before) / (time.perf_counter() - began)
+        took = time.perf_counter() - began
+        self.busy = (time.process_time() - before) / took
+        self.busy_sites = (self._of_sites() - sites_before) / took
+
+    def _of_sites(self) -> float:
+        return sum(processor_seconds(each.pid) for each in self._processes) if watchable() else 0.0
 
 
 def door(names: Sequence[str], home: Path) -> tuple[SuperLink, Path]:
@@ -225,22 +184,24 @@ def door(names: Sequence[str], home: Path) -> tuple[SuperLink, Path]:
 
 
 def run(
-    problem: Problem, link: SuperLink, kits: Path, commands: Sequence[Sequence[str]], home: Path, *watchers: Observer
-) -> Outcome:
-    """Run over the sites that `commands` start."""
+    problem: Problem, link: SuperLink, kits: Path, commands: Sequence[Sequence[str]], home: Path, waiting: float
+) -> tuple[Outcome, Watch]:
+    """Run over the sites that `commands` start, which wait for some seconds before the first round."""
     config = problem.config(min_sites=problem.sites, classes=[str(number) for number in range(CLASSES)])
     try:
         with contextlib.ExitStack() as stack:
-            for number, command in enumerate(commands):
-                stack.enter_context(started(command, problem, home, number))
-            outcome, _ = serve(config, link, out=home / "run", observers=watchers)
+            processes = [
+                stack.enter_context(started(command, problem, home, number)) for number, command in enumerate(commands)
+            ]
+            watch = Watch(waiting, processes)
+            outcome, _ = serve(config, link, out=home / "run", observers=[watch])
     except FedheadError as error:
         said = "".join(path.read_text()[-500:] for path in sorted(home.glob("site-*.log"))[:3])
         raise FedheadError(f"{error} The sites said: {said}") from None
     lost = {name: reason for line in outcome.history for name, reason in line.dropped.items()}
     if lost or len(outcome.participants) < problem.sites:
         raise FedheadError(f"Not every site took part in every round: {lost or outcome.refused}.")
-    return outcome
+    return outcome, watch
 
 
 def median_round(outcome: Outcome) -> float:
@@ -301,6 +262,8 @@ def light_sites(port: int, kits: Path) -> None:
     problem = Problem(**json.loads(os.environ[PROBLEM]))
     samples = problem.samples()
     backbone = load_backbone(f"benchmark:{problem.features}")
+    # A simulated site takes the weights that it was sent from where the coordinator wrote them: here, another home.
+    export_weights(backbone)
     shared = SharedData(backbone, FeatureStore.open(backbone, samples), samples.labels, Guard(0, 0))
     context = ssl.create_default_context(cafile=str(kits / "ca.pem"))
     rows = np.arange(problem.sites * problem.rows).reshape(problem.sites, problem.rows)

@@ -19,6 +19,7 @@ from fedhead.config import RunConfig
 from fedhead.data import load_samples
 from fedhead.health import ask
 from fedhead.server.provision import provision
+from fedhead.server.status import read_status
 from fedhead.simulations import simulate
 from fedhead.simulations.partition import divide
 
@@ -250,3 +251,32 @@ def test_a_person_is_asked_and_what_nobody_approves_stays(federation: Federation
     site.until("without a terminal")
     ledger = federation.folder / "home-ward-a" / "ledger" / "ward-a.jsonl"
     assert not ledger.exists() or read_ledger(ledger) == []
+
+
+def test_below_its_quorum_a_run_waits_and_ends_by_its_deadline_and_goes_on_later(federation: Federation) -> None:
+    rounds = ("--rounds", "12", "--set", "local.epochs=20")
+    # Longer than it takes until a site that was killed counts as gone.
+    deadline = ("--round-deadline", "50")
+    server = federation.server("run", "--min-sites", "2", *rounds, *deadline)
+    clients = {site: federation.client(site) for site in SITES}
+    clients[SITES[0]].until("train of round 3")
+    for site in SITES[1:]:
+        clients[site].kill()
+    folder = federation.folder / "run"
+    wait_until(lambda: read_status(folder)["state"] == "waiting", server.said)
+    assert "the run needs 2 or more" in read_status(folder)["message"]
+    assert server.ended() == 1
+    said = " ".join(server.said().split())
+    assert "Waiting: " in said
+    assert "This did not change within 50 s" in said
+    assert "go on with --resume" in said
+    status = read_status(folder)
+    assert (status["state"], status["sites"]["ward-a"]["standing"]) == ("failed", "ready")
+    assert {status["sites"][site]["standing"] for site in SITES[1:]} == {"lost"}
+    done = len(rounds_of(folder / "metrics.jsonl"))
+    assert done >= 2
+    for site in SITES[1:]:
+        federation.client(site)
+    resumed = federation.start("resumed", "server", "--kit", "kit/coordinator", "--resume", "run")
+    assert resumed.ended() == 0, resumed.said()
+    assert [line["number"] for line in rounds_of(folder / "metrics.jsonl")] == list(range(13))

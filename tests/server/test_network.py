@@ -504,7 +504,7 @@ def test_weights_go_to_a_few_sites_at_a_time_however_long_that_takes(
     receivers = [name for name, action in network.sent if action == INSTALL]
     assert sorted(name for name, _ in groupby(receivers)) == ["a", "b", "c"]
     assert "No site is connected" in script.waited[0]
-    assert any("Weights are on their way to 2 of them" in reason for reason in script.waited)
+    assert any("2 of them still need the weights" in reason for reason in script.waited)
 
 
 def test_tampered_weights_are_refused_and_not_kept(weights: dict[str, Any]) -> None:

@@ -4,6 +4,8 @@ import pytest
 
 from fedhead.simulations.benchmarks.network import with_light_sites, with_processes
 from fedhead.simulations.benchmarks.problem import Problem, own_home
+from fedhead.simulations.benchmarks.processes import watchable
+from fedhead.simulations.benchmarks.shipping import shipping
 
 
 @pytest.mark.slow
@@ -12,4 +14,18 @@ def test_every_site_takes_part_in_every_round() -> None:
         busy, seconds = with_light_sites(Problem(sites=12, rows=20, features=64, rounds=3), Path(home) / "light", 0.5)
         assert 0 <= busy < 1
         assert seconds > 0
-        assert with_processes(Problem(sites=2, rows=20, features=64, rounds=3), Path(home) / "processes") > 0
+        seconds, idle = with_processes(Problem(sites=2, rows=20, features=64, rounds=3), Path(home) / "processes", 0.5)
+        assert seconds > 0
+        assert 0 <= idle < 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not watchable(), reason="this system does not show what processes take")
+def test_weights_are_sent_once_and_memory_stays_below_three_times_their_size() -> None:
+    with own_home() as home:
+        figures = list(shipping(Problem(sites=2, rows=20), home / "shipping").values())
+    first, second, coordinator, client = figures
+    assert 1 <= first < 1.01
+    assert second == 0
+    assert 0 < coordinator < 3
+    assert 1 < client < 3
