@@ -222,13 +222,18 @@ class Coordinator:
         self._joined = sorted(joined)
         return progress
 
-    def _await_sites(self, number: int, exchange: Exchange) -> None:
+    def _await_sites(self, number: int, exchange: Exchange, patience: "Patience | None" = None) -> None:
         """Go on without sites that are gone, take in those that came, and wait until they are enough.
+
+        Args:
+            number: the next round.
+            exchange: takes the traffic.
+            patience: how long; by default for the deadline from now on.
 
         Raises:
             FedheadError: if they are not within the deadline; time in which sites receive weights does not count.
         """
-        patience = Patience(self.config.round_deadline)
+        patience = patience or Patience(self.config.round_deadline)
         received = self._latecomers.received
         while True:
             if not self._messenger.in_process:
@@ -250,7 +255,7 @@ class Coordinator:
         patience = Patience(self.config.round_deadline)
         spent = Exchange()
         while True:
-            self._await_sites(number, current.made_by)
+            self._await_sites(number, current.made_by, patience)
             self.observer.on_step("train", number)
             exchange = self._rounds.train(number, current.arrays)
             self._skip_late(exchange)
