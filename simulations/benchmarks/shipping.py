@@ -62,13 +62,13 @@ def shipping(problem: Problem, home: Path) -> dict[str, float]:
     without = _run(problem, home, bare.__name__, "without")
     first = _run(problem, home, heavy.__name__, "first")
     second = _run(problem, home, heavy.__name__, "second")
+    coordinator, client = first.coordinator - without.coordinator, first.client - without.client
     times = f"times {WEIGHTS_BYTES / 1e6:.0f} MB"
     return {
         f"weights to each site in the first run, {times}": first.bytes_each / WEIGHTS_BYTES,
         f"weights to each site in the second run, {times}": second.bytes_each / WEIGHTS_BYTES,
-        f"the coordinator's peak memory beyond that without weights, {times}": (first.coordinator - without.coordinator)
-        / WEIGHTS_BYTES,
-        f"a client's peak memory beyond that without weights, {times}": (first.client - without.client) / WEIGHTS_BYTES,
+        f"the coordinator's peak memory beyond that without weights, {times}": coordinator / WEIGHTS_BYTES,
+        f"a client's peak memory beyond that without weights, {times}": client / WEIGHTS_BYTES,
         "the coordinator's peak memory without weights, MB": without.coordinator / 1e6,
         "a client's peak memory without weights, MB": without.client / 1e6,
     }
