@@ -97,6 +97,7 @@ class RunConfig(_Table):
     holdout: float = Field(0.2, ge=0, lt=1)
     seed: int = Field(0, ge=0, lt=2**63)
     keep_sums: Literal["folder", "none", "total"] = "folder"
+    with_backbone: bool = False
     diagnose: bool = True
     min_sites: int = Field(1, ge=1)
     round_deadline: Positive = 3600.0

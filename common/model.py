@@ -182,15 +182,15 @@ class TransferModel:
         described, tensors = _read(path)
         if backbone is None and weights:
             backbone = load_backbone(described.backbone, weights=weights, layer=described.layer)
-        if backbone is None:
-            backbone = find_backbone(described.backbone, described.layer, described.weights_digest)
         beside = path.with_name(BACKBONE_FILE)
         if backbone is None and beside.is_file():
             backbone = Backbone.load(beside)
         if backbone is None:
+            backbone = find_backbone(described.backbone, described.layer, described.weights_digest)
+        if backbone is None:
             raise FedheadError(
-                f"The weights of {described.backbone} are not on this machine: looked for "
-                f"{weights_path(described.weights_digest)} and {beside}. Bring their file and name it with --weights "
+                f"The weights of {described.backbone} are not on this machine: looked for {beside} and "
+                f"{weights_path(described.weights_digest)}. Bring their file and name it with --weights "
                 f"FILE, put {BACKBONE_FILE} beside the model, or load the backbone here once, as its site did."
             )
         if backbone.digest != described.backbone_digest:

@@ -84,7 +84,7 @@ def _write_run(
         checkpoint=checkpoint,
     ).run()
     folder.sums.finish()
-    folder.write_model(outcome.model(backbone, config))
+    folder.write_model(outcome.model(backbone, config), config)
     folder.write_evaluation(outcome, config)
     folder.write_result(
         {

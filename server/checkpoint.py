@@ -36,7 +36,7 @@ SECONDS = 1.0
 SHARE = 0.05
 """At most this share of the time of such a run goes into writing it."""
 
-OPERATIONAL = ("min_sites", "round_deadline")
+OPERATIONAL = ("min_sites", "round_deadline", "with_backbone")
 """Settings that change no result, so that a run may be resumed with others."""
 
 

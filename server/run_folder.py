@@ -13,7 +13,7 @@ from fedhead.config import RunConfig
 from fedhead.errors import UserError
 from fedhead.files import disk_errors, write_atomically
 from fedhead.metrics import EvaluationSums, reliability, report, roc_points
-from fedhead.model import TransferModel
+from fedhead.model import BACKBONE_FILE, MODEL_FILE, TransferModel
 from fedhead.server.history import Outcome, Round
 from fedhead.server.observer import Observer
 from fedhead.server.site_sums import SiteSums
@@ -95,9 +95,11 @@ class RunFolder(Observer):
         if not (self.path / "metrics.jsonl").read_text() and not (self.path / "checkpoint").exists():
             shutil.rmtree(self.path, ignore_errors=True)
 
-    def write_model(self, model: TransferModel) -> None:
-        """Write the model that the run delivers."""
-        model.save(self.path / "model.safetensors")
+    def write_model(self, model: TransferModel, config: RunConfig) -> None:
+        """Write the model that the run delivers, and its backbone if the run is to keep it."""
+        if config.with_backbone:
+            model.backbone.save(self.path / BACKBONE_FILE)
+        model.save(self.path / MODEL_FILE)
 
     def write_evaluation(self, outcome: Outcome, config: RunConfig, baseline: Mapping[str, Any] | None = None) -> None:
         """Write the figures of the delivered head, pooled and by site, with their intervals.

@@ -1,6 +1,7 @@
 """Sites join a finished run, leave it, and bring new classes to it, without computing anything of any other site."""
 
 import json
+import logging
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,12 +31,16 @@ from fedhead.files import locked_folder, write_atomically
 from fedhead.heads import Head, make_head
 from fedhead.losses import loss_for
 from fedhead.messages import Manifest, Payload, StatisticsRequest
+from fedhead.model import BACKBONE_FILE
 from fedhead.registry import suggest
+from fedhead.server.report.card import write_card
 from fedhead.server.run_folder import RunFolder
 from fedhead.server.site_sums import PARTS, Draft, Part, Parts, Record, SiteSums, digest_of
 from fedhead.server.starting_head import UNSOLVED, HeadForm
 from fedhead.simulations.simulate import SharedData, SimulatedSite
 from fedhead.statistics import FeatureStatistics, projection_for
+
+logger = logging.getLogger(__name__)
 
 HISTORY = "membership.jsonl"
 """The file of a run folder with a line for each change."""
@@ -606,6 +611,8 @@ class _Run:
         """
         described, own = self.model.described, self.config.weights
         spec, layer, digest = described["backbone"], described["layer"], described["weights_digest"]
+        if not weights and (self.path / BACKBONE_FILE).is_file():
+            weights = str(self.path / BACKBONE_FILE)
         found = None if weights else find_backbone(spec, layer, digest)
         if found is None and (weights or own == "random" or Path(own).is_file()):
             weights = weights or own
@@ -757,6 +764,11 @@ class _Run:
             lines.append(dict(record))
             write_atomically(self.path / HISTORY, "".join(json.dumps(line) + "\n" for line in lines))
         self.sums.settle()
+        try:
+            write_card(self.path)
+        # The change is made, and the card only tells of it.
+        except FedheadError as problem:
+            logger.warning("The model card was not written: %s", problem)
 
     def _recover(self) -> tuple[str, ...]:
         """Finish a change that was killed after its sums were written; say so."""

@@ -333,7 +333,7 @@ def _write_run(
         checkpoint=checkpoint,
     )
     folder.sums.finish()
-    folder.write_model(result.model)
+    folder.write_model(result.model, result.config)
     folder.write_evaluation(result.outcome, result.config, compared)
     folder.write_result(result.summary())
     checkpoint.remove()

@@ -33,7 +33,9 @@ def export(
     """Write a model as one program or file, run back first and refused if its probabilities differ."""
     from fedhead.errors import UserError
     from fedhead.export import BATCH_SIZES, FORMATS, check_format, export_model
+    from fedhead.files import write_atomically
     from fedhead.model import MODEL_FILE, TransferModel
+    from fedhead.server.report.card import CARD
 
     check_format(file_format)
     loaded = TransferModel.load(model, weights=weights)
@@ -44,6 +46,8 @@ def export(
     if path.resolve() in (model.resolve(), (folder / MODEL_FILE).resolve()):
         raise UserError(f"{path} is the model itself; choose another --out.")
     written = export_model(loaded, file_format, path)
+    if file_format == "fedhead" and (folder / CARD).is_file():
+        write_atomically(path / CARD, (folder / CARD).read_bytes())
     if as_json:
         typer.echo(
             json.dumps({"path": str(written.path), "bytes": written.size, "largest_difference": written.difference})

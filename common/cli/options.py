@@ -56,6 +56,14 @@ KeepSums = Annotated[
         rich_help_panel=OUTPUT,
     ),
 ]
+WithBackbone = Annotated[
+    bool | None,
+    typer.Option(
+        "--with-backbone",
+        help="Keep the backbone beside the model, which then needs no other weights.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same result.", rich_help_panel=RUN)]
 Data = Annotated[
     str | None, typer.Option(help="'digits', folder:PATH, csv:FILE or another data spec.", rich_help_panel=SIMULATION)

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from fedhead.backbones import Backbone
+from fedhead.backbones.catalogue import entry_of
 from fedhead.config import RunConfig
 from fedhead.errors import FedheadError
 from fedhead.files import write_atomically
 from fedhead.server.history import Outcome
 from fedhead.server.observer import Observer, SiteState, Step
+from fedhead.server.report.card import write_card
 from fedhead.server.report.page import write_report
 from fedhead.server.report.record import JOURNAL
 
@@ -25,7 +27,6 @@ logger = logging.getLogger(__name__)
 SOFTWARE = ("fedhead", "flwr", "torch", "torchvision", "numpy", "scikit-learn")
 
 LICENCES = {
-    "bundled": "Apache-2.0, with fedhead",
     "torchvision": "code BSD-3-Clause; the weights' terms follow the data that they were trained on",
 }
 """What is known of a backbone's licence by its source, where the backbone itself does not say."""
@@ -99,9 +100,10 @@ class Journal(Observer):
         try:
             self._write()
             write_report(self.path)
+            write_card(self.path)
         # What the run was for is there already, or its own failure matters more; the report can be written again.
         except FedheadError as problem:
-            logger.warning("The report was not written: %s", problem)
+            logger.warning("The report or the model card was not written: %s", problem)
 
     def _count_seconds(self) -> None:
         now = time.perf_counter()
@@ -120,14 +122,23 @@ def _about(backbone: Backbone) -> dict[str, Any]:
     preprocessing: Any = backbone.preprocessing
     steps: dict[str, Any] = asdict(preprocessing) if is_dataclass(preprocessing) else {}  # type: ignore[arg-type]
     return {
+        "kind": backbone.kind,
         "digest": backbone.digest,
         "weights_digest": backbone.weights_digest,
         "num_features": backbone.num_features,
         "num_bytes": backbone.num_bytes,
         "trained": backbone.trained,
-        "licence": getattr(backbone, "licence", "") or LICENCES.get(backbone.spec.partition(":")[0], "not known"),
+        "licence": _licence(backbone.spec),
         "preprocessing": {name: str(value) for name, value in steps.items() if value is not None},
     }
+
+
+def _licence(spec: str) -> str:
+    try:
+        entry = entry_of(spec)
+    except FedheadError:
+        entry = None
+    return (entry.licence if entry else None) or LICENCES.get(spec.partition(":")[0], "not known")
 
 
 def _read(path: Path) -> Mapping[str, Any]:

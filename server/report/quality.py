@@ -93,10 +93,11 @@ def _sentences(record: RunRecord) -> list[str]:
     unlearned = [one["name"] for one in record.evaluation.get("coverage", ()) if not one["rows"]]
     if unlearned:
         said.append(f"Not learned, as no site has rows of it: {listed(unlearned, 10)}.")
-    return [*said, *_calibration(record)]
+    return [*said, *calibration(record)]
 
 
-def _calibration(record: RunRecord) -> list[str]:
+def calibration(record: RunRecord) -> list[str]:
+    """Return what is known of whether probabilities come true."""
     found = record.evaluation.get("calibration")
     if found and found["rows_judged_on"]:
         before, after = found["before"]["reliability"]["error"], found["after"]["reliability"]["error"]

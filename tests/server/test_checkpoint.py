@@ -116,6 +116,7 @@ def assert_complete(run_dir: Path, expected: RunResult) -> None:
         "result.json",
         "journal.json",
         "report.html",
+        "MODEL_CARD.md",
     }
     numbers = [json.loads(line)["number"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert numbers == list(range(len(expected.history)))
