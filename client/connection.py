@@ -390,7 +390,7 @@ class Connection:
         if error.verify_code == _EXPIRED:
             return Trouble(
                 f"The certificate of {self.address} has expired, or this machine's clock is wrong. The coordinator's "
-                "operator has to renew it (fedhead provision)."
+                "operator has to renew it (fedhead provision --renew), and start the coordinator again."
             )
         if error.verify_code == _NOT_YET_VALID:
             return Trouble(f"The certificate of {self.address} is not valid yet: check this machine's clock.")

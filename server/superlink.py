@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import uvicorn
 from flwr.app import Message
@@ -53,6 +53,8 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 MOST_BODY_BYTES = 2**20
 MOST_OBJECT_BYTES = 2**28
 """Of a request, and of one that carries an object: the sums over 4,096 features take 2**26."""
+MOST_HEAD_BYTES = 2**20
+"""Of a request's line and headers, with what comes of the body in the same pieces."""
 LONGEST_WAIT = 30.0
 BODY_SECONDS = 120.0
 """How long a body may pause on its way."""
@@ -119,6 +121,7 @@ class SuperLink:
         config = uvicorn.Config(
             self._api,
             interface="asgi3",
+            http=_protocol(),
             lifespan="off",
             ws="none",
             log_config=None,
@@ -530,6 +533,37 @@ def _tls(kit: CoordinatorKit, say: Callable[[str], None]) -> ssl.SSLContext:
         raise UserError(f"{kit.certificate} and {kit.key} cannot be used together ({error}).") from None
     context.sslobject_class = Handshake
     return context
+
+
+def _protocol() -> "type[asyncio.Protocol] | Literal['h11']":
+    """Return what parses requests: httptools with a limit on a request's head, where it is there; h11 has its own."""
+    try:
+        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+    except ImportError:
+        return "h11"
+
+    class BoundedHead(HttpToolsProtocol):
+        """Hangs up on a request whose head does not end; the parser would keep all of it."""
+
+        head: int | None = 0
+
+        def on_message_begin(self) -> None:
+            self.head = 0
+            super().on_message_begin()
+
+        def on_headers_complete(self) -> None:
+            self.head = None
+            super().on_headers_complete()
+
+        def data_received(self, data: bytes) -> None:
+            if self.head is not None:
+                self.head += len(data)
+                if self.head > MOST_HEAD_BYTES:
+                    self.transport.abort()
+                    return
+            super().data_received(data)
+
+    return BoundedHead
 
 
 def _listen(host: str, port: int) -> socket.socket:

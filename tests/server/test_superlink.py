@@ -643,6 +643,21 @@ def test_a_strangers_body_of_300_megabytes_takes_no_memory(kits: Path, framing: 
         assert peak_bytes(pid) - before < 20_000_000
 
 
+@pytest.mark.parametrize("head", ["POST /v1/fleet/push-object HTTP/1.1\r\nX: ", "POST /", "POST / HTTP/1.1\r\n"])
+def test_a_head_that_does_not_end_is_hung_up_on(link: SuperLink, kits: Path, head: str) -> None:
+    context = ssl.create_default_context(cafile=str(kits / "ca.pem"))
+    block = b"a: b\r\n" * 20_000 if head.endswith("\n") else b"a" * 100_000
+    with (
+        socket.create_connection(("127.0.0.1", link.port), timeout=30) as plain,
+        context.wrap_socket(plain, server_hostname="localhost") as connection,
+    ):
+        connection.sendall(head.encode())
+        with suppress(ConnectionError, ssl.SSLError):
+            for _ in range(30):
+                connection.sendall(block)
+            assert connection.recv(1) == b""
+
+
 # From another machine, as far as one machine can be two.
 
 
