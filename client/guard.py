@@ -100,7 +100,7 @@ class Guard:
         """
         keep = self._largest(labels, ~held_out)
         refusal = ""
-        if keep.sum() < max(self.min_rows, min(len(rows), 1)):
+        if keep.sum() < self._fewest(np.array(len(rows))):
             keep[:] = False
             refusal = (
                 f"This site's guard lets nothing leave, because too few rows are here: it asks for {self.min_rows} or "
@@ -115,6 +115,22 @@ class Guard:
             refusal=refusal,
         )
 
+    def count_allowed(self, owners: IntArray, labels: IntArray, held_out: BoolArray, sites: int) -> IntArray:
+        """Return `[sites]`, how many rows `allowed_rows` leaves of each of many sites; 0 of those that it refuses.
+
+        Args:
+            owners: `[n]`, of each row the number of its site.
+            labels: `[n]` class numbers, or `[n, C]` of 0 and 1 for multi-label rows.
+            held_out: `[n]`, which of the rows are held out.
+            sites: how many there are.
+        """
+        left = np.bincount(owners[self._largest(labels, ~held_out, owners)], minlength=sites)
+        return np.where(left < self._fewest(np.bincount(owners, minlength=sites)), 0, left)
+
+    def _fewest(self, rows: IntArray) -> IntArray:
+        """Return how many rows must be left of sites that have so many."""
+        return np.maximum(self.min_rows, np.minimum(rows, 1))
+
     def summable(self, rows: IntArray, labels: IntArray) -> IntArray:
         """Return those of a site's held-out rows that may be summed: not the rows of classes with few of them.
 
@@ -124,9 +140,14 @@ class Guard:
         """
         return rows[self._largest(labels, np.ones(len(rows), dtype=np.bool_))]
 
-    def _largest(self, labels: IntArray, counted: BoolArray) -> BoolArray:
-        """Return which rows `[n]` are in the largest set without classes that have few of its `counted` rows."""
+    def _largest(self, labels: IntArray, counted: BoolArray, owners: IntArray | None = None) -> BoolArray:
+        """Return which rows `[n]` are in the largest set without classes that have few of its `counted` rows.
+
+        With `owners` `[n]`, the sites of the rows, each site's classes are counted by themselves.
+        """
         positions, groups = _memberships(labels)
+        if owners is not None and len(groups):
+            groups = groups + (int(groups.max()) + 1) * owners[positions]
         keep = np.ones(len(labels), dtype=np.bool_)
         while True:
             counts = np.bincount(groups, weights=(keep & counted)[positions])

@@ -15,7 +15,7 @@ from fedhead.heads import Head
 from fedhead.messages import METRICS, Arrays, HeadRequest, Manifest, StatisticsRequest
 from fedhead.server.checkpoint import Checkpoint, Progress, new_run
 from fedhead.server.contest import HELD_OUT, LOSS_SUM
-from fedhead.server.evaluation import calibrate, evaluate_in_detail
+from fedhead.server.evaluation import calibrate, evaluate_in_detail, some_sites
 from fedhead.server.exchange import EXAMPLES, TRAIN_LOSS, Exchange, Messenger
 from fedhead.server.history import Calibrated, Outcome, Round
 from fedhead.server.latecomers import Latecomers
@@ -333,8 +333,13 @@ class Coordinator:
         calibrated: Calibrated | None = None
         if self.config.holdout:
             request = HeadRequest(kept.arrays, server_round=kept.number)
-            sites = evaluate_in_detail(self._messenger, self._roster, self.manifest, request, head, stats, exchange)
-            calibrated = calibrate(self._messenger, self._roster, self.manifest, request, exchange)
+            asked = some_sites(self._roster.nodes, self.config.seed)
+            if len(asked) < len(self._roster.nodes):
+                logger.info("%d of the sites, drawn at random, evaluate the head in detail.", len(asked))
+            sites = evaluate_in_detail(
+                self._messenger, asked, self._roster, self.manifest, request, head, stats, exchange
+            )
+            calibrated = calibrate(self._messenger, asked, self._roster, self.manifest, request, exchange)
         diagnoses: list[SiteDiagnosis] = []
         if stats is not None and self.sums is not None and self.config.diagnose and not self.config.multi_label:
             diagnoses = diagnose_sites(self._messenger, self._roster.nodes, self.manifest, self.sums, stats, exchange)

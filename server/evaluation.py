@@ -1,6 +1,7 @@
 """A head evaluated in detail: what each site counts on its held-out rows, and whether probabilities come true."""
 
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -25,9 +26,20 @@ from fedhead.server.history import Calibrated
 from fedhead.server.roster import Roster
 from fedhead.statistics import FeatureStatistics
 
+MOST_SITES = 1000
+"""Of more sites, so many drawn at random evaluate a head in detail and calibrate it."""
+
+
+def some_sites(nodes: Mapping[str, int], seed: int) -> dict[str, int]:
+    """Return the sites that evaluate in detail, by name: all of them, or `MOST_SITES` drawn at random."""
+    if len(nodes) <= MOST_SITES:
+        return dict(nodes)
+    return {name: nodes[name] for name in sorted(random.Random(seed).sample(sorted(nodes), MOST_SITES))}
+
 
 def evaluate_in_detail(
     messenger: Messenger,
+    nodes: Mapping[str, int],
     roster: Roster,
     manifest: Manifest,
     request: HeadRequest,
@@ -39,6 +51,7 @@ def evaluate_in_detail(
 
     Args:
         messenger: reaches the sites.
+        nodes: who is asked.
         roster: the sites that take part.
         manifest: of the run.
         request: the head, as the sites train it.
@@ -52,7 +65,7 @@ def evaluate_in_detail(
         bins = score_bins(head, stats)
     reports = {}
     content = ReportRequest(request, bins).to_content()
-    for name, answer in messenger.ask(roster.nodes, REPORT, content, exchange):
+    for name, answer in messenger.ask(nodes, REPORT, content, exchange):
         try:
             arrays = Payload.from_content(answer).arrays
             sums = EvaluationSums.from_arrays(arrays, num_classes, multi_label=manifest.multi_label)
@@ -67,16 +80,29 @@ def evaluate_in_detail(
 
 
 def calibrate(
-    messenger: Messenger, roster: Roster, manifest: Manifest, request: HeadRequest, exchange: Exchange
+    messenger: Messenger,
+    nodes: Mapping[str, int],
+    roster: Roster,
+    manifest: Manifest,
+    request: HeadRequest,
+    exchange: Exchange,
 ) -> Calibrated | None:
     """Choose a head's temperature on one half of the held-out rows, and judge it on the other; two exchanges.
+
+    Args:
+        messenger: reaches the sites.
+        nodes: who is asked.
+        roster: the sites that take part.
+        manifest: of the run.
+        request: the head.
+        exchange: takes the traffic.
 
     Returns:
         None where one of the halves has no row.
     """
     classes, multi_label = len(manifest.classes), manifest.multi_label
     chosen = TemperatureSums()
-    for names, arrays in _ask_to_calibrate(messenger, roster, CalibrateRequest(request), exchange):
+    for names, arrays in _ask_to_calibrate(messenger, nodes, CalibrateRequest(request), exchange):
         try:
             losses = TemperatureSums.from_arrays(arrays)
             _check_rows(losses.rows, roster, names)
@@ -86,7 +112,7 @@ def calibrate(
     temperature = chosen.best()
     zeros = EvaluationSums.zeros(classes, multi_label=multi_label)
     judged = CalibrationSums(zeros, zeros, np.zeros(BINS, np.int64))
-    for names, arrays in _ask_to_calibrate(messenger, roster, CalibrateRequest(request, temperature), exchange):
+    for names, arrays in _ask_to_calibrate(messenger, nodes, CalibrateRequest(request, temperature), exchange):
         try:
             sums = CalibrationSums.from_arrays(arrays, classes, multi_label=multi_label)
             _check_rows(sums.before.rows, roster, names)
@@ -100,9 +126,9 @@ def calibrate(
 
 
 def _ask_to_calibrate(
-    messenger: Messenger, roster: Roster, request: CalibrateRequest, exchange: Exchange
+    messenger: Messenger, nodes: Mapping[str, int], request: CalibrateRequest, exchange: Exchange
 ) -> Iterator[tuple[tuple[str, ...], Arrays]]:
-    for names, answer in messenger.ask_together(roster.nodes, CALIBRATE, request.to_content(), exchange):
+    for names, answer in messenger.ask_together(nodes, CALIBRATE, request.to_content(), exchange):
         try:
             arrays = Payload.from_content(answer).arrays
             messenger.receive(names, CALIBRATE, single_bytes(answer), exchange)

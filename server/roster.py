@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import chain
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -20,6 +21,9 @@ logger = logging.getLogger(__name__)
 
 INSTALLING = 16
 """To so many sites weights are sent at the same time."""
+
+DESCRIBED = 100_000
+"""So many sites describe themselves in one merged reply, which a header of safetensors holds."""
 
 
 Verdict = Literal["refused", "lacking", "fit"]
@@ -232,7 +236,13 @@ class Roster:
         self, nodes: Mapping[str, int], action: str, content: RecordDict, exchange: Exchange
     ) -> dict[str, Description]:
         descriptions: dict[str, Description] = {}
-        for names, answer in self._messenger.ask_together(nodes, action, content, exchange):
+        names_of_all = list(nodes)
+        parts = [names_of_all[start : start + DESCRIBED] for start in range(0, len(nodes), DESCRIBED)]
+        answers = (
+            self._messenger.ask_together({name: nodes[name] for name in part}, action, content, exchange)
+            for part in parts
+        )
+        for names, answer in chain.from_iterable(answers):
             try:
                 described = Description.several_from_content(answer, len(names))
                 sites = [description.site for description in described]

@@ -18,6 +18,9 @@ from fedhead.server.history import Outcome, Round
 from fedhead.server.observer import Observer
 from fedhead.server.site_sums import SiteSums
 
+_MOST_INDENTED = 1000
+"""A file on more sites is written densely, which is many times faster and half the size."""
+
 
 class RunFolder(Observer):
     """A folder under `runs/` (or where told) that belongs to one run; it observes the run to write its metrics."""
@@ -125,7 +128,8 @@ class RunFolder(Observer):
             "traffic": outcome.traffic.to_dict(),
             **({"baseline": dict(baseline)} if baseline else {}),
         }
-        write_atomically(self.path / "evaluation.json", json.dumps(values, indent=1) + "\n")
+        indent = 1 if len(outcome.participants) <= _MOST_INDENTED else None
+        write_atomically(self.path / "evaluation.json", json.dumps(values, indent=indent) + "\n")
 
     def write_result(self, values: Mapping[str, Any]) -> None:
         """Write the closing summary; a folder without it belongs to a run that did not finish."""

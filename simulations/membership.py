@@ -392,7 +392,7 @@ def _sum_site(
         parts[part] = FeatureStatistics.from_tensors(
             {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
         )
-    return _SiteRows(parts, holding, present.num_withheld, len(store.skipped))
+    return _SiteRows(parts, holding, present.num_rows - holding.guarded.num_rows, len(store.skipped))
 
 
 def _sent_again(

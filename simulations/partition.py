@@ -29,7 +29,7 @@ class Question:
 
 
 Partition = Callable[[str, Question], dict[str, IntArray]]
-"""From an argument and a question to the rows `[n_s]` of each site, each row at one site at most."""
+"""From an argument and a question to the rows `[n_s]` of each site; but for `sample`, each row at one site at most."""
 
 partitions: Registry[Partition] = Registry("partition")
 
@@ -40,7 +40,7 @@ def divide(
     """Divide rows among sites as `spec` says; sites may be left with none.
 
     Args:
-        spec: `iid`, `dirichlet:ALPHA`, `shards:K`, `quantity:ALPHA` or `folder`.
+        spec: `iid`, `dirichlet:ALPHA`, `shards:K`, `quantity:ALPHA`, `sample:ROWS` or `folder`.
         labels: `[n]` class numbers, or `[n, C]` of 0 and 1: partitions by class take a multi-label row for one of its
             `rarest_class`.
         sites: how many.
@@ -52,7 +52,7 @@ def divide(
     """
     name, _, argument = spec.partition(":")
     partition = partitions[name]
-    if name != "folder" and sites > len(labels):
+    if name not in ("folder", "sample") and sites > len(labels):
         raise UserError(f"{sites} sites cannot share {len(labels)} rows; take at most {len(labels)} sites.")
     if labels.ndim == 2:
         labels = rarest_class(labels)
@@ -69,19 +69,31 @@ def rarest_class(labels: IntArray) -> IntArray:
     return np.where(labels.any(1), frequency.argmin(1), -1)
 
 
-def check_rows(rows: Sequence[npt.ArrayLike], total: int) -> dict[str, IntArray]:
+def check_rows(rows: Sequence[npt.ArrayLike], total: int, shared: bool = False) -> dict[str, IntArray]:
     """Check a user's own list of row numbers per site, and name the sites.
 
+    Args:
+        rows: of each site.
+        total: how many rows there are.
+        shared: whether sites may have rows in common.
+
     Raises:
-        UserError: if a number is no row, or stands twice.
+        UserError: if a number is no row, stands twice at a site, or at two sites that must not share it.
     """
     sites = {name: _row_numbers(name, part) for name, part in zip(site_names(len(rows)), rows, strict=True)}
     together = np.concatenate([np.empty(0, dtype=np.int64), *sites.values()])
     if len(together) and not (together.min() >= 0 and together.max() < total):
         raise UserError(f"The sites' rows go from {together.min()} to {together.max()}, but there are {total} rows.")
-    if len(np.unique(together)) < len(together):
+    if shared:
+        for name, own in sites.items():
+            if len(own) > 1 and not (np.diff(np.sort(own)) > 0).all():
+                raise UserError(f"The rows of {name} name a row twice.")
+    elif len(np.unique(together)) < len(together):
         values, counts = np.unique(together, return_counts=True)
-        raise UserError(f"Row {values[counts > 1][0]} is given to more than one site.")
+        raise UserError(
+            f"Row {values[counts > 1][0]} is given to more than one site. Where sites are to have rows in common, set "
+            "simulation.shared_rows."
+        )
     return sites
 
 
@@ -148,6 +160,36 @@ def shards(argument: str, question: Question) -> dict[str, IntArray]:
     ]
     order = question.generator.permutation(len(cut))
     return _named([np.concatenate([cut[i] for i in order[site :: question.sites]]) for site in range(question.sites)])
+
+
+@partitions.register("sample")
+def sample(argument: str, question: Question) -> dict[str, IntArray]:
+    """Give each site so many rows at random, which other sites may have too: any number of sites on one data set."""
+    total = len(question.labels)
+    if not argument.isdecimal() or not 0 < int(argument) <= total:
+        raise UserError(
+            f"The partition 'sample' needs the rows per site, 1 to {total}, as in 'sample:20', not {argument!r}."
+        )
+    subsets = _subsets(question.generator, question.sites, int(argument), total)
+    return dict(zip(site_names(question.sites), subsets, strict=True))
+
+
+def _subsets(generator: np.random.Generator, count: int, size: int, total: int) -> IntArray:
+    """Return `[count, size]`, in each row a uniformly random subset of `range(total)`, sorted."""
+    if 2 * size > total:
+        return np.stack([np.sort(generator.permutation(total)[:size]) for _ in range(count)])
+    drawn = np.sort(generator.integers(total, size=(count, size)))
+    open_rows = np.arange(count)
+    while len(open_rows):
+        # What is drawn again, until all differ, does not depend on which rows they are: all subsets are as likely.
+        again = drawn[open_rows]
+        twice = np.zeros(again.shape, dtype=np.bool_)
+        twice[:, 1:] = again[:, 1:] == again[:, :-1]
+        more = twice.any(1)
+        open_rows, again, twice = open_rows[more], again[more], twice[more]
+        again[twice] = generator.integers(total, size=int(twice.sum()))
+        drawn[open_rows] = np.sort(again)
+    return drawn
 
 
 @partitions.register("folder")

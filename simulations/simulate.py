@@ -23,7 +23,7 @@ from fedhead.client.guard import Guard, Ledger
 from fedhead.client.site_data import Holding, check_backbone, hold, refuse_if_withheld
 from fedhead.client.training import LabelledFeatures
 from fedhead.config import RunConfig
-from fedhead.data import IntArray, Samples, load_samples, load_sites, relabel, require_kind, require_labels
+from fedhead.data import IntArray, Samples, held_out, load_samples, load_sites, relabel, require_kind, require_labels
 from fedhead.devices import pick_device
 from fedhead.errors import FedheadError, UserError
 from fedhead.features import FeatureStore, Progress
@@ -51,6 +51,9 @@ logger = logging.getLogger(__name__)
 
 SUMS_BYTES = 2 * 2**30
 """Each site's own sums are kept by default up to so much."""
+
+_COUNTED_AT_ONCE = 50_000
+"""Of so many sites at a time it is counted what their guards leave."""
 
 
 @dataclass(frozen=True)
@@ -194,11 +197,28 @@ class SharedData:
         self.guard = guard
         device = backbone.device
         self.data = LabelledFeatures(store.features.to(device), torch.from_numpy(labels).to(device))
+        self._compared: Tensor | None = None
 
     @cached_property
     def probe(self) -> Tensor:
         """The features of the probe."""
         return self.backbone.probe()
+
+    def check(self, manifest: Manifest, probe: Tensor) -> None:
+        """Check the backbone against the coordinator's, for all sites once."""
+        if probe is not self._compared:
+            check_backbone(self.backbone, self.probe, manifest, probe)
+            self._compared = probe
+
+    def count_allowed(self, sites: Sequence[IntArray], config: RunConfig) -> IntArray:
+        """Return `[S]`, how many of its rows the guard leaves each site; 0 where it refuses the site as a whole."""
+        out = held_out(self.keys, config.holdout, config.seed)
+        allowed = [np.empty(0, dtype=np.int64)]
+        for start in range(0, len(sites), _COUNTED_AT_ONCE):
+            part = sites[start : start + _COUNTED_AT_ONCE]
+            owners, rows = np.repeat(np.arange(len(part)), [len(own) for own in part]), np.concatenate(part)
+            allowed.append(self.guard.count_allowed(owners, self.labels[rows], out[rows], len(part)))
+        return np.concatenate(allowed)
 
 
 class SimulatedSite:
@@ -210,13 +230,15 @@ class SimulatedSite:
         name: of the site.
         rows: `[n]`, its rows of the shared data.
         shared: the same for all sites.
+        allowed: how many of the rows the guard leaves, if that was counted.
     """
 
     ledger: Ledger | None = None
 
-    def __init__(self, name: str, rows: IntArray, shared: SharedData) -> None:
+    def __init__(self, name: str, rows: IntArray, shared: SharedData, allowed: int = 0) -> None:
         self.name = name
         self.num_rows = len(rows)
+        self.num_allowed = allowed
         self._rows = rows
         self._shared = shared
         self._has_weights = shared.backbone.spec.startswith("bundled:") and shared.backbone.trained
@@ -239,13 +261,9 @@ class SimulatedSite:
         """Check nothing: `make_plan` has looked at all sites' data."""
 
     def check(self, manifest: Manifest, probe: Tensor) -> None:
-        check_backbone(self._shared.backbone, self._shared.probe, manifest, probe)
-        refuse_if_withheld(self.open(manifest).guarded)
-
-    @property
-    def num_withheld(self) -> int:
-        """How many rows the guard withheld, once the site was opened."""
-        return self.num_rows - self._holding.guarded.num_rows if self._holding else 0
+        self._shared.check(manifest, probe)
+        if not self.num_allowed:
+            refuse_if_withheld(self.open(manifest).guarded)
 
     def open(self, manifest: Manifest) -> Holding:
         if self._holding is None:
@@ -273,7 +291,8 @@ def simulate(
     Args:
         config: the run; `RunConfig()` by default.
         data: overrides `config.simulation.data`; may be samples in memory.
-        sites: overrides `config.simulation.sites`; may be each site's own row numbers, instead of a partition.
+        sites: overrides `config.simulation.sites`; may be each site's own row numbers, instead of a partition, which
+            sites have in common only under `config.simulation.shared_rows`.
         test_data: overrides `config.simulation.test_data`; a pooled test set beside the sites' held-out rows.
         strategy: a Flower `Strategy` of your own, instead of `config.strategy`.
         apps: `ClientApp`s of sites that do not run fedhead's, by site name.
@@ -356,6 +375,8 @@ class Plan:
     def assign(self, readable: IntArray) -> dict[str, IntArray]:
         """Return each site's rows of those that are readable."""
         if self.own_rows is not None:
+            if len(readable) == len(self.samples):
+                return {name: np.sort(rows) for name, rows in self.own_rows.items()}
             return {name: np.intersect1d(rows, readable) for name, rows in self.own_rows.items()}
         table = self.config.simulation
         owners = None if self.samples.sites is None else [self.samples.sites[row] for row in readable]
@@ -418,7 +439,9 @@ def make_plan(
         labels=relabel(samples, classes),
         test_samples=test_samples,
         test_labels=_test_labels(test_samples, samples, classes) if test_samples else None,
-        own_rows=None if sites is None or isinstance(sites, int) else check_rows(sites, len(samples)),
+        own_rows=None
+        if sites is None or isinstance(sites, int)
+        else check_rows(sites, len(samples), table.shared_rows),
     )
     plan.assign(np.arange(len(samples)))
     return plan
@@ -453,7 +476,9 @@ def run_plan(
         logger.warning("%d sites have no rows and take no part: %s.", len(empty), ", ".join(empty[:5]))
     if apps:
         logger.warning("%d sites run apps of their own, one at a time: %s.", len(apps), ", ".join(sorted(apps)[:5]))
-    present = [SimulatedSite(name, rows, shared) for name, rows in assigned.items() if len(rows)]
+    held = {name: rows for name, rows in assigned.items() if len(rows)}
+    allowed = dict(zip(held, shared.count_allowed(list(held.values()), config).tolist(), strict=True))
+    present = [SimulatedSite(name, rows, shared, allowed[name]) for name, rows in held.items()]
     test = None
     if test_store is not None and plan.test_labels is not None:
         test = _accuracy_on(test_store, torch.from_numpy(plan.test_labels))
@@ -473,10 +498,7 @@ def run_plan(
             checkpoint=checkpoint,
             deliver=deliver,
         )
-        outcome = coordinator.run()
-        for site in present:
-            site.open(coordinator.manifest)
-        return outcome
+        return coordinator.run()
 
     if config.simulation.engine == "ray":
         from fedhead.simulations.ray_engine import run_on_ray
@@ -494,7 +516,7 @@ def run_plan(
         test_accuracy=test(outcome.head) if test else None,
         empty_sites=empty,
         skipped=store.skipped,
-        withheld={site.name: site.num_withheld for site in present if site.num_withheld},
+        withheld={name: len(rows) - allowed[name] for name, rows in held.items() if len(rows) > allowed[name]},
         extracted=store.extracted + (test_store.extracted if test_store else 0),
         seconds={"extraction": extracted_at - started, "rounds": ended - extracted_at, "total": ended - started},
         run_dir=run_dir,

@@ -3,11 +3,13 @@
 Every function does for all `sites` what `fedhead.client.app` does for one; sites share one `LabelledFeatures`.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from flwr.app import Context, RecordDict
+from torch import Tensor
 
 from fedhead.client.app import (
     Kept,
@@ -76,23 +78,25 @@ def sum_together(sites: Sequence[Site], content: RecordDict, context: Context) -
     request = StatisticsRequest(**Payload.from_content(content).values)
     holdings = [site.open(agreed.manifest) for site in sites]
     summed = [(one.train if request.rows == "train" else one.summable).rows for one in holdings]
-    # In the order that they lie in, whoever holds them.
-    rows = np.sort(np.concatenate([np.empty(0, dtype=np.int64), *summed]))
+    together = np.concatenate([np.empty(0, dtype=np.int64), *summed])
     features, labels = holdings[0].data.features, holdings[0].data.labels
-    blocks = torch.split(torch.from_numpy(rows), BLOCK_ROWS)
     if request.what == "moments":
         moments = FeatureMoments.empty(agreed.probe.mean(0))
-        for block in blocks:
-            moments = moments.updated(features[block].cpu())
+        for rows in doublings(together):
+            moments += moments
+            for block in torch.split(rows, BLOCK_ROWS):
+                moments = moments.updated(features[block].cpu())
         tensors, counts = moments.to_tensors(), {}
     else:
         project = projection_for(agreed.manifest.num_features, agreed.manifest.seed)
         origin = origin_of(agreed.probe, agreed.manifest.seed)
         classes = len(agreed.manifest.classes)
         stats = FeatureStatistics.empty(len(origin), classes, origin, multi_label=agreed.manifest.multi_label)
-        for block in blocks:
-            chosen = features[block].cpu()
-            stats.update(chosen if project is None else project(chosen), labels[block].cpu())
+        for rows in doublings(together):
+            stats += stats
+            for block in torch.split(rows, BLOCK_ROWS):
+                chosen = features[block].cpu()
+                stats.update(chosen if project is None else project(chosen), labels[block].cpu())
         tensors = stats.to_tensors()
         counts = {SITE_COUNTS: _counts(summed, labels.cpu().numpy(), classes)}
     arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
@@ -155,8 +159,25 @@ def _merged(sites: Sequence[Site], metrics: FloatArray, usable: BoolArray, array
 
 def _described(descriptions: Sequence[Description]) -> RecordDict:
     values = [one.model_dump() for one in descriptions]
-    num_bytes = sum(payload_bytes(Payload(one).to_content()) for one in values)
+    # Twice, as in the header of a payload, which is as long as this makes it.
+    lengths = np.array([len(json.dumps(json.dumps(one))) for one in values])
+    _, firsts, times = np.unique(lengths, return_index=True, return_counts=True)
+    num_bytes = sum(
+        payload_bytes(Payload(values[first]).to_content()) * count
+        for first, count in zip(firsts.tolist(), times.tolist(), strict=True)
+    )
     return Payload({"sites": values, "num_bytes": num_bytes}).to_content()
+
+
+def doublings(rows: IntArray) -> Iterator[Tensor]:
+    """Yield, in the order that they lie in, the rows to add after what there is was doubled.
+
+    That sums rows that many sites share as often as they are held, at the price of a few times: the binary digits of
+    how often are summed one after the other (Horner).
+    """
+    distinct, times = np.unique(rows, return_counts=True)
+    for digit in reversed(range(int(times.max(initial=0)).bit_length())):
+        yield torch.from_numpy(distinct[(times >> digit & 1).astype(np.bool_)])
 
 
 def _counts(rows: Sequence[IntArray], labels: IntArray, classes: int) -> IntArray:

@@ -4,10 +4,12 @@ import json
 import logging
 import platform
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,9 @@ LICENCES = {
 }
 """What is known of a backbone's licence by its source, where the backbone itself does not say."""
 
+MOST_SITES = 1000
+"""So many sites are told of each by itself; `standing` counts all."""
+
 _WRITE_SECONDS = 2.0
 
 
@@ -53,6 +58,7 @@ class Journal(Observer):
             "step": "",
             "simulated": simulated,
             "seconds": {},
+            "standing": {},
             "sites": {},
             "backbone": _about(backbone),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in SOFTWARE}},
@@ -78,9 +84,12 @@ class Journal(Observer):
             self._write()
 
     def on_sites(self, sites: Mapping[str, SiteState]) -> None:
+        self.values["standing"] = dict(Counter(state.standing for state in sites.values()))
+        # Those that do not take part are what one looks for among many.
+        told = sorted(sites.items(), key=lambda pair: pair[1].standing == "ready") if len(sites) > MOST_SITES else sites
         self.values["sites"] = {
             name: {"standing": state.standing, "rows": state.rows, "reason": state.reason}
-            for name, state in sites.items()
+            for name, state in islice(dict(told).items(), MOST_SITES)
         }
         self._write()
 

@@ -115,7 +115,7 @@ def _tiles(record: RunRecord) -> list[tuple[str, str, str]]:
         tiles.append((name, percent(accuracy[0]), "95 %: " + interval(accuracy).partition("(")[2].rstrip(")")))
     elif record.accuracy is not None and tested is None:
         tiles.append(("Accuracy so far", percent(record.accuracy), "of the latest head"))
-    refused = sum(state.get("standing") == "refused" for state in record.standing.values())
+    refused = record.count("refused")
     tiles.append(("Sites", f"{record.num_sites:,}", f"{refused} refused" if refused else ""))
     tiles.append(_rounds_tile(record))
     tiles.append(("To sites", size(record.bytes_down), "payload"))

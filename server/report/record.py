@@ -92,7 +92,7 @@ class RunRecord:
 
     @property
     def standing(self) -> Mapping[str, Values]:
-        """How each site stands, by name, as the coordinator knew last."""
+        """How sites stand, by name, as the coordinator knew last: all, or of many some."""
         sites: Mapping[str, Values] = self.journal.get("sites", {})
         return sites
 
@@ -112,7 +112,11 @@ class RunRecord:
         """How many sites take part."""
         if "sites" in self.result:
             return int(self.result["sites"])
-        return sum(state.get("standing") in ("ready", "lost") for state in self.standing.values())
+        return self.count("ready") + self.count("lost")
+
+    def count(self, standing: str) -> int:
+        """Return how many sites stand like that."""
+        return int(self.journal.get("standing", {}).get(standing, 0))
 
     @property
     def bytes_down(self) -> int:

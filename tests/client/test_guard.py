@@ -75,6 +75,17 @@ def site_of(**counts: tuple[int, int]) -> SiteData:
     return np.arange(len(labels)), np.array(labels, dtype=np.int64), np.array(held_out, dtype=np.bool_)
 
 
+@given(limits, totals, st.booleans(), st.data())
+def test_many_sites_are_counted_as_each_is(least: int, rows: int, multi_label: bool, data: st.DataObject) -> None:
+    guard = Guard(least, rows)
+    sites = data.draw(st.lists(site_data(multi_label), min_size=1, max_size=4))
+    owners = np.repeat(np.arange(len(sites)), [len(site[0]) for site in sites])
+    counted = guard.count_allowed(
+        owners, np.concatenate([site[1] for site in sites]), np.concatenate([site[2] for site in sites]), len(sites)
+    )
+    assert counted.tolist() == [allowed(guard, site).num_rows for site in sites]
+
+
 def test_rows_of_rare_classes_stay_and_are_counted() -> None:
     data = site_of(cat=(30, 8), dog=(3, 0), emu=(5, 0))
     left = allowed(Guard(), data)

@@ -10,6 +10,8 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedProx, FedYogi, Strategy
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedhead.client.app import make_app
 from fedhead.client.guard import Guard
@@ -19,6 +21,7 @@ from fedhead.data import Samples, load_samples, samples_from_arrays, sources
 from fedhead.messages import EVALUATE, TRAIN
 from fedhead.server.strategies import NAMES
 from fedhead.simulations import RunResult, simulate
+from fedhead.simulations.together import doublings
 
 ROWS = 240
 # Unequal on purpose: sites of such different sizes are trained, and answered for, in more than one chunk.
@@ -152,6 +155,23 @@ def test_apps_one_by_one_give_what_the_grid_trains_together(digits: Samples, ini
     for app in alone.values():
         counts = Counter(app.actions)
         assert (counts[TRAIN], counts[EVALUATE]) == (3, 1)
+
+
+def test_rows_that_sites_share_count_at_each_of_them(digits: Samples) -> None:
+    generator = np.random.default_rng(0)
+    sites = [np.sort(generator.choice(120, 40, replace=False)) for _ in range(9)]
+    config = RunConfig(rounds=2, simulation=UNGUARDED | {"shared_rows": True}, diagnose=False)
+    each = simulate(config, digits, sites, strategy=LooksAtEveryFedAvg())
+    assert_equal_runs(simulate(config.changed({"keep_sums": "total"}), digits, sites), each)
+
+
+@given(st.lists(st.integers(0, 20), max_size=60))
+def test_doubling_sums_rows_as_often_as_they_are_held(held: list[int]) -> None:
+    times = np.zeros(21, np.int64)
+    for rows in doublings(np.array(held, dtype=np.int64)):
+        times *= 2
+        times[rows.numpy()] += 1
+    assert times.tolist() == np.bincount(np.array(held, dtype=np.int64), minlength=21).tolist()
 
 
 @pytest.mark.parametrize("name", NAMES)

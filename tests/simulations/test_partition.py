@@ -70,6 +70,9 @@ def test_folders_are_sites() -> None:
         ("quantity:x", 2, "positive number"),
         ("shards:0", 2, "classes per site"),
         ("shards:9", 2, "need 18 rows"),
+        ("sample", 2, "rows per site, 1 to 10"),
+        ("sample:0", 2, "rows per site"),
+        ("sample:11", 2, "rows per site"),
         ("folder", 2, "takes the sites from the data, which names none"),
         ("dirichlett:1", 2, "Did you mean 'dirichlet'"),
     ],
@@ -79,6 +82,26 @@ def test_what_cannot_be_divided_is_a_sentence(spec: str, sites: int, words: str)
         divide(spec, np.arange(10) % 2, sites, 0)
 
 
+@given(st.integers(1, 60), st.integers(1, 30), st.data())
+def test_sampled_sites_may_share_rows_and_each_has_its_own_once(sites: int, rows: int, data: st.DataObject) -> None:
+    size = data.draw(st.integers(1, rows))
+    parts = divide(f"sample:{size}", np.zeros(rows, np.int64), sites, 0)
+    assert list(parts) == site_names(sites)
+    for own in parts.values():
+        assert len(own) == size
+        assert (np.diff(own) > 0).all()
+        assert 0 <= own.min() <= own.max() < rows
+
+
+@pytest.mark.parametrize("size", [3, 7])
+def test_every_row_is_sampled_as_often(size: int) -> None:
+    sites = 20_000
+    held = np.concatenate(list(divide(f"sample:{size}", np.zeros(10, np.int64), sites, 0).values()))
+    expected = sites * size / 10
+    deviation = np.sqrt(expected * (1 - size / 10))
+    assert (abs(np.bincount(held, minlength=10) - expected) < 5 * deviation).all()
+
+
 def test_own_rows_are_checked() -> None:
     assert {name: rows.tolist() for name, rows in check_rows([[3, 1], []], 4).items()} == {
         "site-0": [3, 1],
@@ -86,6 +109,9 @@ def test_own_rows_are_checked() -> None:
     }
     with pytest.raises(UserError, match="Row 1 is given to more than one site"):
         check_rows([[0, 1], [1]], 4)
+    assert list(check_rows([[0, 1], [1]], 4, shared=True)["site-1"]) == [1]
+    with pytest.raises(UserError, match="site-1 name a row twice"):
+        check_rows([[0, 1], [1, 0, 1]], 4, shared=True)
     with pytest.raises(UserError, match="from 0 to 4, but there are 4 rows"):
         check_rows([[0, 4]], 4)
 

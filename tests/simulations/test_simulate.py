@@ -215,6 +215,17 @@ def test_a_user_says_which_rows_each_site_holds(digits: Samples) -> None:
     assert result.config.simulation.sites == 3
 
 
+def test_of_many_sites_some_evaluate_in_detail(digits: Samples) -> None:
+    config = RunConfig(init="zeros", rounds=1, simulation={"partition": "sample:10", "sites": 1100, **UNGUARDED})
+    result = simulate(config, digits)
+    assert len(result.outcome.participants) == 1100
+    # A few hold nothing out.
+    assert 700 < len(result.sites) < 1000
+    journal = json.loads((folder_of(result) / "journal.json").read_text())
+    assert (journal["standing"], len(journal["sites"])) == ({"ready": 1100}, 1000)
+    assert "1,100 sites" in (folder_of(result) / "report.html").read_text()
+
+
 def test_folders_are_sites(own_folder: Path) -> None:
     save_digits(own_folder / "data" / "clinic", np.arange(0, 90))
     save_digits(own_folder / "data" / "hospital", np.arange(90, 200), classes=4)

@@ -243,7 +243,11 @@ def large_record(num_sites: int, num_classes: int, rows: int = 20_000) -> RunRec
         name="large",
         config={"classes": names, "rounds": 500, "backbone": "torchvision:resnet18", "strategy": {"name": "FedAvg"}},
         toml="",
-        journal={"status": "finished", "sites": {name: {"standing": "ready", "rows": 20} for name in sites}},
+        journal={
+            "status": "finished",
+            "standing": {"ready": len(sites)},
+            "sites": {name: {"standing": "ready", "rows": 20} for name in sites},
+        },
         rounds=[{"number": number, "test_accuracy": None, "dropped": dropped, **line} for number in range(501)],
         evaluation=values,
         result={"sites": num_sites, "kept_round": 500, "accuracy": 0.8},
