@@ -3,6 +3,8 @@
 import copy
 import hashlib
 import json
+import os
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -183,7 +185,13 @@ class Backbone:
     def save(self, path: Path | str) -> None:
         """Write `to_bytes` to `path`, whole or not at all, with one copy of the weights in memory beside the module."""
         with replaced(Path(path)) as temporary:
-            save_file(self._tensors_to_save(), temporary, self._metadata())
+            try:
+                save_file(self._tensors_to_save(), temporary, self._metadata())
+            except SafetensorError as error:
+                # It tells what the operating system said only in words.
+                if number := re.search(r"os error (\d+)", str(error)):
+                    raise OSError(int(number[1]), os.strerror(int(number[1])), str(temporary)) from error
+                raise
 
     def _tensors_to_save(self) -> dict[str, Tensor]:
         return {name: tensor.cpu().contiguous() for name, tensor in self.tensors().items()}

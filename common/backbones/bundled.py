@@ -28,10 +28,12 @@ def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
     if name == "glyphnet":
         return _glyphnet(weights, seed)
     if name == "pixels":
+        module = nn.Flatten()
         if weights not in ("default", "random"):
-            raise UserError("bundled:pixels has no weights to load.")
+            # A saved model's own backbone is a file, even if there is nothing in it.
+            assign_weights(module, read_weights(weights), set(), "bundled:pixels", weights)
         square = (PIXELS, PIXELS)
-        return Backbone("bundled:pixels", nn.Flatten(), ImagePreprocessing(3, square, None, (0.5,) * 3, (0.5,) * 3))
+        return Backbone("bundled:pixels", module, ImagePreprocessing(3, square, None, (0.5,) * 3, (0.5,) * 3))
     raise UserError(f"There is no bundled backbone {name!r}. {suggest(name, names())}")
 
 

@@ -1,9 +1,11 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -43,6 +45,25 @@ def test_what_is_saved_loads_to_the_same_digest_and_features(tmp_path: Path) -> 
     loaded = Backbone.load(tmp_path / "b.safetensors")
     assert (loaded.digest, loaded.layer) == (backbone.digest, "features.9.cat")
     assert torch.equal(loaded.probe(), backbone.probe())
+
+
+def test_a_backbone_without_weights_is_saved_too(tmp_path: Path) -> None:
+    backbone = load_backbone("bundled:pixels")
+    backbone.save(tmp_path / "b.safetensors")
+    assert Backbone.load(tmp_path / "b.safetensors").digest == backbone.digest
+    save_file({"x": torch.zeros(1)}, tmp_path / "b.safetensors")
+    with pytest.raises(UserError, match="x"):
+        load_backbone("bundled:pixels", weights=str(tmp_path / "b.safetensors"))
+
+
+def test_a_full_disk_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("fedhead.backbones.backbone.save_file", fail)
+    with pytest.raises(FedheadError, match="disk is full"):
+        load_backbone("bundled:glyphnet").save(tmp_path / "b.safetensors")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_saved_backbone_that_was_changed_is_refused(tmp_path: Path) -> None:
@@ -169,7 +190,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
         ({"spec": "bundeld:glyphnet"}, "Did you mean 'bundled'"),
         ({"spec": "bundled:glyphent"}, "Did you mean 'glyphnet'"),
         ({"spec": "bundled:glyphnet", "layer": "x"}, "only the layer 'penultimate'"),
-        ({"spec": "bundled:pixels", "weights": "x"}, "no weights to load"),
+        ({"spec": "bundled:pixels", "weights": "x"}, "no weights file 'x'"),
         ({"spec": "torchvision:resnet19"}, "Did you mean 'resnet1"),
         ({"spec": "torchvision:resnet18", "weights": "random", "layer": "layer5"}, "no layer 'layer5'. Did you mean"),
         ({"spec": "torchvision:resnet18", "weights": "/none.pth"}, "no weights file"),
