@@ -59,7 +59,6 @@ class SimulationConfig(_Table):
     test_data: str = ""
     sites: int = Field(10, ge=1)
     partition: str = "dirichlet:0.3"
-    shared_rows: bool = False
     engine: Literal["process", "ray"] = "process"
     cluster: str = ""
     device: str = "auto"

@@ -47,10 +47,10 @@ def coordinate(
         if out is None:
             raise UserError("Resuming needs the folder of the run, as out.")
         folder, saved = RunFolder.open(out)
-        config = _with_classes(config or saved)
+        config = with_classes(config or saved)
         require_same_run(config, saved, folder.path)
     else:
-        config = _with_classes(config or RunConfig())
+        config = with_classes(config or RunConfig())
     strategy = build_strategy(config.strategy)
     backbone = load_backbone(config.backbone, weights=config.weights, layer=config.layer, seed=config.seed)
     if not resume:
@@ -99,8 +99,12 @@ def _write_run(
     return outcome
 
 
-def _with_classes(config: RunConfig) -> RunConfig:
-    """Return the configuration with the names of its classes in it."""
+def with_classes(config: RunConfig) -> RunConfig:
+    """Return the configuration with the names of its classes in it.
+
+    Raises:
+        UserError: if it says nothing of them.
+    """
     classes = config.classes or (load_samples(config.classes_from).classes if config.classes_from else ())
     if not classes:
         raise UserError("A run over real sites needs classes = [...] (or classes_from), since their data is not here.")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedhead.config import RunConfig
 from fedhead.health import Health
-from fedhead.server.app import coordinate
+from fedhead.server.app import coordinate, with_classes
 from fedhead.server.history import Outcome
 from fedhead.server.network_grid import NetworkGrid
 from fedhead.server.observer import Observer
@@ -48,6 +48,8 @@ def serve(
     """
     for sentence in expiry_warnings(kit) if kit is not None else ():
         logger.warning("%s", sentence)
+    # Before any site sees that there is a coordinator.
+    config = with_classes(config)
     state = Health()
     with link, state.served(health) if health else nullcontext():
         status = RunStatus(link)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedhead.config import RunConfig
+from fedhead.data.python import user_function
 from fedhead.errors import UserError
 from fedhead.registry import Registry
 from fedhead.server.history import Outcome, Round
@@ -31,11 +32,7 @@ def find_tracker(name: str) -> Observer:
     """
     if not name.startswith("python:"):
         return trackers[name]()
-    module, _, function = name.removeprefix("python:").partition(":")
-    try:
-        made = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"The tracker {name} cannot be had: {error}. Write it as python:MODULE:FUNCTION.") from None
+    made = user_function(name)()
     if not isinstance(made, Observer):
         raise UserError(
             f"The tracker {name} must return a fedhead.server.observer.Observer, not {type(made).__name__}."

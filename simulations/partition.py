@@ -91,8 +91,8 @@ def check_rows(rows: Sequence[npt.ArrayLike], total: int, shared: bool = False) 
     elif len(np.unique(together)) < len(together):
         values, counts = np.unique(together, return_counts=True)
         raise UserError(
-            f"Row {values[counts > 1][0]} is given to more than one site. Where sites are to have rows in common, set "
-            "simulation.shared_rows."
+            f"Row {values[counts > 1][0]} is given to more than one site. If sites are to have rows in common, say "
+            "shared_rows=True."
         )
     return sites
 

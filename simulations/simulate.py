@@ -278,6 +278,7 @@ def simulate(
     sites: int | Sequence[npt.ArrayLike] | None = None,
     *,
     test_data: str | Samples | None = None,
+    shared_rows: bool = False,
     strategy: Strategy | None = None,
     apps: Mapping[str, ClientApp] | None = None,
     out: Path | str | None = None,
@@ -291,9 +292,9 @@ def simulate(
     Args:
         config: the run; `RunConfig()` by default.
         data: overrides `config.simulation.data`; may be samples in memory.
-        sites: overrides `config.simulation.sites`; may be each site's own row numbers, instead of a partition, which
-            sites have in common only under `config.simulation.shared_rows`.
+        sites: overrides `config.simulation.sites`; may be each site's own row numbers, instead of a partition.
         test_data: overrides `config.simulation.test_data`; a pooled test set beside the sites' held-out rows.
+        shared_rows: whether several sites may hold the same row, where `sites` are row numbers.
         strategy: a Flower `Strategy` of your own, instead of `config.strategy`.
         apps: `ClientApp`s of sites that do not run fedhead's, by site name.
         out: the run folder; by default a new one under `runs/`.
@@ -311,10 +312,12 @@ def simulate(
         if out is None:
             raise UserError("Resuming needs the folder of the run, as out.")
         folder, saved = RunFolder.open(out)
-        plan = make_plan(config or saved, data, sites, test_data=test_data, strategy=strategy)
+        plan = make_plan(config or saved, data, sites, test_data=test_data, shared_rows=shared_rows, strategy=strategy)
         require_same_run(plan.config, saved, folder.path)
     else:
-        plan = make_plan(config or RunConfig(), data, sites, test_data=test_data, strategy=strategy)
+        plan = make_plan(
+            config or RunConfig(), data, sites, test_data=test_data, shared_rows=shared_rows, strategy=strategy
+        )
         folder = RunFolder.create(out, _run_name(plan))
     observer = Observers([folder, Journal(folder.path, plan.backbone, simulated=True), *observers])
     try:
@@ -390,6 +393,7 @@ def make_plan(
     sites: int | Sequence[npt.ArrayLike] | None = None,
     *,
     test_data: str | Samples | None = None,
+    shared_rows: bool = False,
     strategy: Strategy | None = None,
 ) -> Plan:
     """Load and check everything that `simulate` needs; see there.
@@ -439,9 +443,7 @@ def make_plan(
         labels=relabel(samples, classes),
         test_samples=test_samples,
         test_labels=_test_labels(test_samples, samples, classes) if test_samples else None,
-        own_rows=None
-        if sites is None or isinstance(sites, int)
-        else check_rows(sites, len(samples), table.shared_rows),
+        own_rows=None if sites is None or isinstance(sites, int) else check_rows(sites, len(samples), shared_rows),
     )
     plan.assign(np.arange(len(samples)))
     return plan

@@ -55,7 +55,7 @@ def test_a_function_of_ones_own_is_a_tracker(tmp_path: Path, monkeypatch: pytest
         "def nothing():\n"
         "    return None\n"
     )
-    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     tracked = Tracked("own", find_tracker("python:own_tracker:make"))
     simulate(RunConfig(rounds=1), sites=2, out=tmp_path / "run", observers=[tracked])
     assert sys.modules["own_tracker"].seen == [0, 1]
@@ -67,9 +67,9 @@ def test_a_function_of_ones_own_is_a_tracker(tmp_path: Path, monkeypatch: pytest
     ("name", "words"),
     [
         ("tensorbord", "Did you mean 'tensorboard'"),
-        ("python:no_such_module:make", "cannot be had"),
-        ("python:json:no_such_function", "cannot be had"),
-        ("python:", "cannot be had"),
+        ("python:no_such_module:make", "cannot be imported: No module named 'no_such_module'"),
+        ("python:json:no_such_function", "has no function 'no_such_function'"),
+        ("python:", "Expected python:MODULE:FUNCTION"),
     ],
 )
 def test_what_is_no_tracker_is_told_before_the_run(name: str, words: str) -> None:
