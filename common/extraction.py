@@ -142,7 +142,9 @@ def read_ahead(read: Callable[[int], T], rows: Iterable[int], *, ahead: int) -> 
     """
     remaining = iter(rows)
     workers = min(MOST_WORKERS, cpu_count() or 1)
-    # One thread of torch's each: they share the processor with the forward pass already.
+    # One thread of torch's each: they share the processor with the forward pass already. A caller that has not said how
+    # many it takes itself would take on theirs, for good.
+    torch.set_num_threads(torch.get_num_threads())
     pool = ThreadPoolExecutor(workers, "read-ahead", initializer=torch.set_num_threads, initargs=(1,))
     try:
         waiting: deque[Future[T]] = deque(pool.submit(read, row) for row in islice(remaining, ahead))

@@ -71,6 +71,8 @@ class Roster:
         self.turned_away: set[int] = set()
         self.weights = weights
         self._messenger = messenger
+        # Asked once: it takes longer than all else that is asked of a site.
+        self._named = messenger.grid if isinstance(messenger.grid, NamedSites) else None
         self._manifest = manifest
         self._probe = probe
         self._observer = observer
@@ -229,8 +231,7 @@ class Roster:
         return self._registered(node_id) or known_as or f"node {node_id}"
 
     def _registered(self, node_id: int) -> str | None:
-        grid = self._messenger.grid
-        return grid.site_name(node_id) if isinstance(grid, NamedSites) else None
+        return self._named.site_name(node_id) if self._named is not None else None
 
     def _descriptions(
         self, nodes: Mapping[str, int], action: str, content: RecordDict, exchange: Exchange

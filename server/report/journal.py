@@ -123,7 +123,7 @@ class Journal(Observer):
 
     def _write(self) -> None:
         if self.path.is_dir():
-            write_atomically(self.path / JOURNAL, json.dumps(self.values, indent=1) + "\n")
+            write_atomically(self.path / JOURNAL, json.dumps(self.values) + "\n")
         self._written = time.perf_counter()
 
 
