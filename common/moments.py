@@ -36,10 +36,9 @@ class FeatureMoments:
 
     def updated(self, features: Tensor) -> Self:
         """Return the moments with the rows `[n, d]` added."""
-        block = features.to(torch.float64) - self.origin
-        return type(self)(
-            self.origin, self.rows + len(block), self.total + block.sum(0), self.squares + block.square().sum(0)
-        )
+        block = features.to(torch.float64, copy=True).sub_(self.origin)
+        total = self.total + block.sum(0)
+        return type(self)(self.origin, self.rows + len(block), total, self.squares + block.square_().sum(0))
 
     def __add__(self, other: Self) -> Self:
         if not torch.equal(self.origin, other.origin):

@@ -73,7 +73,7 @@ Sites = Annotated[int | None, typer.Option(help="How many sites.", rich_help_pan
 Partition = Annotated[
     str | None,
     typer.Option(
-        help="Who holds what: iid, dirichlet:ALPHA, shards:K, quantity:ALPHA or folder (the data's sites).",
+        help="Who holds what: iid, dirichlet:ALPHA, shards:K, quantity:ALPHA, sample:ROWS or folder (the data's).",
         rich_help_panel=SIMULATION,
     ),
 ]
