@@ -5,9 +5,11 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from itertools import islice
 from os import cpu_count
+from queue import SimpleQueue
+from threading import Thread
 from typing import TypeVar
 
 import torch
@@ -141,16 +143,43 @@ def read_ahead(read: Callable[[int], T], rows: Iterable[int], *, ahead: int) -> 
         Exception: whatever `read` raises, at its row's turn.
     """
     remaining = iter(rows)
-    workers = min(MOST_WORKERS, cpu_count() or 1)
-    # One thread of torch's each: they share the processor with the forward pass already. A caller that has not said how
-    # many it takes itself would take on theirs, for good.
+    # The readers take one thread of torch's each, as they share the processor with the forward pass already. A caller
+    # that has not said how many it takes itself would take on theirs, for good.
     torch.set_num_threads(torch.get_num_threads())
-    pool = ThreadPoolExecutor(workers, "read-ahead", initializer=torch.set_num_threads, initargs=(1,))
+    tasks: SimpleQueue[tuple[Future[T], int] | None] = SimpleQueue()
+
+    def submit(row: int) -> Future[T]:
+        future: Future[T] = Future()
+        tasks.put((future, row))
+        return future
+
+    # Threads that nobody waits for: a read that hangs must not hold up Ctrl-C, as an executor's would.
+    readers = [
+        Thread(target=_serve, args=(tasks, read), name="read-ahead", daemon=True)
+        for _ in range(min(MOST_WORKERS, cpu_count() or 1))
+    ]
+    for reader in readers:
+        reader.start()
+    waiting: deque[Future[T]] = deque(map(submit, islice(remaining, ahead)))
     try:
-        waiting: deque[Future[T]] = deque(pool.submit(read, row) for row in islice(remaining, ahead))
         while waiting:
-            first = waiting.popleft()
-            yield first.result()
-            waiting.extend(pool.submit(read, row) for row in islice(remaining, 1))
+            yield waiting.popleft().result()
+            waiting.extend(map(submit, islice(remaining, 1)))
     finally:
-        pool.shutdown(cancel_futures=True)
+        for future in waiting:
+            future.cancel()
+        for _ in readers:
+            tasks.put(None)
+
+
+def _serve(tasks: "SimpleQueue[tuple[Future[T], int] | None]", read: Callable[[int], T]) -> None:
+    """Do what comes, until there is nothing more to come."""
+    torch.set_num_threads(1)
+    while (task := tasks.get()) is not None:
+        future, row = task
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(read(row))
+            # Whatever it is, it is raised again where the row is taken.
+            except BaseException as error:
+                future.set_exception(error)

@@ -151,11 +151,29 @@ def test_a_failure_comes_at_its_own_row() -> None:
 
 def test_closing_early_leaves_no_thread_and_reads_no_further() -> None:
     read: list[int] = []
-    before = threading.active_count()
     rows = read_ahead(lambda row: read.append(row), range(10_000), ahead=4)
     next(rows)
+    readers = [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
     rows.close()
-    done = len(read)
-    assert threading.active_count() == before
-    assert done <= 5
-    assert len(read) == done
+    for reader in readers:
+        reader.join(10)
+        assert not reader.is_alive()
+    assert readers
+    assert len(read) <= 5
+
+
+def test_a_read_that_hangs_does_not_hold_up_closing() -> None:
+    go_on, hangs = threading.Event(), threading.Event()
+
+    def read(row: int) -> int:
+        if row == 1:
+            hangs.set()
+            go_on.wait(60)
+        return row
+
+    rows = read_ahead(read, range(10), ahead=4)
+    assert next(rows) == 0
+    assert hangs.wait(10)
+    rows.close()
+    assert not go_on.is_set()
+    go_on.set()
