@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -429,13 +429,13 @@ def load():
 """
 
 
-def interrupted(reached: Path, *arguments: str) -> tuple[int, str, str]:
-    """Start the command, press Ctrl-C once the file `reached` is there, and return how it ended."""
+def interrupted(reached: Callable[[], bool], *arguments: str) -> tuple[int, str, str]:
+    """Start the command, press Ctrl-C once it has `reached` a point, and return how it ended."""
     process = subprocess.Popen(
         [str(COMMAND), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ}
     )
     stop = time.monotonic() + 120
-    while not list(reached.parent.glob(reached.name)):
+    while not reached():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < stop
         time.sleep(0.05)
@@ -449,7 +449,7 @@ def interrupted(reached: Path, *arguments: str) -> tuple[int, str, str]:
 def test_ctrl_c_during_extraction_leaves_no_run_folder_and_loses_no_features() -> None:
     Path("slow.py").write_text(SLOW_DATA)
     flags = ["simulate", "--data", "python:slow:load", "--sites", "2", "--rounds", "1", "--json"]
-    status, stdout, stderr = interrupted(Path("reached"), *flags)
+    status, stdout, stderr = interrupted(Path("reached").exists, *flags)
     assert (status, stdout) == (130, "")
     assert "Interrupted" in stderr
     assert "Traceback" not in stderr
@@ -464,14 +464,14 @@ def test_ctrl_c_during_extraction_leaves_no_run_folder_and_loses_no_features() -
 @pytest.mark.skipif(not COMMAND.exists(), reason="the package is not installed")
 def test_ctrl_c_during_the_rounds_keeps_what_is_there() -> None:
     flags = ["simulate", "--rounds", "100000", "--sites", "3", "--init", "zeros", "--out", "mine", "--json"]
-    status, stdout, stderr = interrupted(Path("mine/metrics.jsonl"), *flags)
+    metrics = Path("mine/metrics.jsonl")
+    status, stdout, stderr = interrupted(lambda: metrics.exists() and metrics.stat().st_size > 0, *flags)
     assert (status, stdout) == (130, "")
     assert "Interrupted" in stderr
     assert "Traceback" not in stderr
-    if Path("mine").exists():
-        assert not Path("mine/result.json").exists()
-        assert [json.loads(line)["number"] for line in Path("mine/metrics.jsonl").read_text().splitlines()]
-        RunConfig.from_toml(Path("mine/run.toml"))
+    assert not Path("mine/result.json").exists()
+    assert [json.loads(line)["number"] for line in metrics.read_text().splitlines()]
+    RunConfig.from_toml(Path("mine/run.toml"))
 
 
 def test_a_study_prints_means_and_keeps_what_did_not_fail(own_folder: Path) -> None:
