@@ -99,25 +99,24 @@ def average_heads(
         chunk_bytes: see there.
     """
     data.grams.under(data.standardisation)
-    everyone = [np.arange(len(sites))]
+    everyone = np.arange(len(sites))
     if isinstance(head, LinearHead) and settings.optimizer == "sgd":
         table = _RowTable(incoming, data, [*sites, *held_out])
         evaluation = table.evaluate(incoming, data, held_out)
         mean = _Mean(incoming, len(sites), evaluation)
         stepped = _step_coefficients(table, incoming, data, sites, settings, mean, seed, round_number, repeated)
-        rest = list(stepped)
+        rest = np.concatenate([everyone[:0], *stepped])
         if not mean.finish(table):
             # One broken row spoils a product over all; by itself, its site is left out.
             mean, rest = _Mean(incoming, len(sites), evaluation), everyone
     else:
         evaluation = evaluate_head(head, incoming, data, held_out, chunk_bytes=chunk_bytes)
         mean, rest = _Mean(incoming, len(sites), evaluation), everyone
-    for part in rest:
-        sizes = np.array([len(sites[i].rows) for i in part], dtype=np.int64)
-        for chosen in chunks(sizes, settings, incoming, chunk_bytes):
-            positions = part[chosen]
-            trained = train_chunk(head, incoming, data, [sites[i] for i in positions], settings, seed, round_number)
-            mean.add(positions, trained.parameters, trained.losses, trained.rows)
+    sizes = np.array([len(sites[i].rows) for i in rest], dtype=np.int64)
+    for chosen in chunks(sizes, settings, incoming, chunk_bytes):
+        positions = rest[chosen]
+        trained = train_chunk(head, incoming, data, [sites[i] for i in positions], settings, seed, round_number)
+        mean.add(positions, trained.parameters, trained.losses, trained.rows)
     return mean.result(), evaluation
 
 

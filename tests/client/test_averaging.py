@@ -141,6 +141,22 @@ def test_a_small_site_beside_a_large_one_takes_the_form_that_suits_it(coefficien
     assert max(coefficients) < 4
 
 
+def test_sites_too_large_for_coefficients_are_trained_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(averaging, "COEFFICIENT_BYTES", 1000)
+    at_once: list[int] = []
+    train = averaging.train_chunk
+
+    def count(*arguments: object) -> object:
+        at_once.append(len(arguments[3]))  # type: ignore[arg-type]
+        return train(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(averaging, "train_chunk", count)
+    data, sites, held_out = make_problem((90, 80, 75, 70, 70), 16)
+    head, incoming = make_incoming("linear", 16)
+    average_heads(head, incoming, data, sites, LocalConfig(), held_out, seed=5, round_number=1, repeated=True)
+    assert at_once == [5]
+
+
 def test_features_far_from_zero_lose_nothing() -> None:
     data, sites, held_out = make_problem((6, 9, 12), 40, dtype=torch.float32)
     far = LabelledFeatures(
