@@ -44,6 +44,12 @@ class CannotHealError(FedheadError):
     """The connection fails for a reason that waiting does not mend; it says what to do."""
 
 
+class TakenOverError(CannotHealError):
+    """Another process with this site's key took its place; started anew, this one would only take it back."""
+
+    exit_status = 2
+
+
 class WorkIsOverError(FedheadError):
     """The message at hand is of a run that has ended, or was meant for a node that this site no longer is."""
 
@@ -198,7 +204,7 @@ class Connection:
                 if status == httpx.codes.FORBIDDEN:
                     raise WorkIsOverError("The run is over, so its work is dropped.") from None
                 if status == httpx.codes.CONFLICT:
-                    raise CannotHealError(f"{_body(error.response).get('detail')} A site has one process.") from None
+                    raise TakenOverError(f"{_body(error.response).get('detail')} A site has one process.") from None
                 if status in (httpx.codes.UNAUTHORIZED, httpx.codes.PRECONDITION_FAILED):
                     self._forget(node)
                 elif status < 500 and status not in (httpx.codes.REQUEST_TIMEOUT, httpx.codes.TOO_MANY_REQUESTS):
@@ -416,7 +422,7 @@ class Connection:
                     "this machine's clock (NTP)."
                 )
             return Trouble(f"{self.address} refuses this site's signature ({_detail(response)}).")
-        if response.status_code >= 500:
+        if response.status_code >= 500 and response.status_code != httpx.codes.NOT_IMPLEMENTED:
             return Trouble(f"{self.address} fails with {_detail(response)}.")
         return Trouble(
             f"What answers at {self.address} is no coordinator ({_detail(response)}): check the address.", heals=False

@@ -12,7 +12,7 @@ import pytest
 from flwr.app import Message
 
 from fedhead.client import connection as module
-from fedhead.client.connection import IDLE, PROMPT, CannotHealError, Connection, WorkIsOverError
+from fedhead.client.connection import IDLE, PROMPT, CannotHealError, Connection, TakenOverError, WorkIsOverError
 from fedhead.client.settings import Kit, insecure_key
 from fedhead.flower import FleetClient
 from fedhead.messages import Payload
@@ -302,8 +302,10 @@ def test_a_second_process_takes_over_and_the_first_ends(
         first.receive()
         second.open()
         second.receive()
-        with pytest.raises(CannotHealError, match=r"took over\. A site has one process"):
+        with pytest.raises(TakenOverError, match=r"took over\. A site has one process") as caught:
             first.receive()
+        # As systemd is told, so that two of them do not take turns.
+        assert caught.value.exit_status == 2
 
 
 class Page(http.server.BaseHTTPRequestHandler):
@@ -331,7 +333,7 @@ def web_server(status: int, port: int = 0) -> Iterator[int]:
         thread.join()
 
 
-@pytest.mark.parametrize("status", [404, 200])
+@pytest.mark.parametrize("status", [404, 200, 501])
 def test_a_web_server_is_no_coordinator(connect: Connect, status: int) -> None:
     with web_server(status) as port, pytest.raises(CannotHealError, match=r"is no coordinator.*check the address"):
         connect(port, None).open()
