@@ -7,6 +7,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
+import torch
 
 # Where the tests run in the background it may be ignored, and then it would be in every process they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -19,6 +20,15 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDHEAD_HOME", str(home))
         yield home
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """On a busy machine, threads that share so little work mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

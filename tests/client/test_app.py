@@ -38,13 +38,7 @@ CONFIG = RunConfig(backbone="bundled:glyphnet", weights="random", seed=11, init=
 """Weights that no package carries, so that they must be installed."""
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """On a busy machine, threads that share so little work mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,3 @@
-from collections.abc import Iterator
 from itertools import product
 
 import numpy as np
@@ -19,13 +18,7 @@ SETTINGS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """On a busy machine, threads that share so little work mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_problem(

@@ -23,13 +23,7 @@ CLASSES = ("ant", "bee", "cicada")
 DESCRIBED = ("backbone", "layer", "backbone_digest", "weights_digest", "head", "head_digest", "classes")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """On a busy machine, threads that share so little work mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def model_of(head_spec: str = "linear", backbone: Backbone | None = None, seed: int = 0) -> TransferModel:

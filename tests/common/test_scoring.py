@@ -1,5 +1,3 @@
-from collections.abc import Iterator
-
 import numpy
 import pytest
 import torch
@@ -10,14 +8,7 @@ from fedhead.errors import UserError
 from fedhead.scoring import h_score, log_evidence, transferability
 from fedhead.statistics import FeatureStatistics
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Eigenvalues by two threads take a hundred times longer where something else uses a core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def random_rows(seed: int, n: int, d: int, classes: int, spread: float) -> tuple[Tensor, Tensor]:

@@ -52,12 +52,9 @@ CONFIG = RunConfig(classes=CLASSES, rounds=5, init="nearest-mean", diagnose=Fals
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def in_process(one_thread: None) -> Iterator[None]:
     with in_process_identity(run_id=1):
         yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -51,12 +51,7 @@ def load_tiny(name: str, weights: str, layer: str, seed: int) -> Backbone:
     return Backbone("tiny:grey", nn.Flatten(), ImagePreprocessing(1, (8, 8), None, (0.5,), (0.5,)), layer=layer)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

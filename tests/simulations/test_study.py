@@ -1,11 +1,9 @@
 import csv
 import io
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from scipy import stats
 
 from fedhead.config import RunConfig
@@ -18,13 +16,7 @@ CONFIG = RunConfig(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """On a busy machine, threads that share so little work mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_grid_is_run_under_every_seed_and_summed_up(tmp_path: Path) -> None:
