@@ -15,7 +15,7 @@ from fedhead.heads import Head
 from fedhead.messages import METRICS, Arrays, HeadRequest, Manifest, StatisticsRequest
 from fedhead.server.checkpoint import Checkpoint, Progress, new_run
 from fedhead.server.contest import HELD_OUT, LOSS_SUM
-from fedhead.server.evaluation import calibrate, evaluate_in_detail, some_sites
+from fedhead.server.evaluation import calibrate, evaluate_in_detail, some_sites, temperature_sums
 from fedhead.server.exchange import EXAMPLES, TRAIN_LOSS, Exchange, Messenger
 from fedhead.server.history import Calibrated, Outcome, Round
 from fedhead.server.latecomers import Latecomers
@@ -172,7 +172,7 @@ class Coordinator:
         while True:
             self._await_sites(0, exchange)
             stats = self._sum_statistics(exchange)
-            if self.config.rounds:
+            if self.form.standardises:
                 self._standardise(stats, exchange)
             self._skip_late(exchange)
             self._roster.exclude(exchange.dropped)
@@ -184,7 +184,7 @@ class Coordinator:
         # Whoever is in the statistics was there from the start.
         self._joined = []
         progress = Progress(
-            current=self._version(0, self.form.start(stats), exchange),
+            current=self._version(0, self._starting_head(stats, exchange), exchange),
             stats=stats,
             standardisation=self.form.standardisation,
             excluded=self._roster.excluded,
@@ -193,6 +193,25 @@ class Coordinator:
         )
         self._save(progress)
         return progress
+
+    def _starting_head(self, stats: FeatureStatistics | None, exchange: Exchange) -> Arrays:
+        """Make the first head: a solved one that rounds are to better, as sure of itself as held-out rows justify.
+
+        Its rivals learn how sure to be. Without a temperature, the less accurate of two heads could have the lesser
+        loss, and gradients would first of all mend its scale.
+        """
+        arrays = self.form.start(stats)
+        if stats is None or not (self.config.rounds and self.config.holdout):
+            return arrays
+        asked = some_sites(self._roster.nodes, self.config.seed)
+        own = Exchange()
+        request = HeadRequest(arrays, server_round=0)
+        sums = temperature_sums(self._messenger, asked, self._roster, request, own)
+        self._skip_late(own)
+        exchange.bytes_down += own.bytes_down
+        exchange.bytes_up += own.bytes_up
+        exchange.dropped.update(own.dropped)
+        return self.form.cooled(arrays, sums.best())
 
     def _go_on(self, progress: Progress) -> Progress:
         """Gather the sites again, and tell them how features are standardised in this run."""
@@ -328,11 +347,13 @@ class Coordinator:
         progress.contest.enter(last.number, last.arrays, exchange)
         kept = progress.contest.winner(exchange) or last
         self.observer.on_step("finish", last.number)
-        head = self.form.leave(kept.arrays)
+        # A temperature of its own comes with the head that is delivered.
+        arrays = kept.arrays if kept.number or stats is None else self.form.start(stats)
+        head = self.form.leave(arrays)
         sites = {}
         calibrated: Calibrated | None = None
         if self.config.holdout:
-            request = HeadRequest(kept.arrays, server_round=kept.number)
+            request = HeadRequest(arrays, server_round=kept.number)
             asked = some_sites(self._roster.nodes, self.config.seed)
             if len(asked) < len(self._roster.nodes):
                 logger.info("%d of the sites, drawn at random, evaluate the head in detail.", len(asked))

@@ -101,14 +101,7 @@ def calibrate(
         None where one of the halves has no row.
     """
     classes, multi_label = len(manifest.classes), manifest.multi_label
-    chosen = TemperatureSums()
-    for names, arrays in _ask_to_calibrate(messenger, nodes, CalibrateRequest(request), exchange):
-        try:
-            losses = TemperatureSums.from_arrays(arrays)
-            _check_rows(losses.rows, roster, names)
-            chosen += losses
-        except ValueError as error:
-            _drop(names, error, exchange)
+    chosen = temperature_sums(messenger, nodes, roster, request, exchange)
     temperature = chosen.best()
     zeros = EvaluationSums.zeros(classes, multi_label=multi_label)
     judged = CalibrationSums(zeros, zeros, np.zeros(BINS, np.int64))
@@ -123,6 +116,29 @@ def calibrate(
         return None
     scores = () if multi_label else tuple(judged.scores.tolist())
     return Calibrated(Calibration(temperature, scores), chosen.rows, judged)
+
+
+def temperature_sums(
+    messenger: Messenger, nodes: Mapping[str, int], roster: Roster, request: HeadRequest, exchange: Exchange
+) -> TemperatureSums:
+    """Return what chooses a head's temperature, over one half of the held-out rows; one exchange.
+
+    Args:
+        messenger: reaches the sites.
+        nodes: who is asked.
+        roster: the sites that take part.
+        request: the head.
+        exchange: takes the traffic.
+    """
+    total = TemperatureSums()
+    for names, arrays in _ask_to_calibrate(messenger, nodes, CalibrateRequest(request), exchange):
+        try:
+            losses = TemperatureSums.from_arrays(arrays)
+            _check_rows(losses.rows, roster, names)
+            total += losses
+        except ValueError as error:
+            _drop(names, error, exchange)
+    return total
 
 
 def _ask_to_calibrate(

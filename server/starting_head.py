@@ -53,6 +53,11 @@ class HeadForm:
         """Return a new head."""
         return make_head(self.config.head, self.num_features, self.num_classes)
 
+    @property
+    def standardises(self) -> bool:
+        """Whether sites are to standardise: where heads are trained, or mean and scale belong to the form itself."""
+        return self.config.rounds > 0 or isinstance(self.make(), CosineHead)
+
     def solve(self, stats: FeatureStatistics) -> Head:
         """Solve the float64 head that `init` names, for features as they are.
 
@@ -79,6 +84,13 @@ class HeadForm:
                 mean, scale = self.standardisation
                 head.absorb_standardisation(-mean / scale, 1 / scale)
         return {name: value.float().numpy() for name, value in head.trainable().items()}
+
+    def cooled(self, parameters: Arrays, temperature: float) -> Arrays:
+        """Return the parameters of a solved head with its logits divided by `temperature`."""
+        scaled = ("sharpness",) if isinstance(self.make(), CosineHead) else ("weight", "bias")
+        return {
+            name: value / np.float32(temperature) if name in scaled else value for name, value in parameters.items()
+        }
 
     def leave(self, parameters: Arrays) -> Head:
         """Return the head for features as they are, of parameters in the coordinates of training."""

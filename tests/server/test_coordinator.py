@@ -22,7 +22,7 @@ from fedhead.client.training import shuffled
 from fedhead.config import RunConfig
 from fedhead.data import Samples, held_out, load_samples, samples_from_arrays, sources
 from fedhead.errors import FedheadError, UserError
-from fedhead.messages import DESCRIBE, EVALUATE, INSTALL, METRICS, PAYLOAD, RECORD, REPORT, TRAIN, Payload
+from fedhead.messages import CALIBRATE, DESCRIBE, EVALUATE, INSTALL, METRICS, PAYLOAD, RECORD, REPORT, TRAIN, Payload
 from fedhead.server.observer import EachRound
 from fedhead.simulations import RunResult, simulate
 
@@ -366,6 +366,20 @@ def test_a_bad_site_whose_name_comes_first_turns_nobody_away(digits: Samples) ->
     result = simulate(RunConfig(rounds=0, simulation=UNGUARDED), digits, ALL_SITES, apps={"site-0": bad})
     dropped = {name for line in result.history for name in line.dropped} | set(result.outcome.refused)
     assert dropped <= {"site-0"}
+
+
+@pytest.mark.parametrize("what", ["raises", "garbage", "NaN", "wrong shapes", "no record"])
+def test_a_site_that_cannot_calibrate_the_first_head_trains_all_the_same(
+    digits: Samples, honest_app: ClientApp, what: str
+) -> None:
+    bad = BadSite(honest_app, EVERYWHERE[what], actions=(CALIBRATE,))
+    result = simulate(RunConfig(rounds=2, simulation=UNGUARDED), digits, ALL_SITES, apps={BAD: bad})
+    assert [BAD in line.dropped for line in result.history] == [True, False, False]
+    assert [line.sites for line in result.history[1:]] == [len(ALL_SITES)] * 2
+    first = result.history[0]
+    alone = simulate(RunConfig(rounds=0, simulation=UNGUARDED), digits, ALL_SITES)
+    assert first.loss is not None and alone.history[0].loss is not None
+    assert first.accuracy == alone.history[0].accuracy
 
 
 def test_a_site_that_fails_in_one_round_is_back_in_the_next(digits: Samples, honest_app: ClientApp) -> None:

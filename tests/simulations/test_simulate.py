@@ -279,6 +279,24 @@ def test_without_held_out_rows_nothing_is_claimed(digits: Samples) -> None:
     assert scored.accuracy == scored.test_accuracy != None  # noqa: E711
 
 
+@pytest.mark.parametrize("head", ["linear", "cosine"])
+def test_rounds_start_from_a_head_as_sure_of_itself_as_held_out_rows_justify(head: str) -> None:
+    config = RunConfig(head=head, rounds=0)
+    solved = simulate(config)
+    # Steps so large that no round betters the head that they start from, which is then delivered as it was solved.
+    started = simulate(config.changed({"rounds": 1, "local": {"lr": 1e4}}))
+    before, after = solved.history[0], started.history[0]
+    assert before.loss is not None and after.loss is not None
+    assert after.loss < before.loss
+    assert after.accuracy == before.accuracy
+    assert started.outcome.kept_round == 0
+    for name, value in solved.model.head.state_dict().items():
+        torch.testing.assert_close(started.model.head.state_dict()[name], value)
+    # Whether sites standardise or not, what they evaluate is what is delivered.
+    assert started.model.calibration.temperature == pytest.approx(solved.model.calibration.temperature, rel=1e-3)
+    assert started.evaluation.accuracy == solved.evaluation.accuracy
+
+
 def test_no_rounds_deliver_the_head_that_a_run_starts_from(digits: Samples) -> None:
     result = simulate(RunConfig(init="zeros", rounds=0), digits, 3)
     assert [line.number for line in result.history] == [0]
