@@ -320,7 +320,7 @@ class Connection:
                 self._fleet.register()
             except httpx.HTTPStatusError as error:
                 # Known already, or the coordinator takes any key as it comes.
-                if error.response.status_code >= 500 and error.response.status_code != httpx.codes.NOT_IMPLEMENTED:
+                if _may_recover(error.response):
                     raise
         return self._fleet.activate(HEARTBEAT_INTERVAL)
 
@@ -422,7 +422,7 @@ class Connection:
                     "this machine's clock (NTP)."
                 )
             return Trouble(f"{self.address} refuses this site's signature ({_detail(response)}).")
-        if response.status_code >= 500 and response.status_code != httpx.codes.NOT_IMPLEMENTED:
+        if _may_recover(response):
             return Trouble(f"{self.address} fails with {_detail(response)}.")
         return Trouble(
             f"What answers at {self.address} is no coordinator ({_detail(response)}): check the address.", heals=False
@@ -470,6 +470,11 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
     while cause is not None:
         yield cause
         cause = cause.__cause__ or cause.__context__
+
+
+def _may_recover(response: httpx.Response) -> bool:
+    """Tell whether a server fails that may be well later; one that does not know such a request will not learn it."""
+    return response.status_code >= 500 and response.status_code != httpx.codes.NOT_IMPLEMENTED
 
 
 def _clock_difference(response: httpx.Response) -> float:

@@ -105,6 +105,11 @@ class CalibrationSums:
     after: EvaluationSums
     scores: IntArray
 
+    @property
+    def rows(self) -> int:
+        """How many."""
+        return self.before.rows
+
     @classmethod
     def from_logits(cls, logits: "Tensor", labels: "Tensor", temperature: float) -> Self:
         """Return the sums over rows with `logits` `[n, C]` and `labels` `[n]`, or multi-label `[n, C]` of 0 and 1."""

@@ -85,6 +85,10 @@ class Head(nn.Module, ABC):
     def absorb_standardisation(self, mean: Tensor, scale: Tensor) -> None:
         """Change this head, made for `(x - mean) / scale`, into the equal one for `x`; both are `[d]`."""
 
+    @abstractmethod
+    def absorb_temperature(self, temperature: float) -> None:
+        """Change this head into the one whose logits are its own divided by `temperature`."""
+
     def forward(self, features: Tensor) -> Tensor:
         """Return logits `[n, C]` of features `[n, d]`."""
         return self.logits(dict(self.named_parameters()), features)
@@ -151,6 +155,11 @@ class LinearHead(Head):
         self.weight.div_(scale)
         self.bias.sub_(self.weight @ mean)
 
+    @torch.no_grad()
+    def absorb_temperature(self, temperature: float) -> None:
+        self.weight.div_(temperature)
+        self.bias.div_(temperature)
+
 
 @heads.register("mlp")
 class MLPHead(Head):
@@ -186,6 +195,11 @@ class MLPHead(Head):
         self.hidden_weight.div_(scale)
         self.hidden_bias.sub_(self.hidden_weight @ mean)
 
+    @torch.no_grad()
+    def absorb_temperature(self, temperature: float) -> None:
+        self.output_weight.div_(temperature)
+        self.output_bias.div_(temperature)
+
 
 @heads.register("cosine")
 class CosineHead(Head):
@@ -217,6 +231,10 @@ class CosineHead(Head):
         # (((x - mean) / scale) - shift) / own_scale, written with one shift and one scale.
         self.shift.mul_(scale).add_(mean)
         self.scale.mul_(scale)
+
+    @torch.no_grad()
+    def absorb_temperature(self, temperature: float) -> None:
+        self.sharpness.div_(temperature)
 
 
 def make_head(spec: str, num_features: int, num_classes: int) -> Head:

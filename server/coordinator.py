@@ -201,17 +201,20 @@ class Coordinator:
         loss, and gradients would first of all mend its scale.
         """
         arrays = self.form.start(stats)
-        if stats is None or not (self.config.rounds and self.config.holdout):
+        if not self._cools_start(stats):
             return arrays
         asked = some_sites(self._roster.nodes, self.config.seed)
         own = Exchange()
         request = HeadRequest(arrays, server_round=0)
         sums = temperature_sums(self._messenger, asked, self._roster, request, own)
         self._skip_late(own)
-        exchange.bytes_down += own.bytes_down
-        exchange.bytes_up += own.bytes_up
+        exchange.add_traffic(own)
         exchange.dropped.update(own.dropped)
         return self.form.cooled(arrays, sums.best())
+
+    def _cools_start(self, stats: FeatureStatistics | None) -> bool:
+        """Tell whether the first head is calibrated: a solved one, where there are rounds and rows to do it on."""
+        return stats is not None and self.config.rounds > 0 and self.config.holdout > 0
 
     def _go_on(self, progress: Progress) -> Progress:
         """Gather the sites again, and tell them how features are standardised in this run."""
@@ -228,8 +231,7 @@ class Coordinator:
             self._pooling.tell(progress.standardisation, again)
             self._skip_late(again)
             self._roster.exclude(again.dropped)
-        exchange.bytes_down += again.bytes_down
-        exchange.bytes_up += again.bytes_up
+        exchange.add_traffic(again)
         joined = set(self._roster.nodes) - set(progress.sites)
         patience = Patience(min(RETURN_SECONDS, self.config.round_deadline))
         while not self._messenger.in_process and patience.lasts:
@@ -278,8 +280,7 @@ class Coordinator:
             self.observer.on_step("train", number)
             exchange = self._rounds.train(number, current.arrays)
             self._skip_late(exchange)
-            exchange.bytes_down += spent.bytes_down
-            exchange.bytes_up += spent.bytes_up
+            exchange.add_traffic(spent)
             if self._messenger.in_process or len(exchange.metrics) >= min(self._needed, exchange.asked):
                 exchange.joined, self._joined = sorted(set(self._joined)), []
                 return exchange
@@ -348,7 +349,7 @@ class Coordinator:
         kept = progress.contest.winner(exchange) or last
         self.observer.on_step("finish", last.number)
         # A temperature of its own comes with the head that is delivered.
-        arrays = kept.arrays if kept.number or stats is None else self.form.start(stats)
+        arrays = self.form.start(stats) if kept.number == 0 and self._cools_start(stats) else kept.arrays
         head = self.form.leave(arrays)
         sites = {}
         calibrated: Calibrated | None = None
@@ -371,8 +372,7 @@ class Coordinator:
             stats_of_head = stats + held_out
             head = self.form.solve(stats_of_head).float()
         # Nothing more is made of the last exchange, so what it took belongs to the head that it evaluates.
-        last.made_by.bytes_down += exchange.bytes_down
-        last.made_by.bytes_up += exchange.bytes_up
+        last.made_by.add_traffic(exchange)
         history = [*progress.history, self._round(last, exchange)]
         return Outcome(
             head=head,

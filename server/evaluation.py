@@ -1,7 +1,9 @@
 """A head evaluated in detail: what each site counts on its held-out rows, and whether probabilities come true."""
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
@@ -25,6 +27,8 @@ from fedhead.server.exchange import Exchange, Messenger
 from fedhead.server.history import Calibrated
 from fedhead.server.roster import Roster
 from fedhead.statistics import FeatureStatistics
+
+S = TypeVar("S", TemperatureSums, CalibrationSums)
 
 MOST_SITES = 1000
 """Of more sites, so many drawn at random evaluate a head in detail and calibrate it."""
@@ -104,15 +108,12 @@ def calibrate(
     chosen = temperature_sums(messenger, nodes, roster, request, exchange)
     temperature = chosen.best()
     zeros = EvaluationSums.zeros(classes, multi_label=multi_label)
+    judging = CalibrateRequest(request, temperature)
+    read = partial(CalibrationSums.from_arrays, num_classes=classes, multi_label=multi_label)
     judged = CalibrationSums(zeros, zeros, np.zeros(BINS, np.int64))
-    for names, arrays in _ask_to_calibrate(messenger, nodes, CalibrateRequest(request, temperature), exchange):
-        try:
-            sums = CalibrationSums.from_arrays(arrays, classes, multi_label=multi_label)
-            _check_rows(sums.before.rows, roster, names)
-            judged += sums
-        except ValueError as error:
-            _drop(names, error, exchange)
-    if not (chosen.rows and judged.before.rows):
+    for sums in _ask_to_calibrate(messenger, nodes, roster, judging, read, exchange):
+        judged += sums
+    if not (chosen.rows and judged.rows):
         return None
     scores = () if multi_label else tuple(judged.scores.tolist())
     return Calibrated(Calibration(temperature, scores), chosen.rows, judged)
@@ -130,33 +131,31 @@ def temperature_sums(
         request: the head.
         exchange: takes the traffic.
     """
-    total = TemperatureSums()
-    for names, arrays in _ask_to_calibrate(messenger, nodes, CalibrateRequest(request), exchange):
-        try:
-            losses = TemperatureSums.from_arrays(arrays)
-            _check_rows(losses.rows, roster, names)
-            total += losses
-        except ValueError as error:
-            _drop(names, error, exchange)
-    return total
+    choosing = CalibrateRequest(request)
+    answers = _ask_to_calibrate(messenger, nodes, roster, choosing, TemperatureSums.from_arrays, exchange)
+    return sum(answers, TemperatureSums())
 
 
 def _ask_to_calibrate(
-    messenger: Messenger, nodes: Mapping[str, int], request: CalibrateRequest, exchange: Exchange
-) -> Iterator[tuple[tuple[str, ...], Arrays]]:
+    messenger: Messenger,
+    nodes: Mapping[str, int],
+    roster: Roster,
+    request: CalibrateRequest,
+    read: Callable[[Arrays], S],
+    exchange: Exchange,
+) -> Iterator[S]:
+    """Yield the sums that can be used, each of a site or of several."""
     for names, answer in messenger.ask_together(nodes, CALIBRATE, request.to_content(), exchange):
         try:
             arrays = Payload.from_content(answer).arrays
             messenger.receive(names, CALIBRATE, single_bytes(answer), exchange)
-        except MessageError as error:
-            _drop(names, error, exchange)
+            sums = read(arrays)
+            _check_rows(sums.rows, roster, names)
+        except (MessageError, ValueError) as error:
+            for name in names:
+                exchange.drop(name, str(error))
             continue
-        yield names, arrays
-
-
-def _drop(names: tuple[str, ...], error: Exception, exchange: Exchange) -> None:
-    for name in names:
-        exchange.drop(name, str(error))
+        yield sums
 
 
 def _check_rows(rows: int, roster: Roster, names: tuple[str, ...]) -> None:

@@ -66,6 +66,11 @@ class Exchange:
         self.dropped[site] = reason
         logger.warning("A reply of %s is dropped: %s.", site, reason.rstrip("."))
 
+    def add_traffic(self, other: "Exchange") -> None:
+        """Count what `other` took as this exchange's."""
+        self.bytes_down += other.bytes_down
+        self.bytes_up += other.bytes_up
+
     def first_reasons(self) -> str:
         """Return a sentence for each of the first sites that were dropped, with a space before it."""
         return "".join(f" {name}: {reason.rstrip('.')}." for name, reason in sorted(self.dropped.items())[:3])

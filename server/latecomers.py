@@ -82,8 +82,7 @@ class Latecomers:
                 self._roster.admit(arrival.description, arrival.node_id, server_round)
                 admitted.append(arrival.description.site)
         self._install()
-        exchange.bytes_down += self._traffic.bytes_down
-        exchange.bytes_up += self._traffic.bytes_up
+        exchange.add_traffic(self._traffic)
         self._traffic = Exchange()
         self._roster.tell()
         return sorted(admitted)

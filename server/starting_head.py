@@ -86,11 +86,11 @@ class HeadForm:
         return {name: value.float().numpy() for name, value in head.trainable().items()}
 
     def cooled(self, parameters: Arrays, temperature: float) -> Arrays:
-        """Return the parameters of a solved head with its logits divided by `temperature`."""
-        scaled = ("sharpness",) if isinstance(self.make(), CosineHead) else ("weight", "bias")
-        return {
-            name: value / np.float32(temperature) if name in scaled else value for name, value in parameters.items()
-        }
+        """Return the parameters of the head whose logits are those of `parameters` divided by `temperature`."""
+        head = self.make()
+        head.assign({name: torch.from_numpy(value) for name, value in parameters.items()})
+        head.absorb_temperature(temperature)
+        return {name: value.numpy() for name, value in head.trainable().items()}
 
     def leave(self, parameters: Arrays) -> Head:
         """Return the head for features as they are, of parameters in the coordinates of training."""

@@ -1,4 +1,5 @@
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,18 +78,23 @@ def assert_averages(
         np.testing.assert_array_equal(evaluation.rows, expected.rows)
 
 
+def sites_at_once(monkeypatch: pytest.MonkeyPatch, function: str, argument: int) -> list[int]:
+    """Return a list that grows, with each call of a function, by how many sites that argument of it holds."""
+    made: list[int] = []
+    train = getattr(averaging, function)
+
+    def count(*arguments: Any) -> Any:
+        made.append(len(arguments[argument]))
+        return train(*arguments)
+
+    monkeypatch.setattr(averaging, function, count)
+    return made
+
+
 @pytest.fixture
 def coefficients(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many sites each call trained in coefficient form."""
-    made: list[int] = []
-    train = averaging._train_coefficients
-
-    def count(*arguments: object) -> object:
-        made.append(len(arguments[5]))  # type: ignore[arg-type]
-        return train(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(averaging, "_train_coefficients", count)
-    return made
+    return sites_at_once(monkeypatch, "_train_coefficients", 5)
 
 
 @pytest.mark.parametrize("spread", [1, 10])
@@ -136,14 +142,7 @@ def test_a_small_site_beside_a_large_one_takes_the_form_that_suits_it(coefficien
 
 def test_sites_too_large_for_coefficients_are_trained_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(averaging, "COEFFICIENT_BYTES", 1000)
-    at_once: list[int] = []
-    train = averaging.train_chunk
-
-    def count(*arguments: object) -> object:
-        at_once.append(len(arguments[3]))  # type: ignore[arg-type]
-        return train(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(averaging, "train_chunk", count)
+    at_once = sites_at_once(monkeypatch, "train_chunk", 3)
     data, sites, held_out = make_problem((90, 80, 75, 70, 70), 16)
     head, incoming = make_incoming("linear", 16)
     average_heads(head, incoming, data, sites, LocalConfig(), held_out, seed=5, round_number=1, repeated=True)

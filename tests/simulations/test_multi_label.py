@@ -105,10 +105,13 @@ def test_a_test_set_and_the_report_say_how_many_rows_have_all_labels_right(attri
 
 
 def test_rounds_lower_the_loss_of_the_solved_head_and_keep_its_accuracy(attributed: Samples) -> None:
-    result = simulate(multi_label(rounds=10, simulation={"partition": "iid", "sites": 5}), attributed)
+    config = multi_label(rounds=10, simulation={"partition": "iid", "sites": 5})
+    result = simulate(config, attributed)
     first, last = result.history[0], result.history[-1]
-    assert first.loss is not None and last.loss is not None
+    solved = simulate(config.changed({"rounds": 0}), attributed).history[0]
+    assert first.loss is not None and last.loss is not None and solved.loss is not None
     assert last.loss < first.loss
+    assert last.loss < solved.loss / 2
     assert result.accuracy_one_exchange is not None and result.accuracy_after_rounds is not None
     assert result.accuracy_after_rounds >= result.accuracy_one_exchange - 0.02 > 0.9
     assert result.outcome.kept_round == 10
