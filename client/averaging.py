@@ -1,9 +1,9 @@
-"""The weighted mean of S sites' heads, without making each of them where that costs more.
+"""The weighted mean of S sites' heads, computed without the individual heads if that is faster.
 
-What a strategy that averages needs of a round is one head. In a linear head, steps of gradient descent stay in the
-span of the features: `W = a W0 + A^T X`, with `a` a number and `A` `[n, C]` a site's coefficients. With `K = X X^T` at
-hand, a local step costs products of `K` and `A` alone, and the mean of all sites' heads is one product over all rows.
-That is exact for momentum, weight decay and the proximal term, which are linear in the head.
+An averaging strategy needs only one head from a round. For a linear head, gradient descent stays in the span of the
+features: `W = a W0 + A^T X`, with a number `a` and a site's coefficients `A` `[n, C]`. Given `K = X X^T`, a local step
+needs only products of `K` and `A`, and the mean of all sites' heads is one product over all rows. This is exact for
+momentum, weight decay and the proximal term, which are linear in the head.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,36 +30,35 @@ from fedhead.client.training import (
 )
 from fedhead.config import LocalConfig
 from fedhead.data import BoolArray
-from fedhead.heads import Head, LinearHead
-from fedhead.losses import loss_for
+from fedhead.heads import Head
 
 BLOCK_BYTES = 8 * 2**20
-"""Features that are multiplied at a time."""
+"""Size of the blocks of features in a product."""
 
 COEFFICIENT_BYTES = 16 * 2**20
-"""Products `K` of the sites that take their steps together."""
+"""Memory for the products `K` of the sites that are trained together."""
 
 _DENSE = 3
-"""Where at least one row in so many is wanted, all of them are multiplied as they lie, and none is copied."""
+"""Largest ratio of all rows to needed rows for which all rows are multiplied in place instead of copying some."""
 
 _REPEATS = 20
-"""Rounds that products `K` are expected to serve, where the same sites come together again."""
+"""Expected number of rounds that reuse the products `K` if the same sites take part in every round."""
 
 _FAR = 32.0
-"""A mean of so many deviations is subtracted from features before they are multiplied, and not from the products."""
+"""Ratio of mean to deviation above which features are centred before multiplication instead of correcting products."""
 
 _ONEDNN = hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 @dataclass(frozen=True)
 class AveragedHeads:
-    """What local training made of the incoming head at S sites, averaged.
+    """The average of heads trained at S sites from the incoming head.
 
     Attributes:
         parameters: by name, the mean over `usable` sites weighted by their rows; the incoming head without rows.
         usable: `[S]`, whether a site's head and losses are finite, on held-out rows too.
-        losses: `[S]`, mean loss of the rows in the last epoch, each as its batch met it; 0 without rows.
-        rows: `[S]`, how many rows each site trained on.
+        losses: `[S]`, mean loss of the rows in the last epoch, each at the time of its batch; 0 without rows.
+        rows: `[S]`, the number of training rows.
     """
 
     parameters: dict[str, Tensor]
@@ -80,34 +79,38 @@ def average_heads(
     round_number: int,
     repeated: bool = False,
     chunk_bytes: int = CHUNK_BYTES,
+    min_batch: int = 1,
 ) -> tuple[AveragedHeads, Evaluation]:
     """Train one copy of `incoming` at each site and average them; evaluate `incoming` on other rows of the sites.
 
-    What `fedhead.client.training.train_heads` and `evaluate_head` would give, in the form that is faster for the
-    shapes at hand.
+    The results equal those of `fedhead.client.training.train_heads` and `evaluate_head`, computed in the form that is
+    faster for the given shapes.
 
     Args:
         head: see `fedhead.client.training.train_in_chunks`.
-        incoming: see there.
-        data: see there.
-        sites: see there.
-        settings: see there.
-        held_out: the rows to evaluate on, of as many sites.
-        seed: see there.
-        round_number: see there.
+        incoming: as in `train_in_chunks`.
+        data: as in `train_in_chunks`.
+        sites: as in `train_in_chunks`.
+        settings: as in `train_in_chunks`.
+        held_out: the rows for evaluation, for the same number of sites.
+        seed: as in `train_in_chunks`.
+        round_number: as in `train_in_chunks`.
         repeated: whether the same sites are trained together in every round.
-        chunk_bytes: see there.
+        chunk_bytes: as in `train_in_chunks`.
+        min_batch: as in `train_in_chunks`.
     """
     data.grams.under(data.standardisation)
     everyone = np.arange(len(sites))
-    if isinstance(head, LinearHead) and settings.optimizer == "sgd":
+    if head.averages_in_coefficients and settings.optimizer == "sgd":
         table = _RowTable(incoming, data, [*sites, *held_out])
         evaluation = table.evaluate(incoming, data, held_out)
         mean = _Mean(incoming, len(sites), evaluation)
-        stepped = _step_coefficients(table, incoming, data, sites, settings, mean, seed, round_number, repeated)
+        stepped = _step_coefficients(
+            table, incoming, data, sites, settings, mean, seed, round_number, repeated, min_batch
+        )
         rest = np.concatenate([everyone[:0], *stepped])
         if not mean.finish(table):
-            # One broken row spoils a product over all; by itself, its site is left out.
+            # One broken row spoils a product over all rows; trained alone, only its own site is excluded.
             mean, rest = _Mean(incoming, len(sites), evaluation), everyone
     else:
         evaluation = evaluate_head(head, incoming, data, held_out, chunk_bytes=chunk_bytes)
@@ -115,13 +118,15 @@ def average_heads(
     sizes = np.array([len(sites[i].rows) for i in rest], dtype=np.int64)
     for chosen in chunks(sizes, settings, incoming, chunk_bytes):
         positions = rest[chosen]
-        trained = train_chunk(head, incoming, data, [sites[i] for i in positions], settings, seed, round_number)
+        trained = train_chunk(
+            head, incoming, data, [sites[i] for i in positions], settings, seed, round_number, min_batch
+        )
         mean.add(positions, trained.parameters, trained.losses, trained.rows)
     return mean.result(), evaluation
 
 
 class _Mean:
-    """The sum, weighted by rows, of what is trained where, in float64."""
+    """The sum of trained heads, weighted by rows, in float64."""
 
     def __init__(self, incoming: Mapping[str, Tensor], count: int, evaluation: Evaluation) -> None:
         self.incoming = incoming
@@ -131,7 +136,7 @@ class _Mean:
         self.losses, self.rows = np.zeros(count), np.zeros(count, dtype=np.int64)
 
     def add(self, positions: IntArray, parameters: Mapping[str, Tensor], losses: FloatArray, rows: IntArray) -> None:
-        """Add heads `[k, ...]`; those that are not finite are left out."""
+        """Add heads `[k, ...]`, excluding those that are not finite."""
         finite = torch.stack([v.reshape(len(v), -1).isfinite().all(1) for v in parameters.values()]).all(0)
         finite &= self._note(positions, finite, losses, rows)
         weights = torch.from_numpy(rows).to(finite.device) * finite
@@ -143,7 +148,7 @@ class _Mean:
             exact += (weights.to(exact) @ flat.to(exact)).view_as(exact)
 
     def add_coefficients(self, positions: IntArray, sites: "_Coefficients", table: "_RowTable") -> None:
-        """Add heads in coefficient form; their products with features wait for `finish`."""
+        """Add heads in coefficient form; `finish` multiplies them with the features."""
         finite = sites.finite()
         finite &= self._note(positions, finite, sites.losses, sites.rows)
         weights = torch.from_numpy(sites.rows).to(finite.device) * finite
@@ -153,20 +158,20 @@ class _Mean:
         bias += weights.to(bias) @ sites.bias.where(finite[:, None], 0).to(bias)
 
     def _note(self, positions: IntArray, finite: Tensor, losses: FloatArray, rows: IntArray) -> Tensor:
-        """Note what came of sites; return `[k]`, which of them may be used."""
+        """Record the results of sites; return `[k]`, whether each is usable."""
         self.losses[positions], self.rows[positions] = losses, rows
         usable = finite.cpu().numpy() & np.isfinite(losses) & self.evaluated[positions]
         self.usable[positions] = usable
         return torch.from_numpy(usable).to(finite.device)
 
     def finish(self, table: "_RowTable") -> bool:
-        """Add what coefficients make of features; return False if that is not finite."""
+        """Add the products of coefficients and features; return False if the result is not finite."""
         if table.pending:
             self.total["weight"] += table.products()
         return all(bool(value.isfinite().all()) for value in self.total.values())
 
     def result(self) -> AveragedHeads:
-        """Return the mean."""
+        """Return the mean and the sites' results."""
         examples = int(self.rows[self.usable].sum())
         parameters = {
             name: (value / examples).to(self.incoming[name]) if examples else self.incoming[name].clone()
@@ -176,15 +181,15 @@ class _Mean:
 
 
 class _RowTable:
-    """Products with the features of all rows that a round is about, in one pass over them each.
+    """Products with the features of all rows in a round, in one pass over the features each.
 
-    Where the rows lie close together they are not gathered but multiplied where they are, perhaps in a memory map.
-    Standardisation is applied to what is multiplied with the features, or to the products, and not to the features.
+    Rows that are close together are multiplied in place, possibly in a memory map, without gathering them.
+    Standardisation is applied to the other factor or to the products, not to the features.
 
     Args:
-        incoming: the linear head whose products with the features are wanted first.
+        incoming: the linear head for the first products with the features.
         data: the features.
-        sites: whose rows are wanted.
+        sites: the sites whose rows are needed.
     """
 
     def __init__(self, incoming: Mapping[str, Tensor], data: LabelledFeatures, sites: Sequence[SiteRows]) -> None:
@@ -208,7 +213,7 @@ class _RowTable:
         self._coefficients: Tensor | None = None
 
     def places(self, rows: IntArray) -> Tensor:
-        """Return where in the table rows `[...]` are."""
+        """Return the table positions of rows `[...]`."""
         found = rows - self.first if self.chosen is None else np.searchsorted(self.chosen, rows)
         return torch.from_numpy(found).to(self.weight.device)
 
@@ -235,11 +240,11 @@ class _RowTable:
         values = sites.values * weights.to(sites.values)[:, None, None]
         if not bool(weights.all()):
             values = values.where(weights[:, None, None] > 0, 0)
-        # A short site's row is filled up with its first one, whose coefficients there are 0.
+        # Shorter sites are padded with their first row and coefficients of 0.
         self._coefficients.index_add_(1, sites.places.reshape(-1), values.transpose(0, 1).reshape(len(self.weight), -1))
 
     def products(self) -> Tensor:
-        """Return `[C, d]`, the products of all coefficients that were added with the features."""
+        """Return `[C, d]`, the products of all added coefficients with the features."""
         assert self._coefficients is not None
         total = torch.zeros_like(self.weight, dtype=_exact(self.weight))
         for part, features in self._blocks():
@@ -250,23 +255,22 @@ class _RowTable:
         return total
 
     def evaluate(self, incoming: Mapping[str, Tensor], data: LabelledFeatures, sites: Sequence[SiteRows]) -> Evaluation:
-        """Return what `evaluate_head` does."""
+        """Evaluate a head at each site, as `evaluate_head` does."""
         sizes = np.array([len(site.rows) for site in sites], dtype=np.int64)
         rows = np.concatenate([np.empty(0, dtype=np.int64), *(site.rows for site in sites)])
         owner = np.repeat(np.arange(len(sites)), sizes)
         logits = self.logits()[self.places(rows)] + incoming["bias"]
-        labels = data.labels[torch.from_numpy(rows).to(data.labels.device)].to(logits.device)
-        loss = loss_for(logits, labels)
-        losses = loss.values(logits, labels).cpu().numpy()
-        correct = loss.correct(logits, labels).cpu().numpy()
+        targets = data.targets(torch.from_numpy(rows), logits)
+        losses = data.loss.values(logits, targets).cpu().numpy()
+        scores = data.loss.score(logits, targets).cpu().numpy()
         return Evaluation(
             losses=np.bincount(owner, weights=losses, minlength=len(sites)).astype(np.float64),
-            correct=np.bincount(owner[correct], minlength=len(sites)),
+            scores=np.bincount(owner, weights=scores, minlength=len(sites)).astype(np.float64),
             rows=sizes,
         )
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        width = self.data.features.shape[1]
+        width = self.data.width
         step = max(1, BLOCK_BYTES // (width * self.weight.element_size()))
         for start in range(0, self.size, step):
             part = slice(start, min(start + step, self.size))
@@ -275,7 +279,7 @@ class _RowTable:
             else:
                 chosen = torch.from_numpy(self.chosen[part]).to(self.data.features.device)
                 features = self.data.features.index_select(0, chosen)
-            features = features.to(self.weight).contiguous()
+            features = self.data.mapped(features.to(self.weight)).contiguous()
             if self._mean is not None and self._scale is not None and not self._folded:
                 features = (features - self._mean).div_(self._scale)
             yield part, features
@@ -286,12 +290,12 @@ class _Coefficients:
     """Heads of `k` sites as `anchor * W0 + values X`.
 
     Attributes:
-        places: `[k, n]`, where in the table their rows are.
+        places: `[k, n]`, the table positions of their rows.
         values: `[k, C, n]`, 0 beyond a site's own rows.
-        anchor: `[k]`.
+        anchor: `[k]`, the factor `a` of the incoming weight.
         bias: `[k, C]`.
-        losses: `[k]`.
-        rows: `[k]`.
+        losses: `[k]`, the mean loss in the last epoch.
+        rows: `[k]`, the number of rows.
     """
 
     places: Tensor
@@ -302,8 +306,8 @@ class _Coefficients:
     rows: IntArray
 
     def finite(self) -> Tensor:
-        """Return `[k]`, whether all numbers of a site are."""
-        # A sum is finite only if all that it is of is, and takes a tenth of the time; it may also overflow.
+        """Return `[k]`, whether all values of a site are finite."""
+        # Checking a sum takes a tenth of the time; it is finite only if all terms are, but it may also overflow.
         sums = self.values.sum((1, 2)) + self.bias.sum(1)
         if bool(sums.isfinite().all()):
             return torch.ones_like(sums, dtype=torch.bool)
@@ -320,8 +324,9 @@ def _step_coefficients(
     seed: int,
     round_number: int,
     repeated: bool,
+    min_batch: int,
 ) -> Iterator[IntArray]:
-    """Train in coefficient form where that is faster, and add it to `mean`; yield the positions of all others."""
+    """Train in coefficient form if that is faster, and add the heads to `mean`; yield the positions of other sites."""
     sizes = np.array([len(site.rows) for site in sites], dtype=np.int64)
     order = np.argsort(-sizes, kind="stable")
     room, start = data.grams.max_bytes, 0
@@ -332,7 +337,7 @@ def _step_coefficients(
         if largest == 0:
             yield order[start:]
             return
-        # K is padded to the largest site's rows: a chunk ends where that would more than double it.
+        # K is padded to the largest site's rows: a chunk ends where padding would more than double it.
         alike = int(np.count_nonzero(2 * sizes[order] ** 2 >= largest**2))
         together = max(1, COEFFICIENT_BYTES // (largest**2 * itemsize))
         positions = order[start : min(start + together, alike)]
@@ -347,29 +352,29 @@ def _step_coefficients(
         gram = data.grams.get(chunk, make_gram)
         mean.add_coefficients(
             positions,
-            _train_coefficients(table, gram, rows, incoming, data, chunk, settings, seed, round_number),
+            _train_coefficients(table, gram, rows, incoming, data, chunk, settings, seed, round_number, min_batch),
             table,
         )
 
 
 def _pays(rows: int, weight: Tensor, settings: LocalConfig, *, repeated: bool) -> bool:
-    """Tell whether products `K` of `rows` each are worth making: by multiplications, which decide."""
+    """Return whether computing products `K` for sites of `rows` rows saves multiplications."""
     classes, width = weight.shape
     if rows >= width:
         return False
     direct = settings.epochs * 2 * rows * width * classes
     repeats = _REPEATS if repeated else 1
     coefficients = 2 * rows * width * classes + settings.epochs * rows**2 * classes + rows**2 * width / repeats
-    # Equal numbers of them are faster in products over all sites' rows than in one product for every site.
+    # At equal counts, products over all sites' rows are faster than one product per site.
     return coefficients < (1.25 if repeated else 1.0) * direct
 
 
 def _gram(data: LabelledFeatures, sites: Sequence[SiteRows], *, like: Tensor) -> Tensor:
-    """Return `[k, n, n]`, the products of each site's rows with each other; 0 beyond its own."""
+    """Return `[k, n, n]`, the products of each site's rows with each other; 0 beyond a site's own rows."""
     rows = table_of(sites)
     count, width = rows.shape
     gram = like.new_empty(count, width, width)
-    step = max(1, BLOCK_BYTES // (width * data.features.shape[1] * like.element_size()))
+    step = max(1, BLOCK_BYTES // (width * data.width * like.element_size()))
     for start in range(0, count, step):
         features, _ = data.gather(rows[start : start + step], like)
         gram[start : start + step] = features @ features.mT
@@ -387,8 +392,9 @@ def _train_coefficients(
     settings: LocalConfig,
     seed: int,
     round_number: int,
+    min_batch: int,
 ) -> _Coefficients:
-    """Train at sites that come with their rows descending in number."""
+    """Train at sites sorted by descending number of rows."""
     like, classes = incoming["weight"], len(incoming["weight"])
     count, width = rows.shape
     places = table.places(rows)
@@ -402,10 +408,10 @@ def _train_coefficients(
     plain = not (settings.momentum or settings.weight_decay or settings.proximal_mu)
     losses = like.new_zeros(count)
     logits_of = table.logits().index_select(0, places.reshape(-1))
-    labels_of = data.labels[torch.from_numpy(rows.ravel()).to(data.labels.device)].to(like.device)
+    labels_of = data.targets(torch.from_numpy(rows.ravel()), like)
     flat_gram = gram.view(count * width, width)
     offsets = np.arange(count)[:, None] * width
-    for batch in batches(sites, settings, seed, round_number):
+    for batch in batches(sites, settings, seed, round_number, min_batch):
         active = len(batch.places)
         index = torch.from_numpy(batch.places).to(like.device)
         chosen = torch.from_numpy((batch.places + offsets[:active]).reshape(-1)).to(like.device)
@@ -416,7 +422,7 @@ def _train_coefficients(
         first = first if plain else first * anchor
         logits = torch.baddbmm((first + bias[:, None, :]).mT, values, near.mT)
         labels = labels_of.index_select(0, chosen).view(*index.shape, *labels_of.shape[1:])
-        slope_values, slopes = loss_for(logits, labels).slopes(logits, labels)
+        slope_values, slopes = data.loss.slopes(logits, labels)
         slopes *= weights.unsqueeze(-2)
         losses[:active] += share * (slope_values * weights).sum(-1)
         wide = index[:, None, :].expand(-1, classes, -1)
@@ -443,10 +449,10 @@ def _train_coefficients(
 
 
 def _rows_times(left: Tensor, right: Tensor) -> Tensor:
-    """Return `left @ right.T`, faster where one of them has few rows.
+    """Return `left @ right.T`, faster if one of them has few rows.
 
-    oneDNN has kernels for such shapes; MKL, which torch asks otherwise, takes two to three times as long on an EPYC.
-    They want rows or columns that lie side by side: for others oneDNN is hundreds of times slower.
+    oneDNN has kernels for such shapes; MKL, the default in torch, takes two to three times as long on an EPYC. They
+    need contiguous rows or columns: for other strides oneDNN is hundreds of times slower.
     """
     if _ONEDNN and left.device.type == "cpu" and left.dtype == torch.float32:
         product: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
@@ -455,5 +461,5 @@ def _rows_times(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _exact(value: Tensor) -> torch.dtype:
-    """Return float64, where the device has it."""
+    """Return float64 if the device supports it, else float32."""
     return torch.float32 if value.device.type == "mps" else torch.float64

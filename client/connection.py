@@ -1,47 +1,45 @@
 """A site's connection to its coordinator: it stays, through restarts and lost networks, or says why it cannot."""
 
-import email.utils
 import json
 import logging
 import random
-import socket
-import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import httpx
 from flwr.app import Message
 
+from fedhead.client.troubles import Trouble, Troubles, detail_of, may_recover, sentence_of
 from fedhead.errors import FedheadError
 from fedhead.files import write_atomically
-from fedhead.flower import Delivery, FleetClient, assemble, disassemble
+from fedhead.flower.fleet_client import BrokenPartError, FleetClient
+from fedhead.flower.messages import Delivery, assemble, disassemble
+from fedhead.wording import size
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+BEAT_SECONDS = 10.0
+"""Time between heartbeats."""
 HEARTBEAT_INTERVAL = 20.0
-"""Seconds; a site that is silent for twice as long counts as gone."""
+"""The interval that a site promises, in seconds; Flower regards a site as gone after twice as long."""
 LONG_WAIT = 25
 """Seconds for which our coordinator holds a pull that finds nothing."""
 PROMPT, BUSY, IDLE = 0.05, 0.5, 3.0
 """Seconds between pulls where they are not held: at first, in the minute after a message, and later."""
 BUSY_FOR = 60.0
-SLOWEST_RETRY = 15.0
+SLOWEST_RETRY = 8.0
+MOST_MESSAGE_BYTES = 2**29
 PUSH_FOR = 900.0
-"""Seconds after which a reply that cannot be delivered is given up: the run has gone on without it."""
-
-# OpenSSL's X509_V_ERR codes of a certificate whose time is wrong, or whose name is another.
-_EXPIRED, _NOT_YET_VALID, _OTHER_NAME = 10, 9, (62, 64)
-_CLOCKS_MAY_DIFFER = 4.0
+"""Time after which a reply that cannot be delivered is given up."""
 
 
 class CannotHealError(FedheadError):
-    """The connection fails for a reason that waiting does not mend; it says what to do."""
+    """A permanent failure of the connection; the message says what to do."""
 
 
 class TakenOverError(CannotHealError):
@@ -58,25 +56,21 @@ class RefusedError(WorkIsOverError):
     """The coordinator does not take what was sent; it says why."""
 
 
-@dataclass(frozen=True)
-class Trouble:
-    """Why a request got no answer, in a sentence, and whether trying again may help."""
-
-    sentence: str
-    heals: bool = True
+class TooLargeError(FedheadError):
+    """A message has more bytes than a site takes in."""
 
 
 class Connection:
     """Receives messages and sends replies; activates the site's node, and keeps it active by heartbeats meanwhile.
 
-    What goes wrong is said once, when it begins, and so is its end.
+    Each outage is logged once at its start and once at its end.
 
     Args:
         fleet: the requests.
         address: of the coordinator, for messages.
         remembered: the file that keeps the node id, so that a site killed and started again is the same node.
         insecure: whether the coordinator takes any key, and none is registered before.
-        patience: seconds for which a refused key is tried again, since an earlier process may still count as active.
+        retry_seconds: time in which a refused key is tried again, since an earlier process may still count as active.
         beat: seconds between heartbeats.
         on_change: is told whether it is connected, when that changes.
     """
@@ -88,15 +82,16 @@ class Connection:
         remembered: Path,
         *,
         insecure: bool = False,
-        patience: float = 2 * HEARTBEAT_INTERVAL + 5,
-        beat: float = 0.8 * HEARTBEAT_INTERVAL,
+        retry_seconds: float = 2 * HEARTBEAT_INTERVAL + 5,
+        beat: float = BEAT_SECONDS,
         on_change: Callable[[bool], None] = lambda connected: None,
     ) -> None:
         self.address = address
         self._fleet = fleet
+        self._troubles = Troubles(address, fleet.proxy, insecure)
         self._remembered = remembered
         self._insecure = insecure
-        self._patience = patience
+        self._retry_seconds = retry_seconds
         self._between_beats = beat
         self._on_change = on_change
         self._lock = threading.RLock()
@@ -123,21 +118,29 @@ class Connection:
         self._active_node()
         self._heart.start()
 
-    def receive(self) -> Message | None:
+    def receive(self, begin: Callable[[Delivery], None] = lambda delivery: None) -> Message | None:
         """Return the next message, or None after a while without one.
+
+        Args:
+            begin: is called with what arrives before its parts are pulled; what it raises ends the reception.
 
         Raises:
             CannotHealError: if the connection is lost for good.
             WorkIsOverError: if a message came whose run has ended since.
         """
         began = time.monotonic()
-        delivery = self._ask(self._fleet.pull)
+        delivery = self._ask(lambda node: self._fleet.pull(node, hold=not self._trouble))
         if delivery is None:
             self._rest(time.monotonic() - began)
             return None
         self._pause, self._last_message = PROMPT, time.monotonic()
         metadata = delivery.message.metadata
-        contents = {object_id: self._object(delivery, object_id) for object_id in delivery.objects}
+        begin(delivery)
+        contents: dict[str, bytes] = {}
+        for object_id in delivery.objects:
+            contents[object_id] = self._object(delivery, object_id)
+            if sum(map(len, contents.values())) > MOST_MESSAGE_BYTES:
+                raise TooLargeError(f"The message has more than {size(MOST_MESSAGE_BYTES)}.")
         try:
             message = assemble(delivery, contents)
         except ValueError as error:
@@ -146,7 +149,7 @@ class Connection:
         return message
 
     def send(self, reply: Message, seconds: float) -> None:
-        """Send a reply that took `seconds` to make, through lost networks, for a quarter of an hour.
+        """Send a reply that took `seconds` to make; retry for a quarter of an hour while the network is down.
 
         Raises:
             CannotHealError: if the connection is lost for good.
@@ -157,12 +160,15 @@ class Connection:
         give_up = time.monotonic() + PUSH_FOR
         tree, objects = disassemble(reply)
         node = reply.metadata.src_node_id
-        session, wanted = self._ask(lambda _: self._fleet.push(reply, tree, seconds), of=node, until=give_up)
-        for object_id, content in objects.items():
-            if object_id in wanted:
-                self._ask(self._pushing(reply, session, object_id, content), of=node, until=give_up)
+        for delay in _delays():
+            session, wanted = self._ask(lambda _: self._fleet.push(reply, tree, seconds), of=node, until=give_up)
+            pushes = [self._pushing(reply, session, each, objects[each]) for each in objects if each in wanted]
+            if all(self._ask(push, of=node, until=give_up) for push in pushes):
+                return
+            # The session expired while the network was down; announced again, it gets another one.
+            self._wait(delay)
 
-    def _pushing(self, reply: Message, session: str, object_id: str, content: bytes) -> Callable[[int], None]:
+    def _pushing(self, reply: Message, session: str, object_id: str, content: bytes) -> Callable[[int], bool]:
         return lambda _: self._fleet.push_object(reply, session, object_id, content)
 
     def close(self, last: Message | None = None) -> None:
@@ -204,17 +210,19 @@ class Connection:
                 if status == httpx.codes.FORBIDDEN:
                     raise WorkIsOverError("The run is over, so its work is dropped.") from None
                 if status == httpx.codes.CONFLICT:
-                    raise TakenOverError(f"{_body(error.response).get('detail')} A site has one process.") from None
+                    raise TakenOverError(f"{sentence_of(error.response)} A site has one process.") from None
                 if status in (httpx.codes.UNAUTHORIZED, httpx.codes.PRECONDITION_FAILED):
                     self._forget(node)
                 elif status < 500 and status not in (httpx.codes.REQUEST_TIMEOUT, httpx.codes.TOO_MANY_REQUESTS):
-                    raise RefusedError(f"The coordinator refuses it: {_detail(error.response)}.") from None
+                    raise RefusedError(f"The coordinator refuses it: {detail_of(error.response)}.") from None
                 else:
-                    self._say(Trouble(f"{self.address} fails with {_detail(error.response)}."))
+                    self._say(Trouble(f"{self.address} fails with {detail_of(error.response)}."))
             except httpx.TransportError as error:
-                self._say(self._explain(error))
-            except ValueError as error:
+                self._say(self._troubles.of_transport(error))
+            except BrokenPartError as error:
                 raise WorkIsOverError(f"It was lost on the way: {error}.") from None
+            except ValueError as error:
+                self._say(Trouble(f"{self.address} gives an answer that cannot be read ({error})."))
             else:
                 self._well()
                 return answer
@@ -245,8 +253,6 @@ class Connection:
         if self._ending.wait(seconds):
             raise WorkIsOverError("The site is being stopped.")
 
-    # Being a node.
-
     def _active_node(self) -> int:
         """Return the id of this site's active node, after activating it if need be."""
         with self._lock:
@@ -271,12 +277,12 @@ class Connection:
                 now = time.monotonic()
                 if error.response.status_code == httpx.codes.PRECONDITION_FAILED:
                     refused_since = refused_since or now
-                    trouble = self._refused(error.response, heals=now - refused_since < self._patience)
+                    trouble = self._troubles.of_refusal(error.response, heals=now - refused_since < self._retry_seconds)
                 else:
                     refused_since = None
-                    trouble = self._explain_status(error.response)
+                    trouble = self._troubles.of_status(error.response)
             except httpx.TransportError as error:
-                trouble = self._explain(error)
+                trouble = self._troubles.of_transport(error)
             except ValueError:
                 trouble = Trouble(f"What answers at {self.address} is no coordinator: check the address.", heals=False)
             else:
@@ -320,7 +326,7 @@ class Connection:
                 self._fleet.register()
             except httpx.HTTPStatusError as error:
                 # Known already, or the coordinator takes any key as it comes.
-                if _may_recover(error.response):
+                if may_recover(error.response):
                     raise
         return self._fleet.activate(HEARTBEAT_INTERVAL)
 
@@ -346,13 +352,13 @@ class Connection:
             except (httpx.TransportError, ValueError):
                 delay = 2.0
             except FedheadError:
-                # The connection is lost for good, or being closed; whoever asks next is told.
+                # The connection is lost for good, or being closed; the next request says so.
                 return
-            except RuntimeError:
+            # Without heartbeats the site would be given up.
+            except Exception as error:
                 if not self._ending.is_set():
-                    raise
-
-    # Saying what is wrong.
+                    logger.warning("A heartbeat failed (%s: %s).", type(error).__name__, error)
+                delay = 2.0
 
     def _say(self, trouble: Trouble) -> None:
         with self._lock:
@@ -369,92 +375,6 @@ class Connection:
                 self._on_change(True)
                 logger.info("Connected%s to %s.", again, self.address)
 
-    def _explain(self, error: httpx.TransportError) -> Trouble:
-        for cause in _causes(error):
-            if isinstance(cause, ssl.SSLCertVerificationError):
-                return self._explain_certificate(cause)
-            if isinstance(cause, ssl.SSLError) and cause.reason in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):
-                return Trouble(
-                    f"{self.address} does not speak TLS: the coordinator was started with --insecure, or something "
-                    "else listens there. Check the address in site.toml, and start the coordinator with its kit.",
-                    heals=False,
-                )
-            if isinstance(cause, socket.gaierror):
-                return Trouble(f"The name of {self.address} cannot be found ({cause.strerror}).")
-            if isinstance(cause, ConnectionRefusedError):
-                return Trouble(f"Nothing listens at {self.address}: the coordinator is not up.")
-        if self._insecure and isinstance(error, httpx.RemoteProtocolError | httpx.ReadError) and self._speaks_tls():
-            return Trouble(
-                f"The coordinator at {self.address} speaks TLS, and this client was started with --insecure. Start it "
-                "with --kit and the kit that the coordinator made for this site.",
-                heals=False,
-            )
-        what = str(error) or type(error).__name__
-        return Trouble(f"The connection to {self.address} fails ({what.rstrip('.')}).")
-
-    def _explain_certificate(self, error: ssl.SSLCertVerificationError) -> Trouble:
-        if error.verify_code == _EXPIRED:
-            return Trouble(
-                f"The certificate of {self.address} has expired, or this machine's clock is wrong. The coordinator's "
-                "operator has to renew it (fedhead provision --renew), and start the coordinator again."
-            )
-        if error.verify_code == _NOT_YET_VALID:
-            return Trouble(f"The certificate of {self.address} is not valid yet: check this machine's clock.")
-        if error.verify_code in _OTHER_NAME:
-            return Trouble(
-                f"The certificate of {self.address} is for another name ({error.verify_message}). Use the address that "
-                "was given to fedhead provision --coordinator, or have the certificate made for this one.",
-                heals=False,
-            )
-        return Trouble(
-            f"{self.address} is not the coordinator that made this kit: its certificate is not signed by the kit's "
-            f"ca.pem ({error.verify_message}; CERTIFICATE_VERIFY_FAILED). Use the kit of this coordinator, or correct "
-            "the address in site.toml.",
-            heals=False,
-        )
-
-    def _explain_status(self, response: httpx.Response) -> Trouble:
-        if response.status_code == httpx.codes.UNAUTHORIZED:
-            skew = _clock_difference(response)
-            if abs(skew) > _CLOCKS_MAY_DIFFER:
-                return Trouble(
-                    f"{self.address} refuses this site's signature: the two clocks differ by {abs(skew):.0f} s. Set "
-                    "this machine's clock (NTP)."
-                )
-            return Trouble(f"{self.address} refuses this site's signature ({_detail(response)}).")
-        if _may_recover(response):
-            return Trouble(f"{self.address} fails with {_detail(response)}.")
-        return Trouble(
-            f"What answers at {self.address} is no coordinator ({_detail(response)}): check the address.", heals=False
-        )
-
-    def _refused(self, response: httpx.Response, *, heals: bool) -> Trouble:
-        """Return why this site may not connect; a stock SuperLink does not tell the reasons apart, ours does."""
-        said = _body(response)
-        remedy = "Ask the coordinator's operator for a new kit (fedhead provision --add-site)."
-        if self._insecure:
-            remedy = "Give this site another name, or end what has it."
-        if "code" not in said and said.get("detail"):
-            return Trouble(f"{str(said['detail'])[:500].rstrip('.')}. {remedy}", heals=False)
-        return Trouble(
-            f"The coordinator at {self.address} does not accept this site: its key is not registered there, or was "
-            f"revoked, or another process with the same kit is connected. End that process. {remedy}",
-            heals,
-        )
-
-    def _speaks_tls(self) -> bool:
-        host, _, port = self.address.rpartition(":")
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        try:
-            with (
-                socket.create_connection((host.strip("[]"), int(port)), timeout=5) as plain,
-                context.wrap_socket(plain),
-            ):
-                return True
-        except OSError:
-            return False
-
 
 def _delays(first: float = 0.25, most: float = SLOWEST_RETRY, times: int | None = None) -> Iterator[float]:
     """Yield ever longer delays with jitter, so that many sites do not come back all at once."""
@@ -463,40 +383,3 @@ def _delays(first: float = 0.25, most: float = SLOWEST_RETRY, times: int | None 
         yield delay * random.uniform(0.5, 1.0)
         delay = min(delay * 2, most)
         times = None if times is None else times - 1
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    cause: BaseException | None = error
-    while cause is not None:
-        yield cause
-        cause = cause.__cause__ or cause.__context__
-
-
-def _may_recover(response: httpx.Response) -> bool:
-    """Tell whether a server fails that may be well later; one that does not know such a request will not learn it."""
-    return response.status_code >= 500 and response.status_code != httpx.codes.NOT_IMPLEMENTED
-
-
-def _clock_difference(response: httpx.Response) -> float:
-    """Return by how many seconds this machine's clock is ahead of the other's; 0 if it does not say its time."""
-    try:
-        theirs = email.utils.parsedate_to_datetime(response.headers["date"])
-    except (KeyError, ValueError):
-        return 0.0
-    return time.time() - theirs.timestamp()
-
-
-def _body(response: httpx.Response) -> dict[str, object]:
-    """Return a refusal's JSON object; empty if it has none."""
-    try:
-        said = response.json()
-    except ValueError:
-        return {}
-    return said if isinstance(said, dict) else {}
-
-
-def _detail(response: httpx.Response) -> str:
-    """Return what a refusal says, shortened."""
-    said = _body(response)
-    detail = str(said.get("public_message") or said.get("detail") or "")[:200].rstrip(".")
-    return f"HTTP {response.status_code}" + (f": {detail}" if detail else "")

@@ -4,42 +4,63 @@ It runs the handlers that are installed here; no code comes over the network. Ba
 between messages and runs, and what a run told the site is kept on disk, so that a killed process goes on where it was.
 """
 
-import fcntl
 import hashlib
 import logging
-import os
-import re
 import signal
-import stat
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
 from flwr.app import Context, Error, Message, RecordDict
 
 from fedhead.certificates import expiry_warning
-from fedhead.client.app import discreet, kept, make_app
-from fedhead.client.approval import Approvals, Ask
-from fedhead.client.connection import LONG_WAIT, Connection, RefusedError, WorkIsOverError
-from fedhead.client.guard import Entry, Guard, Ledger, ledger_path
-from fedhead.client.settings import Kit, SiteSettings, insecure_key
+from fedhead.client.agreement import agreement
+from fedhead.client.app import discreet, make_app
+from fedhead.client.attempts import Attempts
+from fedhead.client.backbones import nobody_agrees, origin_of
+from fedhead.client.connection import (
+    LONG_WAIT,
+    CannotHealError,
+    Connection,
+    RefusedError,
+    TooLargeError,
+    WorkIsOverError,
+)
+from fedhead.client.local_site import require_data, secure_keys_of, site_of
+from fedhead.client.metrics import SiteMetrics
+from fedhead.client.refusals import SAID_IN_LOG, sayable
+from fedhead.client.release.approval import Approvals, Ask, approvals_path
+from fedhead.client.release.ledger import Entry, ledger_path
+from fedhead.client.release.payloads import Payloads
+from fedhead.client.settings import Kit, SiteSettings, insecure_key, trusted
 from fedhead.client.site_data import LocalSite
-from fedhead.data.samples import local_path
+from fedhead.client.site_locks import only_process
 from fedhead.errors import FedheadError, UserError
 from fedhead.files import disk_errors, home, safe_name, write_atomically
-from fedhead.flower import FleetClient, content_from_bytes, content_to_bytes
+from fedhead.flower import content_from_bytes, content_to_bytes
+from fedhead.flower.fleet_client import FleetClient
+from fedhead.flower.messages import Delivery
 from fedhead.health import Health
-from fedhead.messages import DESCRIBE, TRAIN, Payload
+from fedhead.monitoring import Monitoring
+from fedhead.protocol.actions import DESCRIBE, GRADIENT, TRAIN
+from fedhead.protocol.messages import Payload
+from fedhead.wording import one_line
 
 logger = logging.getLogger(__name__)
 
 KEPT_RUNS = 8
 """Of how many runs a site keeps what it was told."""
+UNREADABLE_SECONDS = 1.0
+"""Time before the next message is asked for after one that cannot be read."""
 FAILED = 2
 """Flower's code of an app that raised an exception."""
-_HOLDER = re.compile(rb"[a-z0-9_-]+, process [0-9]+")
+
+
+class EndedTwiceError(FedheadError):
+    """A message ended the site's process twice."""
 
 
 class StopSite(BaseException):
@@ -47,52 +68,77 @@ class StopSite(BaseException):
 
 
 def serve(
-    settings: SiteSettings, kit: Kit | None, *, approve: bool = False, ask: Ask | None = None, health: str = ""
+    settings: SiteSettings,
+    kit: Kit | None,
+    *,
+    approve: bool = False,
+    ask: Ask | None = None,
+    payloads: Path | None = None,
+    monitoring: Monitoring | None = None,
 ) -> None:
     """Run a site until it is stopped: check its data and device, connect, and answer.
 
     Args:
         settings: the site's own, which decide.
         kit: its keys; None on one machine, without TLS.
-        approve: whether a person must agree to the first release of each kind.
+        approve: whether a person must agree to each kind of release of a run, and to unknown weights.
         ask: how to reach one; None if nobody is there.
-        health: `HOST:PORT` of a gRPC health service, if any; it serves while the site is connected.
+        payloads: a folder that each reply is written to before it leaves; None for none.
+        monitoring: its endpoints, if any; the health service serves while the site is connected.
 
     Raises:
-        UserError: if data or device are not to be had, or another process has them; before anything is sent.
+        UserError: if data or device are not available, or another process has them; before anything is sent.
         CannotHealError: if the connection is lost for good.
         StopSite: when the process is asked to end.
     """
-    if not settings.data:
-        raise UserError('Say what data this site has: --data folder:PATH, or data = "folder:PATH" in site.toml.')
+    require_data(settings)
     if kit is not None and (warning := expiry_warning(kit.path / "ca.pem", "Ask the coordinator for a new kit.")):
         logger.warning("%s", warning)
     folder = home() / "sites" / safe_name(settings.name)
     with disk_errors(folder):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     whom = settings.coordinator if kit is None else hashlib.sha256(kit.root_certificates).hexdigest()
-    approvals = Approvals(folder / "approvals.json", whom, ask) if approve else None
-
+    # Of several coordinators, each is served by a process of its own, with a folder of its own.
+    coordinator = hashlib.sha256(whom.encode()).hexdigest()[:16]
+    own_folder = folder / "coordinators" / coordinator
+    written = Payloads(payloads or folder / "to-approve")
+    approvals = Approvals(
+        approvals_path(settings.name),
+        whom,
+        ask,
+        written,
+        data=settings.data,
+        address=settings.coordinator,
+        origin=partial(origin_of, settings.backbones.allow),
+    )
     released: list[Entry] = []
+    counts = SiteMetrics(settings.name)
 
-    def last_word(entry: Entry) -> None:
-        if approvals is not None:
-            approvals(entry)
+    def note(entry: Entry) -> None:
         released.append(entry)
+        counts.released(entry)
 
-    with stopping_by_signal(), only_process(settings):
-        guard = Guard(settings.limits.min_class_count, settings.limits.min_rows)
-        ledger = Ledger(ledger_path(settings.name), guard.min_class_count, last_word)
-        site = LocalSite(settings.name, settings.data, settings.device, settings.strict_data, guard, ledger)
+    with stopping_by_signal(), only_process(settings, coordinator):
+        steps = (*([approvals] if approve else ()), *([written] if payloads else ()))
+        receiver = f"{settings.name}-{coordinator}"
+        secure = secure_keys_of(kit, settings) if kit is not None else None
+        agree = approvals.agree if approve else nobody_agrees
+        site = site_of(settings, ledger_path(settings.name), steps, agree, note, receiver, secure)
         logger.info("%s has %d rows of %s, on %s.", site.name, site.num_rows, settings.data, site.device)
-        key, certificates = (insecure_key(folder), None) if kit is None else (kit.key, kit.root_certificates)
-        fleet = FleetClient(settings.coordinator, key, certificates, LONG_WAIT, settings.name)
+        key, certificates = (insecure_key(folder), None) if kit is None else (kit.key, trusted(kit, settings))
+        counts.watch(site)
+        fleet = FleetClient(settings.coordinator, key, certificates, LONG_WAIT, settings.name, lambda: site.extraction)
         state = Health()
+
+        def on_change(connected: bool) -> None:
+            state.serving(connected)
+            counts.connected(connected)
+
         connection = Connection(
-            fleet, settings.coordinator, folder / "node.json", insecure=kit is None, on_change=state.serving
+            fleet, settings.coordinator, own_folder / "node.json", insecure=kit is None, on_change=on_change
         )
-        with state.served(health) if health else nullcontext():
-            SiteProcess(settings, site, connection, folder, released).run()
+        with (monitoring or Monitoring()).served(state, counts):
+            SiteProcess(settings, site, connection, own_folder, released, counts).run()
 
 
 class KeptContexts:
@@ -119,7 +165,10 @@ class KeptContexts:
         """Write what changed since it was read or last kept."""
         blob = content_to_bytes(context.state)
         path = self._path(context.run_id)
-        if not context.state or (path.exists() and path.read_bytes() == blob):
+        if not context.state:
+            path.unlink(missing_ok=True)
+            return
+        if path.exists() and path.read_bytes() == blob:
             return
         write_atomically(path, blob)
         for old in sorted(self._folder.glob("*.state"), key=lambda each: each.stat().st_mtime)[:-KEPT_RUNS]:
@@ -130,7 +179,8 @@ class KeptContexts:
             return content_from_bytes(self._path(run).read_bytes())
         except FileNotFoundError:
             return RecordDict()
-        except (OSError, ValueError):
+        # Flower raises many kinds on records that do not fit each other.
+        except Exception:
             logger.warning("What this run told the site cannot be read any more; the coordinator must tell it again.")
             return RecordDict()
 
@@ -147,6 +197,7 @@ class SiteProcess:
         connection: to the coordinator.
         folder: where it keeps what runs told it.
         released: grows by an entry with each release of the site's ledger.
+        counts: of its answers.
     """
 
     def __init__(
@@ -156,14 +207,18 @@ class SiteProcess:
         connection: Connection,
         folder: Path,
         released: list[Entry] | None = None,
+        counts: SiteMetrics | None = None,
     ) -> None:
         self.settings = settings
         self._site = site
         self._connection = connection
         self._contexts = KeptContexts(folder / "runs")
         self._released = [] if released is None else released
+        self._counts = counts or SiteMetrics(settings.name)
+        self._attempts = Attempts(folder / "attempts.json")
         self._app = make_app(lambda context: site, [discreet])
         self._working_on: Message | None = None
+        self._undelivered: tuple[str, Message] | None = None
 
     def run(self) -> None:
         """Serve until `StopSite` is raised, then say goodbye.
@@ -182,29 +237,80 @@ class SiteProcess:
         finally:
             unfinished = self._working_on
             last = None if unfinished is None else _failure(unfinished, f"{self.settings.name} was stopped meanwhile.")
+            self._attempts.end(answered=False)
             self._connection.close(last)
 
     def _serve_one(self) -> None:
+        """Answer one message. No content of a message raises anything out of here."""
+        answered = False
         try:
-            message = self._connection.receive()
-            if message is None:
-                return
-            self._working_on = message
-            began = time.monotonic()
-            reply = self.answer(message)
-            took = time.monotonic() - began
             try:
-                self._connection.send(reply, took)
-            except RefusedError as error:
-                # Too large, perhaps: the coordinator is told that there is nothing to wait for.
-                logger.error("%s: %s", self._asked(message), error)
-                reply = _failure(message, f"Its reply was not taken. {error}")
-                self._connection.send(reply, took)
-            if not reply.has_error():
-                logger.info("%s: done in %.2f s.%s", self._asked(message), took, self._said_of_releases())
+                message = self._connection.receive(self._begin)
+                if message is not None:
+                    self._working_on = message
+                    self._reply(message)
+                    answered = True
+            except (CannotHealError, WorkIsOverError):
+                raise
+            except Exception as error:
+                self._refuse(error)
         except WorkIsOverError as error:
             logger.info("%s", error)
+        self._attempts.end(answered=answered)
         self._working_on = None
+
+    def _begin(self, delivery: Delivery) -> None:
+        """Note in the journal that a message is being answered.
+
+        Raises:
+            EndedTwiceError: if it ended the process twice before.
+        """
+        self._working_on = delivery.message
+        asks = hashlib.sha256(delivery.message.metadata.message_type.encode(errors="replace"))
+        # Ids of objects are digests of their content; the message's own differs for each time that it is sent.
+        for object_id in sorted({*delivery.objects} - {delivery.message.metadata.message_id}):
+            asks.update(object_id.encode(errors="replace"))
+        if not self._attempts.begin(asks.hexdigest()):
+            raise EndedTwiceError(
+                "This site's process ended twice while it answered this message, so it does not answer it again."
+            )
+
+    def _refuse(self, error: Exception) -> None:
+        """Answer a message that could not be taken in, or whose reply could not be sent."""
+        message = self._working_on
+        if message is None:
+            logger.error("What the coordinator sent cannot be read.", exc_info=error)
+            time.sleep(UNREADABLE_SECONDS)
+            return
+        reason = "The site cannot take the message in, or send its reply; its own log says why."
+        if isinstance(error, EndedTwiceError | TooLargeError):
+            reason = str(error)
+            logger.error("%s Remove %s to have it tried again.", reason, self._attempts.path)
+        else:
+            logger.error("A message cannot be taken in, or its reply sent.", exc_info=error)
+        self._connection.send(_failure(message, reason), 0.0)
+
+    def _reply(self, message: Message) -> None:
+        began = time.monotonic()
+        reply = self._earlier_reply(message) or self.answer(message)
+        took = time.monotonic() - began
+        self._counts.answered(message.metadata.message_type, took, refused=reply.has_error())
+        self._undelivered = (message.metadata.message_id, reply)
+        try:
+            self._connection.send(reply, took)
+        except RefusedError as error:
+            # Too large, perhaps: the coordinator is told that there is nothing to wait for.
+            logger.error("%s: %s", self._asked(message), error)
+            reply = _failure(message, f"Its reply was not taken. {error}")
+            self._connection.send(reply, took)
+        self._undelivered = None
+        if not reply.has_error():
+            logger.info("%s: done in %.2f s.%s", self._asked(message), took, self._said_of_releases())
+
+    def _earlier_reply(self, message: Message) -> Message | None:
+        """Return the reply to a message that is delivered again since its reply did not arrive."""
+        message_id, reply = self._undelivered or ("", None)
+        return reply if message_id == message.metadata.message_id else None
 
     def answer(self, message: Message) -> Message:
         """Return the reply to a message: what the handler made, or why there is nothing."""
@@ -212,10 +318,10 @@ class SiteProcess:
         self._released.clear()
         if action not in self.settings.permit.actions:
             logger.warning("%s: refused, because site.toml does not permit it.", self._asked(message))
-            return _failure(message, f"{self.settings.name} does not permit {action}.")
+            return _failure(message, f"{self.settings.name} does not permit {one_line(action, 64)}.")
         logger.info("%s.", self._asked(message))
-        context = self._contexts.of(message)
         try:
+            context = self._contexts.of(message)
             if action == DESCRIBE:
                 self._site.refresh()
             reply = self._app(message, context)
@@ -223,25 +329,30 @@ class SiteProcess:
         except UserError as error:
             # The data is not there any more; where it was is nobody else's business.
             logger.error("%s: refused. %s", self._asked(message), error)
-            return _failure(message, "The site cannot do it; its own log says why.")
+            return _failure(message, SAID_IN_LOG)
         except FedheadError as error:
             logger.error("%s: refused. %s", self._asked(message), error)
-            return _failure(message, str(error))
-        # A site answers for as long as it is up: whatever is asked for, the failure is of this message alone.
-        except Exception as error:
+            return _failure(message, sayable(error))
+        except StopSite:
+            raise
+        # A panic of a library written in Rust, or a function that exits, is no `Exception` either.
+        except BaseException as error:
             logger.exception("%s: failed, unexpectedly.", self._asked(message))
             return _failure(message, f"The site failed ({type(error).__name__}); its own log says why.")
         return reply
 
     def _asked(self, message: Message) -> str:
-        """Return what a message asks for, as the log tells it."""
-        action = message.metadata.message_type
+        """Return a message's request in words, for the log."""
+        action = one_line(message.metadata.message_type, 64)
         try:
-            values = Payload.from_content(message.content).values if action in (DESCRIBE, TRAIN) else {}
-            run = values["run"] if action == DESCRIBE else kept(self._contexts.of(message)).manifest.run
-        except (FedheadError, ValueError, KeyError):
+            values = Payload.from_content(message.content).values if action in (DESCRIBE, TRAIN, GRADIENT) else {}
+            run = values["run"] if action == DESCRIBE else agreement(self._contexts.of(message)).manifest.run
+        except StopSite:
+            raise
+        except BaseException:
             return f"An unknown run, {action}"
-        return f"Run {str(run)[:8]}, {action}" + (f" of round {values.get('server_round')}" if action == TRAIN else "")
+        which = f" of round {one_line(str(values.get('server_round')), 12)}" if action in (TRAIN, GRADIENT) else ""
+        return f"Run {one_line(str(run), 8)}, {action}{which}"
 
     def _said_of_releases(self) -> str:
         return "".join(
@@ -252,7 +363,7 @@ class SiteProcess:
 
 
 def _failure(message: Message, reason: str) -> Message:
-    return Message(Error(FAILED, reason), reply_to=message)
+    return Message(Error(FAILED, one_line(reason)), reply_to=message)
 
 
 @contextmanager
@@ -270,57 +381,3 @@ def stopping_by_signal() -> Iterator[None]:
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
-
-
-@contextmanager
-def only_process(settings: SiteSettings) -> Iterator[None]:
-    """Hold this site's name and its data, so that no second process answers for either.
-
-    Raises:
-        UserError: if another process holds one of them.
-    """
-    there = local_path(settings.data)
-    # Sites may share a table, each with its own rows of it: then the options tell them apart.
-    options = settings.data.partition("?")[2]
-    data = settings.data if there is None else f"{there}?{options}" if options else str(there)
-    locks = home() / "sites" / "locks"
-    with ExitStack() as held:
-        for name, what in (
-            (f"name-{safe_name(settings.name)}", f"the site {settings.name}"),
-            (f"data-{hashlib.sha256(data.encode()).hexdigest()[:32]}", f"the data {settings.data}"),
-        ):
-            with disk_errors(locks / name):
-                locks.mkdir(mode=0o700, parents=True, exist_ok=True)
-                handle = os.open(locks / name, os.O_RDWR | os.O_CREAT, 0o600)
-            _hold(handle, what, held)
-            os.truncate(handle, 0)
-            os.write(handle, f"{settings.name}, process {os.getpid()}".encode())
-        if there is not None and not options and os.access(there, os.R_OK):
-            # The lock that processes with another FEDHEAD_HOME see, where the file system has one to give.
-            _hold(os.open(there, os.O_RDONLY), f"the data {settings.data}", held)
-        yield
-
-
-def _hold(handle: int, what: str, held: ExitStack) -> None:
-    held.callback(os.close, handle)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(
-            f"Another fedhead client is up for {what} on this machine{_holder(handle)}; a site has one. End it first."
-        ) from None
-    except OSError as error:
-        logger.debug("No lock is to be had: %s.", error)
-
-
-def _holder(handle: int) -> str:
-    """Return who holds a lock: by what it wrote into one of ours, or by its process, where the system tells."""
-    about = os.fstat(handle)
-    if stat.S_ISREG(about.st_mode) and (said := _HOLDER.match(os.read(handle, 200))):
-        return f": {said[0].decode()}"
-    with suppress(OSError, ValueError):
-        for line in Path("/proc/locks").read_text().splitlines():
-            _, kind, _, _, process, file, *_ = line.split()
-            if kind == "FLOCK" and int(file.rpartition(":")[2]) == about.st_ino and int(process) > 0:
-                return f": process {process}"
-    return ""

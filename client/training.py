@@ -1,8 +1,8 @@
-"""The one trainer: the heads of S sites at once on cached features, in batched products.
+"""The trainer: the heads of S sites at once on cached features, in batched products.
 
-A real client is S = 1, a simulation of a thousand sites S = 1,000. What a site's head becomes depends only on
-the site, the incoming head, the settings, the seed and the round: not on which sites are trained beside it, nor on
-their order. Only rounding in the parameters' own dtype may differ, since batched products may add up in another order.
+A real client has S = 1, a simulation of a thousand sites S = 1,000. A site's trained head depends only on the site, the
+incoming head, the settings, the seed and the round, and not on the other sites or their order. Only rounding in the
+parameters' own dtype may differ, because batched products may add in another order.
 """
 
 import hashlib
@@ -18,64 +18,98 @@ from torch import Tensor
 
 from fedhead.config import LocalConfig
 from fedhead.data import mix
-from fedhead.heads import Head
-from fedhead.losses import loss_for
+from fedhead.heads import FeatureMap, Head
+from fedhead.tasks.losses import CrossEntropy, Loss
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
 CHUNK_BYTES = 256 * 2**20
-"""Working memory of one chunk, unless told otherwise."""
+"""Default working memory of one chunk."""
 
 GRAM_BYTES = 512 * 2**20
-"""What is kept from round to round, beside the features."""
+"""Memory for results cached between rounds, in addition to the features."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True)
 class LabelledFeatures:
-    """Features `[N, d]` and labels (int64) on any device, perhaps memory-mapped; shared by all sites.
+    """Features `[N, d]` and labels on any device, possibly memory-mapped; shared by all sites.
 
-    Labels are class numbers `[N]`, or for multi-label rows `[N, C]` of 0 and 1.
-    With `standardisation`, a mean and a scale `[d]`, heads see `(x - mean) / scale`. What is computed of the features
-    for several rounds is kept in `grams`.
+    Attributes:
+        features: `[N, d]`.
+        labels: the targets `[N]` or `[N, C]`, in the form that `loss` expects.
+        standardisation: a mean and a scale `[D]`; heads see `(x - mean) / scale`.
+        loss: of outputs against targets.
+        target_standardisation: the same for the targets, `[C]` each; heads are trained on `(y - mean) / scale`.
+        mapping: of features `[..., d]` to `[..., D]`, before all else; None for plain features.
+        grams: cached products of the features.
     """
 
     features: Tensor
     labels: Tensor
     standardisation: tuple[Tensor, Tensor] | None = None
+    loss: Loss = field(default_factory=CrossEntropy)
+    target_standardisation: tuple[Tensor, Tensor] | None = None
+    mapping: FeatureMap | None = None
     grams: "GramCache" = field(default_factory=lambda: GramCache(), compare=False, repr=False)
 
-    def gather(self, rows: IntArray, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the features `[..., d]` and labels `[...]` or `[..., C]` of `rows` `[...]`.
+    @property
+    def width(self) -> int:
+        """`D`."""
+        return self.features.shape[1] if self.mapping is None else self.mapping.width
 
-        Features have the device and dtype of `like`, labels its device.
+    def mapped(self, features: Tensor) -> Tensor:
+        """Return the mapped features `[..., D]` of plain ones `[..., d]`."""
+        return features if self.mapping is None else self.mapping(features)
+
+    def exact(self, rows: Tensor) -> Tensor:
+        """Return the mapped features `[n, D]` of `rows` `[n]` on the CPU, computed in float64 if there is a map."""
+        features = self.features[rows.to(self.features.device)].cpu()
+        return features if self.mapping is None else self.mapping(features.double())
+
+    def blocks_of(self, rows: IntArray, size: int = 2048) -> Iterator[Tensor]:
+        """Yield what `exact` returns, block by block."""
+        yield from map(self.exact, torch.split(torch.from_numpy(rows), size))
+
+    def gather(self, rows: IntArray, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the features `[..., D]` and targets `[...]` or `[..., C]` of `rows` `[...]`, standardised.
+
+        Features have the device and dtype of `like`, and so do real targets; labels have its device.
         """
         index = torch.from_numpy(rows.ravel())
-        features = self.features.index_select(0, index.to(self.features.device)).to(like)
-        labels = self.labels.index_select(0, index.to(self.labels.device)).to(like.device)
+        features = self.mapped(self.features.index_select(0, index.to(self.features.device)).to(like))
+        labels = self.targets(index, like)
         if self.standardisation is not None:
             mean, scale = self.standardisation
             features.sub_(mean.to(like)).div_(scale.to(like))
         return features.view(*rows.shape, -1), labels.view(*rows.shape, *labels.shape[1:])
 
+    def targets(self, rows: Tensor, like: Tensor) -> Tensor:
+        """Return the targets `[n]` or `[n, C]` of `rows` `[n]`, standardised, on the device of `like`."""
+        targets = self.labels.index_select(0, rows.to(self.labels.device))
+        if self.target_standardisation is None:
+            return targets.to(like.device)
+        mean, scale = (part.to(targets) for part in self.target_standardisation)
+        return targets.sub(mean).div_(scale).to(like)
+
 
 class GramCache:
-    """Products of sites' rows with each other, for as long as the same sites are trained together.
+    """Cached products of sites' rows with each other, valid while the same sites are trained together.
 
     Args:
-        max_bytes: the oldest go where more would be kept.
+        max_bytes: the size limit; the oldest products are evicted.
     """
 
     def __init__(self, max_bytes: int = GRAM_BYTES) -> None:
         self.max_bytes = max_bytes
         self._standardisation: tuple[Tensor, Tensor] | None = None
-        # The sites stand beside the products so that no other gets their ids.
+        # The sites are stored with the products so that their ids are not reused.
         self._kept: dict[tuple[int, ...], tuple[Sequence[SiteRows], Tensor]] = {}
 
     def under(self, standardisation: tuple[Tensor, Tensor] | None) -> None:
-        """Forget what was computed under another standardisation."""
+        """Discard products computed under another standardisation."""
         before = self._standardisation
         same = before is standardisation or (
             before is not None and standardisation is not None and all(map(torch.equal, before, standardisation))
@@ -85,7 +119,7 @@ class GramCache:
             self._standardisation = standardisation
 
     def get(self, sites: Sequence["SiteRows"], make: Callable[[Sequence["SiteRows"]], Tensor]) -> Tensor:
-        """Return `[k, n, n]` of these sites, made now or before."""
+        """Return `[k, n, n]` for these sites, from the cache or computed by `make`."""
         key = tuple(map(id, sites))
         if key in self._kept:
             return self._kept[key][1]
@@ -106,18 +140,18 @@ class SiteRows:
 
     @cached_property
     def key(self) -> int:
-        """64 bits of the name, that its orders are drawn by."""
+        """64 bits derived from the name, which seed the site's row orders."""
         return int.from_bytes(hashlib.blake2b(self.name.encode(), digest_size=8).digest(), "little")
 
 
 @dataclass(frozen=True)
 class TrainedHeads:
-    """What local training made of the incoming head at S sites.
+    """Heads trained at S sites from the incoming head.
 
     Attributes:
         parameters: by name, each `[S, ...]`.
-        losses: `[S]`, mean loss of the rows in the last epoch, each as its batch met it; 0 without rows.
-        rows: `[S]`, how many rows each site trained on.
+        losses: `[S]`, mean loss of the rows in the last epoch, each at the time of its batch; 0 without rows.
+        rows: `[S]`, the number of training rows.
     """
 
     parameters: dict[str, Tensor]
@@ -127,23 +161,23 @@ class TrainedHeads:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How one head does at S sites, as sums that add across sites.
+    """Evaluation of one head at S sites, as sums that add across sites.
 
     Attributes:
-        losses: `[S]`, the loss (see `fedhead.losses`) summed over the site's rows.
-        correct: `[S]`, rows whose largest logit is their label's; of multi-label rows, those with all labels right.
-        rows: `[S]`.
+        losses: `[S]`, the loss summed over the site's rows.
+        scores: `[S]`, the score summed over the site's rows: for classes, the number of correct rows.
+        rows: `[S]`, the number of rows.
     """
 
     losses: FloatArray
-    correct: IntArray
+    scores: FloatArray
     rows: IntArray
 
 
 def shuffled(seed: int, name: str, round_number: int, epoch: int, count: int) -> IntArray:
-    """Return the order `[count]` in which the site `name` passes over its rows in one epoch.
+    """Return the order `[count]` of a site's rows in one epoch.
 
-    A function of its arguments alone: the same in every process and under every version of numpy, whose own
+    It depends only on the arguments and is the same in every process and under every version of numpy, whose own
     permutations may change.
     """
     site = SiteRows(name, np.arange(count))
@@ -152,9 +186,9 @@ def shuffled(seed: int, name: str, round_number: int, epoch: int, count: int) ->
 
 
 def orders(seed: int, sites: Sequence[SiteRows], round_number: int, epochs: IntArray) -> IntArray:
-    """Return `[S, n]`, for each site the order of its rows in the epoch `[S]` that it is in.
+    """Return `[S, n]`, the order of each site's rows in its current epoch, given as `[S]`.
 
-    `n` is the most rows of any; the numbers after a site's own are no rows of it.
+    `n` is the largest number of rows; entries after a site's own rows are not valid rows.
     """
     sizes = np.array([len(site.rows) for site in sites])
     keys = np.array([site.key for site in sites], dtype=np.uint64)
@@ -184,9 +218,9 @@ def train_heads(
     round_number: int,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> TrainedHeads:
-    """Train one copy of `incoming` at each site, and return them in the order of `sites`.
+    """Train one copy of `incoming` at each site, and return the heads in the order of `sites`.
 
-    See `train_in_chunks`, which does not keep all of them at once.
+    See `train_in_chunks`, which does not keep all heads at once.
     """
     count = len(sites)
     parameters = {name: value.new_empty((count, *value.shape)) for name, value in incoming.items()}
@@ -210,29 +244,32 @@ def train_in_chunks(
     seed: int,
     round_number: int,
     chunk_bytes: int = CHUNK_BYTES,
+    min_batch: int = 1,
 ) -> Iterator[tuple[IntArray, TrainedHeads]]:
-    """Train one copy of `incoming` at each site, as many sites at once as `chunk_bytes` hold.
+    """Train one copy of `incoming` at each site, with as many sites at once as fit in `chunk_bytes`.
 
-    Each site minimises the mean loss of its minibatches (see `fedhead.losses`), the last one of an epoch as short as it
-    comes, plus `proximal_mu / 2 * ||w - incoming||^2` (FedProx; Li et al., MLSys 2020). Optimisers start afresh, and do
-    what `torch.optim.SGD` and `torch.optim.AdamW` do.
+    Each site minimises the mean loss of its minibatches (see `fedhead.tasks.losses`; the last one of an epoch may be
+    short) plus `proximal_mu / 2 * ||w - incoming||^2` (FedProx; Li et al., MLSys 2020). Optimiser state is reset,
+    and steps equal those of `torch.optim.SGD` and `torch.optim.AdamW`.
 
     Args:
-        head: gives the form of the logits; its own parameters are not used.
-        incoming: the parameters to start from, by name; training happens in their dtype and on their device.
+        head: defines the form of the outputs; its own parameters are not used.
+        incoming: the initial parameters by name; training uses their dtype and device.
         data: the features and labels of all sites.
-        sites: who holds which rows.
+        sites: the rows of each site.
         settings: epochs, batches and optimiser.
-        seed: the run's.
-        round_number: the round; another one gives other minibatches.
-        chunk_bytes: an estimate: heads without closed-form gradients may take twice that, one large site more.
+        seed: the run's seed.
+        round_number: the round, which determines the minibatches.
+        chunk_bytes: an estimate: heads without closed-form gradients may take twice as much, one large site more.
+        min_batch: the least rows of a minibatch; a smaller last one is merged with the previous one.
 
     Yields:
-        Positions `[k]` in `sites`, and the heads trained there; larger sites first.
+        Positions `[k]` in `sites` and the heads trained there, larger sites first.
     """
     sizes = np.array([len(site.rows) for site in sites], dtype=np.int64)
     for positions in chunks(sizes, settings, incoming, chunk_bytes):
-        yield positions, train_chunk(head, incoming, data, [sites[i] for i in positions], settings, seed, round_number)
+        chosen = [sites[i] for i in positions]
+        yield positions, train_chunk(head, incoming, data, chosen, settings, seed, round_number, min_batch)
 
 
 @torch.inference_mode()
@@ -244,29 +281,28 @@ def evaluate_head(
     *,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Evaluation:
-    """Evaluate one head at each site, as many rows at once as `chunk_bytes` hold."""
+    """Evaluate one head at each site, with as many rows at once as fit in `chunk_bytes`."""
     like = next(iter(parameters.values()))
     sizes = np.array([len(site.rows) for site in sites], dtype=np.int64)
     rows = np.concatenate([np.empty(0, dtype=np.int64), *(site.rows for site in sites)])
-    losses, correct = np.empty(len(rows)), np.empty(len(rows), dtype=bool)
+    losses, scores = np.empty(len(rows)), np.empty(len(rows))
     step = max(1, chunk_bytes // row_bytes(parameters))
     for start in range(0, len(rows), step):
         block = slice(start, start + step)
         features, labels = data.gather(rows[block], like)
-        logits = head.logits(parameters, features)
-        loss = loss_for(logits, labels)
-        losses[block] = loss.values(logits, labels).cpu().numpy()
-        correct[block] = loss.correct(logits, labels).cpu().numpy()
+        outputs = head.outputs(parameters, features)
+        losses[block] = data.loss.values(outputs, labels).cpu().numpy()
+        scores[block] = data.loss.score(outputs, labels).cpu().numpy()
     owner = np.repeat(np.arange(len(sites)), sizes)
     return Evaluation(
         losses=np.bincount(owner, weights=losses, minlength=len(sites)).astype(np.float64),
-        correct=np.bincount(owner[correct], minlength=len(sites)),
+        scores=np.bincount(owner, weights=scores, minlength=len(sites)).astype(np.float64),
         rows=sizes,
     )
 
 
 def row_bytes(parameters: Mapping[str, Tensor]) -> int:
-    """Estimate what one row takes on its way to the loss: itself and its units, with their gradients."""
+    """Estimate the memory of one row up to the loss: the row and its activations, with their gradients."""
     units = sum(len(value) for value in parameters.values())
     like = next(iter(parameters.values()))
     width = max(value.shape[-1] for value in parameters.values())
@@ -276,7 +312,7 @@ def row_bytes(parameters: Mapping[str, Tensor]) -> int:
 def chunks(
     sizes: IntArray, settings: LocalConfig, incoming: Mapping[str, Tensor], chunk_bytes: int
 ) -> Iterator[IntArray]:
-    """Yield the positions of sites that are trained at once, by size, descending."""
+    """Yield the positions of sites that are trained together, by descending size."""
     order = np.argsort(-sizes, kind="stable")
     widths = np.minimum(sizes[order], settings.batch_size)
     copies = 6  # parameter, gradient, up to two of optimiser state, temporaries
@@ -285,7 +321,7 @@ def chunks(
     while start < len(order):
         width = int(widths[start])
         room = max(1, chunk_bytes // (head_bytes + width * row_bytes(incoming)))
-        # Rows are padded to those of the largest: a chunk ends where that would more than double them.
+        # Rows are padded to the largest site's: a chunk ends where padding would more than double them.
         alike = int(np.count_nonzero(2 * sizes[order] >= sizes[order[start]]))
         stop = min(start + room, alike)
         yield order[start:stop]
@@ -301,19 +337,20 @@ def train_chunk(
     settings: LocalConfig,
     seed: int,
     round_number: int,
+    min_batch: int = 1,
 ) -> TrainedHeads:
-    """Train at sites that come with their rows descending in number."""
+    """Train at sites sorted by descending number of rows."""
     like = next(iter(incoming.values()))
     parameters = {name: value.expand(len(sites), *value.shape).clone() for name, value in incoming.items()}
     losses = like.new_zeros(len(sites))
     optimizer = OPTIMIZERS[settings.optimizer](settings)
     table = table_of(sites)
-    for batch in batches(sites, settings, seed, round_number):
+    for batch in batches(sites, settings, seed, round_number, min_batch):
         count = len(batch.places)
         active = {name: value[:count] for name, value in parameters.items()}
         features, labels = data.gather(np.take_along_axis(table[:count], batch.places, axis=1), like)
         weights = torch.from_numpy(batch.weights).to(like)
-        gradients, values = head.gradients(active, features, labels, weights)
+        gradients, values = head.gradients(active, features, labels, weights, data.loss)
         losses[:count] += torch.from_numpy(batch.share).to(like) * values
         if settings.proximal_mu:
             for name, value in active.items():
@@ -328,9 +365,9 @@ class Batch:
     """One minibatch of `b` rows at each of the first `k` sites of a chunk.
 
     Attributes:
-        places: `[k, b]`, which of the site's rows; a shorter batch repeats its last one.
-        weights: `[k, b]`, one over the batch's true length, and 0 for repeated rows.
-        share: `[k]`, the batch's share of the site's rows in the last epoch; 0 in the epochs before.
+        places: `[k, b]`, indices into the site's rows; a shorter batch repeats its last one.
+        weights: `[k, b]`, the inverse of the batch's true length, and 0 for repeated rows.
+        share: `[k]`, the batch's share of the site's rows in the last epoch; 0 in earlier epochs.
     """
 
     places: IntArray
@@ -338,13 +375,17 @@ class Batch:
     share: FloatArray
 
 
-def batches(sites: Sequence[SiteRows], settings: LocalConfig, seed: int, round_number: int) -> Iterator[Batch]:
-    """Yield the minibatches of all epochs of sites that come with their rows descending in number.
+def batches(
+    sites: Sequence[SiteRows], settings: LocalConfig, seed: int, round_number: int, min_batch: int = 1
+) -> Iterator[Batch]:
+    """Yield the minibatches of all epochs of sites sorted by descending number of rows.
 
-    Those still at work are always the first of `sites`.
+    The sites that still have batches are always the first of `sites`. A last minibatch of an epoch with fewer than
+    `min_batch` rows is merged with the previous one.
     """
     sizes = np.array([len(site.rows) for site in sites], dtype=np.int64)
     per_epoch = -(-sizes // settings.batch_size)
+    per_epoch -= (per_epoch > 1) & (sizes - (per_epoch - 1) * settings.batch_size < min_batch)
     steps = per_epoch * settings.epochs
     order = np.zeros((len(sites), sizes.max(initial=0)), dtype=np.int64)
     for step in range(steps[0]):
@@ -354,7 +395,8 @@ def batches(sites: Sequence[SiteRows], settings: LocalConfig, seed: int, round_n
             drawn = orders(seed, [sites[i] for i in starting.tolist()], round_number, epoch[starting])
             order[starting, : drawn.shape[1]] = drawn
         first = within * settings.batch_size
-        lengths = np.minimum(settings.batch_size, sizes[:count] - first)
+        last = within == per_epoch[:count] - 1
+        lengths = np.where(last, sizes[:count] - first, settings.batch_size)
         columns = np.arange(lengths.max())
         places = np.take_along_axis(
             order[:count], np.minimum(first[:, None] + columns, sizes[:count, None] - 1), axis=1
@@ -365,7 +407,7 @@ def batches(sites: Sequence[SiteRows], settings: LocalConfig, seed: int, round_n
 
 
 def table_of(sites: Sequence[SiteRows]) -> IntArray:
-    """Return `[S, n]`, the rows of sites, a shorter site's filled up with its first one."""
+    """Return `[S, n]`, the rows of each site, padded with the site's first row."""
     width = max((len(site.rows) for site in sites), default=0)
     table = np.zeros((len(sites), width), dtype=np.int64)
     for row, site in zip(table, sites, strict=True):
@@ -376,14 +418,14 @@ def table_of(sites: Sequence[SiteRows]) -> IntArray:
 
 
 class Optimizer(ABC):
-    """Steps of heads `[k, ...]`; their number `k` may fall from step to step, never rise."""
+    """Optimiser of heads `[k, ...]`; `k` may decrease from step to step, but not increase."""
 
     def __init__(self, settings: LocalConfig) -> None:
         self.settings = settings
 
     @abstractmethod
     def step(self, parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
-        """Change `parameters` in place."""
+        """Update `parameters` in place."""
 
 
 class _SGD(Optimizer):
@@ -406,7 +448,7 @@ class _SGD(Optimizer):
 
 
 class _AdamW(Optimizer):
-    """Loshchilov & Hutter, ICLR 2019, with the betas and epsilon of torch."""
+    """AdamW (Loshchilov & Hutter, ICLR 2019), with the betas and epsilon of torch."""
 
     beta1, beta2, epsilon = 0.9, 0.999, 1e-8
 

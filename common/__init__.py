@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from fedhead.heads import Head as Head
     from fedhead.heads import make_head as make_head
     from fedhead.model import TransferModel as TransferModel
-    from fedhead.scoring import transferability as transferability
     from fedhead.solvers import solve_head as solve_head
-    from fedhead.statistics import FeatureStatistics as FeatureStatistics
+    from fedhead.solvers.scoring import transferability as transferability
+    from fedhead.sums.features import FeatureStatistics as FeatureStatistics
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
     "Backbone": "backbones",
-    "FeatureStatistics": "statistics",
+    "FeatureStatistics": "sums.features",
     "FedheadError": "errors",
     "Head": "heads",
     "RunConfig": "config",
@@ -29,7 +29,7 @@ _EXPORTS = {
     "load_backbone": "backbones",
     "make_head": "heads",
     "solve_head": "solvers",
-    "transferability": "scoring",
+    "transferability": "solvers.scoring",
 }
 
 __all__ = [*_EXPORTS, "__version__"]

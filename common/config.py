@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from fedhead.errors import UserError
 from fedhead.registry import suggest
 
+MOST_LIFTED = 4096
+"""Largest width of a lift: the sums of wider features would be projected."""
+
 Scalar = bool | int | float | str
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -26,7 +29,11 @@ class StrategyConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow")
     __pydantic_extra__: dict[str, Scalar]
 
-    name: str = "FedAvg"
+    name: str = Field(
+        "FedAvg",
+        description="Flower name of the strategy, or 'pooled-lbfgs' for logistic regression by full gradients; other "
+        "keys are its parameters.",
+    )
 
     @property
     def parameters(self) -> dict[str, Scalar]:
@@ -37,13 +44,13 @@ class StrategyConfig(BaseModel):
 class LocalConfig(_Table):
     """How a site trains its head in one round."""
 
-    epochs: int = Field(1, ge=1)
-    batch_size: int = Field(32, ge=1)
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: Positive = 0.1
-    momentum: float = Field(0.0, ge=0, lt=1)
-    weight_decay: NonNegative = 0.0
-    proximal_mu: NonNegative = 0.0
+    epochs: int = Field(1, ge=1, description="Passes over a site's training rows in one round.")
+    batch_size: int = Field(32, ge=1, description="Rows per step.")
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="'sgd' or 'adamw'.")
+    lr: Positive = Field(0.1, description="Learning rate.")
+    momentum: float = Field(0.0, ge=0, lt=1, description="Momentum of 'sgd'.")
+    weight_decay: NonNegative = Field(0.0, description="Weight decay.")
+    proximal_mu: NonNegative = Field(0.0, description="Weight of the proximal term of FedProx.")
 
     @model_validator(mode="after")
     def _momentum_is_for_sgd(self) -> Self:
@@ -53,25 +60,67 @@ class LocalConfig(_Table):
 
 
 class SimulationConfig(_Table):
-    """What `fedhead simulate` needs beyond the run itself: the data, and who holds it."""
+    """Settings of `fedhead simulate` beyond the run itself: the data, and its split over sites."""
 
-    data: str = "digits"
-    test_data: str = ""
-    sites: int = Field(10, ge=1)
-    partition: str = "dirichlet:0.3"
-    engine: Literal["process", "ray"] = "process"
-    cluster: str = ""
-    device: str = "auto"
-    precision: Literal["float32", "mixed"] = "float32"
-    strict_data: bool = False
-    min_class_count: int = Field(5, ge=0)
-    min_rows: int = Field(20, ge=0)
+    data: str = Field("digits", description="Data spec: 'digits', folder:PATH, csv:FILE or another.")
+    test_data: str = Field("", description="Data spec of a pooled test set.")
+    sites: int = Field(10, ge=1, description="Number of sites.")
+    partition: str = Field(
+        "dirichlet:0.3",
+        description="Split of the rows over sites: iid, dirichlet:ALPHA, shards:K, quantity:ALPHA, sample:ROWS or "
+        "folder.",
+    )
+    engine: Literal["process", "ray"] = Field(
+        "process", description="Engine: 'process', or 'ray' for Flower's own simulation engine."
+    )
+    cluster: str = Field("", description="Address of a Ray cluster; by default a local one is started.")
+    device: str = Field("auto", description="Device: 'auto', 'cpu', 'cuda' or 'mps'.")
+    precision: Literal["float32", "mixed"] = Field(
+        "float32", description="Precision: 'float32', or 'mixed' for faster extraction on a GPU."
+    )
+    strict_data: bool = Field(False, description="Stop at unreadable rows instead of skipping them.")
+    min_class_count: int = Field(
+        5,
+        ge=0,
+        description="Minimum training rows of a class; a site withholds classes with fewer. 0 for no limit.",
+    )
+    min_rows: int = Field(
+        20, ge=0, description="Minimum rows of a site; a site with fewer takes no part. 0 for no limit."
+    )
 
     @model_validator(mode="after")
     def _a_cluster_is_rays(self) -> Self:
         if self.cluster and self.engine != "ray":
             raise ValueError("a cluster needs engine 'ray'")
         return self
+
+
+class PrivacyConfig(_Table):
+    """Protection of sums and heads against the coordinator, and of rows against the result."""
+
+    secure_sum: bool = Field(
+        False, description="Mask each site's replies, so that the coordinator learns only the sum over all sites."
+    )
+    epsilon: NonNegative = Field(
+        0.0, description="Differential privacy: the run's epsilon for each row or group of a site. 0 for none."
+    )
+    delta: float = Field(1e-5, gt=0, lt=1, description="Delta of differential privacy; below 1 / rows.")
+    unit: Literal["row", "group"] = Field(
+        "row", description="What differential privacy protects: a 'row', or a 'group' of rows such as a patient."
+    )
+    noise: Literal["shared", "own"] = Field(
+        "shared",
+        description="Noise: 'shared' by all sites (secure summation, simulation), or each site's 'own'.",
+    )
+    clip: Literal["unit"] = Field("unit", description="Bound of a row's features: 'unit', every row has norm 1.")
+    evaluate: float = Field(
+        0.2, ge=0, le=1, description="Share of the held-out rows' privacy budget that the evaluation spends."
+    )
+
+    @property
+    def on(self) -> bool:
+        """Whether the run is differentially private."""
+        return self.epsilon > 0
 
 
 class RunConfig(_Table):
@@ -85,24 +134,81 @@ class RunConfig(_Table):
         UserError: for unknown keys and values out of range, one sentence for each.
     """
 
-    backbone: str = "bundled:glyphnet"
-    weights: str = "default"
-    layer: str = "penultimate"
-    head: str = "linear"
-    init: str = ""
-    classes: tuple[str, ...] = ()
-    classes_from: str = ""
-    multi_label: bool = False
-    rounds: int = Field(20, ge=0)
-    holdout: float = Field(0.2, ge=0, lt=1)
-    seed: int = Field(0, ge=0, lt=2**63)
-    keep_sums: Literal["folder", "none", "total"] = "folder"
-    with_backbone: bool = False
-    diagnose: bool = True
-    min_sites: int = Field(1, ge=1)
-    round_deadline: Positive = 3600.0
+    backbone: str = Field("bundled:glyphnet", description="Backbone as source:name, for example torchvision:resnet18.")
+    weights: str = Field(
+        "default",
+        description="Weights of the backbone: 'default', 'random', or a safetensors or state-dict file.",
+    )
+    layer: str = Field(
+        "penultimate",
+        description="Layer that gives the features: 'penultimate' or a name, with an optional pooling, as in "
+        "'hidden:6:cls'.",
+    )
+    basis: Literal["none", "unit", "root", "auto"] = Field(
+        "none",
+        description="Rows of features: 'unit' divides each by its length, 'root' after a signed square root; 'auto' is "
+        "'root' if no feature is negative, as after a ReLU, else 'unit'.",
+    )
+    lift: str = Field(
+        "none",
+        description="More features, for heads that are less linear: 'landmarks:1024', 'relu:2048', or 'auto' to "
+        "compare heads on held-out rows. Wider sums protect rows less.",
+    )
+    head: str = Field("linear", description="Head to train: 'linear', 'mlp:256' or 'cosine'.")
+    init: str = Field(
+        "",
+        description="Initial head: lda, lda-gcv, ridge, nearest-mean, zeros or random; by default one that fits head "
+        "and task.",
+    )
+    classes: tuple[str, ...] = Field((), description="Class names; by default those of the data.")
+    classes_from: str = Field("", description="Data spec that supplies the class names.")
+    task: str = Field(
+        "classification", description="Task: 'classification', 'multi-label', 'regression', or one of your own."
+    )
+    rounds: int = Field(20, ge=0, description="Training rounds; 0 solves the head from one exchange and stops.")
+    holdout: float = Field(
+        0.2, ge=0, lt=1, description="Share of rows that sites hold out for evaluation; real sites use their own."
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="Random seed; the same seed gives the same result.")
+    keep_sums: Literal["folder", "none", "total"] = Field(
+        "folder",
+        description="Keep the sums of each site ('folder'), their total and digests ('none'), or the total only "
+        "('total').",
+    )
+    pooling: Literal["sum", "robust"] = Field(
+        "sum",
+        description="Pooling of the sites' sums: all of them ('sum'), or without sites whose sums make the head worse "
+        "at the others ('robust').",
+    )
+    with_backbone: bool = Field(
+        False, description="Save the backbone beside the model, so that the model needs no other weights."
+    )
+    diagnose: bool = Field(True, description="Compare each site with the pool of all sites.")
+    worth: bool = Field(
+        False,
+        description="Compute what each site brought, from sums; this also sums the held-out rows if a trained head is "
+        "delivered.",
+    )
+    personal: Literal["none", "closed", "head", "ditto"] = Field(
+        "none",
+        description="A head of its own for each site, kept there: 'closed' weighs pooled and own sums, 'head' trains "
+        "the shared head further, 'ditto' does so near the shared head; 'none' makes none.",
+    )
+    foreign: bool = Field(
+        False,
+        description="Let the model tell inputs that are unlike the sites' rows, by distances from their sums; this "
+        "needs one more exchange.",
+    )
+    min_sites: int = Field(
+        1,
+        ge=1,
+        description="Minimum number of sites, by default all in the kit; with fewer, the run waits up to the round "
+        "deadline.",
+    )
+    round_deadline: Positive = Field(3600.0, description="Seconds to wait for replies, and for enough sites.")
     strategy: StrategyConfig = StrategyConfig()
     local: LocalConfig = LocalConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     simulation: SimulationConfig = SimulationConfig()
 
     def __init__(self, **values: Any) -> None:
@@ -111,20 +217,105 @@ class RunConfig(_Table):
         except ValidationError as error:
             raise UserError(" ".join(_sentence(detail) for detail in error.errors())) from None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _other_names(cls, values: Any) -> Any:
+        """Take `multi_label = true`, the key of earlier versions, for the task, and `targets` for `classes`."""
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        if "targets" in values:
+            if values.get("classes"):
+                raise ValueError("give classes or targets, not both; a regression's targets are its classes")
+            values["classes"] = values.pop("targets")
+        if "multi_label" not in values:
+            return values
+        if (given := values.pop("multi_label")) not in (True, False):
+            raise ValueError(f"multi_label must be true or false, not {given!r}")
+        if given and values.setdefault("task", "multi-label") != "multi-label":
+            raise ValueError(f"multi_label asks for task 'multi-label', but task is {values['task']!r}")
+        return values
+
     @field_validator("classes")
     @classmethod
     def _classes_differ(cls, classes: tuple[str, ...]) -> tuple[str, ...]:
         if twice := sorted({name for name in classes if classes.count(name) > 1}):
-            raise ValueError(f"the class {twice[0]!r} is named twice")
-        if len(classes) == 1:
-            raise ValueError(f"a classifier needs two classes or more, not only {classes[0]!r}")
+            raise ValueError(f"{twice[0]!r} is named twice")
         return classes
+
+    @model_validator(mode="after")
+    def _a_classifier_has_classes(self) -> Self:
+        if self.task in ("classification", "multi-label") and len(self.classes) == 1:
+            raise ValueError(f"a classifier needs two classes or more, not only {self.classes[0]!r}")
+        return self
+
+    @field_validator("lift")
+    @classmethod
+    def _a_lift_is_known(cls, lift: str) -> str:
+        name, _, width = lift.partition(":")
+        if lift not in ("none", "auto") and not (
+            name in ("landmarks", "relu") and width.isdecimal() and 0 < int(width[:6]) <= MOST_LIFTED
+        ):
+            raise ValueError(f"expected 'none', 'auto', 'landmarks:WIDTH' or 'relu:WIDTH', up to {MOST_LIFTED} wide")
+        return lift
+
+    @model_validator(mode="after")
+    def _full_gradients_are_of_linear_heads(self) -> Self:
+        if self.strategy.name == "pooled-lbfgs":
+            if self.head != "linear":
+                raise ValueError(f"pooled-lbfgs trains a 'linear' head, not {self.head!r}")
+            if self.task == "regression":
+                raise ValueError("pooled-lbfgs is for classes; ridge already solves a regression in one exchange")
+        return self
+
+    @model_validator(mode="after")
+    def _worth_needs_each_sites_sums(self) -> Self:
+        if self.worth and "keep_sums" in self.model_fields_set and self.keep_sums != "folder":
+            raise ValueError("worth compares the sites' own sums, so it needs keep_sums = 'folder'")
+        return self
+
+    @model_validator(mode="after")
+    def _personal_heads_are_of_classes(self) -> Self:
+        if self.personal != "none" and self.task != "classification":
+            raise ValueError(f"personal heads are for task 'classification', not {self.task!r}")
+        if self.personal == "closed" and self.init in ("zeros", "random"):
+            raise ValueError("personal = 'closed' needs pooled sums: choose an init that is solved, such as 'lda'")
+        return self
+
+    @model_validator(mode="after")
+    def _robust_pooling_needs_sums(self) -> Self:
+        if self.pooling == "robust" and self.keep_sums != "folder":
+            raise ValueError("pooling 'robust' compares single sites' sums: leave keep_sums at 'folder'")
+        if self.pooling == "robust" and self.privacy.secure_sum:
+            raise ValueError("pooling 'robust' compares single sites' sums, which secure_sum hides")
+        return self
 
     @model_validator(mode="after")
     def _one_source_of_classes(self) -> Self:
         if self.classes and self.classes_from:
             raise ValueError("give classes or classes_from, not both")
         return self
+
+    @model_validator(mode="after")
+    def _private_runs_solve_sums(self) -> Self:
+        if not self.privacy.on:
+            return self
+        if self.task != "classification":
+            raise ValueError(f"differential privacy (epsilon) needs the task 'classification', not {self.task!r}")
+        if self.head not in ("linear", "unit"):
+            raise ValueError(f"differential privacy (epsilon) needs a linear head, not {self.head!r}")
+        if self.basis != "none" or self.lift != "none":
+            raise ValueError("differential privacy (epsilon) has a basis of its own: set basis and lift to 'none'")
+        if "rounds" in self.model_fields_set and self.rounds:
+            raise ValueError("a differentially private run solves its head from noisy sums: set rounds to 0")
+        return self
+
+    def settled(self) -> Self:
+        """Return the configuration with the settings that differential privacy decides, if it is on."""
+        if not self.privacy.on:
+            return self
+        decided = {"head": "unit", "init": "zeros", "rounds": 0, "keep_sums": "total", "diagnose": False}
+        return self.changed(decided)
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Self:
@@ -192,7 +383,11 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
 def _sentence(detail: Any) -> str:
     where = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
-        tables: dict[str, type[BaseModel]] = {"local": LocalConfig, "simulation": SimulationConfig}
+        tables: dict[str, type[BaseModel]] = {
+            "local": LocalConfig,
+            "privacy": PrivacyConfig,
+            "simulation": SimulationConfig,
+        }
         table = tables[detail["loc"][0]] if len(detail["loc"]) > 1 else RunConfig
         return f"There is no setting {where!r}. {suggest(str(detail['loc'][-1]), list(table.model_fields))}"
     message = detail["msg"].removeprefix("Value error, ")

@@ -39,8 +39,10 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    # Each backend raises its own kind; all mean that the device is not to be had.
+    # Each backend raises its own kind; all mean that the device is not available.
     except Exception as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"The device {name!r} is not to be had here ({reason}). Try 'auto' or 'cpu'.") from error
+        raise UserError(
+            f"The device {name!r} is not available on this machine ({reason}). Try 'auto' or 'cpu'."
+        ) from error
     return device

@@ -1,4 +1,4 @@
-"""A model for other software: from prepared input to calibrated probabilities, run back before it is written."""
+"""Exports of a model for other software, from prepared input to calibrated probabilities, verified before writing."""
 
 import copy
 import io
@@ -25,8 +25,9 @@ from fedhead.backbones.backbone import digest_tensors
 from fedhead.backbones.catalogue import entry_of
 from fedhead.backbones.pooling import pool
 from fedhead.backbones.preprocessing import Batch, ImagePreprocessing, TextPreprocessing
-from fedhead.data import Item
+from fedhead.data import Item, TableRow
 from fedhead.errors import FedheadError, UserError
+from fedhead.evaluation.foreign import UNLIKE, Distances, Foreign
 from fedhead.extras import require
 from fedhead.files import disk_errors, write_atomically
 from fedhead.model import BACKBONE_FILE, MODEL_FILE, TransferModel
@@ -38,17 +39,23 @@ FORMATS: Mapping[str, str] = {
     "state-dict": "state-dict.safetensors",
     "fedhead": "with-backbone",
 }
-"""Formats, and what each is called beside the model unless told otherwise; `fedhead` is a folder."""
+"""Formats with their default file names; `fedhead` is a folder."""
 
 DOCUMENT = "fedhead"
-"""The key under which a file's metadata says what it is, as JSON; see `describe_export`."""
+"""Key of a file's metadata for its description as JSON; see `describe_export`."""
 
 EXTRA_FILE = "fedhead.json"
-"""The same among the extra files of a torch export."""
+"""Name of the description among the extra files of a torch export."""
+
+EXCESS = "foreign"
+"""Name of the second output of a program, for models that tell foreign inputs."""
+
+Outputs = Tensor | tuple[Tensor, ...]
+"""Answers `[n, C]`; for models that tell foreign inputs, these and `Foreign.excess` `[n]`."""
 
 TOLERANCE = 1e-4
 BATCH_SIZES = (1, 2, 5)
-"""Of the samples that an export is run back on; it was traced with another size."""
+"""Batch sizes for verifying an export; tracing uses another size."""
 
 _TRACED = 3
 _ONNX_LIMIT = 2**31 - 2**20
@@ -56,12 +63,12 @@ _ONNX_LIMIT = 2**31 - 2**20
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """The result of an export.
 
     Attributes:
         path: the file, or the folder.
-        size: in bytes.
-        difference: the largest that any probability of the samples differed by.
+        size: the size in bytes.
+        difference: the largest difference of any answer on samples, relative to the largest answer above 1.
     """
 
     path: Path
@@ -70,18 +77,18 @@ class Exported:
 
 
 def export_model(model: TransferModel, file_format: str, path: Path | str) -> Exported:
-    """Write a model in another form, run back on samples first; a file that was there before is replaced.
+    """Write a model in another format, verified on samples first; an existing file is replaced.
 
     Args:
         model: moved to the CPU.
-        file_format: `onnx` or `torch-export`, a program from a prepared batch to `probabilities_of`; `state-dict`, the
+        file_format: `onnx` or `torch-export`, a program from a prepared batch to `answers_of`; `state-dict`, the
             tensors of backbone and head as safetensors under `backbone.NAME` and `head.NAME`; or `fedhead`, a new
-            folder with the model and its backbone, which `TransferModel.load` reads without any weights of its own.
-        path: of the file, or the folder.
+            folder with the model and its backbone, which `TransferModel.load` reads without other weights.
+        path: the path of the file or folder.
 
     Raises:
-        UserError: for an unknown format, one whose extra is not installed, and a path that cannot be written.
-        FedheadError: if the format cannot take this model, or gives probabilities that differ by more than
+        UserError: for an unknown format, one with a missing extra, and a path that cannot be written.
+        FedheadError: if the format does not support this model, or its probabilities differ by more than
             `TOLERANCE`; nothing is written then.
     """
     check_format(file_format)
@@ -97,7 +104,7 @@ def export_model(model: TransferModel, file_format: str, path: Path | str) -> Ex
 
 
 def check_format(file_format: str) -> None:
-    """Check that there is such a format and that what it needs is installed.
+    """Check that a format exists and that its dependencies are installed.
 
     Raises:
         UserError: if not.
@@ -110,27 +117,27 @@ def check_format(file_format: str) -> None:
 
 
 def describe_export(model: TransferModel) -> dict[str, Any]:
-    """Return what a stranger needs to use an export, as JSON has it: input, preprocessing, output, digests."""
+    """Return everything needed to use an export, as JSON types: input, preprocessing, output, digests."""
     backbone, text = model.backbone, model.backbone.kind == "text"
     entry = entry_of(backbone.spec)
     shapes: dict[str, Any] = {name: ["batch", "length"] for name in ("input_ids", "attention_mask")}
     if not text:
-        shapes = {"pixels": ["batch", *sample_inputs(backbone, 1)[0].shape[1:]]}
-    each = "of each class by itself; those above 0.5 are predicted" if model.multi_label else "of the classes together"
+        shapes = {_input_names(backbone)[0]: ["batch", *sample_inputs(backbone, 1)[0].shape[1:]]}
     return {
         "format": "fedhead-export-1",
         "fedhead": __version__,
-        "task": f"{backbone.kind}-classification",
+        "task": f"{'tabular' if backbone.kind == 'table' else backbone.kind}-{model.task.family}",
         "input": {"shapes": shapes, "dtype": "int64" if text else "float32"},
         "preprocessing": describe_preprocessing(backbone),
         "output": {
-            "name": "probabilities",
+            "name": model.task.answer_name,
             "shape": ["batch", len(model.classes)],
-            "meaning": f"Calibrated probabilities {each}; unlearned classes have 0.",
+            "meaning": model.task.answer_meaning,
         },
+        **({} if model.foreign is None else {"foreign": _describe_foreign(model.foreign)}),
         "classes": list(model.classes),
         "unlearned": list(model.unlearned),
-        "multi_label": model.multi_label,
+        "multi_label": model.task.name == "multi-label",
         "temperature": model.calibration.temperature,
         "backbone": {
             "spec": backbone.spec,
@@ -144,32 +151,42 @@ def describe_export(model: TransferModel) -> dict[str, Any]:
     }
 
 
+def _describe_foreign(foreign: Foreign) -> dict[str, Any]:
+    return {
+        "name": EXCESS,
+        "shape": ["batch"],
+        "meaning": f"Distance from the known rows as a multiple of its limit; above 1: {UNLIKE}.",
+        "share": foreign.share,
+        "rows": foreign.known.rows,
+    }
+
+
 def describe_preprocessing(backbone: Backbone) -> dict[str, Any]:
-    """Return the values that a backbone's preprocessing has, and its steps in sentences."""
+    """Return the settings of a backbone's preprocessing, and its steps in sentences."""
     own = backbone.preprocessing
     if isinstance(own, ImagePreprocessing):
         return {"kind": "image", **asdict(own), "steps": _image_steps(own)}
     if isinstance(own, TextPreprocessing):
         return {"kind": "text", **_text_values(own, backbone.files), "steps": _text_steps(own, backbone.files)}
-    return {"kind": own.kind, **own.describe(), "steps": [f"As {type(own).__name__} of {backbone.spec} does."]}
+    return {"kind": own.kind, **own.describe(), "steps": [f"As in {type(own).__name__} of {backbone.spec}."]}
 
 
 def _image_steps(own: ImagePreprocessing) -> list[str]:
     steps = [
-        "Turn the image as its EXIF orientation says, lay transparency on white, and convert it to "
+        "Rotate the image by its EXIF orientation, composite transparency onto white, and convert it to "
         f"{'grey (Pillow mode L)' if own.channels == 1 else 'RGB'} of 8 bits.",
         f"Resize its shorter side to {own.resize} pixels, the longer one in proportion, rounded down"
         if isinstance(own.resize, int)
         else f"Resize it to {own.resize[0]} x {own.resize[1]} pixels (height x width)",
     ]
-    steps[-1] += f", by Pillow's filter {own.interpolation.upper()} (which smooths when it shrinks)."
+    steps[-1] += f", with Pillow's filter {own.interpolation.upper()} (which antialiases when downscaling)."
     if own.crop is not None:
         half = "to the nearest even number" if own.rounding == "even" else "down"
-        steps.append(f"Cut {own.crop[0]} x {own.crop[1]} from the middle; half a pixel of margin is rounded {half}.")
+        steps.append(f"Crop the central {own.crop[0]} x {own.crop[1]}; half a pixel of margin is rounded {half}.")
     return [
         *steps,
-        "Divide by 255; then for each channel subtract mean and divide by std.",
-        "Order as batch, channels, height, width, in float32.",
+        "Divide by 255; then subtract mean and divide by std for each channel.",
+        "Arrange as batch, channels, height, width, in float32.",
     ]
 
 
@@ -179,69 +196,103 @@ def _text_values(own: TextPreprocessing, files: Mapping[str, str]) -> dict[str, 
 
 
 def _text_steps(own: TextPreprocessing, files: Mapping[str, str]) -> list[str]:
-    steps = ["Take the ids that the backbone's own tokenizer gives."]
+    steps = ["Use the ids from the backbone's own tokenizer."]
     if "tokenizer.json" in files:
         cut = f", after enable_truncation({own.max_length})" if own.max_length else ""
         steps = [
-            "Take the ids that tokenizers.Tokenizer.from_str gives, of tokenizer.json in this metadata, without "
+            "Use the ids from tokenizers.Tokenizer.from_str, applied to tokenizer.json in this metadata, without "
             f"padding{cut}.",
         ]
         if own.empty is not None:
-            steps.append(f"A text without tokens is the id {own.empty}.")
+            steps.append(f"A text without tokens becomes the id {own.empty}.")
     elif "words.txt" in files:
         steps = [
-            "Split the text into words, with hyphens and apostrophes inside them, and single punctuation marks.",
-            "Take each one's line number (from 0) in words.txt in this metadata: as it stands, else in lower case, "
-            "else of its parts between hyphens and apostrophes; leave out what is not there.",
+            "Split the text into words, including hyphens and apostrophes inside them, and single punctuation marks.",
+            "Look up each one's line number (from 0) in words.txt in this metadata: unchanged, else in lower case, "
+            "else its parts between hyphens and apostrophes; omit those not found.",
         ]
         if own.max_length:
             steps.append(f"Keep the first {own.max_length}.")
     return [
         *steps,
-        f"Fill the shorter texts of a batch up at the end with the id {own.pad}, to at least one id.",
-        "attention_mask is 1 where an id is of the text and 0 where it fills up; both are int64.",
+        f"Pad the shorter texts of a batch at the end with the id {own.pad}, to at least one id.",
+        "attention_mask is 1 for ids of the text and 0 for padding; both are int64.",
     ]
 
 
-# The model as one module, and what goes into it.
+# The model as one module, and its inputs.
 
 
 class _Classifier(nn.Module):
-    """Backbone and head as one module that gives calibrated probabilities."""
+    """Backbone and head as one module that returns calibrated probabilities."""
 
     def __init__(self, model: TransferModel) -> None:
         super().__init__()
         self.backbone = model.backbone.module
         self.head = model.head
         self.pooling = model.backbone.pooling
-        self.probabilities_of = model.probabilities_of
+        self.excess = None if model.foreign is None else _Excess(model.foreign)
+        self.answers_of = model.answers_of
 
-    def finish(self, output: Tensor, mask: Tensor | None) -> Tensor:
+    def finish(self, output: Tensor, mask: Tensor | None) -> Outputs:
         features = pool(output, self.pooling, mask).to(torch.float32)
-        return self.probabilities_of(self.head(features))
+        answers: Tensor = self.answers_of(self.head(features))
+        return answers if self.excess is None else (answers, self.excess(features))
+
+
+class _Excess(nn.Module):
+    """`Foreign.excess` as a module, so that an exported program holds its tensors."""
+
+    def __init__(self, foreign: Foreign) -> None:
+        super().__init__()
+        for name, tensor in foreign.distances.tensors().items():
+            self.register_buffer(name, tensor)
+        self.form = foreign.distances.form
+        self.register_buffer("limits", torch.tensor(foreign.thresholds, dtype=torch.float32))
+
+    def forward(self, features: Tensor) -> Tensor:
+        buffers = dict(self.named_buffers())
+        limits = buffers.pop("limits")
+        return (Distances(**buffers, form=self.form)(features) / limits).max(1).values
 
 
 class _ImageClassifier(_Classifier):
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor) -> Outputs:
         return self.finish(self.backbone(pixels), None)
 
 
+class _TableClassifier(_Classifier):
+    def forward(self, features: Tensor) -> Outputs:
+        return self.finish(self.backbone(features), None)
+
+
 class _TextClassifier(_Classifier):
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Outputs:
         return self.finish(self.backbone(input_ids=input_ids, attention_mask=attention_mask), attention_mask)
 
 
 def _classifier(model: TransferModel) -> _Classifier:
-    return (_TextClassifier if model.backbone.kind == "text" else _ImageClassifier)(model).eval()
+    modules = {"text": _TextClassifier, "table": _TableClassifier, "image": _ImageClassifier}
+    return modules[model.backbone.kind](model).eval()
+
+
+def _input_names(backbone: Backbone) -> list[str]:
+    """Return the input names of an exported program."""
+    names = {"text": ["input_ids", "attention_mask"], "table": ["features"], "image": ["pixels"]}
+    return names[backbone.kind]
 
 
 def sample_inputs(backbone: Backbone, rows: int) -> tuple[Tensor, ...]:
-    """Return a prepared batch of `rows` images or texts, other ones for each number, as a program takes it."""
+    """Return a prepared batch of `rows` images or texts, which depend on `rows`, as a program's input."""
     items: list[Item] = list(backbone.preprocessing.probes())
     if backbone.kind == "text":
-        # Word vectors may have none of the probes' words.
+        # Word vectors may lack all of the probes' words.
         words = (backbone.files.get("words.txt") or " ".join(map(str, items))).split()[:64]
         items = [" ".join((words * 4)[row : 3 * row + 2 + rows]) for row in range(rows)]
+    elif backbone.kind == "table":
+        probe = next(item for item in items if isinstance(item, TableRow))
+        numbers = np.random.default_rng(rows).normal(size=(rows, len(probe.values)))
+        items = [TableRow(probe.columns, values) for values in numbers]
     else:
         size = max(getattr(backbone.preprocessing, "size", (64, 64)))
         noise = np.random.default_rng(rows).integers(0, 256, (rows, size, size, 3), dtype=np.uint8)
@@ -254,41 +305,51 @@ def _as_arguments(batch: Batch) -> tuple[Tensor, ...]:
 
 
 @torch.no_grad()
-def _require_same(model: TransferModel, run: Callable[..., Tensor], file_format: str) -> float:
-    """Return the largest difference of what was exported on samples.
+def _require_same(model: TransferModel, run: Callable[..., Outputs], file_format: str) -> float:
+    """Return the largest difference between the model and its export on samples.
 
     Raises:
         FedheadError: if it is above `TOLERANCE`, or the export does not run.
     """
-    classifier, largest = _classifier(model), 0.0
+    classifier, largest, answers = _classifier(model), 0.0, model.task.answer_name
     for rows in BATCH_SIZES:
         inputs = sample_inputs(model.backbone, rows)
         expected = classifier(*inputs)
         try:
             given = run(*inputs)
-        # A runtime raises what it likes on a program that it cannot run.
+        # A runtime may raise any error for a program that it cannot run.
         except Exception as error:
             raise FedheadError(
                 f"The export of {model.backbone.spec} as {file_format} does not run on {rows} samples "
                 f"({_first_line(error)}); nothing was written."
             ) from error
-        difference = float((given - expected).abs().max()) if given.shape == expected.shape else float("nan")
+        difference = _difference(given, expected)
         if not difference <= TOLERANCE:
             raise FedheadError(
-                f"The export of {model.backbone.spec} as {file_format} gives other probabilities than the model: they "
-                f"differ by {difference:.2g} on {rows} samples, where {TOLERANCE:g} is allowed. Nothing was written."
+                f"The export of {model.backbone.spec} as {file_format} differs from the model: its {answers} differ by "
+                f"{difference:.2g} on {rows} samples, and the limit is {TOLERANCE:g}. Nothing was written."
             )
         largest = max(largest, difference)
     return largest
+
+
+def _difference(given: Outputs, expected: Outputs) -> float:
+    """Return the largest difference, relative to the largest expected value above 1; infinite for other shapes."""
+    if not isinstance(expected, Tensor):
+        return max(map(_difference, given, expected)) if len(given) == len(expected) else float("inf")
+    if not isinstance(given, Tensor) or given.shape != expected.shape:
+        return float("inf")
+    difference = float((given - expected).abs().max()) / max(1.0, float(expected.abs().max()))
+    return difference if difference == difference else float("inf")
 
 
 # Programs.
 
 
 def _traced(model: TransferModel, file_format: str) -> torch.export.ExportedProgram:
-    """Trace a model with any number of rows, and of texts any length."""
+    """Trace a model for any number of rows, and for texts of any length."""
     dim = torch.export.Dim
-    shapes: dict[str, dict[int, Any]] = {"pixels": {0: dim("batch")}}
+    shapes: dict[str, dict[int, Any]] = {_input_names(model.backbone)[0]: {0: dim("batch")}}
     if model.backbone.kind == "text":
         longest = getattr(model.backbone.preprocessing, "max_length", None)
         free = {0: dim("batch"), 1: dim("length", max=longest)}
@@ -296,35 +357,34 @@ def _traced(model: TransferModel, file_format: str) -> torch.export.ExportedProg
     inputs = sample_inputs(model.backbone, _TRACED)
     with torch.no_grad(), _quiet(), _as_a_sentence(model, file_format):
         program = torch.export.export(_classifier(model), inputs, dynamic_shapes=shapes, strict=False)
-    # These name files of the machine that the export was made on.
+    # These contain file names of the exporting machine.
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
     return program
 
 
-def _torch_export(model: TransferModel) -> tuple[bytes, Callable[..., Tensor]]:
+def _torch_export(model: TransferModel) -> tuple[bytes, Callable[..., Outputs]]:
     program, document = _traced(model, "torch-export"), _document(model)
     buffer = io.BytesIO()
     with _quiet(), _as_a_sentence(model, "torch-export"):
         torch.export.save(program, buffer, extra_files={EXTRA_FILE: document.pop(DOCUMENT), **document})
         content = buffer.getvalue()
-        run: Callable[..., Tensor] = torch.export.load(io.BytesIO(content)).module()
+        run: Callable[..., Outputs] = torch.export.load(io.BytesIO(content)).module()
     return content, run
 
 
-def _onnx(model: TransferModel) -> tuple[bytes, Callable[..., Tensor]]:
+def _onnx(model: TransferModel) -> tuple[bytes, Callable[..., Outputs]]:
     if model.backbone.num_bytes > _ONNX_LIMIT:
         raise FedheadError(
-            f"{model.backbone.spec} has {model.backbone.num_bytes / 1e9:.1f} GB of weights, and an ONNX file holds "
-            "2 GB at most; take --format torch-export."
+            f"{model.backbone.spec} has {model.backbone.num_bytes / 1e9:.1f} GB of weights, but an ONNX file is "
+            "limited to 2 GB; use --format torch-export."
         )
     runtime = require("onnxruntime", "onnx", "An export to ONNX")
     program = _traced(model, "onnx")
-    names = ["input_ids", "attention_mask"] if model.backbone.kind == "text" else ["pixels"]
+    names = _input_names(model.backbone)
+    outputs = [model.task.answer_name, *([] if model.foreign is None else [EXCESS])]
     with _quiet(), _as_a_sentence(model, "onnx"):
-        made = torch.onnx.export(
-            program, args=(), dynamo=True, verbose=False, input_names=names, output_names=["probabilities"]
-        )
+        made = torch.onnx.export(program, args=(), dynamo=True, verbose=False, input_names=names, output_names=outputs)
         assert made is not None
         proto = made.model_proto
         _name_dimensions(proto)
@@ -335,28 +395,29 @@ def _onnx(model: TransferModel) -> tuple[bytes, Callable[..., Tensor]]:
         options.log_severity_level = 3
         session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
-    def run(*inputs: Tensor) -> Tensor:
+    def run(*inputs: Tensor) -> Outputs:
         given = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
-        return torch.from_numpy(session.run(["probabilities"], given)[0])
+        found = tuple(torch.from_numpy(one) for one in session.run(outputs, given))
+        return found if len(found) > 1 else found[0]
 
     return content, run
 
 
 def _name_dimensions(proto: Any) -> None:
-    """Call the free dimensions of input and output what they are."""
+    """Name the free dimensions of input and output."""
     called: dict[str, str] = {}
     for value in [*proto.graph.input, *proto.graph.output]:
         for dimension, name in zip(value.type.tensor_type.shape.dim, ("batch", "length"), strict=False):
             if dimension.dim_param:
                 dimension.dim_param = called.setdefault(dimension.dim_param, name)
-    # What the tracer called them inside says nothing any more.
+    # The tracer's internal names no longer match.
     del proto.graph.value_info[:]
 
 
 # Tensors.
 
 
-def _state_dict(model: TransferModel) -> tuple[bytes, Callable[..., Tensor]]:
+def _state_dict(model: TransferModel) -> tuple[bytes, Callable[..., Outputs]]:
     parts = {"backbone": model.backbone.tensors(), "head": model.head.state_dict()}
     tensors = {
         f"{part}.{name}": tensor.detach().clone().contiguous()
@@ -367,8 +428,8 @@ def _state_dict(model: TransferModel) -> tuple[bytes, Callable[..., Tensor]]:
     return content, _rebuilt(model, load(content))
 
 
-def _rebuilt(model: TransferModel, tensors: Mapping[str, Tensor]) -> Callable[..., Tensor]:
-    """Return the classifier with all of its weights taken from `tensors`, and none kept."""
+def _rebuilt(model: TransferModel, tensors: Mapping[str, Tensor]) -> Callable[..., Outputs]:
+    """Return the classifier with all of its weights replaced by `tensors`."""
     classifier = copy.deepcopy(_classifier(model))
     for part, module in (("backbone.", classifier.backbone), ("head.", classifier.head)):
         own = module.state_dict()
@@ -380,7 +441,7 @@ def _rebuilt(model: TransferModel, tensors: Mapping[str, Tensor]) -> Callable[..
     return classifier
 
 
-_WRITERS: Mapping[str, Callable[[TransferModel], tuple[bytes, Callable[..., Tensor]]]] = {
+_WRITERS: Mapping[str, Callable[[TransferModel], tuple[bytes, Callable[..., Outputs]]]] = {
     "onnx": _onnx,
     "torch-export": _torch_export,
     "state-dict": _state_dict,
@@ -388,11 +449,11 @@ _WRITERS: Mapping[str, Callable[[TransferModel], tuple[bytes, Callable[..., Tens
 
 
 def _write_folder(model: TransferModel, path: Path) -> Exported:
-    """Write model and backbone to a new folder, from which alone both can be loaded."""
+    """Write model and backbone to a new folder, which is sufficient to load both."""
     with disk_errors(path):
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UserError(
-                f"{path} exists and is not an empty folder; a model with its backbone needs one of its own."
+                f"{path} exists and is not an empty folder; a model with its backbone needs a new or empty folder."
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
@@ -411,7 +472,7 @@ def _write_folder(model: TransferModel, path: Path) -> Exported:
 
 
 def _document(model: TransferModel) -> dict[str, str]:
-    """Return a file's metadata: `describe_export` as JSON, and with it the texts that the backbone is fed from."""
+    """Return a file's metadata: `describe_export` as JSON, and the texts that preprocessing needs."""
     files = {name: text for name, text in model.backbone.files.items() if name in ("tokenizer.json", "words.txt")}
     return {DOCUMENT: json.dumps(describe_export(model), ensure_ascii=False, indent=1), **files}
 
@@ -422,7 +483,7 @@ def _as_a_sentence(model: TransferModel, file_format: str) -> Iterator[None]:
         yield
     except FedheadError:
         raise
-    # Exporters raise many kinds of errors, with pages of advice for those who maintain the model.
+    # Exporters raise many kinds of errors, with pages of advice for the model's developers.
     except Exception as error:
         others = " or ".join(f"--format {name}" for name in FORMATS if name != file_format)
         raise FedheadError(

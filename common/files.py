@@ -1,18 +1,22 @@
 """Files that are there whole or not at all, and where fedhead keeps its own."""
 
 import errno
-import fcntl
 import hashlib
 import os
 import re
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from fedhead.errors import FedheadError, UserError
+from fedhead.locks import lock
+from fedhead.wording import printable
 
+BINARY: int = getattr(os, "O_BINARY", 0)
+"""Flag of `os.open` that keeps Windows from changing ends of lines."""
 _REFUSALS = (
     errno.EACCES,
     errno.EEXIST,
@@ -69,13 +73,17 @@ def locked_folder(path: Path) -> Iterator[None]:
         UserError: if there is no such folder, or it cannot be read.
         FedheadError: if another process is changing it.
     """
+    # Windows opens no folders.
+    windows = sys.platform == "win32"
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        if not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR if path.exists() else errno.ENOENT))
+        handle = os.open(path / ".lock" if windows else path, os.O_RDWR | os.O_CREAT if windows else os.O_RDONLY)
     except OSError as error:
         raise UserError(f"The folder {path} cannot be read: {error.strerror}.") from None
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(handle, wait=False)
         except BlockingIOError:
             raise FedheadError(f"{path} is being changed by another process; start again when it has ended.") from None
         yield
@@ -91,14 +99,16 @@ def _concerns(filename: object, path: Path) -> bool:
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write a temporary file, flush it, and rename it to `path`; the folder is made where missing.
+    """Write a temporary file, flush it, and rename it to `path`; the folder is made if it is missing.
+
+    Texts are written in UTF-8, made `printable`.
 
     Raises:
         UserError: if it may not be written.
         FedheadError: if the disk is full.
     """
     with replaced(path) as temporary:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.write_bytes(printable(content).encode() if isinstance(content, str) else content)
 
 
 @contextmanager
@@ -123,13 +133,32 @@ def replaced(path: Path) -> Iterator[Path]:
             raise
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep other processes out that lock the same file, which is made if it is missing."""
+    with path.open("w") as file:
+        lock(file.fileno())
+        yield
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names of the files in a folder survive a power cut, as their contents do; Windows has no such call."""
+    if sys.platform == "win32":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def require_private(path: Path) -> None:
-    """Check that nobody but its owner can read a private key.
+    """Check that nobody but its owner can read a private key, by its mode; on Windows it has none.
 
     Raises:
         UserError: if others can.
     """
-    if (mode := stat.S_IMODE(path.stat().st_mode)) & 0o077:
+    if sys.platform != "win32" and (mode := stat.S_IMODE(path.stat().st_mode)) & 0o077:
         raise UserError(
             f"The private key {path} can be read by others on this machine (mode {mode:04o}): chmod 600 {path}."
         )

@@ -1,13 +1,13 @@
-"""TransferModel: a backbone and a head that classify images or texts; what a run delivers."""
+"""TransferModel: a backbone and a head that classify or regress images, texts or tables; the result of a run."""
 
+import logging
 from collections.abc import Iterable, Sequence
-from itertools import compress, islice
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from PIL import Image
-from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -15,11 +15,15 @@ from torch import Tensor
 from fedhead.backbones import Backbone, load_backbone
 from fedhead.backbones.backbone import digest_tensors
 from fedhead.backbones.weights import find_backbone, weights_path
-from fedhead.calibration import Calibration
-from fedhead.data import UnreadableSampleError, read_image, read_text, to_image
+from fedhead.data.conversion import items_of
 from fedhead.errors import FedheadError, UserError
-from fedhead.files import write_atomically
-from fedhead.heads import Head, make_head
+from fedhead.evaluation.foreign import Foreign, foreign_file
+from fedhead.files import home, safe_name, write_atomically
+from fedhead.heads import Head, make_delivered
+from fedhead.sums.calibration import Calibration
+from fedhead.tasks import make_task
+
+logger = logging.getLogger(__name__)
 
 MODEL_FILE = "model.safetensors"
 BACKBONE_FILE = "backbone.safetensors"
@@ -28,7 +32,7 @@ Digest = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 
 
 class _Description(BaseModel):
-    """What a model's file says beside the head's tensors."""
+    """Metadata in a model's file, beside the head's tensors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -40,23 +44,35 @@ class _Description(BaseModel):
     head: str
     head_digest: Digest
     classes: tuple[str, ...]
-    multi_label: bool = False
+    task: str = "classification"
     temperature: float = 1.0
     scores: tuple[int, ...] = ()
+    residuals: tuple[tuple[int, ...], ...] = ()
+    spread: tuple[float, ...] = ()
     unlearned: tuple[str, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _multi_label_is_a_task(cls, values: Any) -> Any:
+        """Convert the key of earlier versions to the task."""
+        if isinstance(values, dict) and "multi_label" in values:
+            values = {"task": "multi-label" if values["multi_label"] is True else "classification", **values}
+            del values["multi_label"]
+        return values
 
 
 class TransferModel:
-    """Images, or texts, to class probabilities: of the classes together, or for a multi-label model of each by itself.
+    """A map from images, texts or rows of numbers to answers: class probabilities, or values.
 
     Args:
-        backbone: frozen.
-        head: its number of features is the backbone's.
+        backbone: the frozen backbone.
+        head: the head; its number of features is the backbone's.
         classes: the names of the head's outputs.
-        head_spec: what `make_head` builds the head from.
-        multi_label: whether an image or text may have any number of the classes.
-        calibration: what makes its probabilities come true.
-        unlearned: classes that no site had rows of; they are never predicted.
+        head_spec: the spec of the head for `make_delivered`.
+        task: the name of the task.
+        calibration: the temperature, and the held-out rows behind sets and intervals.
+        unlearned: classes without rows at any site; they are never predicted.
+        foreign: the test for inputs that are unlike the sites' rows, if any.
 
     Raises:
         UserError: if the dimensions do not fit each other.
@@ -69,13 +85,14 @@ class TransferModel:
         classes: Sequence[str],
         head_spec: str = "linear",
         *,
-        multi_label: bool = False,
+        task: str = "classification",
         calibration: Calibration | None = None,
         unlearned: Sequence[str] = (),
+        foreign: Foreign | None = None,
     ) -> None:
         if head.num_features != backbone.num_features:
             raise UserError(
-                f"The head takes {head.num_features} features, but {backbone.spec} gives {backbone.num_features}."
+                f"The head takes {head.num_features} features, but {backbone.spec} produces {backbone.num_features}."
             )
         if head.num_classes != len(classes):
             raise UserError(f"The head has {head.num_classes} outputs for {len(classes)} class names.")
@@ -83,70 +100,79 @@ class TransferModel:
         self.head = head.eval()
         self.classes = tuple(classes)
         self.head_spec = head_spec
-        self.multi_label = multi_label
+        self.task = make_task(task, classes)
         self.calibration = calibration or Calibration()
         self.unlearned = tuple(unlearned)
+        self.foreign = foreign
 
     def __repr__(self) -> str:
         return f"TransferModel({self.backbone.spec!r}, {self.head_spec!r}, {len(self.classes)} classes)"
 
     @torch.inference_mode()
-    def probabilities(self, items: Iterable[Any], *, batch_size: int = 64) -> Tensor:
-        """Return class probabilities `[n, C]`; a row sums to 1 unless the model is multi-label.
+    def answers(self, items: Iterable[Any], *, batch_size: int = 64) -> Tensor:
+        """Return the answers `[n, C]`: class probabilities (rows sum to 1 unless multi-label), or values.
 
         Args:
-            items: for a backbone of images: paths, PIL images, arrays or tensors. For one of texts: the texts
-                themselves as strings, or as `Path`s the files that hold one each, in UTF-8.
-            batch_size: how many are read and go through the backbone together.
+            items: for image backbones: paths, PIL images, arrays or tensors. For text backbones: strings, or the
+                `Path`s of files in UTF-8. For backbones of rows of numbers: a frame, or numbers by column for each row.
+                Series and frames are read by position.
+            batch_size: the number of items per forward pass.
 
         Raises:
-            UnreadableSampleError: naming the item that is no image or text.
+            UnreadableSampleError: naming the item that cannot be read.
         """
-        remaining = iter(items)
-        read = _read_text if self.backbone.kind == "text" else _read_image
+        remaining = items_of(items, self.backbone.kind)
         parts = []
         while batch := list(islice(remaining, batch_size)):
-            features = self.backbone.features_of([read(item) for item in batch])
-            logits = self.head.to(features.device)(features)
-            parts.append(self.probabilities_of(logits).cpu())
+            features = self.backbone.features_of(batch)
+            outputs = self.head.to(features.device)(features)
+            parts.append(self.answers_of(outputs).cpu())
         return torch.cat(parts) if parts else torch.empty(0, len(self.classes))
 
-    def probabilities_of(self, logits: Tensor) -> Tensor:
-        """Return class probabilities `[n, C]` of logits `[n, C]`: calibrated, and 0 for unlearned classes."""
-        learned = torch.tensor([name not in self.unlearned for name in self.classes], device=logits.device)
-        logits = (logits / self.calibration.temperature).masked_fill(~learned, -torch.inf)
-        return logits.sigmoid() if self.multi_label else logits.softmax(-1)
+    def probabilities(self, items: Iterable[Any], *, batch_size: int = 64) -> Tensor:
+        """Return class probabilities `[n, C]`; see `answers`.
 
-    def sets(self, probabilities: Tensor, coverage: float) -> list[tuple[str, ...]]:
-        """Return for each row of `probabilities` `[n, C]` a set of classes that holds the true one with `coverage`.
+        Raises:
+            UserError: if the model's answers are not probabilities.
+            UnreadableSampleError: naming the item that cannot be read.
+        """
+        if self.task.answer_name != "probabilities":
+            raise UserError(f"This model gives {self.task.answer_name}, not probabilities; use TransferModel.answers.")
+        return self.answers(items, batch_size=batch_size)
 
-        Classes come by falling probability, at least one of them; see `Calibration.least_probability`.
+    @property
+    def unlearned_mask(self) -> Tensor:
+        """`[C]`, bool: the unlearned classes."""
+        return torch.tensor([name in self.unlearned for name in self.classes])
+
+    def answers_of(self, outputs: Tensor) -> Tensor:
+        """Convert the head's outputs `[n, C]` to the task's answers `[n, C]`: values, or calibrated probabilities.
+
+        Unlearned classes have probability 0.
+        """
+        return self.task.answers(outputs, self.calibration.temperature, self.unlearned_mask.to(outputs.device))
+
+    def sets(self, answers: Tensor, coverage: float) -> list[tuple[Any, ...]]:
+        """Return a region for each row of `answers` `[n, C]` that contains the truth with probability `coverage`.
+
+        For classes, a set of at least one, by descending probability; see `Calibration.least_probability`. For real
+        targets, a lower and an upper limit of each; see `fedhead.evaluation.regression.half_width`.
 
         Raises:
             UserError: for a multi-label model, one without calibration, or a coverage that is not between 0 and 1.
         """
-        if self.multi_label:
-            raise UserError("Sets with a coverage are for models that give one class; this one is multi-label.")
-        try:
-            least = self.calibration.least_probability(coverage)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        values, order = probabilities.sort(stable=True, dim=1, descending=True)
-        sizes = (values >= least).sum(1).clamp(min=1).tolist()
-        return [
-            tuple(name for index in row[:size] if (name := self.classes[index]) not in self.unlearned)
-            for row, size in zip(order.tolist(), sizes, strict=True)
-        ]
+        regions = self.task.regions(answers, self.calibration, coverage)
+        return [tuple(one for one in region if one not in self.unlearned) for region in regions]
 
-    def predict(self, items: Iterable[Any], *, batch_size: int = 64) -> list[str] | list[tuple[str, ...]]:
-        """Return the most probable class of each item, or if multi-label those above one half; see `probabilities`."""
-        probabilities = self.probabilities(items, batch_size=batch_size)
-        if self.multi_label:
-            return [tuple(compress(self.classes, row)) for row in (probabilities > 0.5).tolist()]
-        return [self.classes[index] for index in probabilities.argmax(-1).tolist()]
+    def predict(self, items: Iterable[Any], *, batch_size: int = 64) -> list[Any]:
+        """Return the prediction for each item: the most probable class, all classes above one half, or numbers."""
+        return self.task.decide(self.answers(items, batch_size=batch_size))
 
     def save(self, path: Path | str) -> None:
-        """Write the head as safetensors, with the backbone by its digest and the classes; nothing in it can run."""
+        """Write the head as safetensors, with the backbone's digest and the classes; nothing in it is executable.
+
+        A test for foreign inputs is written beside it, to `NAME.foreign.safetensors`.
+        """
         tensors = {name: value.detach().cpu().contiguous() for name, value in self.head.state_dict().items()}
         described = _Description(
             backbone=self.backbone.spec,
@@ -156,25 +182,29 @@ class TransferModel:
             head=self.head_spec,
             head_digest=digest_tensors(tensors),
             classes=self.classes,
-            multi_label=self.multi_label,
+            task=self.task.name,
             temperature=self.calibration.temperature,
             scores=self.calibration.scores,
+            residuals=self.calibration.residuals,
+            spread=self.calibration.spread,
             unlearned=self.unlearned,
         )
+        if self.foreign is not None:
+            self.foreign.save(foreign_file(Path(path)), described.head_digest)
         write_atomically(Path(path), save(tensors, {"model": described.model_dump_json()}))
 
     @classmethod
     def load(cls, path: Path | str, backbone: Backbone | None = None, *, weights: str = "") -> Self:
-        """Read what `save` wrote.
+        """Load a saved model.
 
         Args:
-            path: the file, or a run folder that holds one.
-            backbone: the model's, where it is at hand.
-            weights: the backbone's file, where this machine has none.
+            path: the file, or a run folder that contains one.
+            backbone: the model's backbone, if already loaded.
+            weights: the backbone's weights file, if this machine has not cached it.
 
         Raises:
             UserError: if the file is missing, damaged or not a model's, or `backbone` is another one.
-            FedheadError: if its backbone is not on this machine.
+            FedheadError: if the backbone's weights are not on this machine.
         """
         path = Path(path)
         if path.is_dir():
@@ -189,16 +219,16 @@ class TransferModel:
             backbone = find_backbone(described.backbone, described.layer, described.weights_digest)
         if backbone is None:
             raise FedheadError(
-                f"The weights of {described.backbone} are not on this machine: looked for {beside} and "
-                f"{weights_path(described.weights_digest)}. Bring their file and name it with --weights "
-                f"FILE, put {BACKBONE_FILE} beside the model, or load the backbone here once, as its site did."
+                f"The weights of {described.backbone} are not on this machine: they are neither at {beside} nor at "
+                f"{weights_path(described.weights_digest)}. Copy their file here and pass it with --weights FILE, put "
+                f"{BACKBONE_FILE} beside the model, or load the backbone here once, as on the site."
             )
         if backbone.digest != described.backbone_digest:
             raise UserError(
-                f"The model {path} belongs to another backbone than {backbone.spec} with digest "
+                f"The model {path} needs another backbone than {backbone.spec} with digest "
                 f"{backbone.digest[:12]}…: its own is {described.backbone}, {described.backbone_digest[:12]}…."
             )
-        head = make_head(described.head, backbone.num_features, len(described.classes))
+        head = make_delivered(described.head, backbone.num_features, len(described.classes))
         try:
             head.load_state_dict(tensors)
         except RuntimeError as error:
@@ -208,18 +238,34 @@ class TransferModel:
             head,
             described.classes,
             described.head,
-            multi_label=described.multi_label,
-            calibration=Calibration(described.temperature, described.scores),
+            task=described.task,
+            calibration=Calibration(described.temperature, described.scores, described.residuals, described.spread),
             unlearned=described.unlearned,
+            foreign=_foreign(path, described.head_digest, backbone.num_features),
         )
+
+
+def site_model_path(site: str) -> Path:
+    """Return where the personal model of a site is kept on the site's machine."""
+    return home() / "site-models" / f"{safe_name(site)}.safetensors"
+
+
+def _foreign(model: Path, head_digest: str, width: int) -> Foreign | None:
+    path = foreign_file(model)
+    if not path.is_file():
+        return None
+    found = Foreign.load(path, head_digest)
+    if found is None:
+        logger.warning("%s belongs to another model than %s and is not used.", path, model)
+    elif found.distances.centre.shape != (width,):
+        raise UserError(f"{path} is damaged: its distances are not of {width} features.")
+    return found
 
 
 def _in_run_folder(folder: Path) -> Path:
     path = folder / MODEL_FILE
     if not path.is_file() and (folder / "run.toml").is_file():
-        raise UserError(
-            f"The run {folder} has not finished, so it has no model yet; go on with it by --resume {folder}."
-        )
+        raise UserError(f"The run {folder} has not finished and has no model yet; resume it with --resume {folder}.")
     return path
 
 
@@ -231,25 +277,13 @@ def _read(path: Path) -> tuple[_Description, dict[str, Tensor]]:
     except (OSError, SafetensorError) as error:
         raise UserError(f"The model {path} cannot be read: {error}.") from None
     if not text:
-        raise UserError(f"{path} is not a model that fedhead saved.")
+        raise UserError(f"{path} is not a fedhead model.")
     try:
         described = _Description.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "its description"
-        raise UserError(f"The model {path} is none that this version reads; {where}: {first['msg']}.") from None
+        raise UserError(f"This version cannot read the model {path}; {where}: {first['msg']}.") from None
     if digest_tensors(tensors) != described.head_digest:
-        raise UserError(f"The model {path} is damaged: its weights are not those that were saved.")
+        raise UserError(f"The model {path} is damaged: its weights do not match their digest.")
     return described, tensors
-
-
-def _read_image(item: Any) -> Image.Image:
-    return read_image(Path(item)) if isinstance(item, str | Path) else to_image(item, "the image")
-
-
-def _read_text(item: Any) -> str:
-    if isinstance(item, str):
-        return item
-    if isinstance(item, Path):
-        return read_text(item)
-    raise UnreadableSampleError(f"This model reads texts, and was given {type(item).__name__}; expected str or Path.")

@@ -1,24 +1,20 @@
 """Whatever a user points at, through a model: predictions as they come, and how good a model is on labelled data."""
 
-import csv
-import glob
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
-from itertools import compress, islice
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fedhead.data import Item, Kind, Samples, UnreadableSampleError, read_image, read_text, relabel
-from fedhead.data.folder import IMAGE_SUFFIXES, TEXT_SUFFIXES
-from fedhead.data.samples import require_kind, require_labels
+from fedhead.data import Samples, UnreadableSampleError
+from fedhead.data.inputs import Input
+from fedhead.data.inputs import find_inputs as find_inputs
+from fedhead.data.samples import require_kind
 from fedhead.errors import UserError
-from fedhead.extraction import arranged, batch_size_for, read_ahead
-from fedhead.features import FeatureStore, Progress
-from fedhead.metrics import EvaluationReport, EvaluationSums, Reliability, ScoreBins, reliability, report
+from fedhead.features.extraction import arranged, batch_size_for, read_ahead
+from fedhead.features.store import FeatureStore, Progress
 from fedhead.model import TransferModel
 
 BLOCK = 8192
@@ -29,56 +25,24 @@ AHEAD = 2
 
 
 @dataclass(frozen=True)
-class Input:
-    """Something to predict: what a person would call it, and how to read it."""
-
-    name: str
-    read: Callable[[], Item]
-
-
-@dataclass(frozen=True)
 class Prediction:
-    """What a model says of one input.
+    """A model's prediction for one input.
 
     Attributes:
         name: the input's.
-        labels: the most probable class, or of a multi-label model those above one half; empty if unreadable.
-        probabilities: `C`, in the order of the model's classes; empty if unreadable.
-        candidates: the set of classes for the coverage asked for, by falling probability; else empty.
-        error: why it could not be read; else empty.
+        decision: the predicted class, classes or numbers, as the model's task decides; None if unreadable.
+        answers: `C`, the probabilities or values, in the order of the model's columns; empty if unreadable.
+        region: the set of classes, or the intervals, for the coverage asked for; else empty.
+        error: why the input could not be read; else empty.
+        foreign: whether the input is unlike the rows that the model was solved on; None if the model has no test.
     """
 
     name: str
-    labels: tuple[str, ...] = ()
-    probabilities: tuple[float, ...] = ()
-    candidates: tuple[str, ...] = ()
+    decision: Any = None
+    answers: tuple[float, ...] = ()
+    region: Any = ()
     error: str = ""
-
-
-def find_inputs(paths: Sequence[str], kind: Kind) -> list[Input]:
-    """Return what files, folders (with all below them), globs and CSV files name, in that order.
-
-    Args:
-        paths: a CSV file has a column `path`, relative to it, or for a model of texts perhaps `text`.
-        kind: what the model takes.
-
-    Raises:
-        UserError: if one is not there, holds nothing of that kind, or is a CSV file without such a column.
-    """
-    found: list[Input] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            found += _in_folder(path, kind)
-        elif path.suffix.lower() == ".csv" and path.is_file():
-            found += _in_csv(path, kind)
-        elif path.exists():
-            found.append(_file(path, str(path), kind))
-        else:
-            matches = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 - absolute patterns too
-            if not matches:
-                raise UserError(f"There is no {path}, and nothing that it matches as a pattern.")
-            found += find_inputs(matches, kind)
-    return found
+    foreign: bool | None = None
 
 
 def predict_inputs(
@@ -89,10 +53,10 @@ def predict_inputs(
     Args:
         model: on the device that is to do the work.
         inputs: unreadable ones are told as such, and the others predicted.
-        coverage: adds sets of classes that hold the true one so often.
+        coverage: adds sets of classes, or intervals, that hold the truth with this probability.
 
     Raises:
-        UserError: if the model has no calibration to make such sets from.
+        UserError: if the model has no calibration to make them from.
     """
     if coverage is not None:
         model.sets(torch.empty(0, len(model.classes)), coverage)
@@ -106,6 +70,8 @@ def predict_inputs(
             return backbone.preprocessing(inputs[position].read())
         except UnreadableSampleError as error:
             return error
+        except UserError as error:
+            return UnreadableSampleError(str(error))
 
     prepared = read_ahead(prepare, range(len(inputs)), ahead=AHEAD * rows)
     for start in range(0, len(inputs), rows):
@@ -116,24 +82,23 @@ def predict_inputs(
         if tensors:
             with torch.inference_mode():
                 features = backbone.features(backbone.preprocessing.collate(tensors))
-                probabilities = model.probabilities_of(head(features)).cpu()
-            answers = _predictions(model, probabilities, coverage)
+                given = model.answers_of(head(features)).cpu()
+                strange = [None] * len(given) if model.foreign is None else model.foreign.is_foreign(features)
+            answers = _predictions(model, given, coverage, strange)
         for name, one in zip(names, read, strict=True):
             if isinstance(one, UnreadableSampleError):
                 yield Prediction(name, error=str(one))
             else:
-                told = next(answers)
-                yield Prediction(name, told.labels, told.probabilities, told.candidates)
+                yield replace(next(answers), name=name)
 
 
-def _predictions(model: TransferModel, probabilities: Tensor, coverage: float | None) -> Iterator[Prediction]:
-    sets = model.sets(probabilities, coverage) if coverage is not None else [()] * len(probabilities)
-    for row, candidates in zip(probabilities.tolist(), sets, strict=True):
-        if model.multi_label:
-            labels = tuple(compress(model.classes, [value > 0.5 for value in row]))
-        else:
-            labels = (model.classes[max(range(len(row)), key=row.__getitem__)],)
-        yield Prediction("", labels, tuple(row), candidates)
+def _predictions(
+    model: TransferModel, answers: Tensor, coverage: float | None, foreign: Sequence[bool | None]
+) -> Iterator[Prediction]:
+    regions = model.sets(answers, coverage) if coverage is not None else [()] * len(answers)
+    decisions = model.task.decide(answers)
+    for decision, row, region, strange in zip(decisions, answers.tolist(), regions, foreign, strict=True):
+        yield Prediction("", decision, tuple(row), region, foreign=strange)
 
 
 @dataclass(frozen=True)
@@ -141,21 +106,21 @@ class ModelEvaluation:
     """How good a model is on labelled data.
 
     Attributes:
-        report: accuracy and the rest, with intervals.
-        sums: what they were made of.
-        reliability: whether the calibrated probabilities come true.
-        coverage: what was asked of the sets of classes; None if nothing was.
-        covered: how many rows' sets hold their class.
-        mean_set_size: over all rows.
+        report: the task's figures, with intervals.
+        sums: the evaluation sums behind them.
+        curves: what a report draws of them, as JSON has it.
+        coverage: asked of the sets of classes, or intervals; None if none were asked for.
+        covered: how many rows' sets or intervals hold their target.
+        mean_size: of these sets or intervals.
         skipped: why each row that could not be read was left out.
     """
 
-    report: EvaluationReport
-    sums: EvaluationSums
-    reliability: Reliability
+    report: Any
+    sums: Any
+    curves: dict[str, Any]
     coverage: float | None
     covered: int
-    mean_set_size: float
+    mean_size: float
     skipped: dict[int, str]
 
 
@@ -174,8 +139,7 @@ def evaluate_model(
         FedheadError: if it cannot be read.
     """
     require_kind(model.backbone.spec, model.backbone.kind, samples.kind)
-    require_labels(samples, model.multi_label)
-    labels = torch.from_numpy(relabel(samples, model.classes))
+    targets = torch.from_numpy(model.task.encode(samples))
     if coverage is not None:
         model.sets(torch.empty(0, len(model.classes)), coverage)
     store = FeatureStore.open(model.backbone, samples, strict=strict, progress=progress)
@@ -183,62 +147,19 @@ def evaluate_model(
     head = model.head.to("cpu")
     with torch.inference_mode():
         parts = [head(store.features[rows[start : start + BLOCK]]) for start in range(0, len(rows), BLOCK)]
-    logits, truth = torch.cat(parts).double() / model.calibration.temperature, labels[rows]
-    probabilities = model.probabilities_of(logits * model.calibration.temperature)
-    # A class that no one learned is never predicted: its logits lie below all others'.
-    learned = torch.tensor([name not in model.unlearned for name in model.classes])
-    logits = logits.where(learned, logits.min() - 50)
-    sums = EvaluationSums.from_logits(logits, truth, _bins(logits, multi_label=model.multi_label))
+    outputs, truth = torch.cat(parts).double(), targets[rows]
+    sums = model.task.judged(outputs, truth, model.calibration.temperature, model.unlearned_mask)
     covered, size = 0, 0.0
     if coverage is not None:
-        sets = model.sets(probabilities, coverage)
-        covered = sum(model.classes[label] in names for label, names in zip(truth.tolist(), sets, strict=True))
-        size = sum(map(len, sets)) / max(len(sets), 1)
+        regions = model.sets(model.answers_of(outputs), coverage)
+        covered = sum(model.task.covers(one, target) for one, target in zip(regions, truth.tolist(), strict=True))
+        size = sum(map(model.task.size, regions)) / max(len(regions), 1)
     return ModelEvaluation(
-        report=report(sums, model.classes),
+        report=model.task.report(sums),
         sums=sums,
-        reliability=reliability(sums),
+        curves=model.task.curves(sums),
         coverage=coverage,
         covered=covered,
-        mean_set_size=size,
+        mean_size=size,
         skipped=store.skipped,
     )
-
-
-def _bins(logits: Tensor, *, multi_label: bool) -> ScoreBins:
-    if len(logits) < 2:
-        return ScoreBins.default(logits.shape[1])
-    table = logits.numpy()
-    return ScoreBins.from_moments(table.mean(0), np.cov(table.T), multi_label=multi_label)
-
-
-def _file(path: Path, name: str, kind: Kind) -> Input:
-    return Input(name, partial(read_text if kind == "text" else read_image, path))
-
-
-def _in_folder(folder: Path, kind: Kind) -> list[Input]:
-    suffixes = TEXT_SUFFIXES if kind == "text" else IMAGE_SUFFIXES
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
-    if not files:
-        raise UserError(f"{folder} holds no {kind}s; expected files such as 1{suffixes[-1]} ({', '.join(suffixes)}).")
-    return [_file(path, str(path), kind) for path in files]
-
-
-def _in_csv(path: Path, kind: Kind) -> list[Input]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            table = csv.DictReader(file)
-            columns = table.fieldnames or []
-            wanted = ("text", "path") if kind == "text" else ("path",)
-            column = next((name for name in wanted if name in columns), "")
-            if not column:
-                having = ", ".join(columns) or "none"
-                raise UserError(f"{path} has the columns {having}; expected one called {' or '.join(wanted)}.")
-            cells = [row[column] or "" for row in table]
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8; save it as CSV UTF-8.") from None
-    if not cells:
-        raise UserError(f"{path} has no rows.")
-    if column == "text":
-        return [Input(f"{path}:{number}", partial(str, text)) for number, text in enumerate(cells, 2)]
-    return [_file(path.parent / cell, cell, kind) for cell in cells]

@@ -1,6 +1,7 @@
 """The Flower `ServerApp`: reads the `RunConfig`, calls the coordinator."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from flwr.app import Context
@@ -11,15 +12,54 @@ from fedhead.backbones import Backbone, load_backbone
 from fedhead.config import RunConfig
 from fedhead.data import load_samples
 from fedhead.errors import UserError
-from fedhead.files import locked_folder
-from fedhead.server.checkpoint import Checkpoint, require_same_run
+from fedhead.secure.roster import Roster
 from fedhead.server.coordinator import Coordinator
 from fedhead.server.flower_app import from_run_config
-from fedhead.server.history import Outcome
-from fedhead.server.observer import Observer, Observers
-from fedhead.server.report.journal import Journal
-from fedhead.server.run_folder import RunFolder
+from fedhead.server.observer import Observer
+from fedhead.server.privacy import private_settings
+from fedhead.server.private_run import PrivateCoordinator
+from fedhead.server.runs.execute import RunParts, execute
+from fedhead.server.runs.log import RunLog
+from fedhead.server.runs.result import CompletedRun
 from fedhead.server.strategies import build_strategy
+from fedhead.tasks import tasks
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A run over real sites whose settings and backbone were checked.
+
+    Attributes:
+        config: the run, with the names of its classes.
+        backbone: on the CPU.
+        strategy: Flower's.
+    """
+
+    config: RunConfig
+    backbone: Backbone
+    strategy: Strategy
+
+    @property
+    def name(self) -> str:
+        """The end of a new run folder's name."""
+        return self.backbone.spec.replace(":", "-")
+
+    @property
+    def release_steps(self) -> None:
+        """None, as each site has its own."""
+
+
+def prepare(config: RunConfig) -> Preparation:
+    """Load and check everything that a run over real sites needs at the coordinator.
+
+    Raises:
+        UserError: if the configuration names no classes, or something that does not exist or fit.
+    """
+    config = with_classes(config).settled()
+    strategy = build_strategy(config.strategy)
+    config = private_settings(config, strategy)
+    backbone = load_backbone(config.backbone, weights=config.weights, layer=config.layer, seed=config.seed)
+    return Preparation(config, backbone, strategy)
 
 
 def coordinate(
@@ -29,74 +69,53 @@ def coordinate(
     *,
     resume: bool = False,
     observers: Sequence[Observer] = (),
-) -> tuple[Outcome, RunFolder]:
+    members: Roster | None = None,
+) -> CompletedRun:
     """Run `config` over the sites of `grid`, and write its run folder.
 
     Args:
         config: the run; its `simulation` table is not read. May be left out where a run is resumed.
         grid: where the sites are.
         out: the run folder; by default a new one under `runs/`.
-        resume: whether to go on with the run in `out`, of which a process was killed or failed.
-        observers: are told of what happens.
+        resume: whether to resume the run in `out`, whose process was killed or failed.
+        observers: informed of events.
+        members: the signed keys of the sites, for secure summation.
 
     Raises:
         UserError: if the configuration names no classes, or something that does not exist or fit.
         FedheadError: if the run fails.
     """
-    if resume:
-        if out is None:
-            raise UserError("Resuming needs the folder of the run, as out.")
-        folder, saved = RunFolder.open(out)
-        config = with_classes(config or saved)
-        require_same_run(config, saved, folder.path)
-    else:
-        config = with_classes(config or RunConfig())
-    strategy = build_strategy(config.strategy)
-    backbone = load_backbone(config.backbone, weights=config.weights, layer=config.layer, seed=config.seed)
-    if not resume:
-        folder = RunFolder.create(out, backbone.spec.replace(":", "-"))
-    observer = Observers([folder, Journal(folder.path, backbone), *observers])
-    try:
-        with locked_folder(folder.path):
-            outcome = _write_run(config, grid, folder, backbone, strategy, observer)
-        observer.on_finished(outcome)
-    except BaseException as error:
-        observer.on_failed(error)
-        raise
-    return outcome, folder
 
+    def prepared_run(config: RunConfig) -> Preparation:
+        prepared = prepare(config)
+        if prepared.config.privacy.secure_sum:
+            if members is None:
+                raise UserError(
+                    "Secure summation needs roster.toml in the coordinator's kit: the sites' keys, signed by the "
+                    "consortium's authority with fedhead roster sign."
+                )
+            members.verify()
+        return prepared
 
-def _write_run(
-    config: RunConfig, grid: Grid, folder: RunFolder, backbone: Backbone, strategy: Strategy, observer: Observer
-) -> Outcome:
-    """Run from the start, or from where the folder says, and write everything to the folder."""
-    folder.write_config(config)
-    observer.on_started(config, folder.path)
-    checkpoint = Checkpoint(folder, config, backbone, strategy, every_round=True)
-    outcome = Coordinator(
-        config,
-        grid,
-        backbone,
-        config.classes,
-        strategy,
-        observer=observer,
-        sums=None if config.keep_sums == "total" else folder.sums,
-        checkpoint=checkpoint,
-    ).run()
-    folder.sums.finish()
-    folder.write_model(outcome.model(backbone, config), config)
-    folder.write_evaluation(outcome, config)
-    folder.write_result(
-        {
-            "accuracy": outcome.history[outcome.kept_round].accuracy,
-            "kept_round": outcome.kept_round,
-            "sites": len(outcome.participants),
-            "sites_refused": dict(outcome.refused),
-            "bytes_full_model": outcome.full_model_bytes,
-        }
-    )
-    checkpoint.remove()
-    return outcome
+    def run(prepared: Preparation, parts: RunParts) -> CompletedRun:
+        config = prepared.config
+        coordinator = (PrivateCoordinator if config.privacy.on else Coordinator)(
+            config,
+            grid,
+            prepared.backbone,
+            config.classes,
+            prepared.strategy,
+            observer=parts.observer,
+            sums=parts.sums,
+            checkpoint=parts.checkpoint,
+            members=members,
+        )
+        outcome = coordinator.run()
+        model = outcome.model(prepared.backbone, config)
+        return CompletedRun(config=config.changed(outcome.settled), model=model, outcome=outcome, run_dir=parts.path)
+
+    informed = [RunLog(), *observers]
+    return execute(config, prepared_run, run, simulated=False, out=out, resume=resume, observers=informed)
 
 
 def with_classes(config: RunConfig) -> RunConfig:
@@ -105,9 +124,12 @@ def with_classes(config: RunConfig) -> RunConfig:
     Raises:
         UserError: if it says nothing of them.
     """
-    classes = config.classes or (load_samples(config.classes_from).classes if config.classes_from else ())
+    classes = config.classes
+    if not classes and config.classes_from:
+        classes = tasks[config.task].columns_of(load_samples(config.classes_from))
     if not classes:
-        raise UserError("A run over real sites needs classes = [...] (or classes_from), since their data is not here.")
+        named = "targets" if tasks[config.task].kind.real else "classes"
+        raise UserError(f"A run over real sites needs {named} = [...] (or classes_from), since their data is not here.")
     return config.changed({"classes": list(classes), "classes_from": ""})
 
 

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedhead.config import RunConfig
-from fedhead.data.samples import local_path
+from fedhead.data.specs import local_path
 from fedhead.errors import UserError
+from fedhead.server.network.limits import MOST_FILES
+from fedhead.server.provision import CoordinatorKit
 
 HOME = Path("/var/lib/fedhead")
 """Where features, ledgers and runs are kept, on the machine or in the container's volume."""
 TABLES = ("csv", "jsonl", "parquet")
 NAMED = ("bundled", "python", "timm", "torchvision")
-"""Sources whose argument is a name, whatever lies in the folder."""
+"""Sources whose argument is a name, even if the folder has a file of that name."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,10 @@ def coordinator_service(
     if not run.is_file():
         raise UserError(f"There is no configuration {run}.")
     reads = _read_by(run)
+    needed = CoordinatorKit.read(kit).completed(RunConfig.from_toml(run)).min_sites
     kit, run, folder = kit.resolve(), run.resolve(), HOME / "runs" / out
-    same = ["--kit", str(kit), *(["--health", health] if health else [])]
-    first = shlex.join([program, "server", str(run), "--out", str(folder), *same])
+    same = ["--kit", str(kit), "--stopped-ok", *(["--health", health] if health else [])]
+    first = shlex.join([program, "server", str(run), "--min-sites", str(needed), "--out", str(folder), *same])
     later = shlex.join([program, "server", "--resume", str(folder), *same])
     known = shlex.join(["test", "-e", str(folder / "run.toml")])
     return Service(
@@ -100,6 +103,30 @@ def coordinator_service(
         command=["/bin/sh", "-c", f"if {known}; then exec {later}; else exec {first}; fi"],
         reads=[kit, run, *reads],
         finished=folder / "result.json",
+        port=port,
+        health=health,
+    )
+
+
+def queue_service(kit: Path, port: int = 0, health: str = "", program: str = "fedhead") -> Service:
+    """Return the service of a coordinator that runs every TOML file put into `HOME/queue`.
+
+    Args:
+        kit: of the coordinator.
+        port: that sites connect to.
+        health: `HOST:PORT` of its health service; empty for none.
+        program: how `fedhead` is called there.
+
+    Raises:
+        UserError: if `kit` is not a coordinator's.
+    """
+    kit = CoordinatorKit.read(kit).folder.resolve()
+    command = [program, "server", "--queue", str(HOME / "queue"), "--out", str(HOME / "runs"), "--kit", str(kit)]
+    return Service(
+        name="fedhead-coordinator",
+        description=f"fedhead, coordinator of the runs in {HOME / 'queue'}",
+        command=[*command, *(["--health", health] if health else [])],
+        reads=[kit],
         port=port,
         health=health,
     )
@@ -130,9 +157,12 @@ Environment=FEDHEAD_HOME={HOME} OMP_WAIT_POLICY=passive
 ExecStart={" ".join(_for_systemd(part) for part in service.command)}
 Restart=on-failure
 RestartSec=15
-# A mistake in the command, the kit or the data: no other start would mend it.
+# A coordinator that systemctl stop ended; fedhead stop ends it with 0.
+SuccessExitStatus=143
+# A mistake in the command, the kit or the data: another start would fail too.
 RestartPreventExitStatus=2
 TimeoutStopSec=60
+LimitNOFILE={MOST_FILES}
 UMask=0077
 NoNewPrivileges=yes
 PrivateTmp=yes
@@ -150,7 +180,7 @@ WantedBy=multi-user.target
 
 def compose_file(service: Service, source: Path) -> str:
     """Return the text of a Compose file that builds fedhead from its checkout `source`."""
-    environment = {"FEDHEAD_HOME": str(HOME), "OMP_WAIT_POLICY": "passive"}
+    environment = {"FEDHEAD_HOME": str(HOME), "HOME": str(HOME), "OMP_WAIT_POLICY": "passive"}
     volumes: list[dict[str, object]] = [
         *({"type": "bind", "source": str(path), "target": str(path), "read_only": True} for path in service.reads),
         {"type": "volume", "source": "state", "target": str(HOME)},
@@ -168,8 +198,7 @@ def compose_file(service: Service, source: Path) -> str:
         "    image: fedhead",
         "    build:",
         f"      context: {_for_compose(str(source.resolve()))}",
-        "      dockerfile_inline: |",
-        *(f"        {line}" for line in _DOCKERFILE.splitlines()),
+        "      dockerfile: Containerfile",
         "    user: ${FEDHEAD_UID:-10001}:${FEDHEAD_GID:-10001}",
         f"    command: {_for_compose(command)}",
         f"    environment: {_for_compose(environment)}",
@@ -179,6 +208,8 @@ def compose_file(service: Service, source: Path) -> str:
         *(f"      - {_for_compose(volume)}" for volume in volumes),
         "    restart: on-failure" if service.finished else "    restart: unless-stopped",
         "    stop_grace_period: 60s",
+        "    ulimits:",
+        f"      nofile: {MOST_FILES}",
         "    read_only: true",
         "    tmpfs:",
         "      - /tmp",
@@ -191,13 +222,6 @@ def compose_file(service: Service, source: Path) -> str:
         "  state: {}",
     ]
     return "\n".join(lines) + "\n"
-
-
-_DOCKERFILE = f"""\
-FROM python:3.12-slim
-COPY . /src
-RUN pip install --no-cache-dir /src && rm -rf /src
-RUN install -d -o 10001 -g 10001 -m 700 {HOME}"""
 
 
 def _health_check(health: str) -> list[str]:
@@ -256,7 +280,7 @@ def _from_anywhere(spec: str) -> tuple[str, list[Path]]:
         options.append(option)
     reads = roots if path is None else [path, *roots]
     if path is not None and source in TABLES and not roots:
-        # The files that a table names lie beside it.
+        # The files that a table names are beside it.
         reads = [path.parent]
     named = f"{source}:{path or before}" if argument else spec
     return named + (f"?{'&'.join(options)}" if options else ""), reads

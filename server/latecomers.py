@@ -1,25 +1,30 @@
-"""Sites that connect, are lost or return while a run goes on."""
+"""Sites that connect, disconnect or return during a run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flwr.app import Message, RecordDict
 
-from fedhead.messages import DESCRIBE, INSTALL, STANDARDISE, Description, MessageError, payload_bytes
-from fedhead.server.exchange import UNREACHABLE, Exchange, Messenger
-from fedhead.server.roster import INSTALLING, Roster
+from fedhead.protocol.actions import DESCRIBE, INSTALL, MAP, STANDARDISE
+from fedhead.protocol.messages import Description, MessageError, payload_bytes
+from fedhead.server.exchange import Exchange
+from fedhead.server.installing import INSTALLING
+from fedhead.server.messenger import UNREACHABLE, Messenger
+from fedhead.server.roster import Roster
+from fedhead.wording import one_line
 
 
 @dataclass
 class _Arrival:
-    """A site on its way into a run.
+    """A site that is joining a run.
 
     Attributes:
-        node_id: where it is.
-        offset: where the chunk of weights begins that was sent last; None before the first.
-        lacking: whether it waits to be sent the weights.
-        installing: whether it is being sent them.
-        description: what it said of itself when it had the weights.
+        node_id: its node.
+        offset: the offset of the last chunk of weights that was sent; None before the first.
+        lacking: whether it waits for the weights.
+        installing: whether the weights are being sent to it.
+        description: its description, once it has the weights.
         ready: whether it may take part.
+        told: the messages of the introduction that it was sent, by action.
     """
 
     node_id: int
@@ -28,41 +33,43 @@ class _Arrival:
     installing: bool = False
     description: Description | None = None
     ready: bool = False
+    told: dict[str, RecordDict] = field(default_factory=dict)
 
 
 class Latecomers:
-    """Brings sites into a running run without anybody waiting for them.
+    """Admits sites to a running run without making other sites wait.
 
-    A site that connects late, or returns, is told of the run, given the weights where it lacks them, and told how
-    features are standardised; it takes part in the next round after that. Its sums are not asked for: the statistics,
-    the standardisation and the head solved from them stay those of the sites that the run began with.
+    A site that connects late, or returns, receives the manifest, the weights if it lacks them, the map of features
+    and the standardisation; it takes part in the next round. Its sums are not requested: the statistics, the
+    standardisation and the solved head remain those of the sites that the run began with.
 
     Args:
         messenger: reaches the sites.
         roster: the sites that take part.
 
     Attributes:
-        standardise: tells a site how features are standardised; None before that is known.
-        received: how many bytes of weights have arrived at sites.
+        introduction: the messages that follow the manifest, by action: the map of features if there is one, and their
+            mean and scale once they are known.
+        received: bytes of weights that have arrived at sites, each counted once.
     """
 
     def __init__(self, messenger: Messenger, roster: Roster) -> None:
-        self.standardise: RecordDict | None = None
+        self.introduction: dict[str, RecordDict] = {}
         self.received = 0
         self._messenger = messenger
         self._roster = roster
         self._arriving: dict[int, _Arrival] = {}
-        self._traffic = Exchange()
+        self._reached: dict[int, int] = {}
+        self._exchange = Exchange()
 
-    def welcome(self, server_round: int, exchange: Exchange) -> list[str]:
-        """Go on without sites that are gone, meet those that came, and admit those that are ready by now.
+    def welcome(self, server_round: int) -> Exchange:
+        """Drop sites that are gone, contact those that connected, and admit those that are ready.
 
         Args:
             server_round: the next round.
-            exchange: takes the traffic so far.
 
         Returns:
-            The names of those that are admitted.
+            The traffic since the last call, and the sites that are admitted as `joined`.
         """
         connected = set(self._messenger.grid.get_node_ids())
         for site, node_id in list(self._roster.nodes.items()):
@@ -73,22 +80,26 @@ class Latecomers:
         for node_id in sorted(connected - known):
             self._arriving[node_id] = _Arrival(node_id)
             self._send(self._arriving[node_id], DESCRIBE, self._roster.description())
-        admitted = []
+        exchange = self._exchange
         for arrival in list(self._arriving.values()):
             if arrival.node_id not in connected:
                 del self._arriving[arrival.node_id]
             elif arrival.ready and arrival.description is not None:
+                # The run may have gone on since.
+                self._introduce(arrival)
+                if not arrival.ready:
+                    continue
                 del self._arriving[arrival.node_id]
                 self._roster.admit(arrival.description, arrival.node_id, server_round)
-                admitted.append(arrival.description.site)
+                exchange.joined.append(arrival.description.site)
         self._install()
-        exchange.add_traffic(self._traffic)
-        self._traffic = Exchange()
+        self._exchange = Exchange()
         self._roster.tell()
-        return sorted(admitted)
+        exchange.joined.sort()
+        return exchange
 
     def _install(self) -> None:
-        """Begin to send the weights to those that lack them, to a few at a time."""
+        """Begin to send the weights to sites that lack them, to a few at a time."""
         free = INSTALLING - sum(arrival.installing for arrival in self._arriving.values())
         waiting = [arrival for arrival in self._arriving.values() if arrival.lacking]
         for arrival in waiting[: max(free, 0)]:
@@ -102,20 +113,23 @@ class Latecomers:
             if self._arriving.get(arrival.node_id) is not arrival:
                 return
             if reply.has_error():
-                self._turn_away(arrival, reply.error.reason or "It failed.", for_good=reply.error.code != UNREACHABLE)
+                reason = one_line(reply.error.reason or "It failed.")
+                self._turn_away(arrival, reason, for_good=reply.error.code != UNREACHABLE)
                 return
             try:
-                self._messenger.receive((site,), action, payload_bytes(reply.content), self._traffic)
+                count = payload_bytes(reply.content)
+                self._messenger.traffic.received((site,), action, count)
+                self._exchange.bytes_up += count
                 self._go_on(arrival, action, reply.content)
             except MessageError as error:
-                self._turn_away(arrival, str(error))
+                self._turn_away(arrival, one_line(str(error)))
 
-        self._messenger.post(site, arrival.node_id, action, content, self._traffic, handle)
+        self._exchange.bytes_down += self._messenger.post(site, arrival.node_id, action, content, handle)
 
     def _go_on(self, arrival: _Arrival, action: str, content: RecordDict) -> None:
-        """Take the next step with a site that answered to `action`."""
-        if action == STANDARDISE:
-            arrival.ready = True
+        """Take the next step with a site that answered `action`."""
+        if action in (MAP, STANDARDISE):
+            self._introduce(arrival)
             return
         answer = Description.from_content(content)
         verdict = self._roster.judge(answer, arrival.node_id, arrival.offset)
@@ -123,19 +137,32 @@ class Latecomers:
             self._turn_away(arrival)
         elif verdict == "fit":
             arrival.description, arrival.installing = answer, False
-            if self.standardise is None:
-                arrival.ready = True
-            else:
-                self._send(arrival, STANDARDISE, self.standardise)
+            self._introduce(arrival)
         elif action == DESCRIBE:
             arrival.lacking = True
         else:
-            self.received += answer.received - (arrival.offset or 0)
+            self._note_received(arrival.node_id, answer.received)
             arrival.offset = answer.received
             self._send(arrival, INSTALL, self._roster.weights.chunk(answer.received))
 
+    def _introduce(self, arrival: _Arrival) -> None:
+        """Send the next message of the introduction; after the last one, the site may take part."""
+        for action, content in self.introduction.items():
+            if arrival.told.get(action) is not content:
+                arrival.told[action], arrival.ready = content, False
+                self._send(arrival, action, content)
+                return
+        arrival.ready = True
+
+    def _note_received(self, node_id: int, received: int) -> None:
+        """Count bytes once, as a site that connects again and again must not prolong the wait for others."""
+        more = min(received, self._roster.weights.size) - self._reached.get(node_id, 0)
+        if more > 0:
+            self.received += more
+            self._reached[node_id] = self._reached.get(node_id, 0) + more
+
     def _turn_away(self, arrival: _Arrival, reason: str = "", *, for_good: bool = True) -> None:
-        """Give a site up: until it connects anew, or only for now."""
+        """Turn a site away until it reconnects, or only for now."""
         del self._arriving[arrival.node_id]
         if for_good:
             self._roster.turned_away.add(arrival.node_id)

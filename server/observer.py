@@ -1,19 +1,25 @@
-"""Who wants to know what happens in a run: live tables, status files, reports, trackers."""
+"""Observers of a run: live tables, status files, reports, trackers."""
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from fedhead.config import RunConfig
-from fedhead.server.history import Outcome, Round
+from fedhead.server.runs.history import Outcome, Round
+
+logger = logging.getLogger(__name__)
 
 Step = Literal["describe", "install", "statistics", "standardise", "train", "evaluate", "finish"]
-"""What the coordinator asks of the sites; `train` comes once for each round."""
+"""Steps of a run, in order; `train` is repeated in each round."""
+
+Phase = Literal["open", "mask", "agree", "unmask"]
+"""Exchanges of a secure sum, in order: keys, masked sums, the survivors, and the shares that remove their masks."""
 
 Standing = Literal["described", "lacking", "ready", "lost", "refused"]
-"""How a site stands: it was told of the run; it lacks the backbone's weights; it takes part; it did not answer or is
-gone, and takes part again once it answers; it cannot take part."""
+"""State of a site: it knows of the run; it lacks the backbone's weights; it takes part; it is gone or silent, and takes
+part again once it answers; it cannot take part."""
 
 
 @dataclass(frozen=True)
@@ -22,11 +28,12 @@ class SiteState:
 
     Attributes:
         standing: see `Standing`.
-        rows: how many it said that it has.
-        weights: the share of the backbone's weights that is there, 0 to 1.
-        reason: why it is lost or refused, in a sentence.
-        joined: the round from which it takes part: 0 if from the start.
+        rows: the number of rows that it claims.
+        weights: the share of the backbone's weights that it has received, 0 to 1.
+        reason: the reason why it is lost or refused, a sentence.
+        joined: the first round that it takes part in; 0 from the start.
         seen: `time.time()` of its last answer; 0.0 before the first.
+        steps: a sentence for each step that its replies pass, as it describes them.
     """
 
     standing: Standing
@@ -35,25 +42,29 @@ class SiteState:
     reason: str = ""
     joined: int = 0
     seen: float = 0.0
+    steps: tuple[str, ...] = ()
 
 
 class Observer:
-    """Is told what happens in a run, in the coordinator's thread; override what you want to know.
+    """Receives the events of a run, in the coordinator's thread; override the methods for the events you need.
 
-    What an observer raises ends the run, as a failure of the coordinator's own would.
+    An exception from an observer ends the run, except from `on_failed`, where it is logged.
     """
 
     def on_started(self, config: RunConfig, run_dir: Path | None) -> None:
-        """A run starts, or is resumed; `run_dir` is its folder, where it has one."""
+        """A run starts or resumes; `run_dir` is its folder, if it has one."""
 
     def on_step(self, step: Step, server_round: int) -> None:
-        """The coordinator turns to a step, for the head of `server_round` (0 before rounds)."""
+        """The coordinator begins a step, for the head of `server_round` (0 before rounds)."""
+
+    def on_phase(self, phase: Phase) -> None:
+        """A secure sum of the current step begins one of its exchanges."""
 
     def on_sites(self, sites: Mapping[str, SiteState]) -> None:
-        """Something changed about the sites, all of which are given, by name."""
+        """The state of a site has changed; `sites` has all of them by name."""
 
     def on_waiting(self, reason: str) -> None:
-        """The run cannot go on before more sites are there; `reason` is a sentence."""
+        """The run waits for more sites; `reason` is a sentence."""
 
     def on_round(self, finished: Round) -> None:
         """A head has been made and evaluated."""
@@ -62,7 +73,7 @@ class Observer:
         """The run is complete, and so is its folder."""
 
     def on_failed(self, error: BaseException) -> None:
-        """The run ends with `error`, an interruption included; what is in its folder stays."""
+        """The run ends with `error`, which may be an interruption; its folder keeps its content."""
 
 
 class EachRound(Observer):
@@ -89,6 +100,10 @@ class Observers(Observer):
         for observer in self._observers:
             observer.on_step(step, server_round)
 
+    def on_phase(self, phase: Phase) -> None:
+        for observer in self._observers:
+            observer.on_phase(phase)
+
     def on_sites(self, sites: Mapping[str, SiteState]) -> None:
         for observer in self._observers:
             observer.on_sites(sites)
@@ -107,4 +122,8 @@ class Observers(Observer):
 
     def on_failed(self, error: BaseException) -> None:
         for observer in self._observers:
-            observer.on_failed(error)
+            try:
+                observer.on_failed(error)
+            # The run's own error is the one to report.
+            except Exception:
+                logger.exception("%s failed after the run's own failure.", type(observer).__name__)

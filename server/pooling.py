@@ -1,172 +1,190 @@
-"""Sums of the sites' features, folded into one as they come."""
+"""The sums of the sites' features, pooled."""
 
-from collections.abc import Iterator
-from typing import TypeVar
+from collections.abc import Callable, Collection
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 from flwr.app import RecordDict
 
-from fedhead.errors import FedheadError
-from fedhead.messages import (
-    SITE_COUNTS,
-    STANDARDISE,
-    STATISTICS,
-    Manifest,
-    MessageError,
-    Payload,
-    StatisticsRequest,
-    payload_bytes,
-    single_bytes,
-)
-from fedhead.moments import FeatureMoments
-from fedhead.server.exchange import Exchange, Messenger
+from fedhead.heads import FeatureMap
+from fedhead.protocol.actions import MAP, STANDARDISE, STATISTICS
+from fedhead.protocol.mapping import MapRequest
+from fedhead.protocol.messages import SITE_COUNTS, Manifest, Payload, StatisticsRequest
+from fedhead.server.collect import Collected, Each, Question, collect
+from fedhead.server.exchange import Exchange
+from fedhead.server.messenger import Messenger
 from fedhead.server.roster import Roster
 from fedhead.server.site_sums import SiteSums
-from fedhead.statistics import FeatureStatistics, origin_of
+from fedhead.server.timeout import Timeout
+from fedhead.sums.features import FeatureStatistics
+from fedhead.sums.moments import FeatureMoments
+from fedhead.sums.projection import origin_of
+from fedhead.sums.sums import Arrays, Sums
+from fedhead.tasks import Task
 
-Sums = TypeVar("Sums", FeatureStatistics, FeatureMoments)
+S = TypeVar("S", bound=Sums)
 
 
 class Pooling:
-    """Asks the sites for sums, and adds them.
+    """Asks the sites for sums of their features, and adds them.
 
     Args:
         messenger: reaches the sites.
         manifest: of the run.
         roster: the sites that take part.
-        probe: the features `[PROBES, d]` of the probe, which sums are about the mean of.
+        probe: the features `[PROBES, d]` of the probe; sums are about their mean.
         sums: where each site's statistics are kept, if anywhere.
+        task: of the run.
 
     Attributes:
-        counts: each site's training rows by class, `[C]`, once statistics were summed.
+        counts: each site's training rows by class, `[C]`, once statistics were summed; `[0]` under secure summation,
+            where they are unknown.
+        mapping: of the features, as the sites were told.
+        wait: waits for enough sites after a secure sum that too few finished, and returns the traffic of those that
+            came; None if nobody waits.
     """
 
     def __init__(
-        self, messenger: Messenger, manifest: Manifest, roster: Roster, probe: torch.Tensor, sums: SiteSums | None
+        self,
+        messenger: Messenger,
+        manifest: Manifest,
+        roster: Roster,
+        probe: torch.Tensor,
+        sums: SiteSums | None,
+        task: Task,
     ) -> None:
         self.counts: dict[str, torch.Tensor] = {}
+        self.mapping: FeatureMap | None = None
+        self.wait: Callable[[Exchange, Timeout], Exchange] | None = None
+        self._map_digest = ""
         self._messenger = messenger
         self._manifest = manifest
         self._roster = roster
         self._probe = probe
         self._kept = sums
+        self._task = task
 
-    def statistics(self, request: StatisticsRequest, exchange: Exchange) -> FeatureStatistics:
-        """Return the sum of the sites' statistics, and keep each site's own.
+    def statistics(
+        self, request: StatisticsRequest, *, into: SiteSums | Literal["folder"] | None = "folder"
+    ) -> Collected[FeatureStatistics]:
+        """Return the sum of the sites' statistics, and keep each site's own: in the run's folder, or `into` another.
 
         Raises:
-            FedheadError: if not one site's could be used.
+            FedheadError: if no site's statistics could be used.
         """
-        used = 0
-        origin = origin_of(self._probe, self._manifest.seed)
-        classes = len(self._manifest.classes)
-        total = FeatureStatistics.empty(len(origin), classes, origin, multi_label=self._manifest.multi_label)
-        for names, tensors in self._sums(request, exchange):
-            try:
-                counts = _site_counts(tensors, len(names), classes)
-                stats = FeatureStatistics.from_tensors(tensors)
-                alike = stats.multi_label == self._manifest.multi_label
-                self._vouch(names, stats.rows, stats.num_classes == classes and alike)
-                total += stats
-            except ValueError as error:
-                for name in names:
-                    exchange.drop(name, str(error))
-                continue
-            used += 1
-            if self._kept is not None:
-                (name,) = names
-                self._kept.save(name, request.rows, stats)
+        origin = self._origin()
+        kept = self._kept if into == "folder" else into
+        question = Question(
+            STATISTICS,
+            self._named(request).payload().to_content(),
+            self._task.statistics(len(origin), origin),
+            together=kept is None,
+            beside=(SITE_COUNTS,),
+        )
+
+        def note(sites: tuple[str, ...], stats: FeatureStatistics, beside: Arrays) -> None:
+            if self._messenger.summation is not None:
+                return
+            counts = self._site_counts(sites, stats, beside)
+            if kept is not None:
+                (site,) = sites
+                kept.save(site, request.rows, stats)
             if request.rows == "train":
-                self.counts.update(zip(names, [stats.counts] if counts is None else counts, strict=True))
-        return _at_least_one(total if used else None, exchange)
+                self.counts.update(zip(sites, counts, strict=True))
+
+        # Of a site that came late no training rows were summed, and so no others are.
+        collected = self._summed(question, note, known=request.rows == "held_out")
+        if self._messenger.summation is not None and request.rows == "train":
+            self.counts.update({site: torch.zeros(0, dtype=torch.int64) for site in collected.sites})
+        return collected
 
     def forget(self) -> None:
-        """Forget the statistics that were summed, to sum them again of other sites."""
+        """Forget the statistics that were summed, before those of other sites are summed."""
         self.counts.clear()
         if self._kept is not None:
             self._kept.clear()
 
-    def moments(self, exchange: Exchange) -> FeatureMoments:
+    def remove(self, sites: Collection[str]) -> None:
+        """Forget the statistics of some sites."""
+        for site in sites:
+            self.counts.pop(site, None)
+        if self._kept is not None:
+            self._kept.remove(sites)
+
+    def moments(self) -> Collected[FeatureMoments]:
         """Return the sum of the sites' moments.
 
         Raises:
-            FedheadError: if not one site's could be used.
+            FedheadError: if no site's moments could be used.
         """
-        origin = self._probe.mean(0)
-        total: FeatureMoments | None = None
-        for names, tensors in self._sums(StatisticsRequest(what="moments"), exchange):
-            try:
-                moments = FeatureMoments.from_tensors(tensors, origin)
-                self._vouch(names, moments.rows, True)
-                total = moments if total is None else total + moments
-            except ValueError as error:
-                for name in names:
-                    exchange.drop(name, str(error))
-        return _at_least_one(total, exchange)
+        plain = self._probe.mean(0) if self.mapping is None else self._origin()
+        nothing = FeatureMoments.empty(self._task.origin_to_standardise(plain))
+        content = self._named(StatisticsRequest(what="moments")).payload().to_content()
+        return self._summed(Question(STATISTICS, content, nothing))
 
-    def tell(self, standardisation: tuple[torch.Tensor, torch.Tensor], exchange: Exchange) -> None:
-        """Tell the sites the mean and scale `[d]` that heads are trained under."""
-        content = standardise_content(standardisation)
-        for names, answer in self._messenger.ask_together(self._roster.nodes, STANDARDISE, content, exchange):
-            try:
-                self._messenger.receive(names, STANDARDISE, payload_bytes(answer) * len(names), exchange)
-            except MessageError as error:
-                for name in names:
-                    exchange.drop(name, str(error))
+    def _summed(self, question: Question[S], each: Each[S] | None = None, *, known: bool = False) -> Collected[S]:
+        """Ask all sites for sums, or those whose statistics are `known`; a secure sum until enough sites finish it.
 
-    def _sums(
-        self, request: StatisticsRequest, exchange: Exchange
-    ) -> Iterator[tuple[tuple[str, ...], dict[str, torch.Tensor]]]:
-        """Yield sums and whose they are: of one site, where its own are kept."""
-        content = Payload(request.model_dump()).to_content()
-        nodes = self._roster.nodes
-        if request.rows == "held_out":
-            # Of a site that came late no training rows were summed, and so no others are.
-            nodes = {name: node for name, node in nodes.items() if name in self.counts}
-        answers: Iterator[tuple[tuple[str, ...], RecordDict]]
-        if self._kept is not None and request.what == "gram":
-            asked = self._messenger.ask(nodes, STATISTICS, content, exchange)
-            answers = (((name,), answer) for name, answer in asked)
-        else:
-            answers = self._messenger.ask_together(nodes, STATISTICS, content, exchange)
-        for names, answer in answers:
-            try:
-                arrays = Payload.from_content(answer).arrays
-                self._messenger.receive(names, STATISTICS, single_bytes(answer), exchange)
-            except MessageError as error:
-                for name in names:
-                    exchange.drop(name, str(error))
-                continue
-            yield names, {key: torch.from_numpy(np.array(array)) for key, array in arrays.items()}
+        Raises:
+            FedheadError: if no reply could be used, or too few sites finished until the deadline had passed.
+        """
+        timeout, spent = Timeout(self._messenger.deadline), Exchange()
+        while True:
+            nodes = {name: node for name, node in self._roster.nodes.items() if not known or name in self.counts}
+            collected = collect(self._messenger, nodes, question, self._roster.rows, each)
+            collected.exchange.add_traffic(spent)
+            if collected.replies or self._messenger.summation is None or self.wait is None:
+                collected.require_one()
+                return collected
+            spent = Exchange()
+            spent.add_traffic(collected.exchange)
+            spent.add_traffic(self.wait(collected.exchange, timeout))
 
-    def _vouch(self, names: tuple[str, ...], rows: int, fits: bool) -> None:
-        known = sum(self._roster.rows[name] for name in names)
-        if rows > known:
-            raise ValueError(f"it sums {rows} rows, of {known} that it has")
-        if not fits:
-            raise ValueError("its statistics are of other classes")
+    def map(self, request: MapRequest) -> Exchange:
+        """Have the sites map their features before all sums and heads from now on."""
+        self._map_digest = request.digest
+        self.mapping = request.build(self._manifest.num_features, self._manifest.seed)
+        return self._messenger.ask(
+            self._roster.nodes, MAP, request.payload().to_content(), lambda reply: None, together=False
+        )
+
+    def _named(self, request: StatisticsRequest) -> StatisticsRequest:
+        """Return the request with the digest of the map of features."""
+        return request.model_copy(update={"map": self._map_digest})
+
+    def _origin(self) -> torch.Tensor:
+        return origin_of(self._probe, self._manifest.seed, self.mapping)
+
+    def announce(self, standardisation: RecordDict) -> Exchange:
+        """Send the sites the mean and scale that heads are trained under."""
+        return self._messenger.ask(self._roster.nodes, STANDARDISE, standardisation, lambda reply: None)
+
+    def _site_counts(self, sites: tuple[str, ...], stats: FeatureStatistics, beside: Arrays) -> list[torch.Tensor]:
+        """Return the rows of each site by class.
+
+        Raises:
+            ValueError: if a merged reply has them in another form.
+        """
+        counts = beside.get(SITE_COUNTS)
+        if counts is None and len(sites) == 1:
+            return [self._task.counts_of(stats)]
+        shape = (len(sites), len(self._task.counted))
+        if counts is None or counts.shape != shape or counts.dtype != np.int64:
+            raise ValueError("it counts rows for other sites than its own")
+        return list(torch.from_numpy(np.array(counts)))
 
 
-def _site_counts(tensors: dict[str, torch.Tensor], sites: int, classes: int) -> torch.Tensor | None:
-    """Take what is told of each of several sites out of `tensors`.
+def standardise_content(
+    standardisation: tuple[torch.Tensor, torch.Tensor], targets: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> RecordDict:
+    """Return the message with the mean and scale that heads are trained under.
 
-    Raises:
-        ValueError: if it is not of them.
+    Args:
+        standardisation: of the features, `[d]` each.
+        targets: of real targets, `[C]` each.
     """
-    counts = tensors.pop(SITE_COUNTS, None)
-    if counts is not None and (counts.shape != (sites, classes) or counts.dtype != torch.int64):
-        raise ValueError("it counts rows for other sites than its own")
-    return counts
-
-
-def _at_least_one(total: Sums | None, exchange: Exchange) -> Sums:
-    if total is None:
-        raise FedheadError(f"Not one site's statistics could be used.{exchange.first_reasons()}")
-    return total
-
-
-def standardise_content(standardisation: tuple[torch.Tensor, torch.Tensor]) -> RecordDict:
-    """Return what tells a site the mean and scale `[d]` that heads are trained under."""
-    mean, scale = (part.float().numpy() for part in standardisation)
-    return Payload({}, {"mean": mean, "scale": scale}).to_content()
+    arrays = dict(zip(("mean", "scale"), standardisation, strict=True))
+    if targets is not None:
+        arrays |= zip(("target_mean", "target_scale"), targets, strict=True)
+    return Payload({}, {name: value.float().numpy() for name, value in arrays.items()}).to_content()

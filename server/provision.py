@@ -3,50 +3,49 @@
 A folder of kits is laid out as::
 
     kit/ca.pem, kit/ca.key          the private certificate authority; its key stays with who provisions
-    kit/coordinator/                 server.pem, server.key, ca.pem, sites.toml, coordinator.toml
-    kit/NAME/                        site.toml, ca.pem, key.pem, key.pub
+    kit/roster.key                   the key that signs the roster of secure sums; it stays there, too
+    kit/coordinator/                 server.pem, server.key, ca.pem, sites.toml, coordinator.toml, roster.toml
+    kit/NAME/                        site.toml, ca.pem, key.pem, key.pub, sealing.key, roster.toml
 
 `coordinator/` and each `NAME/` are complete in themselves, to be copied to the machine they are for.
 """
 
-import ipaddress
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
 import tomli_w
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from pydantic import ValidationError
 
 from fedhead.addresses import split_address
 from fedhead.certificates import expiry_warning, valid_until
+from fedhead.config import RunConfig
 from fedhead.errors import UserError
 from fedhead.files import safe_name, write_atomically
-from fedhead.messages import CALIBRATE, COMPARE, DESCRIBE, EVALUATE, INSTALL, REPORT, STANDARDISE, STATISTICS, TRAIN
+from fedhead.protocol.actions import ACTIONS
+from fedhead.protocol.fields import wrong_fields
+from fedhead.secure.masks import new_private_key, public_key
+from fedhead.secure.roster import Member, Roster, encode, signing_text
+from fedhead.server.authority import (
+    alternative_name,
+    authority_certificate,
+    pem,
+    write_private,
+    write_public,
+    write_server,
+)
+from fedhead.server.network.limits import ConnectionLimits
+from fedhead.server.rosters import authority_key, member_of, sign_roster
 
-AUTHORITY_DAYS = 3650
 SERVER_DAYS = 730
-_BEFORE = timedelta(hours=1)
-"""Certificates are valid from a little before they are made, since clocks differ."""
-_RESERVED = "coordinator"
-
-ACTIONS: Mapping[str, str] = {
-    DESCRIBE: "say whether it can take part, and with how many rows",
-    INSTALL: "take in the backbone's weights",
-    STATISTICS: "send sums over its rows: counts, class sums and the Gram matrix of features",
-    STANDARDISE: "take in the pooled mean and scale",
-    TRAIN: "train a head and send it",
-    EVALUATE: "count how a head does on held-out rows",
-    REPORT: "the same in detail, for the report",
-    CALIBRATE: "sum how far a head's probabilities come true on held-out rows",
-    COMPARE: "compare three heads on held-out rows, for the diagnosis",
-}
-"""What a coordinator may ask of a site; its `site.toml` lists what it permits."""
+COORDINATOR = "coordinator"
+ROSTER, ROSTER_KEY = "roster.toml", "roster.key"
 
 
 @dataclass(frozen=True)
@@ -54,11 +53,12 @@ class CoordinatorKit:
     """What a coordinator knows and shows.
 
     Attributes:
-        folder: where it lies.
+        folder: that holds it.
         address: `HOST:PORT` that sites connect to.
         listen: `HOST:PORT` that the coordinator listens on.
         sites: each registered site's public key, as PEM, by name.
         revoked: the names of those that are no longer, by public key.
+        connections: limits on their number.
     """
 
     folder: Path
@@ -66,6 +66,7 @@ class CoordinatorKit:
     listen: str
     sites: Mapping[str, bytes]
     revoked: Mapping[bytes, str]
+    connections: ConnectionLimits = field(default_factory=ConnectionLimits)
 
     @property
     def certificate(self) -> Path:
@@ -81,6 +82,16 @@ class CoordinatorKit:
     def registry(self) -> Path:
         """The file that lists the sites."""
         return self.folder / "sites.toml"
+
+    @property
+    def members(self) -> Roster | None:
+        """The sites' keys for secure summation; None without `roster.toml`.
+
+        Raises:
+            UserError: if the file cannot be read.
+        """
+        path = self.folder / ROSTER
+        return Roster.read(path) if path.is_file() else None
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -101,6 +112,10 @@ class CoordinatorKit:
             address, listen = str(settings["address"]), str(settings["listen"])
             sites = {str(name): _canonical(key) for name, key in registry.get("sites", {}).items()}
             revoked = {_canonical(entry["key"]): str(entry["site"]) for entry in registry.get("revoked", [])}
+            connections = ConnectionLimits(**settings.get("connections", {}))
+        except ValidationError as error:
+            where = f"[connections] in {folder / 'coordinator.toml'}"
+            raise UserError(f"{where} has settings that do not exist or do not fit: {wrong_fields(error)}.") from None
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{folder} is not a coordinator's kit as fedhead provision writes it ({error}).") from None
         for name in sites:
@@ -109,7 +124,13 @@ class CoordinatorKit:
             raise UserError(f"{folder / 'sites.toml'} registers one key for two sites; each needs its own.")
         split_address(address)
         split_address(listen)
-        return cls(folder, address, listen, sites, revoked)
+        return cls(folder, address, listen, sites, revoked, connections)
+
+    def completed(self, config: RunConfig) -> RunConfig:
+        """Return a configuration that needs every registered site, unless it sets how many it needs."""
+        if not self.sites or "min_sites" in config.model_fields_set:
+            return config
+        return config.changed({"min_sites": len(self.sites)})
 
     def write_registry(self) -> None:
         """Write `sites.toml`."""
@@ -127,15 +148,17 @@ def provision(
     sites: Sequence[str],
     also: Sequence[str] = (),
     days: int = SERVER_DAYS,
+    backbones: Mapping[str, str] | None = None,
 ) -> CoordinatorKit:
     """Make a certificate authority, the coordinator's kit and one for each site.
 
     Args:
         out: a new or empty folder.
         coordinator: `HOST:PORT` that sites connect to.
-        sites: their names.
+        sites: their names; others may be added later.
         also: further names or addresses of the coordinator, for its certificate.
         days: for how long that certificate is valid.
+        backbones: that the sites' kits allow, each with its comment; see `backbones_of`.
 
     Raises:
         UserError: if the folder holds something, or a name or address cannot be used.
@@ -145,48 +168,122 @@ def provision(
     host, port = split_address(coordinator)
     if port == 0:
         raise UserError(f"{coordinator!r} names no port; expected HOST:PORT, as in coord.example.org:9092.")
-    _check_new_names(sites, ())
+    if sites:
+        check_new_names(sites, ())
     for name in (host, *also):
-        _alternative(name)
-    authority_key = ec.generate_private_key(ec.SECP384R1())
-    authority = _authority_certificate(authority_key)
-    _write_private(out / "ca.key", authority_key)
-    _write_public(out / "ca.pem", _pem(authority))
-    folder = out / _RESERVED
-    _write_public(folder / "ca.pem", _pem(authority))
-    _write_server(folder, host, also, days, authority, authority_key)
+        alternative_name(name)
+    ca_key = ec.generate_private_key(ec.SECP384R1())
+    authority = authority_certificate(ca_key)
+    write_private(out / "ca.key", ca_key)
+    write_public(out / "ca.pem", pem(authority))
+    authority_key(out / ROSTER_KEY, make=True)
+    folder = out / COORDINATOR
+    write_public(folder / "ca.pem", pem(authority))
+    write_server(folder, host, also, days, authority, ca_key)
     listen = f"[::]:{port}" if ":" in host else f"0.0.0.0:{port}"
-    _write_public(
-        folder / "coordinator.toml", _COORDINATOR.format(address=_quoted(coordinator), listen=listen).encode()
-    )
+    write_public(folder / "coordinator.toml", _COORDINATOR.format(address=_quoted(coordinator), listen=listen).encode())
     kit = CoordinatorKit(folder, coordinator, listen, {}, {})
     kit.write_registry()
-    return add_sites(out, sites)
+    return add_sites(out, sites, backbones) if sites else kit
 
 
-def add_sites(out: Path, names: Sequence[str]) -> CoordinatorKit:
+def backbones_of(config: RunConfig) -> dict[str, str]:
+    """Return what sites must allow for a run, as `[backbones] allow` takes it, each with a comment.
+
+    Raises:
+        FedheadError: if the backbone's weights are not available here.
+    """
+    from fedhead.backbones import load_backbone
+    from fedhead.backbones.weights import PACKAGED
+
+    if config.backbone.startswith("python:"):
+        return {config.backbone: "a function that the site calls"}
+    if config.backbone == "identity" or (config.backbone.startswith(PACKAGED) and config.weights == "default"):
+        return {}
+    backbone = load_backbone(config.backbone, weights=config.weights, layer=config.layer, seed=config.seed)
+    weights = "" if backbone.trained else ", random weights"
+    return {f"sha256:{backbone.weights_digest}": f"{backbone.spec}, layer {backbone.layer}{weights}"}
+
+
+def add_sites(out: Path, names: Sequence[str], backbones: Mapping[str, str] | None = None) -> CoordinatorKit:
     """Make a kit for each further site, and register its key.
 
     Raises:
         UserError: if `out` is no folder of kits, or a name is taken or cannot be used.
     """
-    kit = CoordinatorKit.read(out / _RESERVED)
-    _check_new_names(names, kit.sites)
-    for name in names:
+    kit = CoordinatorKit.read(out / COORDINATOR)
+    check_new_names(names, kit.sites)
+    # Each request is signed: with P-384 that would take most of the coordinator's time.
+    keys = {name: ec.generate_private_key(ec.SECP256R1()) for name in names}
+    public = {
+        name: key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+        for name, key in keys.items()
+    }
+    kit = register(out, kit, public, backbones)
+    members = {}
+    for name, key in keys.items():
+        write_private(out / name / "key.pem", key)
+        sealing = new_private_key()
+        write_atomically(out / name / "sealing.key", encode(sealing))
+        members[name] = member_of(public[name], public_key(sealing))
+    update_rosters(out, members)
+    return kit
+
+
+def update_rosters(out: Path, add: Mapping[str, Member], remove: Sequence[str] = ()) -> bool:
+    """Change the roster of secure sums in all kits, and return whether it is signed with the key here.
+
+    Nothing is changed if the key is not in `out`, or the coordinator has the roster of another authority.
+
+    Args:
+        out: the folder of kits.
+        add: sites to add.
+        remove: names of sites to remove, those that are in the roster.
+
+    Raises:
+        UserError: if the roster or the key cannot be read, or two sites have the same key.
+    """
+    path = out / COORDINATOR / ROSTER
+    before = Roster.read(path) if path.exists() else None
+    if not (out / ROSTER_KEY).exists():
+        return False
+    key = authority_key(out / ROSTER_KEY)
+    if before is not None and before.authority != signing_text(key.public_key()):
+        return False
+    known = set() if before is None else set(before.sites)
+    gone = [name for name in remove if name in known]
+    if known - set(gone) or add:
+        roster = sign_roster(path, key, add, gone)
+        for name in roster.sites:
+            if (out / name).is_dir():
+                write_public(out / name / ROSTER, roster.to_toml().encode())
+    elif gone:
+        path.unlink()
+    return True
+
+
+def register(
+    out: Path, kit: CoordinatorKit, keys: Mapping[str, bytes], backbones: Mapping[str, str] | None = None
+) -> CoordinatorKit:
+    """Register sites' public keys, and make each a kit without its private key.
+
+    Args:
+        out: the folder of kits.
+        kit: the coordinator's.
+        keys: as PEM, by the names of new sites.
+        backbones: that their kits allow, each with its comment.
+
+    Raises:
+        UserError: if there is a kit of a name already.
+    """
+    for name in keys:
         if (out / name).exists():
             raise UserError(f"{out / name} exists already; move the old kit of {name} away first.")
-    keys = {}
-    for name in names:
+    for name, key in keys.items():
         folder = out / name
-        # Each request is signed: with P-384 that would take most of the coordinator's time.
-        private = ec.generate_private_key(ec.SECP256R1())
-        keys[name] = private.public_key().public_bytes(
-            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-        )
-        _write_private(folder / "key.pem", private)
-        _write_public(folder / "key.pub", keys[name])
-        _write_public(folder / "ca.pem", (out / _RESERVED / "ca.pem").read_bytes())
-        _write_public(folder / "site.toml", site_settings(name, kit.address).encode())
+        write_public(folder / "key.pub", key)
+        write_public(folder / "ca.pem", (out / COORDINATOR / "ca.pem").read_bytes())
+        write_public(folder / "site.toml", site_settings(name, kit.address, backbones or {}).encode())
     kit = replace(kit, sites={**kit.sites, **keys})
     kit.write_registry()
     return kit
@@ -198,7 +295,7 @@ def revoke(out: Path, names: Sequence[str]) -> CoordinatorKit:
     Raises:
         UserError: if a site is not registered.
     """
-    kit = CoordinatorKit.read(out / _RESERVED)
+    kit = CoordinatorKit.read(out / COORDINATOR)
     for name in names:
         if name not in kit.sites:
             raise UserError(f"{name!r} is not registered in {kit.registry}; it has {', '.join(sorted(kit.sites))}.")
@@ -209,6 +306,7 @@ def revoke(out: Path, names: Sequence[str]) -> CoordinatorKit:
         revoked={**kit.revoked, **gone},
     )
     kit.write_registry()
+    update_rosters(out, {}, names)
     return kit
 
 
@@ -218,7 +316,7 @@ def renew(out: Path, also: Sequence[str] = (), days: int = SERVER_DAYS) -> Coord
     Raises:
         UserError: if the certificate authority's key is not in `out`.
     """
-    kit = CoordinatorKit.read(out / _RESERVED)
+    kit = CoordinatorKit.read(out / COORDINATOR)
     try:
         key = serialization.load_pem_private_key((out / "ca.key").read_bytes(), None)
         authority = x509.load_pem_x509_certificate((out / "ca.pem").read_bytes())
@@ -230,7 +328,7 @@ def renew(out: Path, also: Sequence[str] = (), days: int = SERVER_DAYS) -> Coord
     known = x509.load_pem_x509_certificate(kit.certificate.read_bytes())
     names = known.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     before = [str(name.value) for name in names]
-    _write_server(kit.folder, split_address(kit.address)[0], [*before, *also], days, authority, key)
+    write_server(kit.folder, split_address(kit.address)[0], [*before, *also], days, authority, key)
     return kit
 
 
@@ -251,33 +349,32 @@ def expiry_warnings(kit: CoordinatorKit) -> list[str]:
     return [said for path, remedy in remedies.items() if (said := expiry_warning(path, remedy))]
 
 
-def fingerprint(key: bytes) -> str:
-    """Return a short digest of a public key, to compare by eye."""
-    digest = hashes.Hash(hashes.SHA256())
-    digest.update(key)
-    return digest.finalize().hex()[:16]
-
-
 def check_site_name(name: str) -> None:
     """Check that a site can be called `name`.
 
     Raises:
         UserError: if not.
     """
-    if safe_name(name) != name or name == _RESERVED:
+    if safe_name(name) != name or name == COORDINATOR:
         raise UserError(
             f"A site cannot be called {name!r}: names are up to 64 of a-z, 0-9, - and _, begin with a letter or digit, "
-            f"and {_RESERVED!r} is taken."
+            f"and {COORDINATOR!r} is taken."
         )
 
 
-def site_settings(name: str, address: str) -> str:
-    """Return the text of a new site's `site.toml`."""
-    actions = "".join(f"    {_quoted(action) + ',':24} # {meaning}\n" for action, meaning in ACTIONS.items())
-    return _SITE.format(name=_quoted(name), address=_quoted(address), actions=actions)
+def site_settings(name: str, address: str, backbones: Mapping[str, str]) -> str:
+    """Return the text of a new site's `site.toml`, which allows `backbones`, each with its comment."""
+    actions = "".join(f"    {_quoted(action.name) + ',':24} # {action.asks}\n" for action in ACTIONS.values())
+    allow = "".join(f"    # {_quoted(comment)[1:-1]}\n    {_quoted(one)},\n" for one, comment in backbones.items())
+    return _SITE.format(name=_quoted(name), address=_quoted(address), actions=actions, allow=allow and f"\n{allow}")
 
 
-def _check_new_names(names: Sequence[str], known: Iterable[str]) -> None:
+def check_new_names(names: Sequence[str], known: Iterable[str]) -> None:
+    """Check that new sites can have these names beside the `known` ones.
+
+    Raises:
+        UserError: if a name cannot be used or is taken, or there is none.
+    """
     if not names:
         raise UserError("No site is named: --site NAME for each.")
     for name in names:
@@ -301,88 +398,6 @@ def _canonical(key: object) -> bytes:
     return loaded.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
-def _authority_certificate(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedhead certificate authority")])
-    usage = x509.KeyUsage(False, False, False, False, False, True, True, False, False)
-    return (
-        _certificate(name, name, key.public_key(), key.public_key(), AUTHORITY_DAYS)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(usage, critical=True)
-        .sign(key, hashes.SHA384())
-    )
-
-
-def _write_server(
-    folder: Path,
-    host: str,
-    also: Sequence[str],
-    days: int,
-    authority: x509.Certificate,
-    authority_key: ec.EllipticCurvePrivateKey,
-) -> None:
-    key = ec.generate_private_key(ec.SECP384R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host[:64])])
-    names = dict.fromkeys([host, *also, "localhost", "127.0.0.1", "::1"])
-    usage = x509.KeyUsage(True, False, False, False, False, False, False, False, False)
-    certificate = (
-        _certificate(subject, authority.subject, key.public_key(), authority_key.public_key(), days)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(usage, critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(x509.SubjectAlternativeName([_alternative(name) for name in names]), critical=False)
-        .sign(authority_key, hashes.SHA384())
-    )
-    _write_private(folder / "server.key", key)
-    _write_public(folder / "server.pem", _pem(certificate))
-
-
-def _certificate(
-    subject: x509.Name,
-    issuer: x509.Name,
-    key: ec.EllipticCurvePublicKey,
-    issuer_key: ec.EllipticCurvePublicKey,
-    days: int,
-) -> x509.CertificateBuilder:
-    now = datetime.now(UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(min(now, now + timedelta(days=days)) - _BEFORE)
-        .not_valid_after(now + timedelta(days=days))
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key), critical=False)
-    )
-
-
-def _alternative(name: str) -> x509.GeneralName:
-    try:
-        return x509.IPAddress(ipaddress.ip_address(name))
-    except ValueError:
-        pass
-    try:
-        return x509.DNSName(name)
-    except ValueError:
-        raise UserError(f"{name!r} is neither a host's name nor an address.") from None
-
-
-def _pem(certificate: x509.Certificate) -> bytes:
-    return certificate.public_bytes(serialization.Encoding.PEM)
-
-
-def _write_private(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
-    """Write a private key that its owner alone can read, as files written atomically are."""
-    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    write_atomically(path, pem)
-
-
-def _write_public(path: Path, content: bytes) -> None:
-    write_atomically(path, content)
-    path.chmod(0o644)
-
-
 def _quoted(text: str) -> str:
     return tomli_w.dumps({"v": text}).removeprefix("v = ").strip()
 
@@ -397,27 +412,47 @@ listen = "{listen}"
 """
 
 _SITE = """\
-# The kit of one site, for fedhead client --kit THIS-FOLDER. This site alone decides what stands here: nothing that the
-# coordinator sends can change it.
+# The kit of one site, for fedhead client --kit THIS-FOLDER. This site alone decides these settings: nothing that the
+# coordinator sends can change them.
 
 name = {name}
 # The coordinator, which shows a certificate signed by ca.pem. This site shows key.pem, which must stay secret.
 coordinator = {address}
 
-# The rows: folder:PATH, python:MODULE:FUNCTION or another data spec; fedhead client --data lies over it.
+# The rows: folder:PATH, python:MODULE:FUNCTION or another data spec; fedhead client --data replaces it.
 data = ""
 # auto, cpu, cuda or mps.
 device = "auto"
 # Whether an unreadable row stops the site instead of being skipped.
 strict_data = false
+# Share of the rows that are held out for evaluation; a run cannot choose it.
+holdout = 0.2
 
 [limits]
 # Classes with fewer training rows, and the site as a whole with fewer rows, are withheld from everything.
 min_class_count = 5
 min_rows = 20
+# No larger file of weights is taken from the coordinator, in bytes.
+max_backbone_bytes = 4294967296
+
+[budget]
+# Replies about its rows that the site gives on one day (UTC).
+releases_per_day = 5000
+
+[privacy]
+# "secure-sum": sums and heads leave only under masks that hide them from the coordinator, in sums over min_sites sites
+# or more, safe even if max_colluding other sites collude with the coordinator. It needs the consortium's roster.toml.
+require = "none"
+min_sites = 3
+max_colluding = 1
 
 [permit]
 # What the coordinator may ask of this site. Without a line, the site refuses that and says so.
 actions = [
 {actions}]
+
+[backbones]
+# The site accepts the backbones of the package, and those whose weights are in its own caches of torch, timm or
+# Hugging Face. It accepts others by the digest of their weights, "sha256:HEX", or with any weights by their spec.
+allow = [{allow}]
 """

@@ -1,58 +1,49 @@
-"""Which sites take part in a run, under which node of the Grid, and why others do not."""
+"""The roster of a run: the sites that take part with their nodes, and the reasons why others do not."""
 
 import logging
 import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import chain
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from flwr.app import RecordDict
 
-from fedhead.messages import DESCRIBE, INSTALL, Description, Manifest, MessageError, Payload, single_bytes
-from fedhead.server.exchange import Exchange, Messenger
+from fedhead.protocol.actions import DESCRIBE, INSTALL
+from fedhead.protocol.messages import Description, Manifest, Payload
+from fedhead.server.exchange import Exchange
+from fedhead.server.installing import Installation
+from fedhead.server.messenger import Messenger, Reply
 from fedhead.server.observer import Observer, SiteState, Standing
 from fedhead.server.weights_file import WeightsFile
 
 logger = logging.getLogger(__name__)
 
 
-INSTALLING = 16
-"""To so many sites weights are sent at the same time."""
-
 DESCRIBED = 100_000
-"""So many sites describe themselves in one merged reply, which a header of safetensors holds."""
+"""Sites per merged description, which must fit into a safetensors header."""
 
 
 Verdict = Literal["refused", "lacking", "fit"]
-"""Whether a site can take part; `lacking`, once it has the weights."""
-
-
-@runtime_checkable
-class NamedSites(Protocol):
-    """A Grid that knows what name each node is registered under."""
-
-    def site_name(self, node_id: int) -> str | None:
-        """Return the name; None if the node is not known."""
+"""Whether a site can take part; a `lacking` site can once it has the weights."""
 
 
 class Roster:
-    """The sites of a run: they are told of it, given the backbone where they lack it, and known by name from then on.
+    """The sites of a run, which receive its manifest and the backbone if they lack it.
 
     Args:
         messenger: reaches the sites.
-        manifest: what they are told.
-        weights: the backbone's, for those that lack them.
-        probe: its features `[PROBES, d]` of the probe.
-        observer: is told of the sites.
+        manifest: the manifest of the run.
+        weights: the file of the backbone's weights.
+        probe: the backbone's features `[PROBES, d]` of the probe.
+        observer: receives the states of the sites.
 
     Attributes:
         nodes: the node of each site that takes part, by name.
-        rows: how many rows each of them said that it has.
-        refused: why others take no part.
-        excluded: those of them whose sums could not be used; they take no part in the rest of the run.
+        rows: the number of rows that each of them claims.
+        refused: reasons why other sites take no part, by name.
+        excluded: the refused sites whose sums could not be used; they stay out for the rest of the run.
         turned_away: nodes that are connected and take no part.
     """
 
@@ -71,20 +62,18 @@ class Roster:
         self.turned_away: set[int] = set()
         self.weights = weights
         self._messenger = messenger
-        # Asked once: it takes longer than all else that is asked of a site.
-        self._named = messenger.grid if isinstance(messenger.grid, NamedSites) else None
         self._manifest = manifest
         self._probe = probe
         self._observer = observer
         self._states: dict[str, SiteState] = {}
         self._changed = False
 
-    def gather(self, exchange: Exchange) -> None:
-        """Describe the run to every site, install the backbone where it is missing, and know who takes part."""
+    def gather(self) -> Exchange:
+        """Send every site the manifest, install missing backbones, and note the sites that take part."""
         self._observer.on_step("describe", 0)
         nodes = {str(node): node for node in self._messenger.grid.get_node_ids()}
-        descriptions = self._descriptions(nodes, DESCRIBE, self.description(), exchange)
-        # Who is registered under another name counts as no namesake, and is refused alone.
+        descriptions, exchange = self._descriptions(nodes, DESCRIBE, self.description())
+        # A site that is registered under another name is refused alone, not with its namesakes.
         claimed = Counter(
             description.site
             for key, description in descriptions.items()
@@ -106,7 +95,7 @@ class Roster:
         if lacking:
             self._observer.on_step("install", 0)
             self.tell()
-            self._install(lacking, exchange)
+            exchange.include(self._install(lacking))
         for name, reason in exchange.dropped.items():
             node_id = nodes.get(name, lacking.get(name))
             site = name if node_id is None else self.name_of(node_id, name)
@@ -115,21 +104,22 @@ class Roster:
                 nodes = {key: node for key, node in nodes.items() if node != node_id}
             else:
                 self.refuse(site, reason)
-        # Who was only late is met again.
+        # Sites that were only late are asked again.
         self.turned_away = set(nodes.values()) - set(self.nodes.values())
         self.tell()
+        return exchange
 
     def description(self) -> RecordDict:
-        """Return what every site is told."""
-        return Payload(self._manifest.model_dump(mode="json"), {"probe": self._probe.numpy()}).to_content()
+        """Return the message with the manifest and the probe."""
+        return Payload(self._manifest.wire(), {"probe": self._probe.numpy()}).to_content()
 
     def judge(self, description: Description, node_id: int, sent: int | None = None) -> Verdict:
-        """Note what a site says of itself, and return whether it can take part.
+        """Note a site's description, and return whether it can take part.
 
         Args:
-            description: what it says.
-            node_id: where it is.
-            sent: where the chunk of weights begins that it answers to, if it answers to one.
+            description: the site's answer.
+            node_id: its node.
+            sent: the offset of the chunk of weights that it answers, if it answers one.
         """
         site = description.site
         registered = self._registered(node_id)
@@ -142,7 +132,7 @@ class Roster:
                 f"node {node_id}",
                 f"A site of the name {site!r} takes part already; give each its own name.",
             )
-        elif sent is not None and not description.has_weights and description.received <= sent:
+        elif not (refusal or sent is None or description.has_weights or self._advances(sent, description.received)):
             refusal = "The weights were sent, but it still has none."
         if refusal:
             self.refuse(site, refusal)
@@ -150,36 +140,40 @@ class Roster:
         self.refused.pop(site, None)
         if description.has_weights:
             return "fit"
-        self._note(site, "lacking", rows=description.rows, weights=description.received / self.weights.size)
+        self._note(site, "lacking", rows=description.rows, weights=min(description.received / self.weights.size, 1.0))
         return "lacking"
 
+    def _advances(self, sent: int, received: int) -> bool:
+        # The last chunk ends in weights that the site has, or in none.
+        return received < self.weights.size and self.weights.advances(sent, received)
+
     def admit(self, description: Description, node_id: int, server_round: int = 0) -> None:
-        """Have a site take part from a round on."""
+        """Admit a site from a round on."""
         site = description.site
         self.nodes[site] = node_id
         self.rows[site] = description.rows
-        self._note(site, "ready", rows=description.rows, weights=1.0, joined=server_round)
+        self._note(site, "ready", rows=description.rows, weights=1.0, joined=server_round, steps=description.steps)
 
     def refuse(self, site: str, reason: str) -> None:
-        """Note why a site takes no part."""
+        """Note that a site takes no part, and why."""
         self.refused[site] = reason
         self._note(site, "refused", reason)
         logger.warning("%s takes no part: %s", site, reason)
 
     def lose(self, site: str, reason: str) -> None:
-        """Go on without a site until it is there again."""
+        """Skip a site until it connects again."""
         if self.nodes.pop(site, None) is not None:
             self._note(site, "lost", reason)
             logger.warning("%s is lost, and skipped until it is there again: %s.", site, reason.rstrip("."))
 
     def tell(self) -> None:
-        """Tell the observer how all sites stand, if that changed."""
+        """Send the observer the states of all sites, if one has changed."""
         if self._changed:
             self._changed = False
             self._observer.on_sites(dict(self._states))
 
     def exclude(self, dropped: Mapping[str, str]) -> None:
-        """Go on without sites whose sums could not be used: the head would be of other rows than those trained on."""
+        """Exclude sites whose sums could not be used: the head would not be solved from the rows that they train on."""
         for site in sorted(dropped.keys() & self.nodes.keys()):
             self.excluded[site] = dropped[site]
             self.turned_away.add(self.nodes.pop(site))
@@ -187,7 +181,7 @@ class Roster:
         self.tell()
 
     def shortage(self, needed: int) -> str:
-        """Return a sentence if fewer than `needed` sites take part, else nothing."""
+        """Return a sentence if fewer than `needed` sites take part, else an empty text."""
         if len(self.nodes) >= needed:
             return ""
         missing = {site: state.reason for site, state in self._states.items() if state.standing in ("refused", "lost")}
@@ -202,63 +196,45 @@ class Roster:
             f"{receiving}{reasons}"
         )
 
-    def _install(self, lacking: Mapping[str, int], exchange: Exchange) -> None:
-        """Send the weights to sites that lack them, beginning where each was interrupted before."""
-        batch = INSTALLING if self.weights.in_chunks else len(lacking)
-        names = list(lacking)
-        for start in range(0, len(names), batch):
-            offsets: dict[str, int | None] = dict.fromkeys(names[start : start + batch], None)
-            if not self.weights.in_chunks:
-                offsets = dict.fromkeys(offsets, 0)
-            while offsets:
-                offset = min(offsets.values(), key=lambda one: -1 if one is None else one)
-                asked = {site: lacking[site] for site, reached in offsets.items() if reached == offset}
-                content = self.weights.question() if offset is None else self.weights.chunk(offset)
-                answers = self._descriptions(asked, INSTALL, content, exchange)
-                for site in asked:
-                    del offsets[site]
-                    if site not in answers:
-                        continue
-                    verdict = self.judge(answers[site], lacking[site], offset)
-                    if verdict == "lacking":
-                        offsets[site] = answers[site].received
-                    elif verdict == "fit":
-                        self.admit(answers[site], lacking[site])
-                self.tell()
+    def _install(self, lacking: Mapping[str, int]) -> Exchange:
+        """Send the weights to sites that lack them."""
+        if self.weights.in_chunks:
+            return Installation(self._messenger, self, lacking).run()
+        answers, exchange = self._descriptions(lacking, INSTALL, self.weights.chunk(0))
+        for site, answer in answers.items():
+            if self.judge(answer, lacking[site], 0) == "fit":
+                self.admit(answer, lacking[site])
+        self.tell()
+        return exchange
 
     def name_of(self, node_id: int, known_as: str = "") -> str:
-        """Return what a node is registered as, or else what it is known as, or else a name for it."""
+        """Return the registered name of a node, else `known_as`, else a made-up name."""
         return self._registered(node_id) or known_as or f"node {node_id}"
 
     def _registered(self, node_id: int) -> str | None:
-        return self._named.site_name(node_id) if self._named is not None else None
+        return self._messenger.registered_name(node_id)
 
     def _descriptions(
-        self, nodes: Mapping[str, int], action: str, content: RecordDict, exchange: Exchange
-    ) -> dict[str, Description]:
+        self, nodes: Mapping[str, int], action: str, content: RecordDict
+    ) -> tuple[dict[str, Description], Exchange]:
+        """Ask nodes, and return what each says of its site."""
         descriptions: dict[str, Description] = {}
-        names_of_all = list(nodes)
-        parts = [names_of_all[start : start + DESCRIBED] for start in range(0, len(nodes), DESCRIBED)]
-        answers = (
-            self._messenger.ask_together({name: nodes[name] for name in part}, action, content, exchange)
-            for part in parts
-        )
-        for names, answer in chain.from_iterable(answers):
-            try:
-                described = Description.several_from_content(answer, len(names))
-                sites = [description.site for description in described]
-                for name, site in zip(names, sites, strict=True):
-                    self._messenger.traffic.rename(name, site)
-                self._messenger.receive(sites, action, single_bytes(answer), exchange)
-            except MessageError as error:
-                for name in names:
-                    exchange.drop(name, str(error))
-                continue
-            descriptions.update(zip(names, described, strict=True))
-        return descriptions
 
-    def _note(self, site: str, standing: Standing, reason: str = "", **answered: float) -> None:
-        """Note how a site stands, and what it answered if it did."""
+        def read(reply: Reply) -> None:
+            described = Description.several_from_values(reply.payload.values, len(reply.sites))
+            for name, description in zip(reply.sites, described, strict=True):
+                # By its registered name, as a site may claim another's.
+                self._messenger.traffic.rename(name, self.name_of(nodes[name], description.site))
+            descriptions.update(zip(reply.sites, described, strict=True))
+
+        exchange, names = Exchange(), list(nodes)
+        for start in range(0, len(names), DESCRIBED):
+            part = {name: nodes[name] for name in names[start : start + DESCRIBED]}
+            exchange.include(self._messenger.ask(part, action, content, read))
+        return descriptions, exchange
+
+    def _note(self, site: str, standing: Standing, reason: str = "", **answered: Any) -> None:
+        """Note the state of a site, with the values that it answered."""
         values: dict[str, Any] = {**answered, "seen": time.time()} if answered else {}
         state = self._states.get(site, SiteState(standing))
         self._states[site] = replace(state, standing=standing, reason=reason, **values)

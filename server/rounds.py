@@ -1,17 +1,41 @@
-"""Rounds: a head goes to the sites, what they make of it comes back screened, and a strategy makes the next."""
+"""Rounds: the sites train a head, their replies are screened, and a strategy aggregates them into the next head."""
 
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 from flwr.app import Message, RecordDict
 from flwr.serverapp.strategy import Strategy
+from torch import Tensor
 
 from fedhead.errors import FedheadError
-from fedhead.messages import EVALUATE, Arrays, HeadReply, HeadRequest, Manifest, MessageError
-from fedhead.server.exchange import EXAMPLES, Exchange, Messenger
+from fedhead.protocol.actions import EVALUATE, GRADIENT, TRAIN
+from fedhead.protocol.heads import HeadReply, HeadRequest
+from fedhead.protocol.messages import (
+    Manifest,
+    Payload,
+)
+from fedhead.server.exchange import POOL, Exchange
+from fedhead.server.messenger import Addresses, Messenger, Reply
+from fedhead.server.pooled_lbfgs import GramPreconditioner, PooledLBFGS
 from fedhead.server.roster import Roster
-from fedhead.server.strategies import aggregate_round, averages, configure_round, sample_sites, screen
+from fedhead.server.screening import heaviest, most_rows, outlying_losses, outlying_updates
+from fedhead.server.secure_sum import pool_of, unusable
+from fedhead.server.strategies import (
+    UnusableHeadError,
+    aggregate_round,
+    averages,
+    configure_round,
+    sample_sites,
+    screen,
+)
+from fedhead.server.strategy_state import restore, state_of
+from fedhead.sums.features import FeatureStatistics
+from fedhead.sums.heads import EXAMPLES, HELD_OUT, FloatArray, HeadSums
+from fedhead.sums.sums import Arrays
+from fedhead.sums.updates import HeadUpdates
+from fedhead.tasks import Task
 
 logger = logging.getLogger(__name__)
 
@@ -27,30 +51,39 @@ class Version:
 
 
 class Rounds:
-    """Sends heads to be trained or evaluated.
+    """Sends heads to be trained or evaluated; in pooled L-BFGS, a head's gradient comes back instead of a head.
 
     Args:
         strategy: Flower's, or the user's own.
         messenger: reaches the sites.
         manifest: of the run.
         roster: the sites that take part.
+        task: of the run.
     """
 
-    def __init__(self, strategy: Strategy, messenger: Messenger, manifest: Manifest, roster: Roster) -> None:
+    def __init__(
+        self, strategy: Strategy, messenger: Messenger, manifest: Manifest, roster: Roster, task: Task
+    ) -> None:
         self._strategy = strategy
         self._messenger = messenger
         self._manifest = manifest
         self._roster = roster
+        self._task = task
+
+    def precondition(self, stats: FeatureStatistics | None, standardisation: tuple[Tensor, Tensor] | None) -> None:
+        """Give a strategy of full gradients the pooled Gram matrix, if there is one of the features themselves."""
+        if isinstance(self._strategy, PooledLBFGS) and stats is not None and standardisation is not None:
+            scale = standardisation[1]
+            if len(scale) == stats.num_features:
+                self._strategy.preconditioner = GramPreconditioner.from_statistics(stats, scale, self._strategy.penalty)
 
     def train(self, number: int, head: Arrays) -> Exchange:
         """Have this round's sites train `head`, and evaluate it as it reached them."""
         cohort = sample_sites(self._strategy, list(self._roster.nodes), self._manifest.seed, number)
-        addresses = {name: self._roster.nodes[name] for name in cohort}
-        spoken: Mapping[str, tuple[str, ...]] = {}
-        if averages(self._strategy):
-            # Such a strategy tells all sites the same, and sees nothing but the mean of what they answer.
-            addresses, spoken = self._messenger.group(addresses)
-        names = {node: name for name, node in addresses.items()}
+        # An averaging strategy sends all sites the same head, and uses no more than the mean of their replies.
+        together = averages(self._strategy) and self._messenger.summation is None
+        addresses = self._messenger.addresses({name: self._roster.nodes[name] for name in cohort}, together=together)
+        names = {node: name for name, node in addresses.nodes.items()}
         messages: dict[str, Message] = {}
         packed: dict[int, RecordDict] = {}
         records = []
@@ -62,17 +95,36 @@ class Rounds:
                 packed[id(message.content)] = self._request(message.content, number, everyone).to_content()
             message.content = packed[id(message.content)]
             messages[names[message.metadata.dst_node_id]] = message
-        return self._heads(messages, head, spoken)
+        action, base = TRAIN, head
+        if isinstance(self._strategy, PooledLBFGS):
+            action, base = GRADIENT, {name: np.zeros(value.shape) for name, value in head.items()}
+        if self._messenger.summation is not None:
+            return self._sum(messages, action, base, base)
+        return self._heads(messages, addresses, base)
 
     def aggregate(self, number: int, head: Arrays, exchange: Exchange) -> Arrays:
         """Return what the strategy makes of the replies; `head`, which was trained, if it makes none.
+
+        If the strategy makes a head that overflows, and one reply outweighs the others, it aggregates again without it.
 
         Raises:
             FedheadError: if there is no reply, or the strategy fails.
         """
         if not exchange.replies:
             raise FedheadError(f"Not one reply of round {number} could be used.{exchange.first_reasons()}")
-        made = aggregate_round(self._strategy, number, exchange.replies, head)
+        before = None if self._messenger.in_process else state_of(self._strategy)
+        try:
+            made = aggregate_round(self._strategy, number, exchange.replies, head)
+        except UnusableHeadError:
+            at = heaviest(head, [reply.sums.heads for _, reply in exchange.replies])
+            if before is None or at is None:
+                raise
+            restore(self._strategy, *before)
+            question, _ = exchange.replies.pop(at)
+            node = question.metadata.dst_node_id
+            sites = [site for site, each in self._roster.nodes.items() if each == node]
+            exchange.drop(sites, "its head makes the aggregate overflow")
+            return self.aggregate(number, head, exchange)
         if made is None:
             logger.warning("%s made no head in round %d; the one before stays.", type(self._strategy).__name__, number)
         return made or head
@@ -80,9 +132,44 @@ class Rounds:
     def evaluate(self, number: int, head: Arrays) -> Exchange:
         """Have all sites evaluate the head of round `number`."""
         content = HeadRequest(head, server_round=number).to_content()
-        addresses, spoken = self._messenger.group(self._roster.nodes)
-        messages = {name: Message(content, node_id, EVALUATE) for name, node_id in sorted(addresses.items())}
-        return self._heads(messages, {}, spoken)
+        together = self._messenger.summation is None
+        addresses = self._messenger.addresses(self._roster.nodes, together=together)
+        messages = {name: Message(content, node_id, EVALUATE) for name, node_id in sorted(addresses.nodes.items())}
+        if self._messenger.summation is not None:
+            return self._sum(messages, EVALUATE, head, {})
+        return self._heads(messages, addresses, {})
+
+    def _sum(self, messages: Mapping[str, Message], action: str, head: Arrays, trained: Arrays) -> Exchange:
+        """Have sites train or evaluate a head, all by one message, and learn only the sum of their updates.
+
+        Args:
+            messages: by site name, of one content.
+            action: `TRAIN`, `GRADIENT` or `EVALUATE`.
+            head: that replies are relative to: the head that is sent; of gradients, zeros.
+            trained: `head` if it is trained; else empty.
+
+        Raises:
+            FedheadError: if the sum cannot be used.
+        """
+        assert self._messenger.summation is not None
+        first = next(iter(messages.values()))
+        if any(message.content is not first.content for message in messages.values()):
+            raise FedheadError("Secure summation needs a strategy that sends every site the same head and settings.")
+        nodes = {name: message.metadata.dst_node_id for name, message in messages.items()}
+        nothing = HeadUpdates.zeros(trained)
+        summed = self._messenger.summation.total(nodes, action, Payload.from_content(first.content), nothing)
+        exchange, update = summed.exchange, summed.total
+        if not summed.sites:
+            return exchange
+        row, made = update.metrics(), update.applied(head)
+        wrong = outlying_losses({POOL: row}) | (outlying_updates(head, {POOL: made}) if trained else {})
+        if wrong:
+            raise unusable(wrong[POOL])
+        exchange.summed = summed.sites
+        exchange.metrics = {pool_of(summed.sites): row}
+        if trained and update.examples:
+            exchange.replies = [(first, HeadReply(HeadSums(made, row, self._task.counts_scores), row[None]))]
+        return exchange
 
     def _request(self, record: RecordDict, number: int, everyone: bool) -> HeadRequest:
         (arrays,) = record.array_records.values()
@@ -95,25 +182,40 @@ class Rounds:
             everyone=everyone,
         )
 
-    def _heads(
-        self, messages: Mapping[str, Message], expected: Arrays, spoken: Mapping[str, tuple[str, ...]]
-    ) -> Exchange:
+    def _heads(self, messages: Mapping[str, Message], addresses: Addresses, expected: Arrays) -> Exchange:
         """Exchange messages about a head; screen what comes back, and order it by site name."""
-        exchange = Exchange()
-        replies: dict[str, tuple[Message, HeadReply]] = {}
-        for name, instruction, content in self._messenger.send(messages, exchange, spoken):
-            try:
-                reply = screen(content, expected, self._roster.rows, name, merged=name in spoken)
-            except MessageError as error:
-                exchange.drop(name, str(error))
-                continue
-            answered = (*reply.sites, *reply.dropped) or (name,)
-            self._messenger.receive(answered, instruction.metadata.message_type, reply.num_bytes, exchange)
-            for site, reason in reply.dropped.items():
-                exchange.drop(site, reason)
-            exchange.metrics.update(zip(reply.sites or (name,), reply.metrics, strict=False))
+        heads: dict[str, tuple[Message, HeadReply]] = {}
+        metrics: dict[str, FloatArray] = {}
+        unusable: dict[str, str] = {}
+        like = HeadSums(expected, counted=self._task.counts_scores)
+
+        def read(answer: Reply) -> None:
+            site = answer.sites[0]
+            reply = screen(answer.payload, like, self._roster.rows, site, merged=answer.merged)
+            unusable.update(reply.dropped)
+            metrics.update(zip(reply.sites or (site,), reply.metrics, strict=False))
             # A site may hold out all of its rows; then it evaluates, and its head is no more than the one it was sent.
-            if reply.metrics[:, EXAMPLES].any():
-                replies[name] = (instruction, reply)
-        exchange.replies = [replies[name] for name in sorted(replies)]
+            if reply.sums.examples:
+                heads[site] = (answer.question, reply)
+
+        exchange = self._messenger.send(messages, addresses, read)
+        if not self._messenger.in_process:
+            unusable.update(outlying_losses(metrics))
+            bar = most_rows(self._roster.rows.values())
+            used = {site: row[EXAMPLES] + row[HELD_OUT] for site, row in metrics.items()}
+            unusable.update(
+                {
+                    site: f"it uses {rows:.0f} rows; the sites' median allows {bar:.0f}"
+                    for site, rows in used.items()
+                    if rows > bar
+                }
+            )
+            trained = {site: reply.sums.heads for site, (_, reply) in heads.items()}
+            unusable.update(outlying_updates(expected, trained) if expected else {})
+        for site, reason in unusable.items():
+            exchange.drop([site], reason)
+            metrics.pop(site, None)
+            heads.pop(site, None)
+        exchange.metrics = metrics
+        exchange.replies = [heads[site] for site in sorted(heads)]
         return exchange

@@ -1,15 +1,21 @@
-"""Ask sites how heads do on their held-out rows, and say how each stands to the pool."""
+"""Compares heads on the held-out rows of each site, and diagnoses how the site relates to the pool."""
 
 from collections.abc import Iterator, Mapping
 
-import numpy as np
 import torch
 
-from fedhead.diagnosis import HEADS, Comparison, SiteDiagnosis, compare, diagnose, heads_to_compare, shifts
-from fedhead.messages import COMPARE, Manifest, MessageError, Payload, payload_bytes
-from fedhead.server.exchange import Exchange, Messenger
+from fedhead.evaluation.comparison import HEADS, compare, heads_to_compare
+from fedhead.evaluation.diagnosis import SiteDiagnosis, diagnose
+from fedhead.evaluation.shift import shifts
+from fedhead.protocol.actions import COMPARE
+from fedhead.protocol.messages import Manifest, Payload
+from fedhead.server.collect import Question, collect
+from fedhead.server.exchange import Exchange
+from fedhead.server.messenger import Messenger
 from fedhead.server.site_sums import SiteSums
-from fedhead.statistics import FeatureStatistics, projection_for
+from fedhead.sums.comparison import ComparisonSums
+from fedhead.sums.features import FeatureStatistics
+from fedhead.sums.projection import projection_for
 
 
 class _Training(Mapping[str, FeatureStatistics]):
@@ -35,26 +41,32 @@ class _Training(Mapping[str, FeatureStatistics]):
 def diagnose_sites(
     messenger: Messenger,
     nodes: Mapping[str, int],
+    rows: Mapping[str, int],
     manifest: Manifest,
     sums: SiteSums,
     pool: FeatureStatistics,
-    exchange: Exchange,
-) -> list[SiteDiagnosis]:
+    num_features: int,
+) -> tuple[list[SiteDiagnosis], Exchange]:
     """Diagnose every site, in the order of names; none, where their own statistics are not kept.
 
     Args:
         messenger: reaches the sites.
         nodes: the sites, by name.
+        rows: the number of rows of each.
         manifest: of the run.
         sums: keeps each site's statistics.
         pool: the sum of all of them.
-        exchange: takes the traffic.
+        num_features: the number of mapped features.
+
+    Returns:
+        The diagnoses, and the traffic that they took.
     """
+    exchange = Exchange()
     if sums.keep != "folder":
-        return []
+        return [], exchange
     sites = _Training(sums, sorted(nodes.keys() & set(sums.sites())))
     shifted = shifts(sites, pool)
-    project = projection_for(manifest.num_features, manifest.seed)
+    project = projection_for(num_features, manifest.seed)
     diagnoses = []
     for name, stats in sites.items():
         heads = heads_to_compare(stats, pool - stats)
@@ -64,13 +76,9 @@ def diagnose_sites(
             "weight": torch.stack([heads[key].weight.detach() for key in HEADS]).float().numpy(),
             "bias": torch.stack([heads[key].bias.detach() for key in HEADS]).float().numpy(),
         }
-        comparison: Comparison | None = None
-        for _, answer in messenger.ask({name: nodes[name]}, COMPARE, Payload({}, arrays).to_content(), exchange):
-            try:
-                joint = Payload.from_content(answer).arrays["joint"]
-                messenger.receive([name], COMPARE, payload_bytes(answer), exchange)
-                comparison = compare(torch.from_numpy(np.array(joint)))
-            except (MessageError, KeyError, ValueError, TypeError) as error:
-                exchange.drop(name, str(error))
+        question = Question(COMPARE, Payload({}, arrays).to_content(), ComparisonSums.zeros(), together=False)
+        collected = collect(messenger, {name: nodes[name]}, question, rows)
+        exchange.include(collected.exchange)
+        comparison = compare(torch.from_numpy(collected.total.joint)) if collected.replies else None
         diagnoses.append(diagnose(name, shifted[name], comparison, stats.counts, manifest.classes))
-    return diagnoses
+    return diagnoses, exchange

@@ -1,4 +1,4 @@
-"""The head that a run starts from, and the coordinates it is trained in."""
+"""The first head of a run, and the coordinates of its training."""
 
 import numpy as np
 import torch
@@ -6,96 +6,153 @@ from torch import Tensor
 
 from fedhead.config import RunConfig
 from fedhead.errors import UserError
-from fedhead.heads import CosineHead, Head, make_head
-from fedhead.messages import Arrays
-from fedhead.solvers import solve_head, solve_prototypes
-from fedhead.statistics import FeatureStatistics, projection_for
+from fedhead.heads import FeatureMap, Head, LinearHead, behind, make_head
+from fedhead.solvers.starting import PooledSolutions
+from fedhead.sums.features import FeatureStatistics
+from fedhead.sums.moments import FeatureMoments
+from fedhead.sums.projection import projection_for
+from fedhead.sums.sums import Arrays
+from fedhead.tasks import Task
 
 UNSOLVED = ("zeros", "random")
-"""What a head may start from without statistics."""
+"""Initialisations that need no statistics."""
 
 
-def resolve_init(config: RunConfig, head: Head) -> str:
-    """Return what `config.init` says, or the head's default.
+def resolve_init(config: RunConfig, head: Head, task: Task) -> str:
+    """Return the run's `init`, or the default of its head and task.
 
     Raises:
-        UserError: if the head cannot start so.
+        UserError: if the head does not fit the task or the `init`.
     """
-    inits, where = (head.multi_label_inits, " in a multi-label run") if config.multi_label else (head.inits, "")
+    inits = task.inits(type(head))
     if not inits:
-        raise UserError(f"A head {config.head!r} does not fit multi-label data; take 'linear' or 'mlp:256'.")
-    init = config.init or inits[0]
+        raise UserError(f"A head {config.head!r} does not fit the task {task.name!r}; take 'linear' or 'mlp:256'.")
+    if config.lift == "auto" and not (isinstance(head, LinearHead) and task.pairs_losses):
+        raise UserError(
+            f"A lift is chosen for linear classifiers only, not for a head {config.head!r} in the task {task.name!r}; "
+            "name one, as in 'landmarks:1024'."
+        )
+    init = config.init or _default_init(config, inits)
     if init not in inits:
+        where = "" if inits == head.inits else f" in the task {task.name!r}"
         raise UserError(f"A head {config.head!r} cannot start from {init!r}{where}, only from: {', '.join(inits)}.")
     return init
 
 
-class HeadForm:
-    """The form of a run's heads: features as they are outside, standardised features inside training.
+def _default_init(config: RunConfig, inits: tuple[str, ...]) -> str:
+    """Return the default initial head: on mapped features, shrinkage is chosen by cross-validation."""
+    if config.lift.startswith("relu") and "ridge" in inits:
+        return "ridge"
+    mapped = config.basis != "none" or config.lift.startswith("landmarks")
+    return "lda-gcv" if mapped and "lda-gcv" in inits else inits[0]
 
-    Gradient steps on standardised features converge evenly; `(x - mean) / scale` is folded back into the head when
-    it leaves.
+
+class HeadForm:
+    """The form of a run's heads: for raw features outside training, for standardised features inside.
+
+    Gradient steps on standardised features converge evenly; `(x - mean) / scale` is folded into the head after
+    training.
 
     Args:
         config: names the head and its init.
         num_features: `d`.
-        num_classes: `C`.
+        task: of the run.
+        mapping: of the features, before standardisation.
     """
 
-    def __init__(self, config: RunConfig, num_features: int, num_classes: int) -> None:
+    def __init__(self, config: RunConfig, num_features: int, task: Task, mapping: FeatureMap | None = None) -> None:
         self.config = config
-        self.num_features = num_features
-        self.num_classes = num_classes
-        self.init = resolve_init(config, self.make())
+        self.plain = num_features
+        self.task = task
+        self.mapping = mapping
+        self.init = resolve_init(config, self.make(), task)
         self.standardisation: tuple[Tensor, Tensor] | None = None
+        self.target_standardisation: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def num_features(self) -> int:
+        """The number of mapped features."""
+        return self.plain if self.mapping is None else self.mapping.width
 
     def make(self) -> Head:
         """Return a new head."""
-        return make_head(self.config.head, self.num_features, self.num_classes)
+        return make_head(self.config.head, self.num_features, len(self.task.columns))
 
     @property
     def standardises(self) -> bool:
-        """Whether sites are to standardise: where heads are trained, or mean and scale belong to the form itself."""
-        return self.config.rounds > 0 or isinstance(self.make(), CosineHead)
+        """Whether sites standardise features: for rounds, or because the head or the task needs it."""
+        return self.config.rounds > 0 or self.make().standardises or self.task.standardises_targets
+
+    def standardise(self, sums: FeatureStatistics | FeatureMoments) -> None:
+        """Set mean and scale from pooled sums, also of the targets if the task standardises them.
+
+        Sites compute in float32, so the values are rounded to float32 before they are folded back in float64.
+        """
+        features = sums if isinstance(sums, FeatureStatistics) else sums.columns(0, self.num_features)
+        self.standardisation = _as_float32(features.mean(), features.scale())
+        if not self.task.standardises_targets:
+            return
+        if isinstance(sums, FeatureStatistics):
+            self.target_standardisation = _as_float32(sums.target_mean(), sums.target_scale())
+        else:
+            targets = sums.columns(self.num_features)
+            self.target_standardisation = _as_float32(targets.mean(), targets.scale(hardly=0))
 
     def solve(self, stats: FeatureStatistics) -> Head:
-        """Solve the float64 head that `init` names, for features as they are.
+        """Solve the float64 head named by `init`, for mapped features.
 
         Raises:
             UserError: if these statistics do not determine it.
         """
-        if isinstance(self.make(), CosineHead):
-            head = CosineHead(self.num_features, self.num_classes).double()
-            head.assign({"weight": solve_prototypes(stats, stats.scale()), "sharpness": head.sharpness})
-            head.absorb_standardisation(stats.mean(), stats.scale())
-            return head
-        solved = solve_head(stats, self.init)
+        head = self.make().double()
         project = projection_for(self.num_features, self.config.seed)
-        return solved if project is None else project.widen(solved)
+        head.initial(self.init, self._generator(), PooledSolutions(stats, project, self.task.columns))
+        return head
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.config.seed)
 
     def start(self, stats: FeatureStatistics | None) -> Arrays:
-        """Return the parameters to start from, in the coordinates of training."""
+        """Return the initial parameters, in the coordinates of training."""
         head = self.make()
-        if self.init == "random":
-            head.randomise(torch.Generator().manual_seed(self.config.seed))
+        if self.init in UNSOLVED:
+            head.initial(self.init, self._generator())
         elif stats is not None:
             head = self.solve(stats)
             if self.standardisation is not None:
                 mean, scale = self.standardisation
-                head.absorb_standardisation(-mean / scale, 1 / scale)
+                head.fold(-mean / scale, 1 / scale)
+            if self.target_standardisation is not None:
+                mean, scale = self.target_standardisation
+                head.rescale(-mean / scale, 1 / scale)
         return {name: value.float().numpy() for name, value in head.trainable().items()}
 
-    def cooled(self, parameters: Arrays, temperature: float) -> Arrays:
+    def temperature_scaled(self, parameters: Arrays, temperature: float) -> Arrays:
         """Return the parameters of the head whose logits are those of `parameters` divided by `temperature`."""
         head = self.make()
         head.assign({name: torch.from_numpy(value) for name, value in parameters.items()})
         head.absorb_temperature(temperature)
         return {name: value.numpy() for name, value in head.trainable().items()}
 
+    def deliver(self, stats: FeatureStatistics) -> Head:
+        """Solve the float64 head named by `init`, for raw features.
+
+        Raises:
+            UserError: if these statistics do not determine it.
+        """
+        return behind(self.mapping, self.solve(stats))
+
     def leave(self, parameters: Arrays) -> Head:
-        """Return the head for features as they are, of parameters in the coordinates of training."""
+        """Return the head for raw features from parameters in the coordinates of training."""
         head = self.make().double()
         head.assign({name: torch.from_numpy(np.array(value)) for name, value in parameters.items()})
         if self.standardisation is not None:
-            head.absorb_standardisation(*self.standardisation)
-        return head.float()
+            head.fold(*self.standardisation)
+        if self.target_standardisation is not None:
+            head.rescale(*self.target_standardisation)
+        return behind(self.mapping, head.float())
+
+
+def _as_float32(mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Round to float32, and return float64 tensors."""
+    return mean.float().double(), scale.float().double()

@@ -1,11 +1,15 @@
-"""How a run on a network goes, for a live table, and in the run folder for whoever looks from elsewhere."""
+"""The status of a run on a network, for a live table, and as a file in the run folder."""
 
+import _thread
 import json
 import os
+import signal
 import socket
+import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,26 +17,42 @@ from typing import Any
 from fedhead.config import RunConfig
 from fedhead.errors import FedheadError, UserError
 from fedhead.files import write_atomically
-from fedhead.server.history import Outcome, Round
-from fedhead.server.observer import Observer, SiteState, Step
-from fedhead.server.superlink import SuperLink
+from fedhead.server.network.superlink import SuperLink
+from fedhead.server.observer import Observer, Phase, SiteState, Step
+from fedhead.server.runs.history import Outcome, Round
+from fedhead.server.runs.record import read_rounds
+from fedhead.server.runs.status_record import StatusRecord
+from fedhead.server.runs.summary import damaged
+from fedhead.tasks import tasks
+from fedhead.threads import LastingThread
 
 FILE = "status.json"
+STOP_FILE = "stop"
+"""File in a run folder that asks the run's coordinator to end."""
 CHANGED_SECONDS, ALIVE_SECONDS = 1.0, 5.0
 """How often the file is written at the most, and at the least."""
+ALIVE = ("running", "waiting")
+"""States of a run whose coordinator is up."""
+LOOK_SECONDS = 0.2
 SILENT_SECONDS = 30.0
 """A run on another machine that has not written for so long is not taken for alive."""
 
 
 class RunStatus(Observer):
-    """Knows how a run and its sites stand; writes it to the run folder from its start to its end.
+    """The state of a run and its sites, written to the run folder from the run's start to its end.
 
     Args:
         link: what the sites connect to.
+        outstanding: gives the sites that owe a reply, with the action that they were asked for.
+
+    Attributes:
+        stop_asked: whether the process is being ended as `stop_run` asked.
     """
 
-    def __init__(self, link: SuperLink) -> None:
+    def __init__(self, link: SuperLink, outstanding: Callable[[], Mapping[str, tuple[str, float]]] = dict) -> None:
+        self.stop_asked = False
         self._link = link
+        self._outstanding = outstanding
         self._lock = threading.Lock()
         self._values: dict[str, Any] = {
             "state": "waiting",
@@ -41,6 +61,7 @@ class RunStatus(Observer):
             "rounds": 0,
             "step": "",
             "round": 0,
+            "phase": "",
             "address": f"{link.host}:{link.port}",
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -51,12 +72,14 @@ class RunStatus(Observer):
         self._history: list[dict[str, Any]] = []
         self._folder: Path | None = None
         self._ended = threading.Event()
-        self._writer = threading.Thread(target=self._write_regularly, name="status", daemon=True)
+        self._writer = LastingThread(self._write_regularly, "status")
 
     def snapshot(self) -> dict[str, Any]:
         """Return everything as plain values."""
+        working = {name: action for name, (action, _) in self._outstanding().items()}
         with self._lock:
-            sites = {name: self._site(name) for name in sorted({*self._link.sites, *self._standing})}
+            names = sorted({*self._link.sites, *self._standing})
+            sites = {name: {**self._site(name), "working": working.get(name, "")} for name in names}
             return {**self._values, "updated": time.time(), "sites": sites, "history": list(self._history)}
 
     def _site(self, name: str) -> dict[str, Any]:
@@ -66,6 +89,7 @@ class RunStatus(Observer):
         values["connected"] = connected is not None and connected.link.online
         values["seen"] = connected.last_seen if connected else values.get("seen", 0.0)
         values["address"] = connected.address if connected else ""
+        values["extracted"] = list(connected.extracted) if connected and connected.extracted else None
         return values
 
     def note(self, **values: Any) -> None:
@@ -74,17 +98,24 @@ class RunStatus(Observer):
             self._values.update(values)
 
     def on_started(self, config: RunConfig, run_dir: Path | None) -> None:
-        self.note(rounds=config.rounds, run=run_dir.name if run_dir else "", state="running", message="")
+        name = tasks[config.task].score_name
+        self.note(
+            rounds=config.rounds, run=run_dir.name if run_dir else "", score_name=name, state="running", message=""
+        )
         if run_dir is not None:
             self._folder = run_dir
-            metrics = run_dir / "metrics.jsonl"
+            # Of an earlier process, which ended before it saw the file.
+            (run_dir / STOP_FILE).unlink(missing_ok=True)
             with self._lock:
-                self._history = [json.loads(line) for line in metrics.read_text().splitlines() if line.endswith("}")]
+                self._history = [asdict(line) for line in read_rounds(run_dir)]
             self._write()
             self._writer.start()
 
     def on_step(self, step: Step, server_round: int) -> None:
-        self.note(step=step, round=server_round, state="running", message="")
+        self.note(step=step, round=server_round, phase="", state="running", message="")
+
+    def on_phase(self, phase: Phase) -> None:
+        self.note(phase=phase, state="running", message="")
 
     def on_sites(self, sites: Mapping[str, SiteState]) -> None:
         with self._lock:
@@ -99,8 +130,8 @@ class RunStatus(Observer):
             self._history.append({**asdict(finished), "dropped": dict(finished.dropped)})
 
     def on_finished(self, outcome: Outcome) -> None:
-        accuracy = outcome.history[outcome.kept_round].accuracy
-        self._end(state="finished", message="", accuracy=accuracy, kept_round=outcome.kept_round)
+        score = outcome.history[outcome.kept_round].score
+        self._end(state="finished", message="", score=score, kept_round=outcome.kept_round)
 
     def on_failed(self, error: BaseException) -> None:
         said = str(error) or type(error).__name__
@@ -124,9 +155,19 @@ class RunStatus(Observer):
         assert self._folder is not None
         write_atomically(self._folder / FILE, json.dumps(self.snapshot(), indent=1) + "\n")
 
+    def _stop_if_asked(self) -> None:
+        """End the main thread as SIGTERM does if somebody asked for that in the run folder."""
+        assert self._folder is not None
+        with suppress(OSError):
+            if not self.stop_asked and (self._folder / STOP_FILE).exists():
+                (self._folder / STOP_FILE).unlink()
+                self.stop_asked = True
+                _thread.interrupt_main(signal.SIGTERM)
+
     def _write_regularly(self) -> None:
         written, last = 0.0, ""
         while not self._ended.wait(CHANGED_SECONDS):
+            self._stop_if_asked()
             now = {key: value for key, value in self.snapshot().items() if key != "updated"}
             for site in now["sites"].values():
                 del site["seen"]
@@ -148,20 +189,51 @@ def read_status(run_dir: Path) -> dict[str, Any]:
     """
     path = run_dir / FILE
     try:
-        values: dict[str, Any] = json.loads(path.read_text())
-        if values["state"] in ("running", "waiting"):
-            values["message"] = _why_dead(values) or values["message"]
-            values["state"] = "dead" if _why_dead(values) else values["state"]
+        values = StatusRecord.model_validate(json.loads(path.read_text())).model_dump()
+        if values["state"] in ALIVE and (why := _why_dead(values)):
+            # Killed after the last thing that it had to write.
+            finished = (run_dir / "result.json").is_file()
+            values["state"], values["message"] = ("finished", "") if finished else ("dead", why)
     except OSError:
         raise UserError(f"{run_dir} holds no {FILE}: it is not the folder of a run by fedhead server.") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a status that fedhead server wrote ({error}).") from None
+    except ValueError as error:
+        raise UserError(f"{damaged(path, error)} It is not a status that fedhead server wrote.") from None
+    return values
+
+
+def stop_run(run_dir: Path, seconds: float) -> dict[str, Any]:
+    """Ask a run's coordinator to end, wait for its end, and return the run's status.
+
+    A file in the run folder asks, so that this works from another container or machine that shares the folder.
+
+    Args:
+        run_dir: the run folder.
+        seconds: how long to wait.
+
+    Raises:
+        UserError: if the folder holds no status, or cannot be written.
+        FedheadError: if the coordinator does not end in time; it may do so later.
+    """
+    values = read_status(run_dir)
+    if values["state"] not in ALIVE:
+        return values
+    write_atomically(run_dir / STOP_FILE, "")
+    stop = time.monotonic() + seconds
+    while (values := read_status(run_dir))["state"] in ALIVE:
+        if time.monotonic() > stop:
+            raise FedheadError(
+                f"The coordinator of {run_dir} (process {values['pid']} on {values['host']}) has not ended within "
+                f"{seconds:.0f} s. It ends when it next looks into the folder."
+            )
+        time.sleep(LOOK_SECONDS)
+    (run_dir / STOP_FILE).unlink(missing_ok=True)
     return values
 
 
 def _why_dead(values: Mapping[str, Any]) -> str:
     pid = int(values["pid"])
-    if values["host"] == socket.gethostname():
+    # Windows would end a process that is asked for its signal 0.
+    if values["host"] == socket.gethostname() and sys.platform != "win32":
         if _process_started(pid) == values["process_started"] and _exists(pid):
             return ""
         return (

@@ -1,4 +1,4 @@
-"""Any Flower strategy by name, behind a screen that drops bad replies before the strategy sees them."""
+"""Flower strategies by name, and the screen that drops bad replies before a strategy sees them."""
 
 import gc
 import hashlib
@@ -8,13 +8,13 @@ import random
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import reduce
+from operator import add
 
 import flwr.serverapp.strategy
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
-from flwr.serverapp.exception import AggregationError, InconsistentMessageReplies
 from flwr.serverapp.strategy import (
     Bulyan,
     FedAdagrad,
@@ -27,13 +27,20 @@ from flwr.serverapp.strategy import (
     MultiKrum,
     Strategy,
 )
-from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
-from flwr.supercore.run import Run
 
 from fedhead.config import StrategyConfig
 from fedhead.errors import FedheadError, UserError
-from fedhead.messages import METRICS, Arrays, HeadReply, MessageError
+from fedhead.flower.grids import NodeInfo, Run
+from fedhead.flower.strategies import AggregationError, InconsistentMessageReplies, aggregate_metricrecords
+from fedhead.protocol.heads import HeadReply
+from fedhead.protocol.messages import (
+    MessageError,
+    Payload,
+)
 from fedhead.registry import suggest
+from fedhead.server.pooled_lbfgs import NAME, PooledLBFGS
+from fedhead.sums.heads import EXAMPLES, HELD_OUT, TRAIN_LOSS, HeadSums
+from fedhead.sums.sums import Arrays
 
 NAMES = (
     "Bulyan",
@@ -51,8 +58,12 @@ NAMES = (
 )
 """Flower's strategies that average or select heads."""
 
-EXAMPLES, HELD_OUT = METRICS.index("examples"), METRICS.index("held_out")
-TRAIN_LOSS = METRICS.index("train_loss")
+LARGEST_MADE = 1e30
+"""Bar on the parameters of an aggregated head; beyond it, every site's outputs overflow in float32."""
+
+
+class UnusableHeadError(FedheadError):
+    """A strategy made a head that cannot be sent."""
 
 
 def build_strategy(config: StrategyConfig) -> Strategy:
@@ -61,9 +72,9 @@ def build_strategy(config: StrategyConfig) -> Strategy:
     Raises:
         UserError: for an unknown name, an unknown or missing parameter, or a value that does not fit.
     """
-    if config.name not in NAMES:
-        raise UserError(f"There is no strategy {config.name!r}. {suggest(config.name, list(NAMES))}")
-    made: type[Strategy] = getattr(flwr.serverapp.strategy, config.name)
+    if config.name not in (*NAMES, NAME):
+        raise UserError(f"There is no strategy {config.name!r}. {suggest(config.name, [*NAMES, NAME])}")
+    made: type[Strategy] = PooledLBFGS if config.name == NAME else getattr(flwr.serverapp.strategy, config.name)
     parameters = inspect.signature(made).parameters
     types = typing.get_type_hints(made.__init__)
     scalars = {name: types[name] for name in parameters if types[name] in (int, float, str)}
@@ -77,7 +88,7 @@ def build_strategy(config: StrategyConfig) -> Strategy:
     if missing:
         raise UserError(f"{config.name} needs the parameter {missing[0]!r}, as in --set strategy.{missing[0]}=0.1.")
     try:
-        # Flower's constructors log what they are given; the run's own output says it.
+        # Flower's constructors log their parameters, which the run's own output has already.
         with _quiet_flower():
             return made(**config.parameters)
     except (ValueError, TypeError) as error:
@@ -85,7 +96,7 @@ def build_strategy(config: StrategyConfig) -> Strategy:
 
 
 def required_sites(strategy: Strategy) -> int:
-    """Return how many sites the strategy's rule is defined for at the least (Blanchard 2017; El Mhamdi 2018)."""
+    """Return the quorum of the strategy's rule (Blanchard 2017; El Mhamdi 2018)."""
     if isinstance(strategy, Bulyan):
         return 4 * strategy.num_malicious_nodes + 3
     if isinstance(strategy, Krum | MultiKrum):
@@ -94,8 +105,10 @@ def required_sites(strategy: Strategy) -> int:
 
 
 def averages(strategy: Strategy) -> bool:
-    """Tell whether the strategy sees replies only through their weighted mean, so that a mean may stand for them."""
+    """Return whether the strategy uses only the weighted mean of the replies, so that one mean may replace them."""
     means = (FedAvg, FedProx, FedAvgM, FedAdam, FedAdagrad, FedYogi)
+    if type(strategy) is PooledLBFGS:
+        return True
     # A subclass may look at single replies, and so may a metrics function of the user's.
     return type(strategy) in means and getattr(strategy, "train_metrics_aggr_fn", None) is aggregate_metricrecords
 
@@ -136,7 +149,7 @@ class Cohort(Grid):
 
 
 def sample_sites(strategy: Strategy, names: Sequence[str], seed: int, server_round: int) -> list[str]:
-    """Draw a round's sites by name: as many as `fraction_train` and `min_train_nodes` of the strategy say.
+    """Draw a round's sites by name, in the number given by the strategy's `fraction_train` and `min_train_nodes`.
 
     A strategy without these gets all sites, and samples by itself.
     """
@@ -152,7 +165,7 @@ def sample_sites(strategy: Strategy, names: Sequence[str], seed: int, server_rou
 def configure_round(
     strategy: Strategy, server_round: int, head: Arrays, grid: Grid, node_ids: Sequence[int]
 ) -> list[Message]:
-    """Let the strategy make this round's messages, to `node_ids` and no others."""
+    """Have the strategy make this round's messages, for `node_ids` only."""
     arrays = ArrayRecord({name: Array(np.ascontiguousarray(value)) for name, value in head.items()})
     with _taking_all(strategy), _quiet_flower():
         return list(strategy.configure_train(server_round, arrays, ConfigRecord(), Cohort(grid, node_ids)))
@@ -161,29 +174,34 @@ def configure_round(
 def aggregate_round(
     strategy: Strategy, server_round: int, replies: Sequence[tuple[Message, HeadReply]], expected: Arrays
 ) -> Arrays | None:
-    """Let the strategy make a new head of screened replies, ordered by site name.
+    """Have the strategy aggregate screened replies, ordered by site name, into a new head.
+
+    A strategy that averages receives the sum of all replies as one reply, the same in simulation and on a network.
 
     Args:
-        strategy: Flower's or the user's.
+        strategy: one of Flower's, or the user's own.
         server_round: from 1.
-        replies: each with the message that it answers.
+        replies: replies with the messages that they answer.
         expected: arrays with the head's names, shapes and dtype.
 
     Returns:
         The head, or None if the strategy made none.
 
     Raises:
-        FedheadError: if the strategy fails, or makes a head of another form.
+        UnusableHeadError: if the strategy makes a head of another form, or of values that overflow.
+        FedheadError: if the strategy fails.
     """
     key = getattr(strategy, "arrayrecord_key", "arrays")
     weight = getattr(strategy, "weighted_by_key", "num-examples")
+    results = [(instruction, reply.sums) for instruction, reply in replies]
+    if averages(strategy):
+        results = [(replies[0][0], reduce(add, (sums for _, sums in results)))]
+    dtypes = {name: head.dtype for name, head in replies[0][1].sums.heads.items()}
     messages = []
-    for instruction, reply in replies:
-        examples = reply.metrics[:, EXAMPLES]
-        loss = float(examples @ reply.metrics[:, TRAIN_LOSS] / max(examples.sum(), 1.0))
-        metrics = MetricRecord({weight: int(examples.sum()), "train_loss": loss})
-        arrays = ArrayRecord({name: Array(np.ascontiguousarray(reply.arrays[name])) for name in expected})
-        messages.append(Message(RecordDict({key: arrays, "metrics": metrics}), reply_to=instruction))
+    for instruction, sums in results:
+        metrics = MetricRecord({weight: sums.examples, "train_loss": float(sums.metrics[TRAIN_LOSS])})
+        heads = {name: Array(np.ascontiguousarray(sums.heads[name], dtypes[name])) for name in expected}
+        messages.append(Message(RecordDict({key: ArrayRecord(heads), "metrics": metrics}), reply_to=instruction))
     try:
         with _quiet_flower(), _quick_collections():
             made, _ = strategy.aggregate_train(server_round, messages)
@@ -193,28 +211,32 @@ def aggregate_round(
         return None
     aggregated = {name: made[name].numpy().astype(like.dtype) for name, like in expected.items() if name in made}
     for name, like in expected.items():
-        if name not in aggregated or aggregated[name].shape != like.shape or not np.isfinite(aggregated[name]).all():
-            raise FedheadError(
+        if (
+            name not in aggregated
+            or aggregated[name].shape != like.shape
+            or not (np.abs(aggregated[name]) <= LARGEST_MADE).all()
+        ):
+            raise UnusableHeadError(
                 f"{type(strategy).__name__} made no usable {name!r} in round {server_round}: it is missing, of another "
-                "shape, or not finite. A smaller learning rate may help; the head before it is kept."
+                f"shape, not finite, or beyond {LARGEST_MADE:g}. A smaller learning rate may help."
             )
     return aggregated
 
 
-def screen(content: RecordDict, expected: Arrays, rows: Mapping[str, int], site: str, *, merged: bool) -> HeadReply:
-    """Read a site's reply to `TRAIN` or `EVALUATE`, and vouch for it.
+def screen(payload: Payload, like: HeadSums, rows: Mapping[str, int], site: str, *, merged: bool) -> HeadReply:
+    """Read and check a site's reply to `TRAIN` or `EVALUATE`.
 
     Args:
-        content: what the message carries.
-        expected: arrays with the head's names, shapes and dtype; none where none is asked for.
-        rows: how many rows each site said that it has.
-        site: who replies.
-        merged: whether it may speak for several sites.
+        payload: the reply.
+        like: results with a head of the expected form, without one if none is expected.
+        rows: the number of rows that each site claims to have.
+        site: the name of the site.
+        merged: whether the reply may speak for several sites.
 
     Raises:
-        MessageError: for other keys, shapes, dtypes, values that are not finite, or a weight that is not there.
+        MessageError: for other keys, shapes, dtypes, values that are not finite, or more rows than the site has.
     """
-    reply = HeadReply.from_content(content, expected, merged=merged)
+    reply = HeadReply.from_payload(payload, like, merged=merged)
     names = reply.sites or (site,)
     claimed = reply.metrics[:, EXAMPLES] + reply.metrics[:, HELD_OUT]
     known = np.array([rows.get(name, 0) for name in names[: len(claimed)]])
@@ -229,7 +251,7 @@ def screen(content: RecordDict, expected: Arrays, rows: Mapping[str, int], site:
 
 @contextmanager
 def _taking_all(strategy: Strategy) -> Iterator[None]:
-    """Make the strategy take every node it is shown, and leave the global random state as it was."""
+    """Make the strategy use every node it is shown, and preserve the global random state."""
     everything = {"fraction_train": 1.0, "min_train_nodes": 0, "min_available_nodes": 0}
     own = {name: getattr(strategy, name) for name in everything if hasattr(strategy, name)}
     state = random.getstate()
@@ -245,9 +267,10 @@ def _taking_all(strategy: Strategy) -> Iterator[None]:
 
 @contextmanager
 def _quick_collections() -> Iterator[None]:
-    """Keep the objects that are there now out of garbage collections.
+    """Exclude existing objects from garbage collection.
 
-    Flower collects after every record that it reads into arrays: a third of a second for each, with torch loaded.
+    Flower collects garbage after every record that it reads into arrays, which takes a third of a second with torch
+    loaded.
     """
     gc.freeze()
     try:
@@ -258,7 +281,7 @@ def _quick_collections() -> Iterator[None]:
 
 @contextmanager
 def _quiet_flower() -> Iterator[None]:
-    # Another level would empty the caches of all loggers, twice in every round.
+    # Changing the level would clear the caches of all loggers twice per round.
     logger = logging.getLogger("flwr")
     logger.addFilter(_is_error)
     try:

@@ -1,4 +1,4 @@
-"""What a strategy remembers from round to round, as plain values and arrays, so that it can be resumed."""
+"""The state of a strategy between rounds as plain values and arrays, so that it can be resumed."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,17 +14,17 @@ AnyArray = npt.NDArray[Any]
 
 
 class _NotStateError(TypeError):
-    """A value is no number, text, array or collection of these."""
+    """A value is not a number, text, array or collection of these."""
 
 
 def state_of(strategy: Strategy) -> tuple[dict[str, Any], dict[str, AnyArray]]:
     """Return the attributes of a strategy that are numbers, texts, arrays or collections of these.
 
-    That is all that Flower's strategies remember: moments, momentum, and the head that they sent. Functions that a
-    strategy was built with are not among it.
+    They are the whole state of Flower's strategies: moments, momentum, and the head that they sent. Functions that a
+    strategy was built with are not included.
 
     Returns:
-        The attributes as JSON has them, and the arrays that they refer to.
+        The attributes as JSON values, and the arrays that they refer to.
     """
     values: dict[str, Any] = {}
     arrays: dict[str, AnyArray] = {}
@@ -39,10 +39,10 @@ def state_of(strategy: Strategy) -> tuple[dict[str, Any], dict[str, AnyArray]]:
 
 
 def restore(strategy: Strategy, values: Mapping[str, Any], arrays: Mapping[str, AnyArray]) -> None:
-    """Give a newly built strategy what `state_of` returned.
+    """Set the state of a new strategy to the result of `state_of`.
 
     Raises:
-        UserError: if it is none of this strategy's.
+        UserError: if the state is of another strategy.
     """
     unknown = sorted(values.keys() - vars(strategy).keys())
     if unknown:
@@ -55,7 +55,7 @@ def restore(strategy: Strategy, values: Mapping[str, Any], arrays: Mapping[str, 
 
 
 def _pack(value: Any, arrays: dict[str, AnyArray], path: str) -> Any:
-    # A float64 of NumPy is a float of Python too, and yet makes other sums with float32.
+    # A NumPy float64 is a Python float too, but promotes float32 arrays in sums.
     if isinstance(value, np.generic | np.ndarray):
         arrays[path] = np.array(value)
         return {"scalar" if isinstance(value, np.generic) else "array": path}

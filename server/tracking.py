@@ -11,8 +11,8 @@ from fedhead.config import RunConfig
 from fedhead.data.python import user_function
 from fedhead.errors import UserError
 from fedhead.registry import Registry
-from fedhead.server.history import Outcome, Round
 from fedhead.server.observer import Observer, SiteState, Step
+from fedhead.server.runs.history import Outcome, Round
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ Tracker = Callable[[], Observer]
 
 trackers: Registry[Tracker] = Registry("tracker")
 
-FIGURES = ("accuracy", "loss", "train_loss", "test_accuracy", "bytes_down", "bytes_up", "seconds", "sites")
+FIGURES = ("score", "loss", "train_loss", "test_score", "bytes_down", "bytes_up", "seconds", "sites")
 
 
 def find_tracker(name: str) -> Observer:

@@ -1,4 +1,4 @@
-"""The backbone's weights on their way to sites that lack them: a file, sent in chunks."""
+"""The file of the backbone's weights, sent in chunks to sites that lack them."""
 
 from functools import cached_property
 from pathlib import Path
@@ -9,17 +9,17 @@ from flwr.app import RecordDict
 from fedhead.backbones import Backbone
 from fedhead.backbones.weights import export_weights
 from fedhead.files import digest_file
-from fedhead.messages import WeightsChunk
+from fedhead.protocol.messages import WeightsChunk
 
 CHUNK_BYTES = 4 * 2**20
 
 
 class WeightsFile:
-    """A file of weights, of which one chunk is in memory at a time.
+    """A file of weights that is read chunk by chunk.
 
     Args:
-        backbone: whose weights are sent.
-        chunk_bytes: how much is sent at a time; None for all of it.
+        backbone: the backbone.
+        chunk_bytes: bytes per chunk; None sends the whole file.
     """
 
     def __init__(self, backbone: Backbone, chunk_bytes: int | None) -> None:
@@ -28,26 +28,30 @@ class WeightsFile:
 
     @cached_property
     def path(self) -> Path:
-        """Where it is; it is written when it is first asked for."""
+        """Path of the file, which is written on first use."""
         return export_weights(self._backbone)
 
     @cached_property
     def size(self) -> int:
-        """How many bytes it has."""
+        """Size in bytes."""
         return self.path.stat().st_size
 
     @cached_property
     def digest(self) -> str:
-        """Its SHA-256."""
+        """SHA-256 of the file."""
         return digest_file(self.path)
 
     @property
     def in_chunks(self) -> bool:
-        """Whether a site is asked first how much of it is there."""
+        """Whether a site is asked for its progress first."""
         return self._chunk_bytes is not None
 
+    def advances(self, offset: int, received: int) -> bool:
+        """Tell whether a site that was sent the chunk at `offset` can have so many bytes, in order."""
+        return min(offset + (self._chunk_bytes or self.size), self.size) <= received <= self.size
+
     def question(self) -> RecordDict:
-        """Return what asks a site how much it has."""
+        """Return the message that asks a site how many bytes it has."""
         return WeightsChunk(self.digest, self.size, 0, np.empty(0, np.uint8)).to_content()
 
     def chunk(self, offset: int) -> RecordDict:

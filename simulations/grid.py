@@ -2,41 +2,19 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
-from fedhead.client.app import Kept, empty_head, evaluate_sites, kept, make_app, report_sites, train_sites
+from fedhead.client.handlers import answer
 from fedhead.client.site_data import Site
 from fedhead.errors import FedheadError
 from fedhead.flower import set_message_id
-from fedhead.messages import (
-    CALIBRATE,
-    DESCRIBE,
-    EVALUATE,
-    INSTALL,
-    REPORT,
-    STANDARDISE,
-    STATISTICS,
-    TRAIN,
-    HeadReply,
-    HeadRequest,
-    MessageError,
-    Payload,
-    ReportRequest,
-)
-from fedhead.simulations.together import (
-    calibrate_together,
-    describe_together,
-    evaluate_together,
-    install_together,
-    standardise_together,
-    sum_together,
-    train_together,
-)
+from fedhead.flower.grids import Run
+from fedhead.protocol.actions import EVALUATE, GRADIENT, TRAIN
+from fedhead.protocol.messages import MessageError, Payload
+from fedhead.server.grid import SiteGrid
 
 FAILED = 0
 """Flower's code of an unknown error."""
@@ -44,20 +22,11 @@ FAILED = 0
 FIRST_GROUP = 2**62
 """Nodes from here on stand for several."""
 
-TOGETHER: Mapping[str, Callable[[Sequence[Site], RecordDict, Context], RecordDict]] = {
-    DESCRIBE: describe_together,
-    INSTALL: install_together,
-    STANDARDISE: standardise_together,
-    STATISTICS: sum_together,
-    CALIBRATE: calibrate_together,
-}
 
-
-class InProcessGrid(Grid):
+class InProcessGrid(SiteGrid):
     """Flower's Grid over simulated sites in this process.
 
-    Each site keeps its own `Context`. Describing and installing go through the `ClientApp` one site at a time;
-    training and evaluation of one round go to the trainer together.
+    Sites are answered by the handlers of real ones, all sites of one message at once; see `fedhead.client.handlers`.
 
     Args:
         sites: the simulated sites, which share one `LabelledFeatures`.
@@ -66,7 +35,7 @@ class InProcessGrid(Grid):
         run_id: of the run that messages belong to.
     """
 
-    merges_replies = True
+    in_process = True
 
     def __init__(self, sites: Sequence[Site], apps: Mapping[str, ClientApp] | None = None, run_id: int = 1) -> None:
         self._sites = {node_id_of(site.name): site for site in sites}
@@ -80,7 +49,6 @@ class InProcessGrid(Grid):
             for node_id, site in self._sites.items()
         }
         self._groups: dict[int, list[int]] = {}
-        self._app = make_app(lambda context: self._sites[context.node_id])
         self._pending: dict[str, Message] = {}
         self._sent = 0
 
@@ -89,6 +57,8 @@ class InProcessGrid(Grid):
 
         Its one reply is for all of them: their descriptions, their sums added, or the mean of their heads.
         """
+        if node_ids and any(step.per_site for step in self._sites[node_ids[0]].steps):
+            return None, list(node_ids)
         alone = [node for node in node_ids if self._sites[node].name in self._apps] if self._apps else []
         apart = set(alone)
         group = [node for node in node_ids if node not in apart]
@@ -124,26 +94,22 @@ class InProcessGrid(Grid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Do what the messages ask for, and return the replies."""
-        answers = {TRAIN: self._train, EVALUATE: self._evaluate, REPORT: self._report}
-        together: dict[tuple[str, int], list[Message]] = defaultdict(list)
+        """Answer the messages: those of one content to single sites all at once."""
+        alike: dict[tuple[str, int], list[Message]] = defaultdict(list)
         for message_id in message_ids:
             message = self._pending.pop(message_id, None)
             if message is None:
                 continue
-            if message.metadata.dst_node_id in self._groups:
-                yield self._answer_together(message, self._groups.pop(message.metadata.dst_node_id))
-                continue
-            name = self._sites[message.metadata.dst_node_id].name
-            if message.metadata.message_type in answers and name not in self._apps:
-                together[message.metadata.message_type, id(message.content)].append(message)
+            node = message.metadata.dst_node_id
+            if node in self._groups:
+                yield from self._answer(message.metadata.message_type, self._groups.pop(node), [message], merged=True)
+            elif (app := self._apps.get(self._sites[node].name)) is not None:
+                yield self._run_app(app, message)
             else:
-                yield self._run_app(self._apps.get(name, self._app), message)
-        for (message_type, _), messages in together.items():
-            try:
-                yield from answers[message_type](messages)
-            except FedheadError as error:
-                yield from (Message(Error(FAILED, str(error)), reply_to=message) for message in messages)
+                alike[message.metadata.message_type, id(message.content)].append(message)
+        for (action, _), messages in alike.items():
+            nodes = [message.metadata.dst_node_id for message in messages]
+            yield from self._answer(action, nodes, messages)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         return list(self.pull_messages(self.push_messages(messages)))
@@ -151,7 +117,7 @@ class InProcessGrid(Grid):
     def _run_app(self, app: ClientApp, message: Message) -> Message:
         try:
             reply = app(message, self._contexts[message.metadata.dst_node_id])
-            about_a_head = message.metadata.message_type in (TRAIN, EVALUATE) and not reply.has_error()
+            about_a_head = message.metadata.message_type in (TRAIN, GRADIENT, EVALUATE) and not reply.has_error()
             # Only this Grid may merge replies: an app that says it speaks for other sites speaks for none.
             if about_a_head and Payload.from_content(reply.content).values:
                 raise MessageError("it speaks for other sites than its own")
@@ -160,42 +126,23 @@ class InProcessGrid(Grid):
         except Exception as error:
             return Message(Error(FAILED, f"{error}"), reply_to=message)
 
-    def _answer_together(self, message: Message, group: Sequence[int]) -> Message:
-        sites, context = [self._sites[node] for node in group], self._contexts[group[0]]
-        asked = message.metadata.message_type
+    def _answer(
+        self, action: str, nodes: Sequence[int], messages: Sequence[Message], *, merged: bool = False
+    ) -> Iterator[Message]:
+        """Yield the sites' replies to messages of one content: one to each message, or one for all if `merged`."""
+        sites, context = [self._sites[node] for node in nodes], self._contexts[nodes[0]]
+        unanswered = dict(enumerate(messages))
         try:
-            if asked in TOGETHER:
-                return Message(TOGETHER[asked](sites, message.content, context), reply_to=message)
-            agreed = kept(context)
-            request = HeadRequest.from_content(message.content, empty_head(agreed.manifest))
-            work = train_together if asked == TRAIN else evaluate_together
-            return Message(work(sites, agreed, request).to_content(), reply_to=message)
+            payload = Payload.from_content(messages[0].content)
+            for positions, reply in answer(action, sites, payload, context, merged=merged):
+                yield Message(reply.to_content(), reply_to=unanswered.pop(positions[0]))
         except FedheadError as error:
-            return Message(Error(FAILED, str(error)), reply_to=message)
-
-    def _train(self, messages: Sequence[Message]) -> Iterator[Message]:
-        sites, agreed = self._addressed(messages)
-        request = HeadRequest.from_content(messages[0].content, empty_head(agreed.manifest))
-        for chunk in train_sites(sites, agreed, request):
-            for position, reply in zip(chunk.positions, chunk.replies(), strict=True):
-                yield Message(reply.to_content(), reply_to=messages[position])
-
-    def _evaluate(self, messages: Sequence[Message]) -> Iterator[Message]:
-        sites, agreed = self._addressed(messages)
-        request = HeadRequest.from_content(messages[0].content, empty_head(agreed.manifest))
-        for message, row in zip(messages, evaluate_sites(sites, agreed, request), strict=True):
-            yield Message(HeadReply(row[None]).to_content(), reply_to=message)
-
-    def _report(self, messages: Sequence[Message]) -> Iterator[Message]:
-        sites, agreed = self._addressed(messages)
-        request = ReportRequest.from_content(messages[0].content, empty_head(agreed.manifest))
-        for message, sums in zip(messages, report_sites(sites, agreed, request), strict=True):
-            yield Message(Payload({}, sums.to_arrays()).to_content(), reply_to=message)
-
-    def _addressed(self, messages: Sequence[Message]) -> tuple[list[Site], Kept]:
-        """Return the sites that messages of one content go to, and what all of them were told."""
-        nodes = [message.metadata.dst_node_id for message in messages]
-        return [self._sites[node] for node in nodes], kept(self._contexts[nodes[0]])
+            if len(messages) == 1:
+                yield Message(Error(FAILED, str(error)), reply_to=messages[0])
+                return
+            # One site's failure is its own: the others are asked again, one by one.
+            for position, message in unanswered.items():
+                yield from self._answer(action, [nodes[position]], [message])
 
 
 def node_id_of(name: str) -> int:

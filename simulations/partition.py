@@ -16,7 +16,7 @@ class Question:
     """What a partition is asked to divide.
 
     Attributes:
-        labels: `[n]`, of the rows that are to be divided; a multi-label row's `rarest_class`.
+        labels: `[n]`, the stratum of each row to divide: its class, or as the task has it.
         sites: how many sites there are.
         owners: `[n]` the site that the data itself names for each row, or None.
         generator: seeded by the run.
@@ -41,8 +41,7 @@ def divide(
 
     Args:
         spec: `iid`, `dirichlet:ALPHA`, `shards:K`, `quantity:ALPHA`, `sample:ROWS` or `folder`.
-        labels: `[n]` class numbers, or `[n, C]` of 0 and 1: partitions by class take a multi-label row for one of its
-            `rarest_class`.
+        labels: `[n]`, the stratum of each row, by which some partitions skew sites; see `Task.strata`.
         sites: how many.
         seed: same seed, same division.
         owners: the site of each row, where the data says so.
@@ -54,19 +53,7 @@ def divide(
     partition = partitions[name]
     if name not in ("folder", "sample") and sites > len(labels):
         raise UserError(f"{sites} sites cannot share {len(labels)} rows; take at most {len(labels)} sites.")
-    if labels.ndim == 2:
-        labels = rarest_class(labels)
     return partition(argument, Question(labels, sites, owners, np.random.default_rng([seed, 0x5175])))
-
-
-def rarest_class(labels: IntArray) -> IntArray:
-    """Return `[n]`, of each multi-label row the class that the fewest rows have, of equals the first; -1 without any.
-
-    Args:
-        labels: `[n, C]` of 0 and 1.
-    """
-    frequency = np.where(labels == 1, labels.sum(0), len(labels) + 1)
-    return np.where(labels.any(1), frequency.argmin(1), -1)
 
 
 def check_rows(rows: Sequence[npt.ArrayLike], total: int, shared: bool = False) -> dict[str, IntArray]:

@@ -1,5 +1,6 @@
 """`rank(backbones)`: which backbone fits a task, from one exchange each, without training."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -8,9 +9,11 @@ import numpy.typing as npt
 from fedhead.config import RunConfig
 from fedhead.data import Samples
 from fedhead.errors import UserError
-from fedhead.features import Progress
-from fedhead.scoring import transferability
-from fedhead.simulations.simulate import make_plan, run_plan
+from fedhead.features.store import Progress
+from fedhead.simulations.plan import Inputs, make_plan
+from fedhead.simulations.simulate import run_plan
+from fedhead.solvers import cross_validation_error
+from fedhead.solvers.scoring import transferability
 
 
 @dataclass(frozen=True)
@@ -21,13 +24,17 @@ class RankedBackbone:
         backbone: its spec.
         logme: log evidence per row and class (You et al., 2021); larger fits better.
         h_score: between-class scatter in units of the total (Bao et al., 2019); larger fits better. None
-            for multi-label rows.
-        accuracy: of the solved head, on the pooled held-out rows; None without any.
-        accuracy_test: the same on the pooled test set, where there is one.
+            unless every row has one class.
+        accuracy: the score of the solved head (of a regression R2) on the pooled held-out rows; None without any.
+        accuracy_test: the same on the pooled test set, if there is one.
         num_features: `d`.
         bytes_per_site: payload down and up, the weights included where a site lacks them.
         seconds_extraction: what features took in this call; little where they were there.
         rows_extracted: how many rows that was for.
+        score_name: what the score is, such as `accuracy`.
+        layer: the layer of the features.
+        error: generalised cross-validation error of their ridge regression on the classes, from sums alone; smaller
+            fits better, and 1 is chance. None unless every row has one class.
     """
 
     backbone: str
@@ -39,6 +46,9 @@ class RankedBackbone:
     bytes_per_site: int
     seconds_extraction: float
     rows_extracted: int
+    score_name: str = "accuracy"
+    layer: str = "penultimate"
+    error: float | None = None
 
 
 def rank(
@@ -48,9 +58,10 @@ def rank(
     sites: int | Sequence[npt.ArrayLike] | None = None,
     *,
     test_data: str | Samples | None = None,
+    layers: Sequence[str] = (),
     on_backbone: Callable[[str], Progress] = lambda spec: lambda done, total: None,
 ) -> list[RankedBackbone]:
-    """Score backbones by the sites' summed statistics, the best by LogME first.
+    """Score backbones by the sites' summed statistics, the best by LogME first; layers, by cross-validation error.
 
     Args:
         backbones: specs, each perhaps with a weights file, as in `torchvision:resnet18=resnet18.pth`.
@@ -58,6 +69,7 @@ def rank(
         data: see `simulate`.
         sites: see `simulate`.
         test_data: see `simulate`.
+        layers: of every backbone, or several joined by `+`; by default that of `config`.
         on_backbone: called as each one starts; what it returns is told of extraction.
 
     Raises:
@@ -67,18 +79,20 @@ def rank(
     if not backbones:
         raise UserError("Name one backbone or more to rank, as in: fedhead rank bundled:glyphnet bundled:pixels.")
     plans = []
-    for named in backbones:
+    given = config or RunConfig()
+    for named, layer in itertools.product(backbones, layers or [given.layer]):
         spec, _, weights = named.partition("=")
-        changes = {"backbone": spec, "weights": weights or "default", "rounds": 0, "head": "linear"}
-        plan_config = (config or RunConfig()).changed(changes)
+        changes = {"backbone": spec, "weights": weights or "default", "layer": layer, "rounds": 0, "head": "linear"}
+        plan_config = given.changed(changes)
         if plan_config.init in ("zeros", "random"):
             plan_config = plan_config.changed({"init": ""})
-        plans.append(make_plan(plan_config, data, sites, test_data=test_data))
+        plans.append(make_plan(plan_config, Inputs(data, sites, test_data)))
     ranked = []
     for plan in plans:
         result = run_plan(plan, deliver=False, on_extraction=on_backbone(plan.backbone.spec))
-        assert result.outcome.statistics is not None
-        scores = transferability(result.outcome.statistics)
+        stats = result.outcome.statistics
+        assert stats is not None
+        scores = transferability(stats)
         ranked.append(
             RankedBackbone(
                 backbone=plan.backbone.spec,
@@ -90,6 +104,11 @@ def rank(
                 bytes_per_site=(result.bytes_down + result.bytes_up) // len(result.outcome.participants),
                 seconds_extraction=result.seconds["extraction"],
                 rows_extracted=result.extracted,
+                score_name=result.task.score_name,
+                layer=plan.backbone.layer,
+                error=cross_validation_error(stats) if stats.kind.exclusive else None,
             )
         )
+    if layers and all(one.error is not None for one in ranked):
+        return sorted(ranked, key=lambda one: (one.error, -one.logme))
     return sorted(ranked, key=lambda one: (-one.logme, -(one.h_score or 0.0)))

@@ -8,7 +8,7 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -22,17 +22,18 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedhead.backbones import load_backbone
 from fedhead.client.app import make_app
-from fedhead.client.guard import Guard
+from fedhead.client.release.guard import Guard
 from fedhead.config import RunConfig
 from fedhead.data import IntArray
 from fedhead.devices import pick_device
 from fedhead.errors import FedheadError, UserError
-from fedhead.features import FeatureStore
+from fedhead.features.store import FeatureStore
 from fedhead.files import home, safe_name, write_atomically
 from fedhead.flower import keep_identity
-from fedhead.messages import Manifest, WeightsChunk
-from fedhead.server.history import Outcome
-from fedhead.simulations.simulate import SharedData, SimulatedSite
+from fedhead.protocol.messages import Manifest, WeightsChunk
+from fedhead.server.runs.history import Outcome
+from fedhead.simulations.sites import SharedData, SimulatedSite
+from fedhead.tasks import Targets, make_task
 
 START_SECONDS = 120.0
 """How long sites may take to register with Flower's engine, which is in memory."""
@@ -50,6 +51,8 @@ class _Told:
     features: str
     min_class_count: int
     min_rows: int
+    task: str
+    classes: list[str]
 
 
 class RaySite(SimulatedSite):
@@ -81,9 +84,8 @@ def require_ray() -> None:
 
 def run_on_ray(
     config: RunConfig,
-    names: Sequence[str],
-    rows: Sequence[IntArray],
-    labels: IntArray,
+    rows: Mapping[str, IntArray],
+    labels: Targets,
     store: FeatureStore,
     coordinate: Callable[[Grid], Outcome],
 ) -> Outcome:
@@ -91,8 +93,7 @@ def run_on_ray(
 
     Args:
         config: of the run.
-        names: of the sites.
-        rows: `[n]`, of each of them.
+        rows: `[n]`, of each site by name.
         labels: of all rows.
         store: their features.
         coordinate: runs the coordinator over a Grid.
@@ -103,16 +104,15 @@ def run_on_ray(
     require_ray()
     home().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="ray-run-", dir=home()) as folder:
-        _write(Path(folder), config, names, rows, labels, store)
-        return _run(partial(_site_of, folder), len(names), config.simulation.cluster, coordinate)
+        _write(Path(folder), config, rows, labels, store)
+        return _run(partial(_site_of, folder), len(rows), config.simulation.cluster, coordinate)
 
 
 def _write(
     folder: Path,
     config: RunConfig,
-    names: Sequence[str],
-    rows: Sequence[IntArray],
-    labels: IntArray,
+    rows: Mapping[str, IntArray],
+    labels: Targets,
     store: FeatureStore,
 ) -> None:
     table = config.simulation
@@ -125,12 +125,14 @@ def _write(
         features=str(store.path),
         min_class_count=table.min_class_count,
         min_rows=table.min_rows,
+        task=config.task,
+        classes=list(config.classes),
     )
     write_atomically(folder / "told.json", json.dumps(asdict(told)))
-    write_atomically(folder / "names.json", json.dumps(list(names)))
+    write_atomically(folder / "names.json", json.dumps(list(rows)))
     np.save(folder / "labels.npy", labels)
-    np.save(folder / "rows.npy", np.concatenate(rows))
-    np.save(folder / "ends.npy", np.cumsum([len(own) for own in rows]))
+    np.save(folder / "rows.npy", np.concatenate(list(rows.values())))
+    np.save(folder / "ends.npy", np.cumsum([len(own) for own in rows.values()]))
 
 
 @cache
@@ -139,7 +141,13 @@ def _shared(folder: str) -> SharedData:
     backbone = load_backbone(told.backbone, weights=told.weights, layer=told.layer, seed=told.seed)
     store = FeatureStore.read(Path(told.features))
     labels = np.load(Path(folder) / "labels.npy")
-    return SharedData(backbone.to(pick_device(told.device)), store, labels, Guard(told.min_class_count, told.min_rows))
+    return SharedData(
+        backbone.to(pick_device(told.device)),
+        store,
+        labels,
+        Guard(told.min_class_count, told.min_rows),
+        make_task(told.task, told.classes),
+    )
 
 
 @cache

@@ -15,23 +15,16 @@ import numpy.typing as npt
 from fedhead.config import RunConfig, SimulationConfig, merge, parse_assignments
 from fedhead.data import Samples, load_samples, load_sites
 from fedhead.errors import FedheadError, UserError
-from fedhead.features import Progress
+from fedhead.features.store import Progress
 from fedhead.files import safe_name
 from fedhead.registry import suggest
 from fedhead.simulations.simulate import simulate
 
-MEASURES = (
-    "accuracy",
-    "accuracy_one_exchange",
-    "accuracy_after_rounds",
-    "accuracy_mean_site",
-    "accuracy_worst_site",
-    "kept_round",
-    "bytes_down",
-    "bytes_up",
-    "seconds_rounds",
-)
-"""What is summed up of a run, by its name in `RunResult.summary`."""
+SCORES = ("", "_one_exchange", "_after_rounds", "_mean_site", "_worst_site")
+"""Endings of the scores in `RunResult.summary`, after the score's own name."""
+
+MEASURES = ("kept_round", "bytes_down", "bytes_up", "seconds_rounds")
+"""Names of the other figures of a run that a study sums up."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +108,16 @@ class Study:
         return [trial for cell in self.cells for trial in cell.trials]
 
     @property
+    def score_name(self) -> str:
+        """The name of the runs' score, such as `accuracy`."""
+        return next((str(one.summary["score_name"]) for one in self.trials if one.summary), "accuracy")
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """The names of the figures that are summed up."""
+        return (*(f"{self.score_name}{ending}" for ending in SCORES), *MEASURES)
+
+    @property
     def failed(self) -> list[Trial]:
         """The runs that failed."""
         return [trial for trial in self.trials if trial.error]
@@ -123,7 +126,7 @@ class Study:
         """Return everything as plain values."""
         cells = []
         for cell in self.cells:
-            intervals = {measure: cell.interval(measure) for measure in MEASURES}
+            intervals = {measure: cell.interval(measure) for measure in self.measures}
             found = {name: vars(interval) for name, interval in intervals.items() if interval is not None}
             cells.append({"settings": dict(cell.settings), "measures": found})
         runs = [
@@ -137,9 +140,9 @@ class Study:
         text = io.StringIO()
         keys = list(self.cells[0].settings)
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([*keys, "seed", *MEASURES, "run_dir", "error"])
+        writer.writerow([*keys, "seed", *self.measures, "run_dir", "error"])
         for trial in self.trials:
-            measured = [trial.summary.get(measure) for measure in MEASURES]
+            measured = [trial.summary.get(measure) for measure in self.measures]
             writer.writerow(
                 [*trial.settings.values(), trial.seed, *measured, trial.summary.get("run_dir", ""), trial.error]
             )

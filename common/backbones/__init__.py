@@ -1,6 +1,6 @@
 """Backbones: frozen feature extractors with their preprocessing, one file per source.
 
-A source of your own is a function of `(name, weights, layer, seed)` that returns a `Backbone`:
+Your own source is a function of `(name, weights, layer, seed)` that returns a `Backbone`:
 
     from fedhead.backbones import Backbone, backbone_sources
 

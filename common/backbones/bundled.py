@@ -1,4 +1,4 @@
-"""`bundled:glyphnet` and `bundled:pixels`: what the package itself carries."""
+"""`bundled:glyphnet` and `bundled:pixels`: the backbones included in the package."""
 
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fedhead.backbones.backbone import Backbone, assign_weights, backbone_sources, read_weights
+from fedhead.backbones.backbone import Backbone, backbone_sources
 from fedhead.backbones.catalogue import Catalogue, Entry, catalogues, image_input
 from fedhead.backbones.glyphnet import INPUT_SIZE, MEAN, STD, GlyphNet
 from fedhead.backbones.preprocessing import ImagePreprocessing
+from fedhead.backbones.state_dict import assign_weights, read_weights
 from fedhead.errors import UserError
 from fedhead.registry import suggest
 
@@ -18,7 +19,7 @@ PIXELS = 32
 
 @backbone_sources.register("bundled")
 def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
-    """Build `glyphnet`, pretrained on machine-rendered letters, or `pixels`, which transfers nothing.
+    """Build `glyphnet`, pretrained on machine-rendered letters, or `pixels`, a baseline without transfer.
 
     Raises:
         UserError: for another name or layer, and for weights that do not fit.
@@ -30,7 +31,7 @@ def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
     if name == "pixels":
         module = nn.Flatten()
         if weights not in ("default", "random"):
-            # A saved model's own backbone is a file, even if there is nothing in it.
+            # A saved model's own backbone is a file, even if it has no weights.
             assign_weights(module, read_weights(weights), set(), "bundled:pixels", weights)
         square = (PIXELS, PIXELS)
         return Backbone("bundled:pixels", module, ImagePreprocessing(3, square, None, (0.5,) * 3, (0.5,) * 3))
@@ -43,7 +44,7 @@ def names() -> list[str]:
 
 
 def entry(name: str) -> Entry:
-    """Return what the package carries.
+    """Return the catalogue entry of a bundled backbone.
 
     Raises:
         UserError: for another name.

@@ -1,6 +1,6 @@
-"""What backbones there are, and what is known of one before it is used.
+"""Catalogue of the available backbones and their metadata, before they are built.
 
-A source may enter a `Catalogue` under its own name; without one, it is used all the same, but not listed:
+A source may register a `Catalogue` under its own name; a source without one can be used, but is not listed:
 
     catalogues.register("ours")(Catalogue(names, entry))
 """
@@ -21,15 +21,15 @@ from fedhead.registry import Registry
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of a backbone without building it.
+    """Metadata of a backbone before it is built.
 
     Attributes:
         spec: `source:name`.
-        input: what it takes, in words.
-        parameters: of the whole model, its classifier included; None where only building it tells.
-        licence: of the weights; None where it is not known.
-        weights: the file with its weights that a library keeps on this machine; None for none.
-        origin: where the library downloads them from; None for nowhere.
+        input: a description of its input.
+        parameters: of the whole model, including its classifier; None if only building it reveals them.
+        licence: of the weights; None if unknown.
+        weights: the file with its weights in a library's cache on this machine; None if missing.
+        origin: the URL from which the library downloads them; None if there is none.
     """
 
     spec: str
@@ -46,12 +46,12 @@ def _penultimate(name: str) -> Sequence[str]:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """What a source's backbones are; each of them can be built with `random` weights.
+    """The backbones of a source; each of them can be built with `random` weights.
 
     Attributes:
         names: returns the names, without the source.
-        entry: returns what is known of a name. Raises UserError if there is no such name.
-        layers: returns the layers that a name has.
+        entry: returns the metadata of a name. Raises UserError if there is no such name.
+        layers: returns the layers of a name.
     """
 
     names: Callable[[], Sequence[str]]
@@ -66,19 +66,19 @@ catalogues: Registry[Catalogue] = Registry(
 
 @dataclass(frozen=True)
 class Description:
-    """What a backbone is, once built.
+    """Properties of a built backbone.
 
     Attributes:
         spec: `source:name`.
-        kind: what it takes, "image" or "text".
-        input: what it takes, in words; empty where the source does not tell.
-        layer: whose output the features are.
+        kind: the kind of its items, "image" or "text".
+        input: a description of its input; empty if the source has none.
+        layer: the layer whose output is the features.
         num_features: `d`.
         num_parameters: up to `layer`.
-        num_bytes: up to `layer`: what each site is sent once.
-        licence: of the weights; None where it is not known.
-        weights: the files on this machine that hold them.
-        origin: where they can be downloaded from; None for nowhere.
+        num_bytes: up to `layer`: sent to each site once.
+        licence: of the weights; None if unknown.
+        weights: the files on this machine with the weights.
+        origin: the URL for downloading them; None if there is none.
     """
 
     spec: str
@@ -94,10 +94,10 @@ class Description:
 
 
 def search(pattern: str) -> Iterator[Entry]:
-    """Yield the backbones whose spec fits a pattern with `*`, `?` and `[...]`; one without these may stand anywhere.
+    """Yield the backbones whose spec matches a pattern with `*`, `?` and `[...]`, or contains a text without these.
 
     Raises:
-        UserError: if the pattern names a source that is unknown, has no catalogue, or misses its library.
+        UserError: if the pattern names a source that is unknown, has no catalogue, or lacks its library.
     """
     source, colon, _ = pattern.partition(":")
     if not any(wildcard in pattern for wildcard in "*?["):
@@ -105,7 +105,7 @@ def search(pattern: str) -> Iterator[Entry]:
     named = [known for known in catalogues if fnmatchcase(known, source)] if colon else list(catalogues)
     if not named:
         _ = backbone_sources[source]
-        raise UserError(f"The backbones of {source!r} cannot be listed: it takes any name of its form.")
+        raise UserError(f"The backbones of {source!r} cannot be listed: it accepts any name of its form.")
     for known in named:
         try:
             catalogue = catalogues[known]
@@ -120,7 +120,7 @@ def search(pattern: str) -> Iterator[Entry]:
 
 
 def entry_of(spec: str) -> Entry | None:
-    """Return what a source's catalogue says of a spec; None where the source has no catalogue.
+    """Return the catalogue's entry for a spec; None if the source has no catalogue.
 
     Raises:
         UserError: if there is no such source or name.
@@ -130,22 +130,22 @@ def entry_of(spec: str) -> Entry | None:
 
 
 def layers_of(spec: str) -> Sequence[str]:
-    """Return the names of a backbone's layers; none where its source has no catalogue."""
+    """Return the names of a backbone's layers; none if its source has no catalogue."""
     source, name = split_spec(spec)
     return catalogues[source].layers(name) if source in list(catalogues) else ()
 
 
 def describe(spec: str, layer: str, installed: Sequence[Path]) -> Description:
-    """Build a backbone, without its weights where its source can, and say what it is.
+    """Build a backbone, without its weights if its source allows it, and return its properties.
 
     Args:
         spec: `source:name`.
         layer: see `load_backbone`.
-        installed: files on this machine that hold its weights, beside the library's.
+        installed: files on this machine with its weights, in addition to the library's.
 
     Raises:
         UserError: if there is no such backbone or layer.
-        FedheadError: if only its weights could tell, and these are not to be had.
+        FedheadError: if the weights are needed for the description but not available.
     """
     entry = entry_of(spec)
     backbone = load_backbone(spec, layer=layer) if entry is None else _without_weights(spec, layer)
@@ -164,7 +164,7 @@ def describe(spec: str, layer: str, installed: Sequence[Path]) -> Description:
 
 
 def _without_weights(spec: str, layer: str) -> Backbone:
-    """Build a backbone without memory for its weights, or where its code needs values, with random ones."""
+    """Build a backbone without memory for its weights, or if its code needs values, with random ones."""
     try:
         with torch.device("meta"):
             backbone = load_backbone(spec, weights="random", layer=layer)
@@ -172,16 +172,16 @@ def _without_weights(spec: str, layer: str) -> Backbone:
         return backbone
     except FedheadError:
         raise
-    # What code does with values that are not there differs from model to model.
+    # Code reacts in various ways to missing values.
     except Exception:
         return load_backbone(spec, weights="random", layer=layer)
 
 
 def _width(backbone: Backbone) -> int:
-    """Return `d`, also of weights that are not there."""
+    """Return `d`, also for missing weights."""
     return backbone.features_of(backbone.preprocessing.probes()).shape[1]
 
 
 def image_input(channels: int, height: int, width: int) -> str:
-    """Return in words what takes images of this size."""
+    """Return a description of image inputs of this size."""
     return f"{height} x {width}{' grey' if channels == 1 else ''}"

@@ -1,4 +1,4 @@
-"""Where torchvision and the hub keep weights on this machine, and getting what is not there yet."""
+"""The caches of torchvision and the hub on this machine, and downloads into them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,15 +10,15 @@ from fedhead.errors import FedheadError
 
 
 def torch_file(url: str) -> Path:
-    """Return where torch keeps what it downloads from `url`."""
+    """Return torch's cache path for a download from `url`."""
     return Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
 
 
 def fetch_torch_file(url: str, spec: str) -> Path:
-    """Return torch's own copy of a file, downloaded and compared with the digest in its name if it is not there.
+    """Return torch's own copy of a file, downloaded if missing and compared with the digest in its name.
 
     Raises:
-        FedheadError: with all the ways to get it, if it cannot be downloaded.
+        FedheadError: with all alternatives, if it cannot be downloaded.
     """
     path = torch_file(url)
     if path.is_file():
@@ -33,7 +33,7 @@ def fetch_torch_file(url: str, spec: str) -> Path:
 
 
 def hub_file(repository: str, names: Sequence[str]) -> Path | None:
-    """Return the first of a repository's files that is in the hub's cache on this machine; None for none."""
+    """Return the first of a repository's files in the hub's cache on this machine; None if there is none."""
     from huggingface_hub import try_to_load_from_cache
 
     repository, _, revision = repository.partition("@")
@@ -45,15 +45,15 @@ def hub_file(repository: str, names: Sequence[str]) -> Path | None:
 
 
 def fetch_hub_file(repository: str, names: Sequence[str], spec: str) -> Path:
-    """Return the first of a repository's files that there is: from the hub's cache, or else from the hub.
+    """Return the first existing file of a repository: from the hub's cache, or else from the hub.
 
     Args:
-        repository: `owner/name`, perhaps with `@revision`.
-        names: in the order of preference.
-        spec: of the backbone, for messages.
+        repository: `owner/name`, optionally with `@revision`.
+        names: the file names in order of preference.
+        spec: the spec of the backbone, for messages.
 
     Raises:
-        FedheadError: with all the ways to get it, if it cannot be downloaded.
+        FedheadError: with all alternatives, if it cannot be downloaded.
     """
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError
@@ -64,12 +64,12 @@ def fetch_hub_file(repository: str, names: Sequence[str], spec: str) -> Path:
     missing: Exception = FileNotFoundError(f"it has none of {', '.join(names)}")
     for name in names:
         try:
-            # Unlike the download, which without a network tries for most of a minute.
+            # Fails at once without a network; the download would retry for almost a minute.
             get_hf_file_metadata(hf_hub_url(owner_name, name, revision=revision or None))
             return Path(hf_hub_download(owner_name, name, revision=revision or None))
         except EntryNotFoundError as error:
             missing = error
-        # Without a network, each layer below raises errors of its own.
+        # Without a network, each layer below raises its own errors.
         except Exception as error:
             missing = error
             break
@@ -78,10 +78,10 @@ def fetch_hub_file(repository: str, names: Sequence[str], spec: str) -> Path:
 
 
 def not_to_be_had(spec: str, url: str, place: str, error: Exception) -> FedheadError:
-    """Return the failure that says where weights were looked for and the ways to bring them."""
+    """Return an error with the searched places and the alternatives for obtaining weights."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return FedheadError(
         f"The weights of {spec} are not on this machine and could not be downloaded from {url} ({reason}). There are "
-        f"three ways: name a file with --weights FILE (where there is a network, 'fedhead backbones fetch {spec} --out "
-        f"FILE' writes it); bring the download to {place}; or take part in a run, whose coordinator sends the weights."
+        f"three ways: pass a file with --weights FILE (with a network, 'fedhead backbones fetch {spec} --out "
+        f"FILE' writes it); copy the download to {place}; or join a run, since its coordinator sends the weights."
     )

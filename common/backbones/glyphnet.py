@@ -1,6 +1,6 @@
 """GlyphNet: the bundled backbone, a small network for small greyscale glyphs.
 
-It was trained on rendered letters only, by `fedhead.simulations.pretrain`, which regenerates its weights.
+It was trained on rendered letters only, by `fedhead.simulations.pretrain`, which reproduces its weights.
 """
 
 from collections import OrderedDict
@@ -12,17 +12,17 @@ INPUT_SIZE = 16
 
 MEAN = 0.25
 STD = 0.35
-"""Grey levels in `[0, 1]`, 1 a full stroke on a background of 0, become `(level - MEAN) / STD`."""
+"""Grey levels in `[0, 1]` (1 is a full stroke, 0 the background) become `(level - MEAN) / STD`."""
 
 NUM_FEATURES = 192
 """Width of the output."""
 
 
 class GlyphNet(nn.Sequential):
-    """Standardised grey levels `[n, 1, 16, 16]` to features `[n, 192]`.
+    """A map from standardised grey levels `[n, 1, 16, 16]` to features `[n, 192]`.
 
-    The children are applied in their order. No batch norm is left in it: it was folded into the
-    convolutions, and the features have mean 0 and variance 1 over letters.
+    The children run in order. Batch norms have been folded into the convolutions, and the features have mean 0 and
+    variance 1 over letters.
     """
 
     def __init__(self) -> None:

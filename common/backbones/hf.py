@@ -1,7 +1,8 @@
-"""`hf:NAME`: text and vision models of the Hugging Face hub, or of a folder in its format, as frozen encoders.
+"""`hf:NAME`: text and vision models from the Hugging Face hub, or from a folder in its format, as frozen encoders.
 
-`hf:NAME?max_length=128&revision=main` says where texts are cut, and which version is taken. Only safetensors are read,
-and no code of the hub's is ever run.
+`hf:NAME?max_length=128&revision=main` truncates texts to 128 tokens and selects the version `main`; `dense=no` omits
+the layers that sentence-transformers applies after the pooling. Only safetensors are read, and code from the hub is
+never executed.
 """
 
 import re
@@ -13,7 +14,7 @@ from urllib.parse import parse_qsl
 import torch
 from torch import Tensor, nn
 
-from fedhead.backbones.backbone import Backbone, assign_weights, backbone_sources, read_files, read_weights
+from fedhead.backbones.backbone import Backbone, backbone_sources, read_files
 from fedhead.backbones.catalogue import Catalogue, Entry, catalogues, image_input
 from fedhead.backbones.downloads import not_to_be_had
 from fedhead.backbones.hf_recipe import (
@@ -27,11 +28,15 @@ from fedhead.backbones.hf_recipe import (
     preprocessing_of,
     quiet,
     read_recipe,
+    require_no_dense,
     without_pooler,
 )
+from fedhead.backbones.state_dict import assign_weights, read_weights
+from fedhead.data.specs import to_path
 from fedhead.errors import UserError
 from fedhead.extras import require
 from fedhead.registry import suggest
+from fedhead.wording import listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -41,39 +46,42 @@ WANTED = ("*.json", "*.safetensors", "*.txt", "*.model")
 
 @dataclass(frozen=True)
 class _Settings:
-    """What a spec says after its name."""
+    """Settings in a spec, after its name."""
 
     max_length: int | None = None
     revision: str | None = None
+    dense: str | None = None
 
 
 @backbone_sources.register("hf")
 def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
-    """Build a model of the hub's from its cache or a folder; the hub is asked only for what neither holds.
+    """Build a model from the hub's cache or a folder; only missing files are downloaded.
 
     Args:
-        name: a name such as `sentence-transformers/all-MiniLM-L6-v2`, or a folder, perhaps with settings after `?`.
-        weights: `default`, the file of a saved backbone (which holds its tokenizer too), other safetensors of the same
+        name: a name such as `sentence-transformers/all-MiniLM-L6-v2`, or a folder, optionally with settings after `?`.
+        weights: `default`, the file of a saved backbone (which includes its tokenizer), other safetensors of the same
             architecture, or `random`.
         layer: `penultimate` for the last layer, or `hidden:K` for the hidden state after `K` blocks. Texts are pooled
-            as a folder of sentence-transformers says, and else averaged; images as the model does it.
-        seed: draws random weights.
+            by the settings of a sentence-transformers folder, otherwise averaged; images by the model's own pooling.
+        seed: seeds random weights.
 
     Raises:
-        UserError: for settings, a layer or a folder that do not exist, and for weights that are no safetensors or do
+        UserError: for settings, a layer or a folder that do not exist, and for weights that are not safetensors or do
             not fit.
-        FedheadError: if the model is not here and cannot be downloaded.
+        FedheadError: if the model is not on this machine and cannot be downloaded.
     """
     require("transformers", "transformers", f"The backbone hf:{name}")
     name, settings = parse_name(name)
     files = read_files(weights) if weights not in ("default", "random") else {}
-    # A saved backbone stands for the folder, which may be on another machine.
+    # A saved backbone replaces the folder, which may be on another machine.
     folder = None if files else _local_folder(name)
     spec = f"hf:{folder or name}{_query(settings)}"
     if files:
         recipe = Recipe.from_files(files, weights)
     else:
         folder = folder or _snapshot(name, settings.revision)
+        if settings.dense is None:
+            require_no_dense(folder, spec)
         recipe = read_recipe(folder, spec)
     with quiet():
         config = configure(recipe.config, spec)
@@ -84,7 +92,7 @@ def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
             model = _pretrained(folder, config, spec)
         else:
             model = _random(config, seed)
-    # A model's own pooling follows its last layer.
+    # A model's own pooling applies to its last layer.
     pooled = chosen.pooling == "pooler" and hidden is None
     encoder = _Encoder(model, pooled, hidden)
     if weights not in ("default", "random"):
@@ -104,20 +112,22 @@ def parse_name(name: str) -> tuple[str, _Settings]:
     """Split `NAME?max_length=128&revision=main`.
 
     Raises:
-        UserError: for a setting that does not exist or has no such value.
+        UserError: for an unknown setting or an invalid value.
     """
     name, _, query = name.partition("?")
     values = dict(parse_qsl(query, keep_blank_values=True))
-    known = ["max_length", "revision"]
+    known = ["dense", "max_length", "revision"]
     for key, value in values.items():
         if key not in known:
             raise UserError(f"hf:{name} has no setting {key!r}. {suggest(key, known)}")
+        if key == "dense" and value != "no":
+            raise UserError(f"The setting dense of hf:{name} can only be no, not {value!r}.")
         if key == "max_length" and not (value.isascii() and value.isdigit() and int(value) > 0):
             raise UserError(f"The max_length of hf:{name} is a number of tokens, as in max_length=128, not {value!r}.")
     if query and not values:
         raise UserError(f"Expected settings as in hf:{name}?max_length=128, not {query!r}.")
     length = values.get("max_length")
-    return name, _Settings(int(length) if length else None, values.get("revision"))
+    return name, _Settings(int(length) if length else None, values.get("revision"), values.get("dense"))
 
 
 def _query(settings: _Settings) -> str:
@@ -126,7 +136,7 @@ def _query(settings: _Settings) -> str:
 
 
 def names() -> list[str]:
-    """Return the models of transformers that are whole in the hub's cache on this machine."""
+    """Return the models of transformers that are complete in the hub's cache on this machine."""
     require("huggingface_hub", "transformers", "The list of the hub's models")
     from huggingface_hub import CacheNotFound, constants, scan_cache_dir
 
@@ -138,7 +148,7 @@ def names() -> list[str]:
 
 
 def entry(name: str) -> Entry:
-    """Return what is known here of a folder, or of a name on the hub; of a folder elsewhere, nothing.
+    """Return the known metadata of a folder, or of a name on the hub; nothing for a missing folder.
 
     Raises:
         UserError: for a setting that does not exist.
@@ -165,17 +175,17 @@ catalogues.register("hf")(Catalogue(names, entry))
 
 
 def _optional_type(folder: Path) -> bool:
-    """Tell whether a folder is of transformers, and not of another library that uses the hub."""
+    """Return whether a folder belongs to transformers, and not to another library that uses the hub."""
     return "model_type" in optional_json(folder / "config.json")
 
 
 class _Encoder(nn.Module):
-    """A model whose output is one of its hidden states, or the vector that it makes of the last.
+    """A model that returns one of its hidden states, or its own vector from the last one.
 
     Args:
-        model: of the library's.
+        model: the library's model.
         pooled: whether to return the model's own vector.
-        hidden: which hidden state; None for the last, as the model itself finishes it.
+        hidden: the hidden state to return; None for the last one, after the model's final layers.
     """
 
     def __init__(self, model: "PreTrainedModel", pooled: bool, hidden: int | None) -> None:
@@ -206,18 +216,18 @@ class _Encoder(nn.Module):
         return self.model.load_state_dict(*args, **kwargs)
 
 
-# What a spec chooses.
+# Settings of a spec.
 
 
 def _choose(recipe: Recipe, settings: _Settings, config: "PreTrainedConfig", spec: str) -> Recipe:
-    """Return the recipe with the spec's settings over the folder's."""
+    """Return the recipe with the spec's settings in place of the folder's."""
     if settings.max_length is None:
         return recipe
     if recipe.kind == "image":
-        raise UserError(f"{spec} takes images, which have no max_length.")
+        raise UserError(f"{spec} takes images, so max_length does not apply.")
     longest = longest_text(10**9, config)
     if settings.max_length > longest:
-        raise UserError(f"{spec} takes {longest} tokens at most, not {settings.max_length}.")
+        raise UserError(f"{spec} takes at most {longest} tokens, not {settings.max_length}.")
     return replace(recipe, max_length=settings.max_length)
 
 
@@ -248,12 +258,11 @@ def _pretrained(folder: Path, config: "PreTrainedConfig", spec: str) -> "PreTrai
             dtype=torch.float32,
             **without_pooler(cls),
         )
-    # Damaged files, and shapes that do not fit, come as many kinds of errors.
+    # Damaged files and wrong shapes raise many kinds of errors.
     except Exception as error:
         raise UserError(f"The weights of {spec} in {folder} cannot be read: {first_line(error)}") from None
     if missing := sorted(found["missing_keys"]):
-        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
-        raise UserError(f"The weights of {spec} in {folder} lack {', '.join(missing[:4])}{more}.")
+        raise UserError(f"The weights of {spec} in {folder} lack {listed(missing, 4)}.")
     loaded: PreTrainedModel = model
     return loaded
 
@@ -272,19 +281,19 @@ def _require_safetensors(folder: Path, spec: str) -> None:
     pickles = sorted(path.name for path in folder.glob("*.bin"))
     if pickles:
         raise UserError(
-            f"{spec} has its weights only as {pickles[0]}, a format that can run code when it is read; fedhead reads "
-            'safetensors. Convert it once, where you trust the file: python -c "from transformers import AutoModel; '
+            f"{spec} has its weights only as {pickles[0]}, a format that can execute code when loaded; fedhead reads "
+            'safetensors. If you trust the file, convert it once: python -c "from transformers import AutoModel; '
             f"AutoModel.from_pretrained('{folder}').save_pretrained('{folder}')\""
         )
-    raise UserError(f"{spec} has no weights: {folder} holds no *.safetensors.")
+    raise UserError(f"{spec} has no weights: {folder} contains no *.safetensors.")
 
 
-# Where a model is.
+# Locations of models.
 
 
 def _local_folder(name: str) -> Path | None:
-    """Return the folder that a name stands for; None for a name on the hub."""
-    path = Path(name).expanduser()
+    """Return the folder for a name; None for a name on the hub."""
+    path = to_path(name)
     if path.is_dir():
         return path.resolve()
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
@@ -297,7 +306,7 @@ def _local_folder(name: str) -> Path | None:
 
 
 def _snapshot(name: str, revision: str | None) -> Path:
-    """Return the hub's files of a model, from the cache where they are whole."""
+    """Return the hub's files of a model, from the cache if complete."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -306,14 +315,14 @@ def _snapshot(name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, **_files_of_interest(revision)))
     except RepositoryNotFoundError:
-        raise UserError(f"The hub has no model {name!r}, or shows it only to those who are signed in.") from None
+        raise UserError(f"The hub has no model {name!r}, or it requires signing in.") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         url, cache = f"https://huggingface.co/{name}", f"the hub's cache {constants.HF_HUB_CACHE}"
         raise not_to_be_had(f"hf:{name}", url, cache, error) from error
 
 
 def _cached(name: str, revision: str | None) -> Path | None:
-    """Return the files of a model in the hub's cache; None where they are not whole."""
+    """Return the files of a model in the hub's cache; None if they are incomplete."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

@@ -1,4 +1,4 @@
-"""What a model of the hub's is built and fed from beside its weights, read from its folder without running code."""
+"""Recipe of a hub model: everything besides its weights, read from its folder without executing code."""
 
 import copy
 import hashlib
@@ -27,11 +27,11 @@ logger = logging.getLogger(__name__)
 PoolingName = Literal["mean", "cls", "last", "pooler"]
 
 MAX_LENGTH = 512
-"""Tokens after which a text is cut, unless the model takes fewer or its folder or the spec says otherwise."""
+"""Default limit of tokens per text, unless the model, its folder or the spec has another one."""
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "*.bpe.model")
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "xlm-roberta-xl", "data2vec-text")
-"""Architectures that number positions from one after the padding's id."""
+"""Architectures that number positions from one after the padding id."""
 
 _SENTENCE_POOLINGS: dict[str, PoolingName] = {
     "mean": "mean",
@@ -41,23 +41,26 @@ _SENTENCE_POOLINGS: dict[str, PoolingName] = {
     "lasttoken": "last",
 }
 
+_SENTENCE_MODULES = ("Transformer", "Pooling", "Normalize", "Dropout")
+"""Modules of sentence-transformers that are applied, or that have no effect on heads."""
+
 _UNREAD = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
-"""Keys of a configuration that say nothing of the module."""
+"""Keys of a configuration that do not affect the module."""
 
 _PROCESSING_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything beside the weights that a model of the hub's is built and fed from; it travels with them.
+    """Everything besides the weights for building a hub model and its inputs; it is sent with the weights.
 
     Attributes:
-        config: of the architecture, as `config.json` has it.
-        pooling: of the last layer; `pooler` is the model's own way.
-        tokenizer: as `tokenizer.json` has it; empty for vision models.
-        max_length: of texts, in tokens.
-        pad: the padding's id.
-        empty: the id that stands for a text without tokens.
+        config: the architecture, as in `config.json`.
+        pooling: of the last layer; `pooler` is the model's own.
+        tokenizer: as in `tokenizer.json`; empty for vision models.
+        max_length: the limit of tokens per text.
+        pad: the padding id.
+        empty: the id for a text without tokens.
         image: the arguments of `ImagePreprocessing`; empty for text models.
     """
 
@@ -74,7 +77,7 @@ class Recipe:
         return "text" if self.image is None else "image"
 
     def to_files(self) -> dict[str, str]:
-        """Return texts that `from_files` reads."""
+        """Return texts for `from_files`."""
         features = {key: value for key, value in asdict(self).items() if key not in ("config", "tokenizer")}
         files = {"config.json": self.config, "features.json": features}
         written = {name: json.dumps(values, sort_keys=True) for name, values in files.items()}
@@ -82,10 +85,10 @@ class Recipe:
 
     @classmethod
     def from_files(cls, files: Mapping[str, str], path: str) -> Self:
-        """Read what `to_files` gave.
+        """Undo `to_files`.
 
         Raises:
-            UserError: if it is anything else.
+            UserError: if the files are invalid.
         """
         try:
             features = json.loads(files["features.json"])
@@ -95,16 +98,16 @@ class Recipe:
             config = json.loads(files["config.json"])
             return cls(config=config, tokenizer=files.get("tokenizer.json", ""), image=image, **features)
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path} does not say how its model is built and fed: {error}.") from None
+            raise UserError(f"{path} has no valid description of its model and inputs: {error}.") from None
 
 
 def read_recipe(folder: Path, spec: str) -> Recipe:
-    """Read all that a folder in the library's format says of a model beside its weights."""
+    """Read everything besides the weights from a folder in the library's format."""
     values = _json(folder / "config.json", spec)
     with quiet():
         config = configure(values, spec)
         cls = model_class(config, spec)
-        # The part that is used, such as the vision tower of a model of images and texts.
+        # The used part, such as the vision tower of an image-text model.
         kept = {key: value for key, value in config.to_dict().items() if key not in _UNREAD}
         if getattr(cls, "main_input_name", "input_ids") == "pixel_values":
             image = _image_arguments(folder, config, spec)
@@ -113,30 +116,30 @@ def read_recipe(folder: Path, spec: str) -> Recipe:
 
 
 def configure(values: Mapping[str, Any], spec: str) -> "PreTrainedConfig":
-    """Build a configuration of an architecture that the library itself has."""
+    """Build a configuration of an architecture that is part of the library."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     model_type = values.get("model_type")
     if model_type not in CONFIG_MAPPING:
-        code = " Its folder brings code for it, which fedhead does not run." if "auto_map" in values else ""
-        raise UserError(f"{spec} is of the architecture {model_type!r}, which transformers does not have.{code}")
+        code = " Its folder contains code for it, which fedhead does not execute." if "auto_map" in values else ""
+        raise UserError(f"{spec} has the architecture {model_type!r}, which transformers does not include.{code}")
     known = {key: value for key, value in values.items() if key not in _UNREAD}
     try:
         config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(known)
-    # Configurations check themselves, and raise what they like.
+    # Configurations validate themselves and may raise any error.
     except Exception as error:
-        raise UserError(f"The config.json of {spec} is not one that transformers reads: {first_line(error)}") from None
+        raise UserError(f"transformers cannot read the config.json of {spec}: {first_line(error)}") from None
     vision = getattr(config, "vision_config", None)
     if vision is not None and not isinstance(vision, dict):
         config = vision
     if getattr(config, "is_encoder_decoder", False):
-        raise UserError(f"{spec} translates texts to texts ({model_type}); take an encoder or a decoder alone.")
+        raise UserError(f"{spec} translates texts to texts ({model_type}); use an encoder or a decoder alone.")
     config.use_cache = False
     return config
 
 
 def model_class(config: "PreTrainedConfig", spec: str) -> Any:
-    """Return the class that encodes without a task of its own.
+    """Return the class for encoding without a task.
 
     Raises:
         UserError: if the architecture has none.
@@ -154,15 +157,15 @@ def _text_recipe(folder: Path, kept: Mapping[str, Any], config: "PreTrainedConfi
     from transformers import AutoTokenizer
 
     if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
-        raise UserError(f"{spec} has no tokenizer: {folder} holds none of {', '.join(TOKENIZER_FILES)}.")
+        raise UserError(f"{spec} has no tokenizer: {folder} contains none of {', '.join(TOKENIZER_FILES)}.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, trust_remote_code=False)
         backend = tokenizer.backend_tokenizer
-    # Tokenizers of many libraries and ages are read here.
+    # Tokenizers come from many libraries and versions.
     except Exception as error:
         raise UserError(
-            f"The tokenizer of {spec} cannot be read ({first_line(error)}). fedhead takes those that transformers "
-            "gives as a tokenizer.json."
+            f"The tokenizer of {spec} cannot be read ({first_line(error)}). fedhead supports tokenizers that "
+            "transformers converts to a tokenizer.json."
         ) from None
     backend.no_padding()
     backend.no_truncation()
@@ -181,7 +184,7 @@ def _text_recipe(folder: Path, kept: Mapping[str, Any], config: "PreTrainedConfi
 
 
 def longest_text(tokenizer_says: int, config: "PreTrainedConfig") -> int:
-    """Return how many tokens the model takes."""
+    """Return the model's limit of tokens."""
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 10**9
     if config.model_type in _OFFSET_POSITIONS:
         positions -= (config.pad_token_id or 0) + 1
@@ -189,27 +192,48 @@ def longest_text(tokenizer_says: int, config: "PreTrainedConfig") -> int:
 
 
 def _sentence_pooling(folder: Path) -> PoolingName:
-    """Return the pooling that a folder of sentence-transformers names; elsewhere the mean.
+    """Return the pooling from a folder of sentence-transformers, otherwise the mean.
 
-    The mean is also the default for decoders: their last position is trained to tell the next word, not the text.
+    The mean is also the default for decoders: their last position is trained to predict the next token, not to
+    represent the text.
     """
     said = optional_json(folder / "1_Pooling" / "config.json")
     marked = [key.removeprefix("pooling_mode_") for key, value in said.items() if value is True]
     named = str(said.get("pooling_mode") or next((key for key in marked if key in _SENTENCE_POOLINGS), "mean"))
     if named not in _SENTENCE_POOLINGS:
-        logger.warning("%s pools by %r, which fedhead does not; the mean is taken.", folder, named)
+        logger.warning("%s uses the unsupported pooling %r; the mean is used instead.", folder, named)
     return _SENTENCE_POOLINGS.get(named, "mean")
 
 
+def require_no_dense(folder: Path, spec: str) -> None:
+    """Check that a folder of sentence-transformers has no layers after its pooling.
+
+    Raises:
+        UserError: naming the layers that `encode` of sentence-transformers would apply but fedhead would not.
+    """
+    path = folder / "modules.json"
+    try:
+        modules = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        types = [str(one["type"]).rpartition(".")[2] for one in modules]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from None
+    others = [one for one in types if one not in _SENTENCE_MODULES]
+    if others:
+        raise UserError(
+            f"{spec} has the modules {', '.join(types)}: sentence-transformers also applies {' and '.join(others)}, "
+            f"but fedhead does not. To use the features before them: {spec}{'&' if '?' in spec else '?'}dense=no."
+        )
+
+
 def without_pooler(cls: Any) -> dict[str, Any]:
-    """Return the options that leave out a pooling layer trained for another task, which many checkpoints lack."""
+    """Return the options for omitting a pooling layer trained for another task, which many checkpoints lack."""
     return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(cls.__init__).parameters else {}
 
 
 def _vision_pooling(config: "PreTrainedConfig", spec: str) -> PoolingName:
-    """Return how a vision model makes one vector: of its class token, by the mean, or in a way of its own.
+    """Return the pooling of a vision model: its class token, the mean, or its own.
 
-    Told by a random model of one block, on noise.
+    Determined by a random model of one block, on noise.
     """
     shallow = copy.deepcopy(config)
     if getattr(shallow, "num_hidden_layers", None):
@@ -233,7 +257,7 @@ def _vision_pooling(config: "PreTrainedConfig", spec: str) -> PoolingName:
 
 
 def image_size(size: int | Sequence[int]) -> tuple[int, int]:
-    """Return height and width of what a configuration calls the image's size."""
+    """Return height and width from a configuration's image size."""
     return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
@@ -242,7 +266,7 @@ def _image_arguments(folder: Path, config: "PreTrainedConfig", spec: str) -> dic
     from transformers import AutoImageProcessor
 
     if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
-        raise UserError(f"{spec} does not say how images are prepared: {folder} has no preprocessor_config.json.")
+        raise UserError(f"{spec} does not define its image preprocessing: {folder} has no preprocessor_config.json.")
     try:
         processor = AutoImageProcessor.from_pretrained(
             folder, backend="pil", local_files_only=True, trust_remote_code=False
@@ -261,14 +285,14 @@ def _image_arguments(folder: Path, config: "PreTrainedConfig", spec: str) -> dic
             break
     if made is None:
         raise UserError(
-            f"{spec} prepares images with {type(processor).__name__}, which does more than resize, cut the middle and "
-            "normalise; fedhead does not do that."
+            f"{spec} prepares images with {type(processor).__name__}, which does more than resize, crop the centre and "
+            "normalise; fedhead does not support that."
         )
     return asdict(made)
 
 
 def _to_preprocessing(said: Mapping[str, Any], channels: int) -> ImagePreprocessing | None:
-    """Return the same steps as a value; None for settings that it has not."""
+    """Return the same steps as a value; None for unsupported settings."""
     size = said.get("size") or {}
     if not said.get("do_resize") or channels not in (1, 3):
         return None
@@ -279,7 +303,7 @@ def _to_preprocessing(said: Mapping[str, Any], channels: int) -> ImagePreprocess
     else:
         return None
     crop = said.get("crop_size") if said.get("do_center_crop") else None
-    # The library multiplies by its own factor where we divide by 255, before mean and deviation.
+    # The library rescales by its own factor instead of dividing by 255, before mean and deviation.
     factor = 255 * float(said.get("rescale_factor", 1 / 255)) if said.get("do_rescale", True) else 255.0
     mean = said.get("image_mean") if said.get("do_normalize") else None
     std = said.get("image_std") if said.get("do_normalize") else None
@@ -299,7 +323,7 @@ def _noise(height: int, width: int) -> Any:
 
 
 def preprocessing_of(recipe: Recipe) -> Preprocessing:
-    """Build what makes inputs; the tokenizer cuts at the recipe's length."""
+    """Build the preprocessing; the tokenizer truncates at the recipe's length."""
     if recipe.image is not None:
         return ImagePreprocessing(**recipe.image)
     from tokenizers import Tokenizer
@@ -319,7 +343,7 @@ def preprocessing_of(recipe: Recipe) -> Preprocessing:
 
 def _encoding(tokenizer: Any, empty: int) -> Callable[[str], Sequence[int]]:
     def encode(text: str) -> Sequence[int]:
-        # Half of a surrogate pair, as damaged JSON may hold one, is no character that a tokenizer takes.
+        # Half of a surrogate pair, as in damaged JSON, is not a valid character for a tokenizer.
         ids: list[int] = tokenizer.encode(text.encode("utf-8", "replace").decode()).ids
         return ids or [empty]
 
@@ -334,12 +358,12 @@ def _json(path: Path, spec: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path} does not hold named values.")
+        raise UserError(f"{path} does not contain named values.")
     return values
 
 
 def optional_json(path: Path) -> dict[str, Any]:
-    """Return the values of a JSON file; none where there is no file.
+    """Return the values of a JSON file; none if it does not exist.
 
     Raises:
         UserError: if it is damaged.
@@ -349,7 +373,7 @@ def optional_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the library's progress bars and reports off the terminal; what matters comes as an error of ours."""
+    """Keep the library's progress bars and reports off the terminal; problems are raised as fedhead's own errors."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -364,6 +388,6 @@ def quiet() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error of the library's, as a sentence's end."""
+    """Return the first line of a library's error, as the end of a sentence."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0].rstrip(".") + "." if lines else f"{type(error).__name__}."

@@ -1,4 +1,4 @@
-"""A model run only as far as one of its layers: as a graph where it can be traced, else stopped by a hook."""
+"""A model executed only up to one of its layers: as a graph if it can be traced, otherwise stopped by a hook."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,13 +16,13 @@ PENULTIMATE = "penultimate"
 
 
 class _Tracer(NodePathTracer):  # type: ignore[misc]
-    """Keeps buffers apart from the constants that a model computes."""
+    """Distinguishes buffers from the constants that a model computes."""
 
     proxy_buffer_attributes = True
 
 
 class Graph:
-    """The graph of a model in eval mode, whose nodes are known by the modules they come from.
+    """The graph of a model in eval mode, with nodes named by their modules.
 
     Args:
         model: one that `torch.fx` can trace.
@@ -40,19 +40,24 @@ class Graph:
         return [name for node, name in self.names.items() if node.op not in ("placeholder", "get_attr", "output")]
 
     def cut(self, layer: str, spec: str) -> fx.GraphModule:
-        """Return what computes the output of `layer`, with the weights that this takes and no others.
+        """Return the computation of `layer`'s output, with only the weights that it needs.
 
         Args:
-            layer: a node, a module (for its last node), or `penultimate` for what the classifier takes in.
+            layer: a node, a module (for its last node), or `penultimate` for the classifier's input; several, joined
+                by `+`, return their outputs together.
             spec: the backbone, for messages.
 
         Raises:
             UserError: if there is no such layer.
         """
-        node = self._classifier_input() if layer == PENULTIMATE else self._last_node_of(layer, spec)
+        nodes = [
+            self._classifier_input() if name == PENULTIMATE else self._last_node_of(name, spec)
+            for name in layer.split("+")
+        ]
         graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
         graph.graph_copy(self.graph, copies)
-        graph.output(copies[node])
+        outputs = tuple(copies[node] for node in nodes)
+        graph.output(outputs if len(outputs) > 1 else outputs[0])
         for later in reversed(graph.nodes):
             if not later.users and later.op not in ("placeholder", "output"):
                 graph.erase_node(later)
@@ -78,13 +83,13 @@ class Graph:
 
 
 class Stopped(nn.Module):
-    """A module that runs until one of its layers has given its output, the first time if it runs more than once.
+    """A module that runs until one of its layers has returned its output for the first time.
 
     Args:
-        module: run in eval mode; not to be used in any other way from then on.
+        module: run in eval mode; must not be used otherwise afterwards.
         layer: the name of a module inside it.
         spec: the backbone, for messages.
-        batch: what `module` takes, for finding out which weights are used until then.
+        batch: an input of `module`, for determining which weights are used up to the layer.
 
     Raises:
         UserError: if there is no such layer, it does not run, or its output is not a tensor.
@@ -108,18 +113,18 @@ class Stopped(nn.Module):
             output = reached.output[0] if isinstance(reached.output, tuple | list) else reached.output
             if not isinstance(output, Tensor):
                 raise UserError(
-                    f"Layer {self.layer!r} of {self.spec} gives a {type(output).__name__}, not a tensor."
+                    f"Layer {self.layer!r} of {self.spec} returns a {type(output).__name__}, not a tensor."
                 ) from None
             return output
-        raise UserError(f"Layer {self.layer!r} of {self.spec} is not among those that run on an input.")
+        raise UserError(f"Layer {self.layer!r} of {self.spec} is not reached by an input.")
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the weights that are used, under the names that they have in the module."""
+        """Return the weights that are used, under their names in the module."""
         state = self.module.state_dict(*args, **kwargs)
         return {name: tensor for name, tensor in state.items() if name in self.used}
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load weights under the names that they have in the module."""
+        """Load weights under their names in the module."""
         return self.module.load_state_dict(*args, **kwargs)
 
 
@@ -128,7 +133,7 @@ def module_layers(module: nn.Module) -> list[str]:
     return [name for name, _ in module.named_modules() if name]
 
 
-class _Reached(Exception):  # noqa: N818 - it ends a forward pass, and is no error
+class _Reached(Exception):  # noqa: N818 - it ends a forward pass and is not an error
     def __init__(self, output: Any) -> None:
         self.output = output
 
@@ -138,7 +143,7 @@ def _stop(module: nn.Module, inputs: Any, output: Any) -> None:
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes which memory the operations read."""
+    """Records the memory that operations read."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

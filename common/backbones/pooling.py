@@ -1,6 +1,6 @@
-"""From a map or a sequence for each row to one vector."""
+"""Pooling of a map or a sequence per row to one vector."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -9,26 +9,29 @@ from fedhead.errors import UserError
 from fedhead.registry import Registry
 
 Pooling = Callable[[Tensor, Tensor | None], Tensor]
-"""What a pooling registers: a function of `[n, length, d]` and a mask `[n, length]` of 0 and 1, or None for all."""
+"""Type of a registered pooling: a function of `[n, length, d]` and a mask `[n, length]` of 0 and 1, or None for all."""
 
 poolings: Registry[Pooling] = Registry("pooling")
 
 OF_SEQUENCES = ("cls", "last")
-"""Poolings for which it matters where in a sequence something stands."""
+"""Poolings that depend on positions in a sequence."""
 
 
-def pool(output: Tensor, pooling: str, mask: Tensor | None = None) -> Tensor:
-    """Return one vector per row.
+def pool(output: Tensor | Sequence[Tensor], pooling: str, mask: Tensor | None = None) -> Tensor:
+    """Return one vector per row; of several outputs, their vectors joined.
 
     Args:
-        output: vectors `[n, d]`, which are returned as they are; sequences `[n, length, d]`; or maps, `[n, d, height,
-            width]` or `[n, height, width, d]`: what makes them square are the places, or else the last two.
-        pooling: a name in `poolings`.
-        mask: `[n, length]`, 1 where a sequence is no padding.
+        output: vectors `[n, d]`, returned unchanged; sequences `[n, length, d]`; or maps, `[n, d, height, width]` or
+            `[n, height, width, d]`: the two equal dimensions are spatial, otherwise the last two.
+        pooling: a name in `poolings`; of several outputs, a name for each, joined by `+`.
+        mask: `[n, length]`, 0 for padding.
 
     Raises:
-        UserError: if there is no such pooling, or maps are pooled by a place in a sequence.
+        UserError: if there is no such pooling, or a pooling by position is applied to maps.
     """
+    if not isinstance(output, Tensor):
+        parts = zip(output, pooling.split("+"), strict=True)
+        return torch.cat([pool(one, name, mask) for one, name in parts], dim=1)
     if output.ndim == 4:
         if pooling in OF_SEQUENCES:
             raise UserError(f"The pooling {pooling!r} is for sequences; the layer gives maps {list(output.shape[1:])}.")
@@ -39,7 +42,7 @@ def pool(output: Tensor, pooling: str, mask: Tensor | None = None) -> Tensor:
 
 @poolings.register("mean")
 def mean(sequences: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the mean over the places; zeros where all is padding."""
+    """Return the mean over the positions; zeros for rows of padding only."""
     if mask is None:
         return sequences.mean(1)
     real = mask.unsqueeze(-1) == 1
@@ -48,7 +51,7 @@ def mean(sequences: Tensor, mask: Tensor | None) -> Tensor:
 
 @poolings.register("max")
 def largest(sequences: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the largest value of each feature over the places; zeros where all is padding."""
+    """Return the maximum of each feature over the positions; zeros for rows of padding only."""
     if mask is None:
         return sequences.amax(1)
     real = mask.unsqueeze(-1) == 1
@@ -57,13 +60,13 @@ def largest(sequences: Tensor, mask: Tensor | None) -> Tensor:
 
 @poolings.register("cls")
 def first(sequences: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the first place: the class token, where a model has one."""
+    """Return the first position: the class token, if a model has one."""
     return sequences[:, 0]
 
 
 @poolings.register("last")
 def last(sequences: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the last place that is no padding: the one that has seen all, in a model that reads forwards."""
+    """Return the last position before padding, which depends on the whole text in a causal model."""
     if mask is None:
         return sequences[:, -1]
     places = torch.arange(mask.shape[1], device=mask.device)
@@ -72,11 +75,11 @@ def last(sequences: Tensor, mask: Tensor | None) -> Tensor:
 
 @poolings.register("flatten")
 def flatten(sequences: Tensor, mask: Tensor | None) -> Tensor:
-    """Return all places one after the other.
+    """Return all positions concatenated.
 
     Raises:
-        UserError: for padded sequences, whose lengths differ from batch to batch.
+        UserError: for padded sequences, since their length differs between batches.
     """
     if mask is not None:
-        raise UserError("The pooling 'flatten' needs the same number of places in every row, which texts have not.")
+        raise UserError("The pooling 'flatten' needs the same number of positions in every row, unlike texts.")
     return sequences.flatten(1)

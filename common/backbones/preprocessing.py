@@ -1,4 +1,4 @@
-"""What makes a backbone's input from images or texts: a value, so that a digest can cover it."""
+"""Preprocessing of images and texts for a backbone: a value, so that a digest can cover it."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,11 +14,11 @@ from fedhead.data import Item, Kind
 from fedhead.errors import UserError
 
 Batch = Tensor | Mapping[str, Tensor]
-"""What goes through a backbone at once: a tensor of images, or `input_ids` and `attention_mask` of texts."""
+"""A backbone's input: a tensor of images, or `input_ids` and `attention_mask` of texts."""
 
 PROBES = 2
 LONGEST = 32
-"""Sides to one; of an image that is longer only the middle is resized, which is more than any crop takes."""
+"""Largest aspect ratio; of a longer image only the middle is resized, which is more than any crop uses."""
 PROBE_TEXTS = (
     "Where is my card? It hasn't arrived yet.",
     "Naïve Bayes, 3.5 % \u2014 \u4f60\u597d; the quick brown fox jumps over the lazy dog, twice.",
@@ -26,11 +26,11 @@ PROBE_TEXTS = (
 
 
 class Preprocessing(Protocol):
-    """From an item to what a backbone takes, and from several of these to a batch."""
+    """A map from an item to a backbone's input, and from several of these to a batch."""
 
     @property
     def kind(self) -> Kind:
-        """What the items are."""
+        """The kind of the items."""
 
     def __call__(self, item: Item) -> Tensor:
         """Return an image's tensor, or a text's token ids `[length]` int64.
@@ -40,27 +40,27 @@ class Preprocessing(Protocol):
         """
 
     def collate(self, inputs: Sequence[Tensor]) -> Batch:
-        """Return one batch of what the call returned for each item."""
+        """Return one batch from the results for several items."""
 
     def probes(self) -> Sequence[Item]:
-        """Return `PROBES` fixed items, whose features two machines compare."""
+        """Return `PROBES` fixed items, for comparing features between machines."""
 
     def describe(self) -> dict[str, Any]:
-        """Return values, as JSON has them, that differ wherever two of these make different inputs."""
+        """Return values of JSON types that differ between any two different preprocessings."""
 
 
 @dataclass(frozen=True)
 class ImagePreprocessing:
-    """From an image to what a backbone takes; a value, so that a digest can cover it.
+    """Preprocessing of images; a value, so that a digest can cover it.
 
     Attributes:
         channels: 1 for grey, 3 for RGB.
-        resize: what the image is resized to: `(height, width)`, or its shorter side.
-        crop: `(height, width)` cut from the middle afterwards; None for nothing.
-        mean: subtracted from each channel, whose values are in 0..1.
+        resize: the size after resizing: `(height, width)`, or the shorter side.
+        crop: `(height, width)` of the central crop afterwards; None for no crop.
+        mean: subtracted from each channel, with values in 0..1.
         std: divides each channel afterwards.
         interpolation: Pillow's name of a filter.
-        rounding: where the crop begins if the middle is between two pixels: at the nearest even one, or the one before.
+        rounding: the start of a crop centred between two pixels: the nearest even one, or the one before.
     """
 
     channels: Literal[1, 3]
@@ -73,7 +73,7 @@ class ImagePreprocessing:
 
     @classmethod
     def imagenet(cls, size: int) -> Self:
-        """Return what most models trained on ImageNet take: the middle `size` of a shorter side of `size / 0.875`."""
+        """Return the usual preprocessing for ImageNet: the central `size` of a shorter side of `size / 0.875`."""
         resize = round(size / 0.875)
         return cls(3, resize, (size, size), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -84,19 +84,19 @@ class ImagePreprocessing:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of what comes out (of a square image, if only the shorter side is set)."""
+        """Height and width of the output (for a square image, if only the shorter side is set)."""
         if self.crop is not None:
             return self.crop
         return (self.resize, self.resize) if isinstance(self.resize, int) else self.resize
 
     def __call__(self, item: Item) -> Tensor:
-        """Return float32 `[channels, height, width]`.
+        """Return the image as float32 `[channels, height, width]`.
 
         Raises:
             UserError: for a text.
         """
-        if isinstance(item, str):
-            raise UserError("This backbone takes images, and was given a text.")
+        if not isinstance(item, Image.Image):
+            raise UserError("This backbone takes images, but was given a text or a row of numbers.")
         image = item.convert("L" if self.channels == 1 else "RGB")
         if isinstance(self.resize, int) and self.crop is not None:
             image = _middle(image)
@@ -118,7 +118,7 @@ class ImagePreprocessing:
         return pixels.permute(2, 0, 1).to(torch.float32).div_(255).sub_(mean).div_(std)
 
     def collate(self, inputs: Sequence[Tensor]) -> Batch:
-        """Return `[n, channels, height, width]`."""
+        """Return the batch `[n, channels, height, width]`."""
         return torch.stack(list(inputs))
 
     def probes(self) -> Sequence[Item]:
@@ -132,7 +132,7 @@ class ImagePreprocessing:
 
 
 def _middle(image: Image.Image) -> Image.Image:
-    """Cut off most of what is left and right of a strip's middle, which enlarging would take gigabytes for."""
+    """Crop an extremely long image to its middle, since enlarging the rest would take gigabytes."""
     width, height = image.size
     longest = LONGEST * min(width, height)
     left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
@@ -142,7 +142,7 @@ def _middle(image: Image.Image) -> Image.Image:
 
 
 def _margin(size: int, crop: int, rounding: Literal["even", "down"]) -> int:
-    """Return what is cut before the middle; negative where `crop` is larger and black is added."""
+    """Return the margin before the crop; negative if `crop` is larger and black is added."""
     if rounding == "down":
         return math.floor((size - crop) / 2)
     return round((size - crop) / 2) if size >= crop else -((crop - size) // 2)
@@ -150,14 +150,14 @@ def _margin(size: int, crop: int, rounding: Literal["even", "down"]) -> int:
 
 @dataclass(frozen=True)
 class TextPreprocessing:
-    """From a text to token ids, and to padded batches of them.
+    """Preprocessing of texts to token ids, and to padded batches of them.
 
     Attributes:
-        encode: gives a text's token ids, cut to the length that the backbone takes.
+        encode: returns a text's token ids, truncated to the backbone's limit.
         digest: of everything that `encode` depends on.
-        pad: the id that fills the shorter texts of a batch up; the mask says where.
-        max_length: how many ids `encode` gives at most; None for any number.
-        empty: the id that `encode` gives for a text without any; None if it gives none.
+        pad: the id that pads the shorter texts of a batch; the mask marks padding.
+        max_length: the largest number of ids; None for no limit.
+        empty: the id for a text without tokens; None if there is none.
     """
 
     encode: Callable[[str], Sequence[int]]
@@ -172,13 +172,13 @@ class TextPreprocessing:
         return "text"
 
     def __call__(self, item: Item) -> Tensor:
-        """Return int64 `[length]`, not padded.
+        """Return token ids as int64 `[length]`, not padded.
 
         Raises:
             UserError: for an image.
         """
         if not isinstance(item, str):
-            raise UserError("This backbone takes texts, and was given an image.")
+            raise UserError("This backbone takes texts, but was given an image or a row of numbers.")
         return torch.tensor(list(self.encode(item)), dtype=torch.int64)
 
     def collate(self, inputs: Sequence[Tensor]) -> Batch:
@@ -191,7 +191,7 @@ class TextPreprocessing:
         return {"input_ids": padded, "attention_mask": (torch.arange(longest) < lengths[:, None]).to(torch.int64)}
 
     def probes(self) -> Sequence[Item]:
-        """Return sentences of unlike lengths."""
+        """Return sentences of different lengths."""
         return PROBE_TEXTS
 
     def describe(self) -> dict[str, Any]:

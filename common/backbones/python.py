@@ -1,42 +1,43 @@
-"""`python:MODULE:FUNCTION`: a module of the user's own, with its preprocessing.
+"""`python:MODULE:FUNCTION`: a user-defined module with its preprocessing.
 
-The function takes nothing and returns `(module, preprocessing)`, or a `Backbone`. In a file `mine.py`:
+The function takes no arguments and returns `(module, preprocessing)`, or a `Backbone`. In a file `mine.py`:
 
     from fedhead.backbones import ImagePreprocessing
 
     def encoder():
-        module = ...  # takes [n, 3, 224, 224]; gives vectors, maps or sequences
+        module = ...  # takes [n, 3, 224, 224]; returns vectors, maps or sequences
         return module, ImagePreprocessing.imagenet(224)
 
-The module's output is the penultimate layer, and `--layer` takes any module inside it. Its code does not travel: every
-site needs the same file. Its weights do.
+The module's output is the penultimate layer, and `--layer` accepts any module inside it. Its code is not sent: every
+site needs the same file. Its weights are sent.
 """
 
 import torch
 from torch import nn
 
-from fedhead.backbones.backbone import Backbone, backbone_sources, fill_weights, read_weights
+from fedhead.backbones.backbone import Backbone, backbone_sources
 from fedhead.backbones.layers import PENULTIMATE, Stopped
+from fedhead.backbones.state_dict import assign_weights, read_weights
 from fedhead.data.python import user_function
 from fedhead.errors import FedheadError, UserError
 
 
 @backbone_sources.register("python")
 def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
-    """Call the function, and take what it returns as far as `layer`.
+    """Call the function, and cut the returned module at `layer`.
 
     Args:
-        name: `MODULE:FUNCTION`; the module is looked for in the current folder too.
-        weights: `default` for those that the function gives its module, or a file.
+        name: `MODULE:FUNCTION`; the current folder is also searched for the module.
+        weights: `default` for the weights set by the function, or a file.
         layer: `penultimate` for the module's own output, or the name of a module inside it.
-        seed: what random numbers start from when the function is called.
+        seed: seeds random numbers before the function is called.
 
     Raises:
         UserError: if the function does not exist, fails, returns something else, or its module does not run.
     """
     spec = f"python:{name}"
     if weights == "random":
-        raise UserError(f"{spec} has the weights that its function gives it: let this be 'default', or name a file.")
+        raise UserError(f"{spec} uses the weights set by its function: use 'default', or name a file.")
     made = _call(spec, seed)
     module, preprocessing = made.module, made.preprocessing
     try:
@@ -45,7 +46,7 @@ def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
                 module, layer, spec, preprocessing.collate(list(map(preprocessing, preprocessing.probes())))
             )
         if weights != "default":
-            fill_weights(module, read_weights(weights)).require(module.state_dict().keys(), spec, weights)
+            assign_weights(module, read_weights(weights), set(), spec, weights)
         backbone = Backbone(
             spec,
             module,
@@ -58,10 +59,10 @@ def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
         _ = backbone.num_features
     except FedheadError:
         raise
-    # It is the user's code that runs here.
+    # This runs user code, which may raise any error.
     except Exception as error:
         raise UserError(
-            f"The module of '{spec}' does not run on what its preprocessing makes: {type(error).__name__}: {error}"
+            f"The module of '{spec}' fails on the output of its preprocessing: {type(error).__name__}: {error}"
         ) from error
     return backbone
 

@@ -1,4 +1,4 @@
-"""`timm:NAME`: any model of timm's, without its classifier."""
+"""`timm:NAME`: any timm model, without its classifier."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedhead.backbones.backbone import Backbone, WeightsFit, backbone_sources, fill_weights, read_weights
+from fedhead.backbones.backbone import Backbone, backbone_sources
 from fedhead.backbones.catalogue import Catalogue, Entry, catalogues, image_input
 from fedhead.backbones.downloads import fetch_hub_file, fetch_torch_file, hub_file, torch_file
 from fedhead.backbones.layers import PENULTIMATE, Stopped, module_layers
 from fedhead.backbones.preprocessing import ImagePreprocessing
+from fedhead.backbones.state_dict import WeightsFit, align, fill_weights, read_weights, unwrapped
 from fedhead.errors import UserError
 from fedhead.extras import require
 from fedhead.registry import suggest
@@ -22,18 +23,18 @@ HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 @backbone_sources.register("timm")
 def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
-    """Build a model of timm's with the preprocessing of its weights.
+    """Build a timm model with the preprocessing of its weights.
 
     Args:
-        name: a model's, for its default weights, or with a tag, as in `xception41.tf_in1k`.
-        weights: see `load_backbone`; a file of timm's, of the paper's authors where timm reads these, or of
+        name: a model's name, for its default weights, or with a tag, as in `xception41.tf_in1k`.
+        weights: see `load_backbone`; a file from timm, from the paper's authors if timm reads it, or from
             `Backbone.save`.
-        layer: `penultimate` for what the classifier takes, pooled as the model does, or the name of a module.
+        layer: `penultimate` for the classifier's input with the model's own pooling, or the name of a module.
         seed: see `load_backbone`.
 
     Raises:
         UserError: if timm is not installed, for an unknown model or layer, and for weights of another architecture.
-        FedheadError: if the weights are not here and cannot be downloaded.
+        FedheadError: if the weights are not on this machine and cannot be downloaded.
     """
     spec = f"timm:{name}"
     config = pretrained_config(name)
@@ -45,12 +46,13 @@ def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
         example = torch.zeros(1, preprocessing.channels, *preprocessing.size)
         module = Stopped(model, layer, spec, example)
     if weights != "random":
-        _fill(name, model, read_weights(path), config).require(module.state_dict().keys(), spec, path)
+        given = align(read_weights(path), module.state_dict(), path)
+        _fill(name, model, given, config).require(module.state_dict().keys(), spec, path)
     return Backbone(spec, module, preprocessing, layer=layer, trained=weights != "random")
 
 
 def names() -> Sequence[str]:
-    """Return the models, those that have weights with the tag of each of these."""
+    """Return the models; those with weights, with the tag of each set of weights."""
     models = library().models
     tagged = models.list_pretrained()
     trained = {name.partition(".")[0] for name in tagged}
@@ -58,7 +60,7 @@ def names() -> Sequence[str]:
 
 
 def entry(name: str) -> Entry:
-    """Return what timm says of a model and its weights."""
+    """Return timm's metadata of a model and its weights."""
     config = pretrained_config(name)
     return Entry(
         spec=f"timm:{name}",
@@ -88,7 +90,7 @@ def library() -> Any:
 
 
 def pretrained_config(name: str) -> Any:
-    """Return what timm knows of a model's weights.
+    """Return timm's configuration of a model's weights.
 
     Raises:
         UserError: if there is no such model or tag.
@@ -112,22 +114,22 @@ def build(name: str, seed: int) -> nn.Module:
 
 
 def preprocessing_of(config: Mapping[str, Any], spec: str) -> ImagePreprocessing:
-    """Return what timm's transforms for evaluation do, as a value.
+    """Return timm's evaluation transforms as a value.
 
     Args:
         config: timm's data configuration.
         spec: the backbone, for messages.
 
     Raises:
-        UserError: for the few models whose images are padded, or have other channels.
+        UserError: for the few models with padded images or other channels.
     """
     channels, height, width = config["input_size"]
     scaled = (math.floor(height / config["crop_pct"]), math.floor(width / config["crop_pct"]))
     squashed = config["crop_mode"] == "squash"
     if channels not in (1, 3) or config["crop_mode"] == "border" or (not squashed and height != width):
         raise UserError(
-            f"{spec} takes {channels} channels of {height} x {width}, fitted by {config['crop_mode']!r}; fedhead makes "
-            "one channel or three, cut from the centre or squashed."
+            f"{spec} takes {channels} channels of {height} x {width}, fitted by {config['crop_mode']!r}; fedhead "
+            "supports one channel or three, cropped from the centre or squashed."
         )
     return ImagePreprocessing(
         channels=channels,
@@ -140,7 +142,7 @@ def preprocessing_of(config: Mapping[str, Any], spec: str) -> ImagePreprocessing
 
 
 def cached_weights(config: Any) -> Path | None:
-    """Return the weights that the hub's cache or torch's has on this machine; None for none."""
+    """Return the weights in the hub's cache or torch's on this machine; None if missing."""
     if config.hf_hub_id and (found := hub_file(config.hf_hub_id, _hub_names(config))):
         return found
     path = torch_file(config.url) if config.url else None
@@ -154,7 +156,7 @@ def _fetch(config: Any, spec: str) -> Path:
         return fetch_hub_file(config.hf_hub_id, _hub_names(config), spec)
     if config.url:
         return fetch_torch_file(config.url, spec)
-    raise UserError(f"timm has no weights of {spec}. Name a file with --weights FILE, or take random ones.")
+    raise UserError(f"timm has no weights of {spec}. Pass a file with --weights FILE, or use random weights.")
 
 
 def _hub_names(config: Any) -> tuple[str, ...]:
@@ -162,12 +164,13 @@ def _hub_names(config: Any) -> tuple[str, ...]:
 
 
 def _fill(name: str, model: nn.Module, weights: Mapping[str, Tensor], config: Any) -> WeightsFit:
-    """Copy weights into a model, after timm's own conversion of them where they do not fit as they are."""
+    """Copy weights into a model, with timm's own conversion if they do not fit directly."""
     fit = fill_weights(model, _without_classifier(weights, config))
     if fit.missing or fit.unknown or fit.reshaped:
+        weights = unwrapped(weights)
         try:
             converted = library().create_model(name, pretrained=True, pretrained_cfg_overlay={"state_dict": weights})
-        # Whatever it fails with: these weights are not the model's.
+        # Whatever the error, these weights do not belong to the model.
         except Exception:
             return fit
         return fill_weights(model, _without_classifier(converted.state_dict(), config))

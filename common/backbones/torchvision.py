@@ -1,4 +1,4 @@
-"""`torchvision:NAME`: any of torchvision's classification models, cut where its classifier begins."""
+"""`torchvision:NAME`: any torchvision classification model, without its classifier."""
 
 import inspect
 import re
@@ -9,11 +9,12 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from fedhead.backbones.backbone import Backbone, backbone_sources, fill_weights, read_weights
+from fedhead.backbones.backbone import Backbone, backbone_sources
 from fedhead.backbones.catalogue import Catalogue, Entry, catalogues, image_input
 from fedhead.backbones.downloads import fetch_torch_file, torch_file
 from fedhead.backbones.layers import Graph
 from fedhead.backbones.preprocessing import ImagePreprocessing
+from fedhead.backbones.state_dict import align, fill_weights, read_weights, without_unneeded
 from fedhead.errors import UserError
 from fedhead.registry import suggest
 
@@ -25,14 +26,14 @@ def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
     """Build a torchvision model through torchvision's own registry, with its weights' preprocessing.
 
     Args:
-        name: a model's, for its default weights, or a model's and an entry's, as in `resnet50.IMAGENET1K_V1`.
+        name: a model's name, for its default weights, or with an entry, as in `resnet50.IMAGENET1K_V1`.
         weights: see `load_backbone`.
         layer: a node of the model's graph, or a module, for its last node.
         seed: see `load_backbone`.
 
     Raises:
         UserError: for an unknown model or layer, and for weights of another architecture.
-        FedheadError: if torchvision's weights are not here and cannot be downloaded.
+        FedheadError: if torchvision's weights are not on this machine and cannot be downloaded.
     """
     spec = f"torchvision:{name}"
     model_name, entry = _entry(name)
@@ -41,15 +42,17 @@ def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
     if weights == "random":
         module = Graph(model).cut(layer, spec)
     else:
-        fit = fill_weights(model, _renamed(read_weights(path)))
-        # Not before: a file of an older version may change the model that it fills.
+        needed = Graph(model).cut(layer, spec).state_dict()
+        given = align(_renamed(read_weights(path)), needed, path)
+        fit = fill_weights(model, without_unneeded(given, model.state_dict(), needed))
+        # Not earlier: loading an older file may modify the model.
         module = Graph(model).cut(layer, spec)
         fit.require(module.state_dict().keys(), spec, path)
     return Backbone(spec, module, preprocessing_of(entry.transforms()), layer=layer, trained=weights != "random")
 
 
 def names() -> Sequence[str]:
-    """Return the models, and with a dot those of their weights that are not the default ones."""
+    """Return the models, and with a dot their weights other than the default ones."""
     listed = []
     for model_name in torchvision.models.list_models(module=torchvision.models):
         entries = torchvision.models.get_model_weights(model_name)
@@ -59,7 +62,7 @@ def names() -> Sequence[str]:
 
 
 def entry(name: str) -> Entry:
-    """Return what torchvision says of a model and its weights."""
+    """Return torchvision's metadata of a model and its weights."""
     _, found = _entry(name)
     path = torch_file(found.url)
     size = found.transforms().crop_size[0]
@@ -86,7 +89,7 @@ def _entry(name: str) -> tuple[str, Any]:
     """Return the model's name, and the entry of its weights.
 
     Raises:
-        UserError: for what is no classification model, or no entry of its.
+        UserError: for a name that is not a classification model, or not an entry of the model.
     """
     model_name, _, entry_name = name.partition(".")
     known = torchvision.models.list_models(module=torchvision.models)
@@ -102,10 +105,10 @@ def _entry(name: str) -> tuple[str, Any]:
 def _what_it_is_instead(name: str, known: list[str]) -> str:
     if name in torchvision.models.list_models(module=torchvision.models.quantization):
         instead = name.removeprefix("quantized_")
-        return f"torchvision:{name} is quantized, and fedhead takes none of these; take torchvision:{instead}."
+        return f"torchvision:{name} is quantized, which fedhead does not support; use torchvision:{instead}."
     if name in torchvision.models.list_models():
         task = torchvision.models.get_model_builder(name).__module__.split(".")[2]
-        return f"torchvision:{name} is a model for {task}, and a backbone is one for classification."
+        return f"torchvision:{name} is a model for {task}, but a backbone must be a classification model."
     return f"torchvision has no classification model {name!r}. {suggest(name, known)}"
 
 
@@ -117,7 +120,7 @@ def _build(name: str, entry: Any, seed: int) -> nn.Module:
 
 
 def _builder_options(name: str, entry: Any) -> dict[str, Any]:
-    """Return what torchvision itself sets when it builds a model for its weights."""
+    """Return torchvision's own options for building a model for its weights."""
     if name in ("googlenet", "inception_v3"):
         return {"transform_input": True, "aux_logits": True, "init_weights": True}
     if name.startswith("vit_"):
@@ -127,7 +130,7 @@ def _builder_options(name: str, entry: Any) -> dict[str, Any]:
 
 
 def _renamed(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Return weights under today's names: torchvision's files of DenseNets are older than these."""
+    """Return weights under current names: torchvision's DenseNet files use older ones."""
     matches = {name: match for name in weights if (match := _OLD_DENSENET.fullmatch(name))}
     if not matches:
         return weights
@@ -137,7 +140,7 @@ def _renamed(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def preprocessing_of(transforms: Any) -> ImagePreprocessing:
-    """Return what torchvision's transforms do, as a value."""
+    """Return torchvision's transforms as a value."""
     return ImagePreprocessing(
         channels=3,
         resize=int(transforms.resize_size[0]),

@@ -1,7 +1,7 @@
 """`vectors:FILE`: word vectors in the text format of GloVe or word2vec; a text is the mean of its words' vectors.
 
-A word is looked up as it stands, then in lower case, then in its parts between hyphens and apostrophes; what is not in
-the file is left out, and a text without one known word has features of zeros.
+A word is looked up unchanged, then in lower case, then in its parts between hyphens and apostrophes. Unknown words are
+skipped, and a text without any known word has features of zeros.
 """
 
 import gzip
@@ -17,8 +17,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from fedhead.backbones.backbone import Backbone, backbone_sources, read_files, read_weights
+from fedhead.backbones.backbone import Backbone, backbone_sources, read_files
 from fedhead.backbones.preprocessing import TextPreprocessing
+from fedhead.backbones.state_dict import read_weights
+from fedhead.data.specs import to_path
 from fedhead.errors import UserError
 
 WORDS = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*|[^\w\s]|_")
@@ -31,19 +33,19 @@ def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
 
     Args:
         name: the file.
-        weights: `default` for the file itself, or the file of a saved backbone, which holds its words too.
+        weights: `default` for the file itself, or the file of a saved backbone, which includes its words.
         layer: only `penultimate`.
-        seed: not used; nothing is random.
+        seed: not used.
 
     Raises:
-        UserError: if the file is missing, in another encoding, or has a line that is no word with its numbers.
+        UserError: if the file is missing, in another encoding, or has a line that is not a word with numbers.
     """
     if layer != "penultimate":
         raise UserError(f"vectors:{name} has only the layer 'penultimate', not {layer!r}.")
     if weights == "random":
-        raise UserError("Random word vectors carry nothing; take --weights default.")
+        raise UserError("Random word vectors are useless; use --weights default.")
     if weights == "default":
-        path = Path(name).expanduser().resolve()
+        path = to_path(name).resolve()
         words, table = read_vectors(path)
         name = str(path)
     else:
@@ -58,7 +60,7 @@ def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
 
 
 class _Vectors(nn.Module):
-    """Word numbers `[n, length]` to their vectors `[n, length, d]`, which the backbone averages."""
+    """A map from word numbers `[n, length]` to vectors `[n, length, d]`, which the backbone averages."""
 
     def __init__(self, table: Tensor) -> None:
         super().__init__()
@@ -70,7 +72,7 @@ class _Vectors(nn.Module):
 
 
 def encoding(words: Sequence[str]) -> Callable[[str], Sequence[int]]:
-    """Return a function from a text to the numbers of its words."""
+    """Return a function from a text to its words' numbers."""
     numbers = {word: number for number, word in enumerate(words)}
 
     def encode(text: str) -> Sequence[int]:
@@ -88,7 +90,7 @@ def _look_up(word: str, numbers: Mapping[str, int]) -> list[int]:
 
 
 def read_vectors(path: Path) -> tuple[list[str], Tensor]:
-    """Read word vectors: a word and its numbers per line, perhaps after a line with how many there are.
+    """Read word vectors: a word and its numbers per line, optionally after a line with the table's size.
 
     Args:
         path: a text in UTF-8; gzipped if its name ends in `.gz`.
@@ -97,14 +99,14 @@ def read_vectors(path: Path) -> tuple[list[str], Tensor]:
         The words, each once (the first one counts), and their vectors `[words, d]` float32.
 
     Raises:
-        UserError: naming the line that is not like that.
+        UserError: naming the first invalid line.
     """
     if not path.is_file():
         raise UserError(f"There is no file {path}. Expected word vectors, as in vectors:glove.6B.100d.txt.")
     words: dict[str, int] = {}
     rows: list[npt.NDArray[np.float32]] = []
     width = 0
-    # A line with a number that is none would also warn.
+    # An invalid number would also cause a warning.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         for number, line in _lines(path):
@@ -112,19 +114,19 @@ def read_vectors(path: Path) -> tuple[list[str], Tensor]:
                 width = int(line.split()[1])
                 continue
             width = width or line.count(" ")
-            # Some of GloVe's words have spaces in them.
+            # Some words of GloVe contain spaces.
             word, *values = line.rsplit(" ", width)
             row = _numbers(" ".join(values))
             if width == 0 or len(values) != width or row is None or len(row) != width or not word:
                 raise UserError(
-                    f"Line {number} of {path} is not a word with {width or 'its'} numbers, with single spaces between: "
+                    f"Line {number} of {path} is not a word with {width or 'its'} numbers, separated by single spaces: "
                     f"{line[:60]!r}."
                 )
             if word not in words:
                 words[word] = len(rows)
                 rows.append(row)
     if not rows:
-        raise UserError(f"{path} holds no word vectors.")
+        raise UserError(f"{path} contains no word vectors.")
     return list(words), torch.from_numpy(np.stack(rows))
 
 
@@ -162,5 +164,5 @@ def _read_saved(path: str) -> tuple[list[str], Tensor]:
     words, tensors = text.split("\n"), read_weights(path)
     table = tensors.get("table.weight")
     if table is None or table.ndim != 2 or len(table) != len(words):
-        raise UserError(f"{path} is damaged: it does not hold one vector for each of its {len(words)} words.")
+        raise UserError(f"{path} is damaged: it does not have one vector for each of its {len(words)} words.")
     return words, table

@@ -1,5 +1,8 @@
-"""Where a machine keeps backbones it was sent, under their weights' digest."""
+"""Storage of received backbones on a machine, by their weights' digest."""
 
+import errno
+import re
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,25 +13,42 @@ from torch import Tensor
 from fedhead.backbones.backbone import Backbone, digest_weights, files_of, load_backbone
 from fedhead.backbones.catalogue import entry_of
 from fedhead.errors import FedheadError
-from fedhead.files import digest_file, disk_errors, flush, home, replaced, safe_name
+from fedhead.files import digest_file, disk_errors, flush, home, safe_name
+
+PACKAGED = ("bundled:", "identity:")
+"""Prefixes of specs whose weights, if any, come with the package."""
+
+_NO_ROOM = (
+    "The site's disk has no room for the rest of the weights. Free some space there, or point its FEDHEAD_HOME to "
+    "another disk."
+)
 
 
 def weights_path(weights_digest: str) -> Path:
-    """Return where the weights of this digest are, or would be."""
+    """Return the path of the weights with this digest, existing or not."""
     return home() / "weights" / f"{weights_digest}.safetensors"
 
 
 def find_backbone(spec: str, layer: str, weights_digest: str) -> Backbone | None:
-    """Return the backbone if its weights are on this machine; None if not, and nothing is downloaded.
+    """Return the backbone if its weights are on this machine, without downloading; otherwise None.
 
-    They may have been installed, come with the package, or be in the cache of the library that the source stands for.
+    They may be installed, included in the package, or in the cache of the source's library.
 
     Raises:
         UserError: if there is no such spec or layer.
     """
     if weights_path(weights_digest).is_file():
         return load_backbone(spec, weights=str(weights_path(weights_digest)), layer=layer)
-    if spec.startswith("bundled:"):
+    return own_backbone(spec, layer, weights_digest)
+
+
+def own_backbone(spec: str, layer: str, weights_digest: str) -> Backbone | None:
+    """Return the backbone if its weights come with the package or are in its library's cache; otherwise None.
+
+    Raises:
+        UserError: if there is no such spec or layer.
+    """
+    if spec.startswith(PACKAGED):
         backbone = load_backbone(spec, layer=layer)
         if backbone.weights_digest == weights_digest:
             return backbone
@@ -39,18 +59,18 @@ def _in_a_librarys_cache(spec: str, layer: str, weights_digest: str) -> Backbone
     entry = entry_of(spec)
     if entry is None or entry.weights is None:
         return None
-    # A model of the hub's is more than its weights: the library finds the rest beside them.
+    # A hub model is more than its weights: the library finds the rest beside them.
     weights = "default" if spec.startswith("hf:") else str(entry.weights)
     try:
         backbone = load_backbone(spec, weights=weights, layer=layer)
-    # A cache that is damaged is as good as none: the coordinator has the weights.
+    # A damaged cache is treated as missing: the coordinator has the weights.
     except FedheadError:
         return None
     return backbone if (backbone.spec, backbone.weights_digest) == (spec, weights_digest) else None
 
 
 def installed_weights(spec: str) -> list[Path]:
-    """Return the files that coordinators sent for a spec; runs with other weights or layers have files of their own."""
+    """Return the files that coordinators sent for a spec; each layer and set of weights has its own file."""
     found = []
     for path in sorted((home() / "weights").glob("*.safetensors")):
         try:
@@ -63,67 +83,55 @@ def installed_weights(spec: str) -> list[Path]:
 
 
 def export_weights(backbone: Backbone) -> Path:
-    """Return a file of a backbone's weights, as they are sent to sites; it is written if it is not there yet."""
+    """Return the file of a backbone's weights for sending to sites, written if it does not exist."""
     path = weights_path(backbone.weights_digest)
     if not path.is_file():
         backbone.save(path)
     return path
 
 
-def install_weights(blob: bytes, weights_digest: str) -> Path:
-    """Verify a safetensors file and keep it under its digest; it is never needed again.
-
-    Raises:
-        FedheadError: if it is damaged or of another digest; nothing is kept then.
-    """
-    path = weights_path(weights_digest)
-    if not path.is_file():
-        with replaced(path) as temporary:
-            temporary.write_bytes(blob)
-            _verify(temporary, weights_digest)
-    return path
-
-
 class PartialWeights:
-    """A file of weights as it arrives, chunk by chunk; what arrived survives a restart.
+    """A file of weights being received in chunks; a restart continues with the received ones.
+
+    Each owner has one such file at a time, so that interrupted transfers do not fill the disk.
 
     Args:
-        weights_digest: of the backbone's tensors: where the file is kept once it is complete.
-        file_digest: SHA-256 of the file that is sent. Another file of the same weights is another partial one.
-        owner: who receives it; several sites of one machine do not write to one file.
+        weights_digest: of the backbone's tensors, which determines the final path.
+        file_digest: SHA-256 of the sent file. Another file of the same weights has another partial file.
+        size: of the whole file, in bytes.
+        owner: the receiver; several sites on one machine do not share a file.
     """
 
-    def __init__(self, weights_digest: str, file_digest: str, owner: str) -> None:
+    def __init__(self, weights_digest: str, file_digest: str, size: int, owner: str) -> None:
         self._weights_digest = weights_digest
         self._file_digest = file_digest
-        name = f"{weights_digest[:16]}-{file_digest[:16]}-{safe_name(owner)}.part"
-        self._path = home() / "weights" / name
+        self._size = size
+        self._owner = safe_name(owner)
+        self._path = home() / "weights" / f"{self._owner}.{weights_digest[:16]}-{file_digest[:16]}-{size}.part"
 
     @property
     def received(self) -> int:
-        """How many bytes are here."""
+        """The number of received bytes."""
         return self._path.stat().st_size if self._path.is_file() else 0
 
-    def add(self, offset: int, chunk: bytes | memoryview, size: int) -> bool:
-        """Append what begins at `offset`, if that is what is missing next; return whether all `size` bytes are here.
+    def add(self, offset: int, chunk: bytes | memoryview) -> bool:
+        """Append a chunk if it begins at the first missing byte; return whether the file is complete.
 
         Raises:
-            FedheadError: if the complete file is damaged or of another digest; nothing is kept then.
+            FedheadError: if the disk has no room for the rest, or the complete file is damaged or has another digest;
+                it is discarded then.
         """
-        with disk_errors(self._path):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            if offset == self.received:
-                with self._path.open("ab") as file:
-                    file.write(chunk)
-        if self.received < size:
+        if offset == self.received and offset + len(chunk) <= self._size:
+            self._append(chunk)
+        if self.received < self._size:
             return False
         try:
             found = digest_file(self._path)
             if found != self._file_digest:
                 raise FedheadError(
-                    f"The weights that arrived have the SHA-256 {found[:12]}…, not {self._file_digest[:12]}… as the "
-                    "coordinator said: they were changed on the way, or there. None of it is kept; start the run "
-                    "again, and if it happens again compare the weights at the coordinator with their source."
+                    f"The weights that arrived have the SHA-256 {found[:12]}… instead of {self._file_digest[:12]}… "
+                    "announced by the coordinator: they were changed in transit or at the coordinator. They are "
+                    "discarded; restart the run, and if it happens again, compare them with their source."
                 )
             _verify(self._path, self._weights_digest)
             flush(self._path)
@@ -131,6 +139,26 @@ class PartialWeights:
         finally:
             self._path.unlink(missing_ok=True)
         return True
+
+    def _append(self, chunk: bytes | memoryview) -> None:
+        with disk_errors(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._make_room()
+            try:
+                with self._path.open("ab") as file:
+                    file.write(chunk)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise FedheadError(_NO_ROOM) from None
+                raise
+
+    def _make_room(self) -> None:
+        mine = re.compile(rf"{re.escape(self._owner)}\.[0-9a-f]{{16}}-[0-9a-f]{{16}}-[0-9]+\.part")
+        for other in self._path.parent.iterdir():
+            if other != self._path and mine.fullmatch(other.name):
+                other.unlink(missing_ok=True)
+        if shutil.disk_usage(self._path.parent).free < self._size - self.received:
+            raise FedheadError(_NO_ROOM)
 
 
 def _verify(path: Path, weights_digest: str) -> None:
@@ -147,13 +175,13 @@ def _verify(path: Path, weights_digest: str) -> None:
         raise FedheadError(f"The weights that arrived cannot be read: {error}.") from None
     if found != weights_digest:
         raise FedheadError(
-            f"The weights that arrived have the digest {found[:12]}…, not {weights_digest[:12]}… as the run says. "
-            "None of it is kept; ask the coordinator which weights the run is to have."
+            f"The weights that arrived have the digest {found[:12]}… instead of the run's {weights_digest[:12]}…. "
+            "They are discarded; ask the coordinator which weights the run should use."
         )
 
 
 class _Lazily(Mapping[str, Tensor]):
-    """The tensors of an open safetensors file, each read when it is looked up."""
+    """The tensors of an open safetensors file, read lazily."""
 
     def __init__(self, file: Any) -> None:
         self._file = file

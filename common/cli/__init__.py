@@ -4,42 +4,58 @@ import os
 import sys
 
 from fedhead.cli import (
+    approvals,
     backbones,
     client,
     data,
     deploy,
     export,
+    fairness,
     flower_app,
     ledger,
     membership,
+    monitor,
     predict,
     provision,
     rank,
     report,
+    roster,
     server,
     simulate,
+    site,
+    solve,
     status,
+    stop,
+    worth,
 )
 from fedhead.cli.application import INTERRUPTED, app
 
 __all__ = [
     "app",
+    "approvals",
     "backbones",
     "client",
     "data",
     "deploy",
     "export",
+    "fairness",
     "flower_app",
     "ledger",
     "main",
     "membership",
+    "monitor",
     "predict",
     "provision",
     "rank",
     "report",
+    "roster",
     "server",
     "simulate",
+    "site",
+    "solve",
     "status",
+    "stop",
+    "worth",
 ]
 
 

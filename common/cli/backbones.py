@@ -32,15 +32,15 @@ class _ListsByDefault(TyperGroup):
 
 backbones = typer.Typer(
     cls=_ListsByDefault,
-    help="List and describe backbones, and fetch one's weights. \\[PATTERN] stands for list \\[PATTERN].",
+    help="List and describe backbones, and fetch their weights. \\[PATTERN] is short for list \\[PATTERN].",
     epilog="Example: [bold]fedhead backbones 'timm:*xception*'[/bold]",
     rich_markup_mode="rich",
 )
 app.add_typer(backbones, name="backbones")
 
-Spec = Annotated[str, typer.Argument(help="source:name, as in torchvision:resnet18.", metavar="SPEC")]
+Spec = Annotated[str, typer.Argument(help="Backbone as source:name, for example torchvision:resnet18.", metavar="SPEC")]
 Layer = Annotated[
-    str, typer.Option(help="'penultimate', or the name of a layer; LAYER:POOLING for a pooling other than its mean.")
+    str, typer.Option(help="Layer: 'penultimate' or a name; LAYER:POOLING for a pooling other than the mean.")
 ]
 
 
@@ -48,12 +48,12 @@ Layer = Annotated[
 @in_sentences
 def list_(
     pattern: Annotated[
-        str | None, typer.Argument(help="Part of a name, or with wildcards a whole spec; without it, the sources.")
+        str | None, typer.Argument(help="Part of a name, or a whole spec with wildcards; by default lists the sources.")
     ] = None,
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """List the backbones whose name fits a pattern."""
+    """List the backbones whose name matches a pattern."""
     if pattern is None:
         _list_sources(as_json)
         return
@@ -96,12 +96,12 @@ def show(
 @in_sentences
 def fetch(
     spec: Spec,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The file to write; it must not exist.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="File to write; it must not exist.")],
     layer: Layer = "penultimate",
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Save a backbone's weights to one file, for --weights FILE where there is no network."""
+    """Save a backbone's weights to a file, for --weights FILE on a machine without network."""
     from fedhead.backbones import load_backbone
 
     if out.exists():

@@ -1,19 +1,23 @@
 """`fedhead client`: the long-running process of one site."""
 
-import logging
+import json
 import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
 from fedhead.cli import options
-from fedhead.cli.application import app, errors, in_sentences
+from fedhead.cli.application import app, errors, in_sentences, output
 from fedhead.errors import UserError
+from fedhead.logs import configure_logging
+from fedhead.wording import size
 
 if TYPE_CHECKING:
-    from fedhead.client.settings import Kit, SiteSettings
+    from fedhead.client.settings import SiteSettings
 
 CONNECTION = "The connection"
 DEFAULT_COORDINATOR = "127.0.0.1:9092"
@@ -27,53 +31,108 @@ DEFAULT_COORDINATOR = "127.0.0.1:9092"
 def client(
     kit: Annotated[
         Path | None,
-        typer.Option(help="The folder that the coordinator made for this site.", rich_help_panel=CONNECTION),
+        typer.Option(help="This site's kit, made by fedhead provision.", rich_help_panel=CONNECTION),
     ] = None,
     insecure: Annotated[
-        bool, typer.Option("--insecure", help="Without TLS or keys, on this machine only.", rich_help_panel=CONNECTION)
+        bool,
+        typer.Option("--insecure", help="Run without TLS or keys, on this machine only.", rich_help_panel=CONNECTION),
     ] = False,
     coordinator: Annotated[
-        str | None, typer.Option(help="host:port; by default the kit's.", rich_help_panel=CONNECTION)
+        str | None, typer.Option(help="Coordinator's host:port; by default the kit's.", rich_help_panel=CONNECTION)
+    ] = None,
+    ca_bundle: Annotated[
+        str | None,
+        typer.Option(
+            help="PEM file of further authorities, such as that of a reverse proxy before the coordinator.",
+            rich_help_panel=CONNECTION,
+        ),
     ] = None,
     health: Annotated[
         str,
-        typer.Option(help="Serve gRPC's health service there.", metavar="HOST:PORT", rich_help_panel=CONNECTION),
+        typer.Option(
+            help="Serve gRPC's health service at this address.", metavar="HOST:PORT", rich_help_panel=CONNECTION
+        ),
     ] = "",
     site: Annotated[
-        str | None, typer.Option(help="The site's name; a kit has one.", rich_help_panel=options.SITE)
+        str | None, typer.Option(help="Site's name; by default the kit's.", rich_help_panel=options.SITE)
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="'digits', folder:PATH or python:MODULE:FUNCTION.", rich_help_panel=options.SITE)
+        str | None,
+        typer.Option(
+            help="Data spec: folder:PATH, csv:FILE, python:MODULE:FUNCTION or another; by default the kit's.",
+            rich_help_panel=options.SITE,
+        ),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="'auto', 'cpu', 'cuda' or 'mps'.", rich_help_panel=options.SITE)
+        str | None, typer.Option(help="Device: 'auto', 'cpu', 'cuda' or 'mps'.", rich_help_panel=options.SITE)
     ] = None,
     strict_data: Annotated[
         bool | None,
         typer.Option(
-            "--strict-data", help="Stop at unreadable rows instead of skipping.", rich_help_panel=options.SITE
+            "--strict-data", help="Stop at unreadable rows instead of skipping them.", rich_help_panel=options.SITE
         ),
     ] = None,
     min_class_count: Annotated[
         int | None,
-        typer.Option(help="It withholds classes with fewer training rows; 0 for none.", rich_help_panel=options.SITE),
+        typer.Option(
+            help="Minimum training rows of a class; the site withholds classes with fewer. 0 for no limit.",
+            rich_help_panel=options.SITE,
+        ),
     ] = None,
     min_rows: Annotated[
-        int | None, typer.Option(help="With fewer rows it takes no part; 0 for none.", rich_help_panel=options.SITE)
+        int | None,
+        typer.Option(
+            help="Minimum rows; with fewer, the site takes no part. 0 for no limit.", rich_help_panel=options.SITE
+        ),
+    ] = None,
+    allow_backbone: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Accept these weights (sha256:HEX) or any weights of this spec; repeatable. Adds to the kit's list.",
+            metavar="BACKBONE",
+            rich_help_panel=options.SITE,
+        ),
     ] = None,
     approve: Annotated[
         bool,
-        typer.Option("--approve", help="Ask here before the first release of each kind.", rich_help_panel=options.SITE),
+        typer.Option(
+            "--approve",
+            help="Ask at the terminal before each kind of release of a run, and before unknown weights are taken.",
+            rich_help_panel=options.SITE,
+        ),
     ] = False,
+    payloads: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write each reply to this folder before it leaves, with a readable summary.",
+            metavar="FOLDER",
+            rich_help_panel=options.SITE,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        Path | None,
+        typer.Option(
+            help="Run this TOML file with this site alone: write its replies to --payloads (by default dry-run), and "
+            "connect to nothing.",
+            metavar="FILE",
+            rich_help_panel=options.SITE,
+        ),
+    ] = None,
+    log_format: options.LogFormat = "text",
+    log_file: options.LogFile = None,
+    metrics: options.Metrics = "",
+    metrics_anywhere: options.MetricsAnywhere = False,
     debug: options.Debug = False,
 ) -> None:
-    """Take part with the data of this site, in every run of a coordinator, until it is stopped."""
+    """Take part in every run of a coordinator with this site's data, until stopped."""
     from fedhead.client.settings import Kit
 
+    configure_logging(log_format, log_file)
     changes: dict[str, Any] = {
         key: value
         for key, value in {
             "coordinator": coordinator,
+            "ca_bundle": ca_bundle,
             "data": data,
             "device": device,
             "strict_data": strict_data,
@@ -82,15 +141,41 @@ def client(
     }
     limits = {"min_class_count": min_class_count, "min_rows": min_rows}
     changes["limits"] = {key: value for key, value in limits.items() if value is not None}
+    if allow_backbone:
+        changes["backbones"] = {"allow": allow_backbone}
     if insecure == (kit is not None):
         raise UserError("A client needs --kit FOLDER, or on one machine --insecure: one of the two.")
-    if kit is not None:
-        if site is not None:
-            raise UserError("A kit has its site's name: leave --site away, or ask for a kit of that name.")
-        opened = Kit(kit)
-        _serve(opened.settings(changes), opened, approve, health)
-    else:
-        _serve(_insecure_settings(site, changes), None, approve, health)
+    if kit is not None and site is not None:
+        raise UserError("A kit has its site's name: leave --site away, or ask for a kit of that name.")
+    opened = None if kit is None else Kit(kit)
+    settings = _insecure_settings(site, changes) if opened is None else opened.settings(changes)
+    if dry_run is not None:
+        _dry_run(settings, dry_run, payloads or Path("dry-run"))
+        return
+    from fedhead.client.site import StopSite, serve
+    from fedhead.monitoring import Monitoring
+
+    with suppress(StopSite):
+        ask = _ask if sys.stdin.isatty() else None
+        monitoring = Monitoring(health, metrics, metrics_anywhere)
+        serve(settings, opened, approve=approve, ask=ask, payloads=payloads, monitoring=monitoring)
+
+
+def _dry_run(settings: "SiteSettings", run: Path, folder: Path) -> None:
+    from fedhead.client.local_site import require_data
+    from fedhead.config import RunConfig
+    from fedhead.simulations.dry_run import dry_run
+
+    require_data(settings)
+    written = dry_run(settings, RunConfig.from_toml(run), folder)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("reply", "rows", "size", "file"):
+        table.add_column(column, justify="right" if column in ("rows", "size") else "left")
+    for path in written:
+        about = json.loads(path.read_text())
+        table.add_row(about["action"], str(about["rows"]), size(about["bytes"]), str(path))
+    output().print(table)
+    output().print("Nothing was sent, and nothing was entered in the ledger.")
 
 
 def _insecure_settings(site: str | None, changes: dict[str, Any]) -> "SiteSettings":
@@ -105,20 +190,10 @@ def _insecure_settings(site: str | None, changes: dict[str, Any]) -> "SiteSettin
     return settings
 
 
-def _serve(settings: "SiteSettings", kit: "Kit | None", approve: bool, health: str) -> None:
-    from fedhead.client.site import StopSite, serve
-
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S", force=True)
-    for chatty in ("httpx", "flwr"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-    with suppress(StopSite):
-        serve(settings, kit, approve=approve, ask=_ask if sys.stdin.isatty() else None, health=health)
-
-
 def _ask(described: str) -> bool:
-    errors.print("[bold]The coordinator asks for what was never released to it before.[/bold] The ledger would have:")
+    errors.print("[bold]The coordinator asks for what nobody here has approved.[/bold]")
     errors.print(described, markup=False, highlight=False, soft_wrap=True)
     try:
-        return typer.confirm("Release it, and from now on all of this kind?", err=True)
+        return typer.confirm("Agree, for this run and backbone?", err=True)
     except typer.Abort:
         return False

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 MOST_LINES = 25
 AHEAD = 64
 EXAMPLES = 8
+ITEMS = {"image": "images", "text": "texts", "table": "rows of numbers"}
 
 
 @app.command(epilog="Example: [bold]fedhead data 'csv:scans.csv?label=finding&group=patient' --html scans.html[/bold]")
@@ -28,26 +29,27 @@ EXAMPLES = 8
 def data(
     spec: Annotated[str, typer.Argument(help="folder:PATH, csv:FILE or another data spec.", show_default=False)],
     by_site: Annotated[
-        bool, typer.Option("--by-site", help="The data says which site holds each row, as sub-folders do.")
+        bool, typer.Option("--by-site", help="Take each row's site from the data, such as sub-folders.")
     ] = False,
     rows: Annotated[
-        int | None, typer.Option(min=1, help="Read only so many rows, spread evenly; by default all.")
+        int | None, typer.Option(min=1, help="Number of rows to read, evenly spaced; by default all.")
     ] = None,
     html: Annotated[
         Path | None,
-        typer.Option(help="Write a page with examples of each class to this file.", rich_help_panel=options.OUTPUT),
+        typer.Option(help="HTML file to write, with examples of each class.", rich_help_panel=options.OUTPUT),
     ] = None,
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Look at a data set: classes, sizes, groups, duplicates, and what is broken, each with the reason."""
-    from fedhead.data import load_samples, load_sites
+    """Inspect a data set: classes, sizes, groups, duplicates, and unreadable rows with the reason."""
+    from fedhead.data.folder import look_up_sites
     from fedhead.data.page import example, page
+    from fedhead.data.samples import look_up
     from fedhead.data.summary import Look, examples, rows_to_look_at
-    from fedhead.extraction import read_ahead
+    from fedhead.features.extraction import read_ahead
     from fedhead.files import write_atomically
 
-    samples = load_sites(spec) if by_site else load_samples(spec)
+    samples = look_up_sites(spec) if by_site else look_up(spec)
     numbers = rows_to_look_at(len(samples), rows)
     wanted = examples(samples, numbers, EXAMPLES) if html else {}
     kept: dict[int, str] = {}
@@ -97,7 +99,8 @@ def _print(summary: "Summary", console: Console, html: Path | None) -> None:
         if len(shown) < len(listed) and position == MOST_LINES - 5:
             table.add_row(f"... {len(listed) - len(shown)} more", "", "")
         table.add_row(_visible(name), str(rows), percent(rows / summary.rows))
-    console.print(table)
+    if listed:
+        console.print(table)
     lines = Table.grid(padding=(0, 2))
     lines.add_column(no_wrap=True)
     lines.add_column(overflow="fold")
@@ -107,6 +110,8 @@ def _print(summary: "Summary", console: Console, html: Path | None) -> None:
         lines.add_row("" if position else "Broken", one.reason)
     if len(summary.broken) > MOST_LINES:
         lines.add_row("", f"... and {len(summary.broken) - MOST_LINES} more; --json and --html list them all")
+    for position, left in enumerate(summary.left_out):
+        lines.add_row("" if position else "Left out", left)
     for position, caution in enumerate(summary.cautions()):
         lines.add_row("" if position else "Take care", caution)
     if html:
@@ -123,14 +128,21 @@ def _facts(summary: "Summary") -> list[tuple[str, str]]:
     """Return what is said of the data, beside its classes."""
     looked = "" if summary.looked_at == summary.rows else f"; {summary.looked_at} of them were read"
     several = ", any number of them per row" if summary.multi_label else ""
-    facts = [("Rows", f"{summary.rows} {summary.kind}s in {len(summary.classes)} classes{several}{looked}")]
+    predicted = f"in {len(summary.classes)} classes{several}" if summary.classes else "with real targets"
+    facts = [("Rows", f"{summary.rows} {ITEMS[summary.kind]} {predicted}{looked}")]
+    for name, spread in summary.targets.items():
+        values = f"{spread.least:g} to {spread.greatest:g} (mean {spread.mean:g}, half up to {spread.median:g})"
+        facts.append(("Target", f"{name}: {values}"))
+    if summary.columns:
+        more = f" and {len(summary.columns) - MOST_LINES} more" if len(summary.columns) > MOST_LINES else ""
+        facts.append(("Numbers", f"{len(summary.columns)} columns: {', '.join(summary.columns[:MOST_LINES])}{more}"))
     if summary.multi_label:
         facts.append(("No class", f"{summary.without_class} rows"))
     if summary.width and summary.height:
         first, rows = next(iter(summary.sizes.items()))
         alike = f"{first}, all" if len(summary.sizes) == 1 else ""
-        spread = f"{len(summary.sizes)} sizes, most often {first} ({rows}); width {_span(summary.width)}, height "
-        facts.append(("Sizes", alike or spread + _span(summary.height)))
+        sizes = f"{len(summary.sizes)} sizes, most often {first} ({rows}); width {_span(summary.width)}, height "
+        facts.append(("Sizes", alike or sizes + _span(summary.height)))
         facts.append(("Stored as", _counts(summary.modes)))
     if summary.characters and summary.words:
         facts.append(("Lengths", f"{_span(summary.words)} words, {_span(summary.characters)} characters"))

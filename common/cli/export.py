@@ -25,12 +25,12 @@ def export(
     weights: Weights = "",
     out: Annotated[
         Path | None,
-        typer.Option(help="Where to; by default beside the model.", rich_help_panel=options.OUTPUT),
+        typer.Option(help="File or folder to write; by default beside the model.", rich_help_panel=options.OUTPUT),
     ] = None,
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Write a model as one program or file, run back first and refused if its probabilities differ."""
+    """Export a model; the export is run on samples first, and refused if its answers differ."""
     from fedhead.errors import UserError
     from fedhead.export import BATCH_SIZES, FORMATS, check_format, export_model
     from fedhead.files import write_atomically
@@ -55,8 +55,8 @@ def export(
         return
     *some, last = map(str, BATCH_SIZES)
     output().print(
-        f"{written.path}: {size(written.size)}, {len(loaded.classes)} classes. Run back on {', '.join(some)} and "
-        f"{last} samples: probabilities differ by {written.difference:.1g} at most.",
+        f"{written.path}: {size(written.size)}, {loaded.task.description}. Run back on {', '.join(some)} and "
+        f"{last} samples: {loaded.task.answer_name} differ by {written.difference:.1g} at most.",
         highlight=False,
         soft_wrap=True,
     )

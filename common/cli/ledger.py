@@ -21,21 +21,36 @@ def ledger(
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Show what left a site: when, for which run, from how many rows, and the digest of what left."""
-    from fedhead.client import guard
+    """List a site's releases: when, for which run and backbone, from which rows, and the payload's digest.
 
-    path = Path(site) if site.endswith(".jsonl") else guard.ledger_path(site)
+    Releases with the same digest of rows rest on the same rows. With --json, entries are complete. Of differentially
+    private runs, the accounts show mu, and epsilon spent and left.
+    """
+    from fedhead.client.release.accounts import accounts_path, read_charges, statements
+    from fedhead.client.release.ledger import ledger_path, read_ledger
+
+    path = Path(site) if site.endswith(".jsonl") else ledger_path(site)
     if not path.is_file():
         raise UserError(f"There is no ledger {path}: nothing was released by a site of this name on this machine.")
-    entries = guard.read_ledger(path)
+    entries = read_ledger(path)
     if as_json:
         typer.echo(json.dumps([entry.model_dump(mode="json") for entry in entries]))
         return
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("when", "run", "action", "rows", "classes", "size", "digest"):
+    for column in ("when", "run", "action", "backbone", "rows", "classes", "row set", "size", "digest"):
         table.add_column(column, justify="right" if column in ("rows", "classes", "size") else "left")
     for entry in entries:
         when = entry.when.strftime("%Y-%m-%d %H:%M")
-        classes = str(len(entry.classes))
-        table.add_row(when, entry.run, entry.action, str(entry.rows), classes, size(entry.bytes), entry.digest[:8])
+        rows, classes, row_set = str(entry.rows), str(len(entry.classes)), entry.row_set[:8]
+        figures = (rows, classes, row_set, size(entry.bytes), entry.digest[:8])
+        backbone = f"{entry.backbone}, {entry.features}" if entry.features else entry.backbone
+        table.add_row(when, entry.run, entry.action, backbone, *figures)
     output().print(table)
+    if accounts := statements(read_charges(accounts_path(path))):
+        budget = Table(box=SIMPLE_HEAD, pad_edge=False, title="Privacy accounts", title_justify="left")
+        for column in ("account", "releases", "mu", "epsilon spent", "epsilon left", "of epsilon", "delta"):
+            budget.add_column(column, justify="left" if column == "account" else "right")
+        for one in accounts:
+            figures = (f"{one.mu:.3f}", f"{one.spent:.2f}", f"{one.left:.2f}", f"{one.epsilon:g}", f"{one.delta:g}")
+            budget.add_row(one.name, str(one.releases), *figures)
+        output().print(budget)

@@ -10,10 +10,10 @@ from rich.table import Table
 
 from fedhead.cli import options
 from fedhead.cli.application import app, in_sentences, output, progress_bars
-from fedhead.wording import percent
+from fedhead.wording import score_words
 
 if TYPE_CHECKING:
-    from fedhead.simulations.membership import MembershipChange
+    from fedhead.server.runs.membership import MembershipChange
 
 
 @app.command(epilog="Example: [bold]fedhead join runs/flowers --site north --data folder:/data/north[/bold]")
@@ -30,7 +30,7 @@ def join(
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Add a site to a finished run, without computing anything of any other site."""
+    """Add a site to a finished run, without work for any other site."""
     _change(
         "join",
         (run, site, data),
@@ -52,13 +52,16 @@ def leave(
         list[Path] | None,
         typer.Option(
             metavar="FILE",
-            help="Its sums, sent again, where the run keeps none; once for each part.",
+            help="File with the site's sums, if the run keeps none; repeatable, once for each part.",
             rich_help_panel=options.SITE,
         ),
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="Its rows, to make the sums anew, where the run keeps none.", rich_help_panel=options.SITE),
+        typer.Option(
+            help="Data spec of the site's rows, to compute its sums again if the run keeps none.",
+            rich_help_panel=options.SITE,
+        ),
     ] = None,
     min_class_count: options.SiteMinClassCount = 5,
     min_rows: options.SiteMinRows = 20,
@@ -68,7 +71,7 @@ def leave(
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Take a site out of a finished run, and solve the statistics head as if it had never been in."""
+    """Remove a site from a finished run, and solve the head as if the site had never taken part."""
     _change(
         "leave",
         (run, site),
@@ -89,9 +92,7 @@ def leave(
 @in_sentences
 def add_class(
     run: options.FinishedRun,
-    name: Annotated[
-        list[str], typer.Option(help="The class to add; may be given again for more.", rich_help_panel=options.RUN)
-    ],
+    name: Annotated[list[str], typer.Option(help="Class to add; repeatable.", rich_help_panel=options.RUN)],
     site: options.SiteName,
     data: options.SiteSpec,
     min_class_count: options.SiteMinClassCount = 5,
@@ -102,7 +103,7 @@ def add_class(
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Add a class to a finished run, with a site that has rows of it and joins."""
+    """Add a class to a finished run, with a joining site that has rows of it."""
     _change(
         "add_class",
         (run, name, site, data),
@@ -117,7 +118,7 @@ def add_class(
 
 def _change(function: str, arguments: tuple[Any, ...], as_json: bool, **options: Any) -> None:
     """Change who is in a run, and print what came of it."""
-    from fedhead.simulations import membership
+    from fedhead import membership
 
     with progress_bars() as progress:
         extraction = progress.add_task("Features", total=None, visible=False)
@@ -142,11 +143,11 @@ def _print_change(change: "MembershipChange", console: Console) -> None:
     rows = "all rows, held-out ones included" if change.all_rows else "the training rows"
     lines.add_row("Head", f"{change.head_spec}, the statistics head ({change.method}) of {rows}")
     if change.accuracy is not None:
-        before = f", where the model before has {percent(change.accuracy_before)}"
+        after, before = (score_words(one, change.score_name) for one in (change.accuracy, change.accuracy_before))
         lines.add_row(
-            "Accuracy",
-            f"{percent(change.accuracy)} on the {change.rows_held_out} held-out rows of {change.site}, solved without "
-            f"held-out rows{before if change.accuracy_before is not None else ''}",
+            "R2" if change.score_name == "r2" else "Accuracy",
+            f"{after} on the {change.rows_held_out} held-out rows of {change.site}, solved without held-out rows"
+            + (f", where the model before has {before}" if before else ""),
         )
     if change.skipped:
         lines.add_row("Skipped", f"{change.skipped} unreadable rows")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,27 +10,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from fedhead.cli import options
-from fedhead.cli.application import app, in_sentences, output, progress_bars
-from fedhead.wording import interval, percent
+from fedhead.cli.application import ANY_NAME, app, in_sentences, output, progress_bars
+from fedhead.wording import percent
 
 if TYPE_CHECKING:
     from fedhead.model import TransferModel
     from fedhead.prediction import ModelEvaluation, Prediction
 
 Model = Annotated[Path, typer.Argument(help="A model's file, or the folder of a finished run.", show_default=False)]
-Weights = Annotated[str, typer.Option(help="The backbone's file, where this machine has none.")]
-Device = Annotated[str, typer.Option(help="'auto', 'cpu', 'cuda' or 'mps'.")]
+Weights = Annotated[str, typer.Option(help="File with the backbone's weights, if this machine has none.")]
+Device = Annotated[str, typer.Option(help="Device: 'auto', 'cpu', 'cuda' or 'mps'.")]
 Coverage = Annotated[
-    float | None, typer.Option(help="Give sets of classes that hold the true one so often, as in 0.9.")
+    float | None,
+    typer.Option(help="Add prediction sets or intervals that contain the truth with this probability, as in 0.9."),
 ]
-
-SEPARATOR = ";"
-"""Between several classes in one field, as in data that is read."""
 
 
 @app.command(epilog="Example: [bold]fedhead predict runs/flowers new/*.jpg --all > predictions.csv[/bold]")
@@ -39,24 +37,27 @@ def predict(
     paths: Annotated[
         list[str], typer.Argument(help="Files, folders, patterns, or CSV files with a column path or text.")
     ],
-    every: Annotated[bool, typer.Option("--all", help="Give the probability of every class.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Add the probability of every class.")] = False,
     coverage: Coverage = None,
+    site_model: Annotated[
+        bool, typer.Option("--site-model", help="MODEL is a site's name: use the personal head that it keeps here.")
+    ] = False,
     weights: Weights = "",
     device: Device = "auto",
     out: Annotated[
         Path | None,
-        typer.Option(help="Write to this file; .jsonl gives JSON lines.", rich_help_panel=options.OUTPUT),
+        typer.Option(help="File to write; .jsonl gives JSON lines.", rich_help_panel=options.OUTPUT),
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="JSON lines instead of CSV.", rich_help_panel=options.OUTPUT)
+        bool, typer.Option("--json", help="Print JSON lines instead of CSV.", rich_help_panel=options.OUTPUT)
     ] = False,
     debug: options.Debug = False,
 ) -> None:
-    """Tell the class of new images or texts, as CSV or JSON lines; exit 1 if one could not be read."""
+    """Predict the classes or numbers of new inputs, as CSV or JSON lines; exit 1 if one could not be read."""
     from fedhead.prediction import find_inputs, predict_inputs
 
-    loaded = _load(model, weights, device)
-    inputs = find_inputs(paths, loaded.backbone.kind)
+    loaded = load_model(_site_model(str(model)) if site_model else model, weights, device)
+    inputs = find_inputs(paths, loaded.backbone.kind, getattr(loaded.backbone.preprocessing, "columns", ()))
     unreadable = 0
     with _writer(out) as file, progress_bars() as progress:
         lines = as_json or (out is not None and out.suffix.lower() in (".jsonl", ".ndjson"))
@@ -84,11 +85,11 @@ def evaluate(
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Tell how good a model is on labelled data, with intervals."""
+    """Evaluate a model on labelled data, with intervals."""
     from fedhead.data import load_samples
     from fedhead.prediction import evaluate_model
 
-    loaded = _load(model, weights, device)
+    loaded = load_model(model, weights, device)
     samples = load_samples(data)
     with progress_bars() as progress:
         task = progress.add_task("Features", total=None)
@@ -100,12 +101,36 @@ def evaluate(
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     if as_json:
-        typer.echo(json.dumps(_as_json(evaluated)))
+        typer.echo(json.dumps(_as_json(evaluated, loaded)))
     else:
         _print(evaluated, loaded, output())
 
 
-def _load(path: Path, weights: str, device: str) -> "TransferModel":
+def _site_model(site: str) -> Path:
+    """Return the file of a site's personal head.
+
+    Raises:
+        UserError: if this machine has none.
+    """
+    from fedhead.errors import UserError
+    from fedhead.model import site_model_path
+
+    path = site_model_path(site)
+    if not path.is_file():
+        raise UserError(
+            f"No personal head of {site!r} is on this machine ({path}): a run makes one at the site with "
+            "personal = 'closed', 'head' or 'ditto'."
+        )
+    return path
+
+
+def load_model(path: Path, weights: str, device: str) -> "TransferModel":
+    """Load the model of a command, and move its backbone to a device.
+
+    Raises:
+        UserError: if it is missing or damaged.
+        FedheadError: if the backbone's weights are not on this machine.
+    """
     from fedhead.devices import pick_device
     from fedhead.model import TransferModel
 
@@ -121,94 +146,79 @@ def _writer(out: Path | None) -> Iterator[TextIO]:
         return
     from fedhead.files import disk_errors
 
-    with disk_errors(out), out.open("w", newline="", encoding="utf-8") as file:
+    with disk_errors(out), out.open("w", newline="", encoding="utf-8", errors=ANY_NAME) as file:
         yield file
 
 
-def _write_csv(file: TextIO, model: "TransferModel", every: bool, sets: bool) -> "Callable[[Prediction], None]":
+def _write_csv(file: TextIO, model: "TransferModel", every: bool, regions: bool) -> "Callable[[Prediction], None]":
+    from fedhead.evaluation.foreign import UNLIKE
+
     table = csv.writer(file, lineterminator="\n")
-    table.writerow(
-        ["path", "label", "probability", *(["set"] if sets else []), *(model.classes if every else []), "error"]
-    )
+    tests = model.foreign is not None
+    remark = ["remark"] if tests else []
+    table.writerow(["path", *model.task.header(every=every, regions=regions), *remark, "error"])
 
     def write(prediction: "Prediction") -> None:
-        by_class = dict(zip(model.classes, prediction.probabilities, strict=False))
-        table.writerow(
-            [
-                prediction.name,
-                SEPARATOR.join(prediction.labels),
-                SEPARATOR.join(f"{by_class[name]:.4f}" for name in prediction.labels),
-                *([SEPARATOR.join(prediction.candidates)] if sets else []),
-                *((f"{by_class[name]:.4f}" if by_class else "" for name in model.classes) if every else ()),
-                prediction.error,
-            ]
+        cells = model.task.cells(
+            prediction.decision, prediction.answers, prediction.region, every=every, regions=regions
         )
+        remark = [UNLIKE if prediction.foreign else ""] if tests else []
+        table.writerow([prediction.name, *cells, *remark, prediction.error])
         file.flush()
 
     return write
 
 
-def _write_json(file: TextIO, model: "TransferModel", every: bool, sets: bool) -> "Callable[[Prediction], None]":
+def _write_json(file: TextIO, model: "TransferModel", every: bool, regions: bool) -> "Callable[[Prediction], None]":
     def write(prediction: "Prediction") -> None:
-        by_class = dict(zip(model.classes, prediction.probabilities, strict=False))
         line: dict[str, Any] = {"path": prediction.name}
         if prediction.error:
             line["error"] = prediction.error
-        elif model.multi_label:
-            line["labels"] = {name: by_class[name] for name in prediction.labels}
         else:
-            line["label"] = prediction.labels[0]
-            line["probability"] = by_class[prediction.labels[0]]
-        if sets and not prediction.error:
-            line["set"] = list(prediction.candidates)
-        if every and not prediction.error:
-            line["probabilities"] = by_class
+            line |= model.task.record(
+                prediction.decision, prediction.answers, prediction.region, every=every, regions=regions
+            )
+            if prediction.foreign is not None:
+                line["foreign"] = prediction.foreign
         file.write(json.dumps(line) + "\n")
         file.flush()
 
     return write
 
 
-def _as_json(evaluated: "ModelEvaluation") -> dict[str, Any]:
-    sets = None
+def _as_json(evaluated: "ModelEvaluation", model: "TransferModel") -> dict[str, Any]:
+    regions = None
     if evaluated.coverage is not None:
-        sets = {
+        regions = {
             "stated": evaluated.coverage,
             "found": evaluated.covered / max(evaluated.sums.rows, 1),
-            "mean_size": evaluated.mean_set_size,
+            "mean_size": evaluated.mean_size if math.isfinite(evaluated.mean_size) else None,
         }
+    curves = {name: value for name, value in evaluated.curves.items() if name != "roc"}
     return {
+        "score": evaluated.report.score.value,
+        "score_name": model.task.score_name,
         **evaluated.report.to_dict(),
-        "confusion": evaluated.sums.confusion.tolist(),
-        "reliability": evaluated.reliability.to_dict(),
-        "sets": sets,
+        **curves,
+        "sets": regions,
         "skipped": len(evaluated.skipped),
     }
 
 
 def _print(evaluated: "ModelEvaluation", model: "TransferModel", console: Console) -> None:
-    report = evaluated.report
-    table = Table(title="% with 95 % intervals", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("class")
-    for column in ("rows", "sensitivity", "specificity", "AUROC"):
-        table.add_column(column, justify="right")
-    for one in report.classes:
-        table.add_row(
-            one.name, str(one.rows), interval(one.sensitivity), interval(one.specificity), interval(one.auroc)
-        )
-    console.print(table)
+    from fedhead.cli.figures import figure_lines, figure_table
+
+    console.print(figure_table(evaluated.report))
     lines = Table.grid(padding=(0, 2))
-    lines.add_row("Accuracy", f"{interval(report.accuracy)} on {report.rows} rows")
-    lines.add_row("Balanced", interval(report.balanced_accuracy))
-    if evaluated.reliability.error is not None:
-        lines.add_row("Calibration", f"expected calibration error {percent(evaluated.reliability.error)}")
+    for name, value in figure_lines(evaluated.report):
+        lines.add_row(name, value)
+    error = evaluated.curves.get("reliability", {}).get("error")
+    if error is not None:
+        lines.add_row("Calibration", f"expected calibration error {percent(error)}")
     if evaluated.coverage is not None:
-        share = evaluated.covered / max(report.rows, 1)
-        lines.add_row(
-            "Sets",
-            f"hold the true class for {percent(share)} of rows, where {percent(evaluated.coverage)} is stated; "
-            f"{evaluated.mean_set_size:.2f} classes each",
-        )
+        share = percent(evaluated.covered / max(evaluated.report.rows, 1))
+        stated = percent(evaluated.coverage)
+        lines.add_row(*model.task.say_regions(share, stated, evaluated.mean_size))
     if model.unlearned:
         lines.add_row("Unlearned", f"no site had rows of: {', '.join(model.unlearned)}")
     if evaluated.skipped:

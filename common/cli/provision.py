@@ -23,60 +23,104 @@ KIT = "The kit"
 @in_sentences
 def provision(
     coordinator: Annotated[
-        str | None, typer.Option(help="HOST:PORT that sites connect to.", metavar="HOST:PORT", rich_help_panel=KIT)
+        str | None, typer.Option(help="Address that sites connect to.", metavar="HOST:PORT", rich_help_panel=KIT)
     ] = None,
     site: Annotated[
-        list[str] | None, typer.Option(help="A site's name; once for each.", metavar="NAME", rich_help_panel=KIT)
+        list[str] | None, typer.Option(help="Name of a site; repeatable.", metavar="NAME", rich_help_panel=KIT)
     ] = None,
     also: Annotated[
         list[str] | None,
-        typer.Option(help="A further name or address of the coordinator.", metavar="HOST", rich_help_panel=KIT),
+        typer.Option(
+            help="Another name or address of the coordinator; repeatable.", metavar="HOST", rich_help_panel=KIT
+        ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="The folder of kits.", rich_help_panel=KIT)] = Path("kit"),
+    out: Annotated[Path, typer.Option(help="Folder of kits.", rich_help_panel=KIT)] = Path("kit"),
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            help="TOML file of a run, whose backbone the new kits allow. Its weights are loaded for their digest.",
+            metavar="FILE",
+            rich_help_panel=KIT,
+        ),
+    ] = None,
     days: Annotated[
-        int, typer.Option(min=1, max=3650, help="How long the coordinator's certificate is valid.", rich_help_panel=KIT)
+        int,
+        typer.Option(min=1, max=3650, help="Validity of the coordinator's certificate, in days.", rich_help_panel=KIT),
     ] = 730,
     add_site: Annotated[
-        list[str] | None, typer.Option(help="Make a kit for a further site.", metavar="NAME", rich_help_panel=KIT)
+        list[str] | None, typer.Option(help="Site to add; repeatable.", metavar="NAME", rich_help_panel=KIT)
+    ] = None,
+    sign: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Request of a site that made its own key with fedhead site init; repeatable.", rich_help_panel=KIT
+        ),
     ] = None,
     revoke: Annotated[
-        list[str] | None, typer.Option(help="Refuse a site from now on.", metavar="NAME", rich_help_panel=KIT)
+        list[str] | None,
+        typer.Option(help="Site to refuse from now on; repeatable.", metavar="NAME", rich_help_panel=KIT),
     ] = None,
     renew: Annotated[
-        bool, typer.Option("--renew", help="Make the coordinator a new certificate.", rich_help_panel=KIT)
+        bool, typer.Option("--renew", help="Renew the coordinator's certificate.", rich_help_panel=KIT)
     ] = False,
     show: Annotated[
         Path | None,
-        typer.Option(help="Show what a folder of kits holds, and until when it is valid.", rich_help_panel=KIT),
+        typer.Option(help="Folder of kits to show, with its sites and expiry dates.", rich_help_panel=KIT),
     ] = None,
     debug: options.Debug = False,
 ) -> None:
     """Make a private certificate authority, and a folder of keys for the coordinator and each site."""
+    from fedhead.certificates import fingerprint, read_request
+    from fedhead.config import RunConfig
     from fedhead.errors import UserError
     from fedhead.server import provision as kits
+    from fedhead.server.site_requests import sign_requests
 
     console = output()
     if show is not None:
         _show(show)
         return
+    if run is not None and not (site or add_site or sign):
+        raise UserError(
+            "--run is for new kits: give --site, --add-site or --sign. Edit the site.toml of existing kits."
+        )
+    if also and not (coordinator or renew):
+        raise UserError(
+            "--also is for the coordinator's certificate: give it with --coordinator for a new kit, or with --renew."
+        )
+    for request in sign or ():
+        # Before anything is made.
+        read_request(request)
+    backbones = {} if run is None else kits.backbones_of(RunConfig.from_toml(run))
     changes = [name for name, given in (("--add-site", add_site), ("--revoke", revoke), ("--renew", renew)) if given]
     if coordinator or site:
+        if not (site or sign):
+            raise UserError("No site is named: --site NAME or --sign REQUEST for each.")
         if changes or not coordinator:
             raise UserError(
                 "A new kit takes --coordinator HOST:PORT and --site NAME; --add-site, --revoke and --renew change one."
             )
-        kits.provision(out, coordinator, site or [], also or [], days)
+        kits.provision(out, coordinator, site or [], also or [], days, backbones)
         console.print(
             f"Made {out}. Copy {out / 'coordinator'} to the coordinator, and each site's folder to that site alone. "
-            f"Keep {out / 'ca.key'} secret: whoever has it can pretend to be the coordinator.",
+            f"Keep {out / 'ca.key'} and {out / 'roster.key'} secret: whoever has the first can pretend to be the "
+            "coordinator, and whoever has the second decides whom the sites of a secure sum trust.",
             highlight=False,
         )
-    elif not changes:
-        raise UserError("Nothing to do: --coordinator HOST:PORT --site NAME, --add-site, --revoke, --renew or --show.")
+    elif not changes and not sign:
+        raise UserError(
+            "Nothing to do: --coordinator HOST:PORT --site NAME, --add-site, --sign, --revoke, --renew or --show."
+        )
     if add_site:
-        kits.add_sites(out, add_site)
+        kits.add_sites(out, add_site, backbones)
         folders = ", ".join(str(out / name) for name in add_site)
         console.print(f"Made {folders}. Copy each to its site alone.", highlight=False)
+    for name, key in sign_requests(out, sign, backbones).items() if sign else ():
+        console.print(
+            f"Registered {name} with the key {fingerprint(key)}. Ask the site whether fedhead site init showed this "
+            f"key, and send it {out / name}, which holds no secret.",
+            highlight=False,
+        )
     if revoke:
         kits.revoke(out, revoke)
         console.print(f"Revoked {', '.join(revoke)}.", highlight=False)
@@ -87,12 +131,18 @@ def provision(
             "it again.",
             highlight=False,
         )
-    if add_site or revoke:
+    if add_site or sign or revoke:
         console.print(
             f"Copy {out / 'coordinator' / 'sites.toml'} to the coordinator, if it is another machine; one that runs "
             "reads it within seconds.",
             highlight=False,
         )
+        if (out / "coordinator" / "roster.toml").is_file():
+            console.print(
+                f"The roster of secure sums has changed. Copy {out / 'coordinator' / 'roster.toml'} to the coordinator "
+                "and to every site, which must accept it: fedhead roster verify KIT --accept WORDS.",
+                highlight=False,
+            )
     _warn(kits.CoordinatorKit.read(out / "coordinator"))
 
 
@@ -104,6 +154,7 @@ def _warn(kit: "CoordinatorKit") -> None:
 
 
 def _show(folder: Path) -> None:
+    from fedhead.certificates import fingerprint
     from fedhead.server import provision as kits
 
     kit = kits.CoordinatorKit.read(folder / "coordinator" if (folder / "coordinator").is_dir() else folder)
@@ -117,8 +168,8 @@ def _show(folder: Path) -> None:
     for column in ("site", "key", "state"):
         table.add_column(column)
     for name, key in sorted(kit.sites.items()):
-        table.add_row(name, kits.fingerprint(key), "registered")
+        table.add_row(name, fingerprint(key), "registered")
     for key, name in kit.revoked.items():
-        table.add_row(name, kits.fingerprint(key), "revoked")
+        table.add_row(name, fingerprint(key), "revoked")
     console.print(table, highlight=False)
     _warn(kit)

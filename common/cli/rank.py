@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -12,82 +12,74 @@ from rich.table import Table
 
 from fedhead.cli import options
 from fedhead.cli.application import app, in_sentences, output, progress_bars
-from fedhead.wording import percent, size
+from fedhead.cli.settings import SettingsCommand, with_settings
+from fedhead.wording import score_words, size
 
 
 @app.command(
+    cls=SettingsCommand,
     epilog="Example: [bold]fedhead rank bundled:glyphnet bundled:pixels torchvision:resnet18=resnet18.pth --data "
-    "folder:scans[/bold]"
+    "folder:scans[/bold]",
 )
 @in_sentences
+@with_settings(
+    ("classes", "classes_from", "task", "holdout", "seed"),
+    ("data", "test_data", "sites", "partition", "device", "strict_data", "min_class_count", "min_rows"),
+)
 def rank(
-    backbones: Annotated[list[str], typer.Argument(help="Specs, each perhaps with =FILE for its weights.")],
+    settings: dict[str, Any],
+    backbones: Annotated[
+        list[str], typer.Argument(help="Backbone specs, each with an optional =FILE for its weights.")
+    ],
     config: Annotated[
-        Path | None, typer.Option(help="A TOML file; flags lie over it.", rich_help_panel=options.RUN)
+        Path | None, typer.Option(help="TOML file; flags override it.", rich_help_panel=options.RUN)
     ] = None,
-    classes: options.Classes = None,
-    classes_from: options.ClassesFrom = None,
-    multi_label: options.MultiLabel = None,
-    holdout: options.Holdout = None,
-    seed: options.Seed = None,
-    data: options.Data = None,
-    test_data: options.TestData = None,
-    sites: options.Sites = None,
-    partition: options.Partition = None,
-    device: options.Device = None,
-    strict_data: options.StrictData = None,
-    min_class_count: options.MinClassCount = None,
-    min_rows: options.MinRows = None,
+    layers: Annotated[
+        str, typer.Option(help="Layers to compare, separated by commas; join several by +, as in layer3+penultimate.")
+    ] = "",
     set_: options.Assignments = None,
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Tell which backbone fits the sites' task, from one exchange each, without training."""
+    """Compare backbones on the sites' task, by one exchange each and without training."""
     from fedhead import simulations
 
-    run = options.run_config(
-        config,
-        set_,
-        {
-            "classes": options.names(classes),
-            "classes_from": classes_from,
-            "multi_label": multi_label,
-            "holdout": holdout,
-            "seed": seed,
-        },
-        {
-            "data": data,
-            "test_data": test_data,
-            "sites": sites,
-            "partition": partition,
-            "device": device,
-            "strict_data": strict_data,
-            "min_class_count": min_class_count,
-            "min_rows": min_rows,
-        },
-    )
+    run = options.run_config(config, set_, settings)
     with progress_bars() as progress:
 
         def on_backbone(spec: str) -> Callable[[int, int], None]:
             task = progress.add_task(spec, total=None)
             return lambda done, total: progress.update(task, completed=done, total=total)
 
-        ranked = simulations.rank(backbones, run, on_backbone=on_backbone)
+        taps = [one.strip() for one in layers.split(",") if one.strip()]
+        ranked = simulations.rank(backbones, run, layers=taps, on_backbone=on_backbone)
     if as_json:
         typer.echo(json.dumps([asdict(one) for one in ranked]))
         return
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     tested = any(one.accuracy_test is not None for one in ranked)
     table.add_column("backbone", overflow="fold")
-    for column in ("LogME", "H-score", "held out", *(("test",) if tested else ()), "d", "a site", "seconds"):
+    if layers:
+        table.add_column("layer", overflow="fold")
+    for column in (
+        *(("CV error",) if layers else ()),
+        "LogME",
+        "H-score",
+        "held out",
+        *(("test",) if tested else ()),
+        "d",
+        "a site",
+        "seconds",
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     for one in ranked:
         table.add_row(
             one.backbone,
+            *((one.layer, "-" if one.error is None else f"{one.error:.3f}") if layers else ()),
             f"{one.logme:.3f}",
             "-" if one.h_score is None else f"{one.h_score:.3f}",
-            percent(one.accuracy),
-            *([percent(one.accuracy_test)] if tested else []),
+            score_words(one.accuracy, one.score_name),
+            *([score_words(one.accuracy_test, one.score_name)] if tested else []),
             str(one.num_features),
             size(one.bytes_per_site),
             f"{one.seconds_extraction:.1f}",

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -11,13 +11,16 @@ from rich.table import Table
 
 from fedhead.cli import options
 from fedhead.cli.application import app, in_sentences, output, progress_bars
+from fedhead.cli.figures import figure_table
 from fedhead.cli.observers import watching
+from fedhead.cli.settings import SettingsCommand, with_settings
 from fedhead.cli.study import run_study
-from fedhead.wording import by_reason, interval, listed, percent, size
+from fedhead.errors import UserError
+from fedhead.wording import by_reason, listed, percent, score_words, size
 
 if TYPE_CHECKING:
-    from fedhead.server.history import Round
-    from fedhead.simulations.simulate import RunResult
+    from fedhead.server.runs.history import Round
+    from fedhead.simulations.result import RunResult
 
 MOST_LINES = 26
 MOST_DIAGNOSES = 8
@@ -25,62 +28,44 @@ MOST_NAMES = 8
 
 
 @app.command(
-    epilog="Example: [bold]fedhead simulate run.toml --sites 20 --partition dirichlet:0.1 --set local.lr=0.05[/bold]"
+    cls=SettingsCommand,
+    epilog="Example: [bold]fedhead simulate run.toml --sites 20 --partition dirichlet:0.1 --set local.lr=0.05[/bold]",
 )
 @in_sentences
+@with_settings(simulation=None)
 def simulate(
-    config: Annotated[Path | None, typer.Argument(help="A TOML file; flags lie over it.", show_default=False)] = None,
-    backbone: Annotated[
-        str | None, typer.Option(help="source:name, as in torchvision:resnet18.", rich_help_panel=options.RUN)
-    ] = None,
-    weights: options.Weights = None,
-    layer: options.Layer = None,
-    head: options.Head = None,
-    init: options.Init = None,
-    classes: options.Classes = None,
-    classes_from: options.ClassesFrom = None,
-    multi_label: options.MultiLabel = None,
-    rounds: options.Rounds = None,
-    diagnose: options.Diagnose = None,
-    keep_sums: options.KeepSums = None,
-    with_backbone: options.WithBackbone = None,
-    holdout: options.Holdout = None,
-    min_sites: options.MinSites = None,
-    round_deadline: options.RoundDeadline = None,
-    seed: options.Seed = None,
-    data: options.Data = None,
-    test_data: options.TestData = None,
-    sites: options.Sites = None,
-    partition: options.Partition = None,
-    engine: options.Engine = None,
-    cluster: options.Cluster = None,
-    device: options.Device = None,
-    precision: options.Precision = None,
-    strict_data: options.StrictData = None,
-    min_class_count: options.MinClassCount = None,
-    min_rows: options.MinRows = None,
+    settings: dict[str, Any],
+    config: Annotated[Path | None, typer.Argument(help="TOML file; flags override it.", show_default=False)] = None,
     set_: options.Assignments = None,
     seeds: Annotated[
-        int, typer.Option(min=1, help="Run under so many seeds, and print means.", rich_help_panel=options.STUDY)
+        int, typer.Option(min=1, help="Number of seeds to run under; prints means.", rich_help_panel=options.STUDY)
     ] = 1,
     sweep: Annotated[
         list[str] | None,
         typer.Option(
             metavar="KEY=VALUE,VALUE",
-            help="Run with each value, as in partition=iid,dirichlet:0.3; may be given again.",
+            help="Setting and values to compare, as in partition=iid,dirichlet:0.3; repeatable.",
             rich_help_panel=options.STUDY,
         ),
     ] = None,
     csv: Annotated[
-        Path | None, typer.Option(help="Write a line for each run to this file.", rich_help_panel=options.STUDY)
+        Path | None, typer.Option(help="CSV file to write, with a line for each run.", rich_help_panel=options.STUDY)
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="The run folder; by default a new one under runs/.", rich_help_panel=options.OUTPUT),
+        typer.Option(help="Run folder; by default a new one under runs/.", rich_help_panel=options.OUTPUT),
     ] = None,
     baseline: Annotated[
         str | None,
-        typer.Option(help="A backbone to compare with, as in bundled:pixels.", rich_help_panel=options.OUTPUT),
+        typer.Option(help="Backbone to compare with, as in bundled:pixels.", rich_help_panel=options.OUTPUT),
+    ] = None,
+    attack: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[membership]",
+            help="Attack to try on heads like the run's, for the report.",
+            rich_help_panel=options.OUTPUT,
+        ),
     ] = None,
     resume: options.Resume = None,
     dashboard: options.Dashboard = "",
@@ -89,46 +74,14 @@ def simulate(
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Run many sites on this machine: a frozen backbone, private rows, shared heads."""
+    """Simulate many sites on this machine: a frozen backbone, private rows, shared heads."""
     from fedhead import simulations
     from fedhead.server.observer import EachRound
 
+    if attack not in (None, "membership"):
+        raise UserError(f"There is no attack {attack!r}, only 'membership'.")
     path, out = options.run_to_resume(resume, config, out)
-    run = options.run_config(
-        path,
-        set_,
-        {
-            "backbone": backbone,
-            "weights": weights,
-            "layer": layer,
-            "head": head,
-            "init": init,
-            "classes": options.names(classes),
-            "classes_from": classes_from,
-            "multi_label": multi_label,
-            "rounds": rounds,
-            "keep_sums": keep_sums,
-            "with_backbone": with_backbone,
-            "diagnose": diagnose,
-            "holdout": holdout,
-            "min_sites": min_sites,
-            "round_deadline": round_deadline,
-            "seed": seed,
-        },
-        {
-            "data": data,
-            "test_data": test_data,
-            "sites": sites,
-            "partition": partition,
-            "engine": engine,
-            "cluster": cluster,
-            "device": device,
-            "precision": precision,
-            "strict_data": strict_data,
-            "min_class_count": min_class_count,
-            "min_rows": min_rows,
-        },
-    )
+    run = options.run_config(path, set_, settings)
     if seeds > 1 or sweep or csv:
         run_study(run, seeds, sweep or [], out, csv, as_json=as_json)
         return
@@ -141,6 +94,7 @@ def simulate(
             out=out,
             resume=resume is not None,
             baseline=baseline,
+            attack="membership" if attack else "",
             on_extraction=lambda done, total: progress.update(extraction, completed=done, total=total),
             observers=[EachRound(lambda finished: progress.update(training, completed=finished.number)), *observers],
         )
@@ -153,30 +107,48 @@ def simulate(
 def _print_result(result: "RunResult", console: Console) -> None:
     console.print(_history_table(result))
     if 0 < len(result.config.classes) <= MOST_LINES and result.sites:
-        console.print(_class_table(result))
+        console.print(figure_table(result.evaluation, "Held-out rows: "))
     summary = result.summary()
     share = summary["bytes_full_model"] / max(summary["bytes_down"] + summary["bytes_up"], 1)
     tested = ""
-    if result.test_accuracy is not None:
-        tested = f"{percent(result.test_accuracy)} on the test set; "
+    name = result.task.score_name
+    if result.test_score is not None:
+        tested = f"{score_words(result.test_score, name)} on the test set; "
     sites = result.sites
     if sites:
-        by_site = result.accuracy_by_site
-        worst = min(by_site, key=lambda name: by_site[name])
+        by_site = result.score_by_site
         tested += (
-            f"{percent(result.accuracy_held_out)} on {result.evaluation.rows} held-out rows of {len(sites)} sites "
-            f"(mean of sites {percent(result.accuracy_mean_site)}, worst {worst} {percent(by_site[worst])})"
+            f"{score_words(result.score_held_out, name)} on {result.evaluation.rows} held-out rows from "
+            f"{result.outcome.num_evaluated} sites"
         )
+        if by_site:
+            worst = min(by_site, key=lambda site: by_site[site])
+            mean = score_words(result.score_mean_site, name)
+            tested += f" (mean of sites {mean}, worst {worst} {score_words(by_site[worst], name)})"
+    privacy = result.outcome.privacy
+    if privacy:
+        from fedhead.server.report.privacy import outcome, promise
+
+        solved, *evaluated = outcome(privacy)
+        tested = " ".join([*([f"{tested.rstrip('; ')}."] if tested else []), *evaluated])
     lines = Table.grid(padding=(0, 2))
     lines.add_row(
-        "All labels right" if result.config.multi_label else "Accuracy",
+        result.task.score_title,
         tested or "unknown: nothing is held out, and there is no test set",
     )
-    lines.add_row("Head", _origin_of_head(result))
+    lines.add_row("Head", solved if privacy else _origin_of_head(result))
+    for choice in result.outcome.choices:
+        lines.add_row(choice["question"], f"{choice['taken']}. {choice['reason']}")
+    if privacy:
+        lines.add_row("Privacy", "\n".join(promise(privacy)[:3]))
     traffic = f"{size(summary['bytes_down'])} down, {size(summary['bytes_up'])} up"
     if summary["bytes_full_model"]:
-        traffic += f"; the whole model each round would have taken {size(summary['bytes_full_model'])}"
+        traffic += f"; sending the whole model each round would have taken {size(summary['bytes_full_model'])}"
         traffic += f", {share:.0f} times as much" if share > 1 else ""
+    if result.outcome.attack:
+        from fedhead.server.report.privacy import attack_sentences
+
+        lines.add_row("Attack", "\n".join(attack_sentences(result.outcome.attack)))
     lines.add_row("Traffic", traffic)
     lines.add_row(
         "Time",
@@ -188,10 +160,13 @@ def _print_result(result: "RunResult", console: Console) -> None:
     if summary["rows_withheld"]:
         lines.add_row(
             "Withheld",
-            f"{summary['rows_withheld']} rows of {len(result.withheld)} sites, in classes or sites with too few "
+            f"{summary['rows_withheld']} rows from {len(result.withheld)} sites, in classes or sites with too few rows "
             "(--min-class-count, --min-rows)",
         )
     _add_diagnosis(lines, result)
+    if (made := result.outcome.personal) is not None and made.pooled is not None:
+        shares = {name: percent(right / made.pooled.rows) for name, right in made.pooled.right.items()}
+        lines.add_row("Own heads", ", ".join(f"{name} {share}" for name, share in shares.items()))
     if result.empty_sites:
         lines.add_row("No rows", f"{len(result.empty_sites)} sites: {', '.join(result.empty_sites)}")
     for reason, refused in by_reason(result.outcome.refused).items():
@@ -201,7 +176,7 @@ def _print_result(result: "RunResult", console: Console) -> None:
 
 
 def _add_diagnosis(lines: Table, result: "RunResult") -> None:
-    """Tell what each site should do where that is not simply to join, and which classes rest on one site."""
+    """Add a line for each site that should not simply join, and for classes that depend on one site."""
     diagnoses = result.outcome.diagnoses
     joining = sum(one.recommendation == "join" for one in diagnoses)
     if diagnoses:
@@ -211,7 +186,7 @@ def _add_diagnosis(lines: Table, result: "RunResult") -> None:
     for one in others[:MOST_DIAGNOSES]:
         lines.add_row("", one.sentence)
     if undecided:
-        lines.add_row("", f"not enough rows to tell: {listed(undecided, MOST_NAMES)}")
+        lines.add_row("", f"too few rows to tell: {listed(undecided, MOST_NAMES)}")
     for covered in result.outcome.coverage:
         if covered.rests_on_one_site:
             lines.add_row("", covered.sentence)
@@ -220,11 +195,11 @@ def _add_diagnosis(lines: Table, result: "RunResult") -> None:
 def _origin_of_head(result: "RunResult") -> str:
     outcome = result.outcome
     if outcome.all_rows:
-        return f"{result.config.init}, of one exchange, solved again of all rows, held-out ones included"
+        return f"{result.config.init}, from one exchange, solved again on all rows, including held-out ones"
     if outcome.kept_round == 0:
-        return f"{result.config.init}, before any round"
-    kept = "" if outcome.kept_round == len(outcome.history) - 1 else ", the best by held-out loss"
-    return f"of round {outcome.kept_round}{kept}"
+        return f"{result.config.init}, without any round"
+    kept = "" if outcome.kept_round == len(outcome.history) - 1 else ", with the lowest held-out loss"
+    return f"from round {outcome.kept_round}{kept}"
 
 
 def _history_table(result: "RunResult") -> Table:
@@ -234,39 +209,29 @@ def _history_table(result: "RunResult") -> Table:
         box=SIMPLE_HEAD,
         pad_edge=False,
     )
-    history = result.history
-    has_test = result.test_accuracy is not None
-    for column in ("round", "sites", "loss", "accuracy", *(("test",) if has_test else ()), "down", "up", "seconds"):
+    history, name = result.history, result.task.score_name
+    name = "R2" if name == "r2" else name
+    has_test = result.test_score is not None
+    for column in ("round", "sites", "loss", name, *(("test",) if has_test else ()), "down", "up", "seconds"):
         table.add_column(column, justify="right")
     step = -(-len(history) // MOST_LINES)
     for finished in history:
         if finished.number % step and finished is not history[-1]:
             continue
         table.add_row(
-            *_cells(finished, has_test), style="bold" if finished.number == result.outcome.kept_round else None
+            *_cells(finished, has_test, result.task.score_name),
+            style="bold" if finished.number == result.outcome.kept_round else None,
         )
     return table
 
 
-def _class_table(result: "RunResult") -> Table:
-    table = Table(title="Held-out rows: % with 95 % intervals", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("class")
-    for column in ("rows", "sensitivity", "specificity", "AUROC"):
-        table.add_column(column, justify="right")
-    for one in result.evaluation.classes:
-        table.add_row(
-            one.name, str(one.rows), interval(one.sensitivity), interval(one.specificity), interval(one.auroc)
-        )
-    return table
-
-
-def _cells(finished: "Round", has_test: bool) -> list[str]:
+def _cells(finished: "Round", has_test: bool, name: str) -> list[str]:
     return [
         str(finished.number),
         f"{finished.sites}" + (f" (-{len(finished.dropped)})" if finished.dropped else "") if finished.number else "",
         "" if finished.loss is None else f"{finished.loss:.4f}",
-        percent(finished.accuracy),
-        *([percent(finished.test_accuracy)] if has_test else []),
+        score_words(finished.score, name),
+        *([score_words(finished.test_score, name)] if has_test else []),
         size(finished.bytes_down),
         size(finished.bytes_up),
         f"{finished.seconds:.2f}",

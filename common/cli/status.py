@@ -15,7 +15,7 @@ from rich.text import Text
 
 from fedhead.cli import options
 from fedhead.cli.application import app, in_sentences, output
-from fedhead.wording import percent, size
+from fedhead.wording import percent, score_words, size
 
 MOST_ROUNDS = 10
 MOST_SITES = 40
@@ -25,18 +25,19 @@ _FAILED = ("failed", "interrupted", "dead")
 @app.command(epilog="Example: [bold]fedhead status runs/xray[/bold]")
 @in_sentences
 def status(
-    run_dir: Annotated[Path | None, typer.Argument(help="The folder of a run.", show_default=False)] = None,
+    run_dir: Annotated[Path | None, typer.Argument(help="Folder of a run.", show_default=False)] = None,
     health: Annotated[
-        str | None, typer.Option(help="Ask the health service of a coordinator or site.", metavar="HOST:PORT")
+        str | None,
+        typer.Option(help="Address of a coordinator's or site's health service to ask.", metavar="HOST:PORT"),
     ] = None,
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Tell how a run on a network stands; exit 1 if it failed, was stopped, or its process is dead."""
+    """Show the state of a run over a network; exit 1 if it failed, was stopped, or its process is dead."""
     from fedhead.errors import UserError
 
     if (run_dir is None) == (health is None):
-        raise UserError("Name the folder of a run, or --health HOST:PORT: one of the two.")
+        raise UserError("Give either the folder of a run or --health HOST:PORT.")
     if health is not None:
         _health(health, as_json)
         return
@@ -74,7 +75,8 @@ def _headline(values: Mapping[str, Any]) -> Text:
     headline.append(f"  {values['state']}", style="bold red" if values["state"] in _FAILED else "bold")
     if values["state"] == "running" and values["step"]:
         step = f"round {values['round']} of {values['rounds']}" if values["step"] == "train" else values["step"]
-        headline.append(f": {step}", style="not bold")
+        phase = values.get("phase", "")
+        headline.append(f": {step}{f', secure sum: {phase}' if phase else ''}", style="not bold")
     headline.append(f"  at {values['address']}", style="dim")
     if values["message"]:
         headline.append(f"\n{values['message']}", style="not bold")
@@ -92,6 +94,9 @@ def _site_table(values: Mapping[str, Any]) -> Table:
     for name, site in list(sites.items())[:MOST_SITES]:
         weights = site.get("weights", 0.0)
         state = site["standing"] + (f": {site['reason']}" if site.get("reason") else "")
+        if extracted := site.get("extracted"):
+            done, rows = extracted
+            state += f", features of {done:,} of {rows:,} rows ({percent(done / rows if rows else 1)})"
         table.add_row(
             Text(name),
             "yes" if site["connected"] else Text("no", style="red" if site["seen"] else "dim"),
@@ -107,7 +112,7 @@ def _site_table(values: Mapping[str, Any]) -> Table:
 
 def _round_table(values: Mapping[str, Any]) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("round", "sites", "loss", "accuracy", "down", "up", "seconds"):
+    for column in ("round", "sites", "loss", "score", "down", "up", "seconds"):
         table.add_column(column, justify="right")
     table.add_column("left out")
     for line in values["history"][-MOST_ROUNDS:]:
@@ -115,7 +120,7 @@ def _round_table(values: Mapping[str, Any]) -> Table:
             str(line["number"]),
             str(line["sites"] or ""),
             "" if line["loss"] is None else f"{line['loss']:.4f}",
-            percent(line["accuracy"]),
+            score_words(line["score"], str(values.get("score_name", "accuracy"))),
             size(line["bytes_down"]),
             size(line["bytes_up"]),
             f"{line['seconds']:.2f}",

@@ -47,7 +47,7 @@ def run_study(
     else:
         _print_study(found)
     if found.failed:
-        raise FedheadError(f"{len(found.failed)} of {runs} runs failed; the others are whole. {_reasons(found)}")
+        raise FedheadError(f"{len(found.failed)} of {runs} runs failed; the others are complete. {_reasons(found)}")
 
 
 def _print_study(study: "Study") -> None:
@@ -56,15 +56,15 @@ def _print_study(study: "Study") -> None:
     table = Table(title="Mean over seeds, with 95 % intervals", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for key in keys:
         table.add_column(key, no_wrap=True)
-    for column in ("runs", "accuracy", "worst site", "traffic", "seconds"):
+    for column in ("runs", "R2" if study.score_name == "r2" else study.score_name, "worst site", "traffic", "seconds"):
         table.add_column(column, justify="right", no_wrap=True)
     for cell in study.cells:
         down, up, seconds = (cell.interval(name) for name in ("bytes_down", "bytes_up", "seconds_rounds"))
         table.add_row(
             *(str(cell.settings[key]) for key in keys),
             str(sum(not trial.error for trial in cell.trials)),
-            _percent(cell.interval("accuracy")),
-            _percent(cell.interval("accuracy_worst_site")),
+            _scored(cell.interval(study.score_name), study.score_name),
+            _scored(cell.interval(f"{study.score_name}_worst_site"), study.score_name),
             "-" if down is None or up is None else size(round(down.mean + up.mean)),
             "-" if seconds is None else f"{seconds.mean:.2f}",
         )
@@ -81,9 +81,11 @@ def _reasons(study: "Study") -> str:
     )
 
 
-def _percent(interval: "Interval | None") -> str:
+def _scored(interval: "Interval | None", name: str) -> str:
+    """Return a score with its interval, an accuracy in per cent."""
     if interval is None:
         return "-"
+    factor, form = (100, ".1f") if name == "accuracy" else (1, ".3f")
     if interval.low is None or interval.high is None:
-        return f"{100 * interval.mean:.1f}"
-    return f"{100 * interval.mean:.1f} ± {50 * (interval.high - interval.low):.1f}"
+        return f"{factor * interval.mean:{form}}"
+    return f"{factor * interval.mean:{form}} ± {factor / 2 * (interval.high - interval.low):{form}}"

@@ -1,20 +1,27 @@
-"""Data specs to samples: folders, tables, archives, data sets of other libraries, a function of yours.
+"""Data specs to samples: folders, tables, archives, data sets of other libraries, and user functions.
 
-Labels are known at once; images and texts are read one at a time, when asked for. `load_samples` takes a spec
-`source:argument`; `sources` is where users register their own.
+Labels are loaded at once; images and texts are read one at a time, on demand. `load_samples` takes a spec
+`source:argument`; users register their own sources in `sources`.
 """
 
-from fedhead.data.arrays import load_digits, samples_from_arrays, samples_from_texts
+from fedhead.data.arrays import load_digits, samples_from_arrays, samples_from_numbers, samples_from_texts
 from fedhead.data.folder import load_sites
+from fedhead.data.frames import samples_from_frame
 from fedhead.data.images import read_image, to_image
-from fedhead.data.samples import (
+from fedhead.data.items import (
     BoolArray,
+    Columns,
+    FloatArray,
     IntArray,
     Item,
     KeyArray,
     Kind,
-    Samples,
+    TableRow,
     UnreadableSampleError,
+)
+from fedhead.data.samples import (
+    Samples,
+    calibration_half,
     held_out,
     load_samples,
     mix,
@@ -27,12 +34,16 @@ from fedhead.data.texts import read_text
 
 __all__ = [
     "BoolArray",
+    "Columns",
+    "FloatArray",
     "IntArray",
     "Item",
     "KeyArray",
     "Kind",
     "Samples",
+    "TableRow",
     "UnreadableSampleError",
+    "calibration_half",
     "held_out",
     "load_digits",
     "load_samples",
@@ -44,6 +55,8 @@ __all__ = [
     "require_kind",
     "require_labels",
     "samples_from_arrays",
+    "samples_from_frame",
+    "samples_from_numbers",
     "samples_from_texts",
     "sources",
     "to_image",

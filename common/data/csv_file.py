@@ -1,20 +1,28 @@
-"""CSV files whose cells are read when asked for: what is kept is where each row begins."""
+"""CSV files with cells read on demand: only the position of each row is kept in memory."""
 
 import codecs
 import csv
 import hashlib
 import io
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fedhead.data.samples import IntArray
+from fedhead.data.items import IntArray
+from fedhead.data.samples import Former
 from fedhead.errors import UserError
 
-DELIMITERS = ",;\t"
+DELIMITERS = ",;\t|"
+
+_NAMED_DELIMITER = re.compile(rb'"?sep=([^\r\n"])"?[\r\n]*')
+"""The optional first line that names the delimiter, as written and read by Excel."""
+
+# A text may be longer than the module's default limit of 131,072 characters.
+csv.field_size_limit(2**31 - 1)
 
 
 @dataclass(frozen=True)
@@ -22,13 +30,13 @@ class CsvFile:
     """A CSV file with a header line.
 
     Attributes:
-        path: of the file.
+        path: the path of the file.
         columns: the header.
         fingerprint: SHA-256 of the content.
-        encoding: of the text.
-        delimiter: between the values of a row.
-        offsets: `[n + 1]`, the byte that each row begins at, and where the last one ends.
-        lines: `[n]`, the line that each row begins in, from 1.
+        encoding: the encoding of the text.
+        delimiter: the separator of values in a row.
+        offsets: `[n + 1]`, the first byte of each row, and the end of the last one.
+        lines: `[n]`, the first line of each row, from 1.
     """
 
     path: Path
@@ -42,12 +50,24 @@ class CsvFile:
     def __len__(self) -> int:
         return len(self.lines)
 
-    def column(self, name: str) -> list[Any]:
-        position = self.columns.index(name)
+    def values(self, names: Sequence[str]) -> list[list[Any]]:
+        positions = [self.columns.index(name) for name in names]
+        found: list[list[Any]] = [[] for _ in names]
         with self.path.open("rb") as file:
             file.seek(int(self.offsets[0]))
             text = (line.decode(self.encoding) for line in file)
-            return [row[position] for row in csv.reader(text, delimiter=self.delimiter, strict=True) if row]
+            for row in csv.reader(text, delimiter=self.delimiter, strict=True):
+                if row:
+                    for values, position in zip(found, positions, strict=True):
+                        values.append(row[position])
+        return found
+
+    @property
+    def former(self) -> Former:
+        return Former(self.fingerprint)
+
+    def named_files(self, name: str) -> Mapping[int, str]:
+        return {}
 
     def cells(self, name: str) -> Callable[[int], Any]:
         return CsvCells(self, self.columns.index(name)).read
@@ -58,7 +78,7 @@ class CsvFile:
 
 @dataclass(frozen=True)
 class CsvCells:
-    """One column, a cell at a time."""
+    """One column, read cell by cell."""
 
     file: CsvFile
     position: int
@@ -74,11 +94,11 @@ class CsvCells:
 
 
 def open_csv(path: Path, encoding: str) -> CsvFile:
-    """Read a CSV file once for its header and where its rows begin; quoted values may run over lines.
+    """Read the header and the row positions of a CSV file in one pass; quoted values may span lines.
 
     Args:
-        path: of the file.
-        encoding: Python's name of one in which a line ends with the byte 10, as UTF-8 and ISO 8859 are.
+        path: the path of the file.
+        encoding: Python's name of an encoding in which a line ends with the byte 10, such as UTF-8 and ISO 8859.
 
     Raises:
         UserError: if it is empty or not a table in that encoding, with the line.
@@ -97,17 +117,23 @@ def open_csv(path: Path, encoding: str) -> CsvFile:
         if start.startswith((b"PK\3\4", b"\xd0\xcf\x11\xe0")):
             raise UserError(f"{path} is an archive or a spreadsheet, not a CSV file: save it as CSV in UTF-8.")
         if start.startswith(b"PAR1"):
-            raise UserError(f"{path} is a Parquet file: say parquet:{path.name}.")
-        # What Excel puts before UTF-8.
+            raise UserError(f"{path} is a Parquet file: use parquet:{path.name}.")
+        # The byte order mark that Excel writes before UTF-8.
         skipped = len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0
         file.seek(skipped)
         ends[0] = skipped
-        first = file.readline()
-        delimiter = max(DELIMITERS, key=lambda one: _decode(first, path, 1, encoding).count(one))
-        file.seek(skipped)
+        first, named = file.readline(), None
+        if named := _NAMED_DELIMITER.fullmatch(first):
+            ends[0] += len(first)
+            digest.update(first)
+            delimiter = named[1].decode("latin-1")
+        else:
+            delimiter = max(DELIMITERS, key=lambda one: _decode(first, path, 1, encoding).count(one))
+        file.seek(ends[0])
+        above = int(named is not None)
 
         def lines() -> Iterator[str]:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(file, 1 + above):
                 digest.update(line)
                 ends[0] += len(line)
                 yield _decode(line, path, number, encoding)
@@ -117,14 +143,14 @@ def open_csv(path: Path, encoding: str) -> CsvFile:
         columns: tuple[str, ...] = ()
         line = 1
         while True:
-            begin, line = ends[0], reader.line_num + 1
+            begin, line = ends[0], reader.line_num + 1 + above
             try:
                 row = next(reader)
             except StopIteration:
                 break
             except csv.Error as error:
                 raise UserError(
-                    f"{path} is not a well-formed CSV file; the row that begins in line {line}: {error}."
+                    f"{path} is not a well-formed CSV file; the row that begins on line {line}: {error}."
                 ) from None
             if not row:
                 continue
@@ -133,8 +159,8 @@ def open_csv(path: Path, encoding: str) -> CsvFile:
                 continue
             if len(row) != len(columns):
                 raise UserError(
-                    f"{path}, line {line} has {len(row)} values for the {len(columns)} columns of the header; values "
-                    f"that hold {delimiter!r} stand in quotes."
+                    f"{path}, line {line} has {len(row)} values for the {len(columns)} columns of the header; put "
+                    f"values that contain {delimiter!r} in quotes."
                 )
             offsets.append(begin)
             numbers.append(line)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from fedhead.data.samples import GROUP, MODE, UnreadableSampleError
+from fedhead.data.items import GROUP, MODE, UnreadableSampleError
 from fedhead.extras import require
 
 
@@ -22,13 +22,13 @@ def decode_dicom(content: bytes, name: str) -> Image.Image:
 
     Raises:
         UserError: if pydicom is not installed.
-        UnreadableSampleError: if they are damaged, hold no pixels, or are compressed in a way that no installed decoder
-            knows, calling the file `name`.
+        UnreadableSampleError: naming the file `name`, if the bytes are damaged, without pixels, or compressed in a
+            format without an installed decoder.
     """
     pydicom = require("pydicom", "medical", "Reading DICOM files")
     try:
         dataset = pydicom.dcmread(io.BytesIO(content))
-    # pydicom raises nearly anything on damaged input.
+    # pydicom may raise any error on damaged input.
     except Exception as error:
         raise UnreadableSampleError(f"{name} cannot be read as DICOM: {_first_line(error)}.") from error
     if "PixelData" not in dataset and "FloatPixelData" not in dataset and "DoubleFloatPixelData" not in dataset:
@@ -63,7 +63,7 @@ def _decoded(dataset: Any, name: str) -> npt.NDArray[Any]:
 
 
 def _shown(dataset: Any, pixels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """Return what a viewer shows, `[H, W]` or `[H, W, 3]`."""
+    """Return the displayed image, `[H, W]` or `[H, W, 3]`."""
     from pydicom.pixels.processing import apply_color_lut, apply_modality_lut, apply_voi
 
     kind = dataset.PhotometricInterpretation

@@ -1,92 +1,89 @@
 """`folder:PATH`: a sub-folder of images per class, or of text files."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from PIL import Image
-
-from fedhead.data.images import read_image
-from fedhead.data.samples import Kind, Samples, index_names, load_samples, sources
-from fedhead.data.texts import read_text
+from fedhead.data.files import Files
+from fedhead.data.items import Kind
+from fedhead.data.labels import index_names, name_of
+from fedhead.data.samples import LeftOut, Samples, look_up, sources, warn_of
+from fedhead.data.specs import join_options, split_options, to_path
+from fedhead.data.walk import (
+    IMAGE_SUFFIXES,
+    TEXT_SUFFIXES,
+    files_below,
+    is_of_system,
+    kind_of_file,
+    left_out,
+    other_files,
+)
 from fedhead.errors import UserError
-
-IMAGE_SUFFIXES = (".bmp", ".dcm", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-TEXT_SUFFIXES = (".txt",)
-
-
-@dataclass(frozen=True)
-class Files:
-    """Files by row number.
-
-    Attributes:
-        root: the folder that relative paths start from.
-        paths: `[n]`, with slashes.
-    """
-
-    root: Path
-    paths: Sequence[str]
-
-    def path(self, row: int) -> Path:
-        return self.root / self.paths[row]
-
-    def read_image(self, row: int) -> Image.Image:
-        return read_image(self.path(row))
-
-    def read_text(self, row: int) -> str:
-        return read_text(self.path(row))
-
-    def name(self, row: int) -> str:
-        return str(self.path(row))
-
-    def stamp(self, row: int) -> str:
-        """Return what changes when the file does, its size and time; nothing if it is missing."""
-        path = self.path(row)
-        try:
-            # A link to nothing is a file that cannot be read, as others are: it is skipped when its turn comes.
-            stat = path.stat() if path.exists() else path.lstat()
-        except OSError:
-            return ""
-        return f"{stat.st_size} {stat.st_mtime_ns}"
+from fedhead.wording import listed
 
 
 @sources.register("folder")
 def load_folder(argument: str) -> Samples:
-    """A folder with a sub-folder of images per class; or where there are none, of text files (.txt)."""
-    root = _existing_folder(argument)
-    return _samples_of_files(root, _folder_files(root))
+    """A folder with a sub-folder of images per class, or without images, of text files (.txt).
+
+    Files in deeper folders belong to the class of the top-level one, unless `nested=no`. If all files are deeper, the
+    top-level folders may be sites or splits, and only `nested=yes` accepts them as classes.
+    """
+    return _load(argument, sites=False)
 
 
 def load_sites(spec: str) -> Samples:
-    """Load data that says which site holds each row.
+    """Load data that names the site of each row, and log ignored parts; see `look_up_sites`."""
+    samples = look_up_sites(spec)
+    warn_of(samples)
+    return samples
 
-    That is `folder:PATH` whose every sub-folder is a site with a sub-folder per class, and any other data whose rows
-    name their site, as a table with a column `site` does.
+
+def look_up_sites(spec: str) -> Samples:
+    """Load data that names the site of each row.
+
+    This is `folder:PATH` with a sub-folder per site that has a sub-folder per class, or other data with a site for
+    each row, such as a table with a column `site`.
 
     Raises:
-        UserError: if the data does not say so.
+        UserError: if the data names no sites.
     """
     source, _, argument = spec.partition(":")
     if source != "folder":
-        samples = load_samples(spec)
+        samples = look_up(spec)
         if samples.sites is None:
             raise UserError(
                 f"The partition 'folder' takes the sites from the data, but {spec!r} names none. Expected folder:PATH "
-                "with a sub-folder per site, or a table with a column 'site' (another one as in ?site=hospital)."
+                "with a sub-folder per site, or a table with a column 'site' (for another name, ?site=hospital)."
             )
         return samples
-    root = _existing_folder(argument)
-    files = [file for site in _subfolders(root) for file in _folder_files(site)]
-    if not files:
-        raise UserError(f"{root} has no sub-folders; the partition 'folder' takes each one as a site.")
-    return replace(_samples_of_files(root, files), sites=tuple(file.parent.parent.name for file in files))
+    return _load(argument, sites=True)
+
+
+def _load(argument: str, *, sites: bool) -> Samples:
+    spec = f"folder:{argument}"
+    given, options = split_options(argument, {"nested"}, spec)
+    nested = options.get("nested")
+    if nested not in (None, "yes", "no"):
+        raise UserError(f"The option nested of {spec!r} is yes or no, not {nested!r}.")
+    root = _existing_folder(given)
+    found = _find(root, 1 if sites else 0, nested)
+    samples = _samples_of_files(root, found.kind, found.paths, depth=1 if sites else 0)
+    if sites:
+        samples = replace(samples, sites=tuple(name_of(path.relative_to(root).parts[0]) for path in found.paths))
+    return replace(
+        samples,
+        spec=f"folder:{join_options(str(root.resolve()), options)}",
+        left_out=tuple(found.left_out),
+        cautions=tuple(found.cautions),
+    )
 
 
 def _existing_folder(argument: str) -> Path:
     if not argument:
         raise UserError("Expected a path, as in folder:/data/xrays.")
-    root = Path(argument).expanduser()
+    root = to_path(argument)
     if not root.exists():
         raise UserError(f"There is no folder {root}.")
     if not root.is_dir():
@@ -94,47 +91,121 @@ def _existing_folder(argument: str) -> Path:
     return root
 
 
-def _subfolders(root: Path) -> list[Path]:
-    return [path for path in _visible(root) if path.is_dir()]
+@dataclass(frozen=True)
+class _Found:
+    """The files of a folder.
+
+    Attributes:
+        kind: the kind of the files to use.
+        paths: the files to use.
+        left_out: all other files.
+        cautions: sentences on ambiguous paths and their interpretation.
+    """
+
+    kind: Kind
+    paths: list[Path]
+    left_out: list[LeftOut]
+    cautions: list[str]
 
 
-def _visible(folder: Path) -> list[Path]:
-    try:
-        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    except OSError as error:
-        raise UserError(f"{folder} cannot be read: {error.strerror}.") from None
+def _find(root: Path, depth: int, nested: str | None) -> _Found:
+    """Find the files to use; the folder number `depth` of the path below `root` names the class."""
+    ignored: list[str] = []
+    files = list(files_below(root, ignored))
+    kinds = {path: kind_of_file(path) for path in files}
+    level = {path: len(path.relative_to(root).parts) - depth - 2 for path in files}
+    for kind in ("image", "text"):
+        direct = [path for path in files if kinds[path] == kind and level[path] == 0]
+        deeper = [path for path in files if kinds[path] == kind and level[path] > 0]
+        if direct or (deeper and nested == "yes"):
+            break
+    else:
+        raise UserError(_nothing_found(root, files, [path for path in files if kinds[path] != "other"], depth))
+    taken = set(direct) if nested == "no" else {*direct, *deeper}
+    paths = [path for path in files if path in taken]
+    words = f"{kind}s"
+    above = [path for path in files if kinds[path] == kind and level[path] < 0]
+    left, cautions = [], []
+    if above:
+        left.append(left_out(above, "not in a class folder"))
+    if deeper and nested == "no":
+        left.append(left_out(deeper, "in deeper folders, by nested=no"))
+    elif deeper:
+        cautions.append(_nested_caution(root, deeper, len(paths), depth, words))
+    used = {path.relative_to(root).parts[: depth + 1] for path in paths}
+    if empty := [folder for folder in _class_folders(root, depth) if folder.relative_to(root).parts not in used]:
+        left.append(
+            LeftOut(
+                len(empty),
+                "folders of classes" if len(empty) > 1 else "folder of a class",
+                f"no {words} in them",
+                tuple(map(str, empty[:3])),
+            )
+        )
+    left += other_files([path for path in files if kinds[path] != kind], words)
+    if ignored:
+        left.append(left_out(ignored, "hidden or of the system", warned=False))
+    return _Found("image" if kind == "image" else "text", paths, left, cautions)
 
 
-def _folder_files(root: Path) -> list[Path]:
-    """Return the images one folder below `root`, or if there are none the text files."""
-    files = [path for folder in _subfolders(root) for path in _visible(folder)]
-    for suffixes in (IMAGE_SUFFIXES, TEXT_SUFFIXES):
-        if found := [path for path in files if path.suffix.lower() in suffixes]:
-            return found
-    nested = any(_subfolders(folder) for folder in _subfolders(root))
-    advice = " If its sub-folders are sites, say partition = 'folder'." if nested else ""
-    raise UserError(
-        f"{root} holds no images. Expected a sub-folder per class, each with files such as 1.jpg "
-        f"({', '.join(IMAGE_SUFFIXES)}), or texts ({', '.join(TEXT_SUFFIXES)}).{advice}"
+def _class_folders(root: Path, depth: int) -> list[Path]:
+    """Return the folders that name classes, excluding system folders and hidden ones."""
+    folders = [root]
+    for _ in range(depth + 1):
+        below = [path for folder in folders for path in folder.iterdir() if path.is_dir()]
+        folders = sorted(path for path in below if not is_of_system(path.name))
+    return folders
+
+
+def _nested_caution(root: Path, deeper: Sequence[Path], taken: int, depth: int, words: str) -> str:
+    folders = sorted({path.parent.relative_to(root).as_posix() for path in deeper})
+    classes = sorted({path.relative_to(root).parts[depth] for path in deeper})
+    return (
+        f"{len(deeper)} of {taken} {words} are in deeper folders ({listed(folders, 3)}); each belongs to the class of "
+        f"its top-level folder ({', '.join(classes[:3])}{' ...' if len(classes) > 3 else ''}). Exclude them with "
+        "?nested=no; if the top-level folders are sites, use partition = 'folder'."
     )
 
 
-def _samples_of_files(root: Path, paths: list[Path]) -> Samples:
+def _nothing_found(root: Path, files: Sequence[Path], usable: Sequence[Path], depth: int) -> str:
+    deeper = [path for path in usable if len(path.relative_to(root).parts) > depth + 2]
+    if deeper:
+        example = deeper[0].relative_to(root).as_posix()
+        return (
+            f"{root} has no images in a sub-folder per class: all {len(deeper)} files are deeper, such as {example}. "
+            "If its sub-folders are sites, use partition = 'folder' (in fedhead data --by-site); if they are splits, "
+            f"name one, as in folder:{root / deeper[0].relative_to(root).parts[0]}; if they are classes, ?nested=yes."
+        )
+    there = ""
+    if usable:
+        there = f" Its {len(usable)} images or texts are not in class folders, such as {usable[0].name}."
+    elif files:
+        there = f" It has {len(files)} other files, such as {files[0].relative_to(root).as_posix()}."
+    site = "a sub-folder per site with a sub-folder per class" if depth else "a sub-folder per class"
+    return (
+        f"{root} has no images in the expected structure: {site}, each with files such as 1.jpg "
+        f"({', '.join(sorted(IMAGE_SUFFIXES))}), or texts ({', '.join(TEXT_SUFFIXES)}).{there}"
+    )
+
+
+def _samples_of_files(root: Path, kind: Kind, paths: list[Path], *, depth: int) -> Samples:
     files = Files(root.absolute(), tuple(path.relative_to(root).as_posix() for path in paths))
-    kinds: set[Kind] = {"text" if path.suffix.lower() in TEXT_SUFFIXES else "image" for path in paths}
-    if len(kinds) == 2:
-        raise UserError(f"{root} holds images in some of its folders and texts in others; expected one of them.")
-    kind = kinds.pop()
-    digest = hashlib.sha256()
-    for row, path in enumerate(files.paths):
-        digest.update(f"{path}\0{files.stamp(row)}\n".encode(errors="surrogateescape"))
-    classes, labels = index_names([path.parent.name for path in paths])
+    stamps = files.stamps()
+    classes, labels = index_names([name_of(path.relative_to(root).parts[depth]) for path in paths])
     return Samples(
         spec=f"folder:{root.resolve()}",
         classes=classes,
         labels=labels,
         read=files.read_text if kind == "text" else files.read_image,
         name=files.name,
-        fingerprint=digest.hexdigest(),
+        fingerprint=_fingerprint(files.paths, map(str, stamps)),
         kind=kind,
+        former=files.former(_fingerprint(files.paths, [one.former for one in stamps]), stamps),
     )
+
+
+def _fingerprint(paths: Sequence[str], stamps: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for path, one in zip(paths, stamps, strict=True):
+        digest.update(f"{path}\0{one}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()

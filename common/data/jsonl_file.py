@@ -1,27 +1,29 @@
-"""JSON lines whose cells are read when asked for: what is kept is where each line begins."""
+"""JSON lines with values read on demand: only the position of each line is kept in memory."""
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fedhead.data.samples import IntArray
+from fedhead.data.conversion import files_named
+from fedhead.data.items import IntArray
+from fedhead.data.samples import Former
 from fedhead.errors import UserError
 
 
 @dataclass(frozen=True)
 class JsonLines:
-    """A file with a JSON object a line.
+    """A file with one JSON object per line.
 
     Attributes:
-        path: of the file.
-        columns: the names that any row has.
+        path: the path of the file.
+        columns: the names that occur in any row.
         fingerprint: SHA-256 of the content.
-        offsets: `[n]`, the byte that each row begins at.
+        offsets: `[n]`, the first byte of each row.
         lines: `[n]`, the line of each row, from 1.
     """
 
@@ -34,9 +36,22 @@ class JsonLines:
     def __len__(self) -> int:
         return len(self.lines)
 
-    def column(self, name: str) -> list[Any]:
+    def values(self, names: Sequence[str]) -> list[list[Any]]:
+        found: list[list[Any]] = [[] for _ in names]
         with self.path.open("rb") as file:
-            return [json.loads(line).get(name) for line in file if line.strip()]
+            for line in file:
+                if line.strip():
+                    row = json.loads(line.decode("utf-8-sig"))
+                    for values, name in zip(found, names, strict=True):
+                        values.append(row.get(name))
+        return found
+
+    @property
+    def former(self) -> Former:
+        return Former(self.fingerprint)
+
+    def named_files(self, name: str) -> Mapping[int, str]:
+        return files_named(self.values([name])[0])
 
     def cells(self, name: str) -> Callable[[int], Any]:
         return JsonCells(self, name).read
@@ -47,7 +62,7 @@ class JsonLines:
 
 @dataclass(frozen=True)
 class JsonCells:
-    """One column, a cell at a time."""
+    """One column, read cell by cell."""
 
     file: JsonLines
     name: str
@@ -55,14 +70,14 @@ class JsonCells:
     def read(self, row: int) -> Any:
         with self.file.path.open("rb") as file:
             file.seek(int(self.file.offsets[row]))
-            return json.loads(file.readline()).get(self.name)
+            return json.loads(file.readline().decode("utf-8-sig")).get(self.name)
 
 
 def open_jsonl(path: Path) -> JsonLines:
-    """Read a file once for its names and where its rows begin.
+    """Read the names and row positions of a file in one pass.
 
     Raises:
-        UserError: if it is empty, or a line is not a JSON object in UTF-8, with its number.
+        UserError: if it is empty, or with the line number, if a line is not a JSON object in UTF-8.
     """
     digest = hashlib.sha256()
     columns: dict[str, None] = {}
@@ -76,7 +91,7 @@ def open_jsonl(path: Path) -> JsonLines:
                 offsets.append(offset)
                 numbers.append(number)
             offset += len(line)
-    if not numbers:
+    if not numbers or not columns:
         raise UserError(f'{path} is empty; expected a line such as {{"text": "...", "label": "..."}} for each sample.')
     return JsonLines(
         path, tuple(columns), digest.hexdigest(), np.array(offsets, dtype=np.int64), np.array(numbers, dtype=np.int64)
@@ -91,10 +106,10 @@ def _object(line: bytes, path: Path, number: int) -> dict[str, Any]:
             f"{path}, line {number} is not text in UTF-8 (byte {line[error.start]:#04x}): save the file as UTF-8."
         ) from None
     except json.JSONDecodeError as error:
-        whole = " It looks like one JSON array; expected an object a line." if line.lstrip()[:1] == b"[" else ""
+        whole = " It looks like one JSON array; expected one object per line." if line.lstrip()[:1] == b"[" else ""
         raise UserError(
             f"{path}, line {number} is not JSON: {error.msg} at character {error.pos + 1}.{whole}"
         ) from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}, line {number} holds {type(value).__name__}; expected a JSON object.")
+        raise UserError(f"{path}, line {number} is of type {type(value).__name__}; expected a JSON object.")
     return value

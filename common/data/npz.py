@@ -2,9 +2,11 @@
 
 | arrays | hold |
 |---|---|
-| `images` | `[n, H, W]`, `[n, H, W, C]` or `[n, C, H, W]` with 1, 3 or 4 channels, of what `to_image` takes |
+| `images` | `[n, H, W]`, `[n, H, W, C]` or `[n, C, H, W]` with 1, 3 or 4 channels, of any type for `to_image` |
 | `texts` | `[n]` strings, instead of images |
+| `features` | `[n, d]` numbers, instead of images; their names in `columns` |
 | `labels` | `[n]` or `[n, 1]` numbers or names; or `[n, C]` of 0 and 1, multi-label |
+| `targets` | `[n]` or `[n, K]` real targets, instead of labels; another array as in `?target=NAME` |
 | `classes`, `groups`, `sites` | the names of the classes; for each row its group and its site |
 | `train_images`, `train_labels`, ... | the same by split, as MedMNIST names them; or Keras' `x_train`, `y_train` |
 """
@@ -12,8 +14,9 @@
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,27 +25,26 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from fedhead.data.images import to_image
-from fedhead.data.samples import (
-    IntArray,
-    Samples,
-    UnreadableSampleError,
-    choose_split,
-    index_labels,
-    sources,
-    split_options,
-)
+from fedhead.data.images import White, has_wide_integers, to_image, white_of
+from fedhead.data.items import Columns, FloatArray, IntArray, Item, Kind, TableRow, UnreadableSampleError
+from fedhead.data.labels import index_labels, names_of
+from fedhead.data.numbers import warn_of_constants
+from fedhead.data.samples import Former, LeftOut, Samples, choose_split, sources
 from fedhead.data.sequential import SequentialRows
+from fedhead.data.specs import join_options, split_options, to_path
+from fedhead.data.texts import plain_text
 from fedhead.errors import UserError
 
-CONTENT = ("images", "texts", "x")
-LABELS = {"images": "labels", "texts": "labels", "x": "y"}
+CONTENT = ("images", "texts", "features", "x")
+LABELS = {"images": "labels", "texts": "labels", "features": "labels", "x": "y"}
+TARGETS = ("targets", "target")
 
 
 class Rows(Protocol):
     """An array on disk, by rows."""
 
     shape: tuple[int, ...]
+    dtype: np.dtype[Any]
 
     def read(self, row: int) -> npt.NDArray[Any]:
         """Return one row."""
@@ -50,80 +52,154 @@ class Rows(Protocol):
 
 @sources.register("npz")
 def load_npz(argument: str) -> Samples:
-    """A NumPy archive of images (or texts) and labels; option `split`."""
+    """A NumPy archive of images, texts or rows of numbers, with labels or targets; options `split` and `target`."""
     spec = f"npz:{argument}"
-    given, options = split_options(argument, {"split"}, spec)
+    given, options = split_options(argument, {"split", "target"}, spec)
     if not given:
         raise UserError("Expected a file, as in npz:bloodmnist.npz.")
-    path = Path(given).expanduser().absolute()
+    path = to_path(given).absolute()
     if not path.is_file():
         raise UserError(f"There is no file {path}.")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = {
-                member.filename.removesuffix(".npy"): (member.CRC, member.file_size)
-                for member in archive.infolist()
-                if member.filename.endswith(".npy")
-            }
-    except (zipfile.BadZipFile, OSError) as error:
-        raise UserError(f"{path} is not a NumPy archive, or a damaged one: {error}.") from None
-    parts = _parts(path, set(members))
-    content = next(iter(parts.values()))[0]
-    fingerprint = sha256(repr((sorted(members.items()), sorted(options.items()))).encode()).hexdigest()
-    rows = [_open_rows(path, names[0]) for names in parts.values()]
-    labels = [_labels(path, names[1]) for names in parts.values()]
-    for (images, named), stored, part in zip(parts.values(), rows, labels, strict=True):
+    members = _members(path)
+    parts = _parts(path, set(members), options.get("target"))
+    rows = [_open_rows(path, content) for content, _ in parts.values()]
+    white = _white(rows)
+    real = _holds_targets(next(iter(parts.values()))[1], options)
+    annotations = [(_targets if real else _labels)(path, named) for _, named in parts.values()]
+    for (content, named), stored, part in zip(parts.values(), rows, annotations, strict=True):
         if stored.shape[0] != len(part):
-            raise UserError(f"{path} has {stored.shape[0]} rows in {images!r} but {len(part)} in {named!r}.")
-    lengths = [len(part) for part in labels]
-    if len({part.shape[1:] for part in labels}) > 1:
-        raise UserError(f"{path} does not label its splits alike: {', '.join(names[1] for names in parts.values())}.")
-    splits = (
-        None
-        if list(parts) == [""]
-        else [name for name, length in zip(parts, lengths, strict=True) for _ in range(length)]
-    )
-    if splits is None and "split" in options:
-        raise UserError(f"{path} has no splits to choose from; it holds {', '.join(sorted(members))}.")
+            raise UserError(f"{path} has {stored.shape[0]} rows in {content!r} but {len(part)} in {named!r}.")
+    lengths = [len(part) for part in annotations]
+    if len({part.shape[1:] for part in annotations}) > 1:
+        raise UserError(f"{path} mixes kinds of labels: {', '.join(named for _, named in parts.values())}.")
+    splits = None
+    if list(parts) != [""]:
+        splits = [name for name, length in zip(parts, lengths, strict=True) for _ in range(length)]
+    elif "split" in options:
+        raise UserError(f"{path} has no splits to choose from; it has {', '.join(sorted(members))}.")
     chosen = np.arange(sum(lengths)) if splits is None else choose_split(splits, options.get("split"), spec)
 
-    def names_of(array: str) -> list[str] | None:
+    def named_rows(array: str) -> list[str | None] | None:
         if array not in members:
             return None
         values = _load(path, array)
         if values.shape != (sum(lengths),):
             raise UserError(f"{path} has {array!r} of shape {list(values.shape)}; expected [{sum(lengths)}].")
-        return [str(value) for value in values[chosen].tolist()]
+        return names_of(values[chosen].tolist())
 
-    together = np.concatenate(labels)[chosen]
-    classes = [str(name) for name in _load(path, "classes").tolist()] if "classes" in members else None
-    names, indices = index_labels(together if together.ndim == 1 else list(together), classes, spec)
-    archived = ArchivedRows(path, tuple(rows), np.cumsum([0, *lengths]), chosen, tuple(parts))
-    is_text = content.endswith("texts")
+    together = np.concatenate(annotations)[chosen]
+    classes, labels, targets = _annotated(path, together, "classes" in members, real, spec)
+    content = next(iter(parts.values()))[0]
+    columns = _columns(path, "columns" in members, rows) if content.endswith("features") else ()
+    archived = ArchivedRows(path, tuple(rows), np.cumsum([0, *lengths]), chosen, tuple(parts), Columns(columns), white)
+    kind: Kind = "text" if content.endswith("texts") else "table" if columns else "image"
+    readers: dict[Kind, Callable[[int], Item]] = {
+        "image": archived.read_image,
+        "text": archived.read_text,
+        "table": archived.read_numbers,
+    }
+    sites = named_rows("sites")
+    if sites is not None and None in sites:
+        raise UserError(f"{path} has no site for row {sites.index(None)}, although 'sites' has one for other rows.")
+    described = repr((sorted(members.items()), sorted(options.items())))
+    before = sha256(described.encode(errors="surrogatepass")).hexdigest()
+    read_otherwise = Former(before, fault=partial(str, "integers of this type are converted differently since"))
+    used = {name for pair in parts.values() for name in pair} | {"classes", "groups", "sites", "columns"}
     return Samples(
-        spec=f"npz:{path}?split={options['split']}" if "split" in options else f"npz:{path}",
-        classes=names,
-        labels=indices,
-        read=archived.read_text if is_text else archived.read_image,
+        spec=f"npz:{join_options(str(path), options)}",
+        classes=classes,
+        labels=labels,
+        read=readers[kind],
         name=archived.name,
-        fingerprint=fingerprint,
-        groups=names_of("groups"),
-        sites=names_of("sites"),
+        fingerprint=before if white is None else sha256(f"{described} {white}".encode()).hexdigest(),
+        groups=named_rows("groups"),
+        sites=None if sites is None else [str(site) for site in sites],
         splits=None if splits is None else [splits[row] for row in chosen],
-        kind="text" if is_text else "image",
+        kind=kind,
+        targets=targets,
+        target_names=_target_names(next(iter(parts.values()))[1], targets),
+        columns=columns,
+        former=None if white is None else read_otherwise,
+        left_out=_unused_arrays(sorted(set(members) - used)),
     )
+
+
+def _unused_arrays(names: list[str]) -> tuple[LeftOut, ...]:
+    things = "arrays" if len(names) > 1 else "array"
+    reason = "no known purpose"
+    return (LeftOut(len(names), things, reason, tuple(names[:5]), warned=False),) if names else ()
+
+
+def _white(arrays: Sequence["Rows"]) -> White | None:
+    """Return the value of white in all integers whose type does not determine it; None for other types."""
+    wide = [array for array in arrays if len(array.shape) > 2 and has_wide_integers(array.dtype)]
+    if not wide:
+        return None
+    bright = any(white_of(array.read(row)) > 255 for array in wide for row in range(array.shape[0]))
+    return 65535 if bright else 255
+
+
+def _members(path: Path) -> dict[str, tuple[int, int]]:
+    """Return each array's checksum and size by name."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {
+                member.filename.removesuffix(".npy"): (member.CRC, member.file_size)
+                for member in archive.infolist()
+                if member.filename.endswith(".npy")
+            }
+    except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+        raise UserError(f"{path} is not a NumPy archive or is damaged: {error}.") from None
+
+
+def _holds_targets(array: str, options: dict[str, str]) -> bool:
+    return "target" in options or array.endswith(TARGETS)
+
+
+def _annotated(
+    path: Path, together: npt.NDArray[Any], named: bool, real: bool, spec: str
+) -> tuple[tuple[str, ...], IntArray, FloatArray | None]:
+    """Return class names and labels, or the targets."""
+    if real:
+        return (), np.zeros(len(together), dtype=np.int64), together
+    classes = [str(name) for name in _load(path, "classes").tolist()] if named else None
+    return *index_labels(together if together.ndim == 1 else list(together), classes, spec), None
+
+
+def _target_names(array: str, targets: FloatArray | None) -> tuple[str, ...]:
+    if targets is None:
+        return ()
+    if targets.shape[1] == 1:
+        return (array,)
+    return tuple(f"{array}[{position}]" for position in range(targets.shape[1]))
+
+
+def _columns(path: Path, named: bool, rows: list["Rows"]) -> tuple[str, ...]:
+    """Return the names of the numbers in each row: from the array `columns`, or else their positions."""
+    widths = {one.shape[1] for one in rows}
+    if len(widths) > 1:
+        raise UserError(f"{path} has features of different widths in its splits: {sorted(widths)}.")
+    width = widths.pop()
+    if not named:
+        return tuple(f"x{position}" for position in range(width))
+    columns = tuple(str(name) for name in _load(path, "columns").tolist())
+    if len(columns) != width or len(set(columns)) != width:
+        raise UserError(f"{path} names {len(set(columns))} different columns for {width} numbers per row.")
+    return columns
 
 
 @dataclass(frozen=True)
 class ArchivedRows:
-    """Rows of the arrays of an archive, one array after the other.
+    """Rows of the arrays of an archive, concatenated.
 
     Attributes:
-        path: of the archive.
+        path: the path of the archive.
         arrays: the rows' content, by split.
-        starts: the row that each array begins with, and the number of rows.
-        chosen: `[n]`, the rows to take.
+        starts: the first row of each array, and the total number of rows.
+        chosen: `[n]`, the selected rows.
         splits: the arrays' names.
+        columns: the names of the numbers in each row, for rows of numbers.
+        white: the value of white in integers whose type does not determine it.
     """
 
     path: Path
@@ -131,6 +207,8 @@ class ArchivedRows:
     starts: IntArray
     chosen: IntArray
     splits: tuple[str, ...]
+    columns: Columns
+    white: White | None
 
     def _find(self, row: int) -> tuple[int, int]:
         number = int(self.chosen[row])
@@ -139,14 +217,19 @@ class ArchivedRows:
 
     def read_image(self, row: int) -> Image.Image:
         array, number = self._find(row)
-        return to_image(self.arrays[array].read(number), self.name(row))
+        return to_image(self.arrays[array].read(number), self.name(row), self.white)
 
     def read_text(self, row: int) -> str:
         array, number = self._find(row)
-        text = str(self.arrays[array].read(number))
-        if not text.strip():
-            raise UnreadableSampleError(f"{self.name(row)} has no text.")
-        return text
+        return plain_text(str(self.arrays[array].read(number)), self.name(row))
+
+    def read_numbers(self, row: int) -> Item:
+        array, number = self._find(row)
+        values = np.asarray(self.arrays[array].read(number), dtype=np.float64)
+        if not np.isfinite(values).all():
+            name = self.columns.names[int(np.argmin(np.isfinite(values)))]
+            raise UnreadableSampleError(f"{self.name(row)} has no finite number in the column {name!r}.")
+        return TableRow(self.columns, values)
 
     def name(self, row: int) -> str:
         array, number = self._find(row)
@@ -154,7 +237,7 @@ class ArchivedRows:
 
 
 class MappedRows:
-    """An array that is stored as it is: mapped from the archive."""
+    """An uncompressed array, mapped from the archive."""
 
     def __init__(self, path: Path, name: str) -> None:
         self._arguments = (path, name)
@@ -164,14 +247,14 @@ class MappedRows:
             file.seek(start + 26)
             name_length, extra_length = struct.unpack("<HH", file.read(4))
             file.seek(start + 30 + name_length + extra_length)
-            self.shape, fortran, dtype = _read_header(file)
+            self.shape, fortran, self.dtype = _read_header(file)
             offset = file.tell()
         self._array = np.memmap(
-            path, dtype=dtype, mode="r", offset=offset, shape=self.shape, order="F" if fortran else "C"
+            path, dtype=self.dtype, mode="r", offset=offset, shape=self.shape, order="F" if fortran else "C"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Leave the mapping behind: every process makes its own."""
+        """Pickle without the mapping; every process opens its own."""
         return MappedRows, self._arguments
 
     def read(self, row: int) -> npt.NDArray[Any]:
@@ -179,16 +262,16 @@ class MappedRows:
 
 
 class CompressedRows:
-    """An array that is stored compressed: unpacked row by row, once if rows are asked for in order."""
+    """A compressed array, decompressed row by row, in one pass for rows in order."""
 
     def __init__(self, path: Path, name: str) -> None:
         self._arguments = (path, name)
         self._rows = SequentialRows(lambda row: 0, self._rows_from)
         with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
-            self.shape, self.fortran, self._dtype = _read_header(file)
+            self.shape, self.fortran, self.dtype = _read_header(file)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Leave the open file behind: every process opens its own."""
+        """Pickle without the open file; every process opens its own."""
         return CompressedRows, self._arguments
 
     def read(self, row: int) -> npt.NDArray[Any]:
@@ -202,11 +285,11 @@ class CompressedRows:
     def _rows_from(self, start: int) -> Iterator[npt.NDArray[Any]]:
         path, name = self._arguments
         shape = self.shape[1:]
-        length = self._dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+        length = self.dtype.itemsize * int(np.prod(shape, dtype=np.int64))
         with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
             _read_header(file)
             for _ in range(start, self.shape[0]):
-                yield np.frombuffer(file.read(length), dtype=self._dtype).reshape(shape)
+                yield np.frombuffer(file.read(length), dtype=self.dtype).reshape(shape)
 
 
 class LoadedRows:
@@ -215,6 +298,7 @@ class LoadedRows:
     def __init__(self, array: npt.NDArray[Any]) -> None:
         self._array = array
         self.shape = array.shape
+        self.dtype = array.dtype
 
     def read(self, row: int) -> npt.NDArray[Any]:
         return np.asarray(self._array[row])
@@ -232,12 +316,14 @@ def _open_rows(path: Path, name: str) -> Rows:
             rows = LoadedRows(_load(path, name)) if compressed.fortran else compressed
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
         raise UserError(f"The array {name!r} of {path} cannot be read: {str(error).rstrip('.')}.") from None
-    text = name.endswith("texts")
+    text, numbers = name.endswith("texts"), name.endswith("features")
     channels = (1, 3, 4)
     is_image = len(rows.shape) == 3 or (
         len(rows.shape) == 4 and (rows.shape[3] in channels or rows.shape[1] in channels)
     )
-    if not text and not is_image:
+    if numbers and (len(rows.shape) != 2 or rows.shape[1] == 0):
+        raise UserError(f"The array {name!r} of {path} has shape {list(rows.shape)}; expected [n, d] numbers.")
+    if not text and not numbers and not is_image:
         raise UserError(
             f"The array {name!r} of {path} has shape {list(rows.shape)}; expected [n, H, W], [n, H, W, C] or "
             "[n, C, H, W] with 1, 3 or 4 channels."
@@ -252,27 +338,47 @@ def _read_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(file)
     if dtype.hasobject:
-        raise ValueError("it holds Python objects; save it as an array of numbers or strings")
+        raise ValueError("it contains Python objects; save it as an array of numbers or strings")
     return shape, fortran, dtype
 
 
-def _parts(path: Path, arrays: set[str]) -> dict[str, tuple[str, str]]:
-    """Return the names of the content's and the labels' arrays by split; one split without a name if there are none."""
+def _parts(path: Path, arrays: set[str], target: str | None) -> dict[str, tuple[str, str]]:
+    """Return the arrays of content and of labels or targets by split; without splits, one split with an empty name."""
     for content in CONTENT:
-        labels = LABELS[content]
-        if content in arrays and labels in arrays:
-            return {"": (content, labels)}
-        found = {}
-        for split in ("train", "val", "valid", "validation", "test"):
-            for pair in ((f"{split}_{content}", f"{split}_{labels}"), (f"{content}_{split}", f"{labels}_{split}")):
-                if arrays.issuperset(pair):
-                    found[split] = pair
-        if found:
-            return found
+        annotations = (target,) if target else (LABELS[content], *TARGETS)
+        for named in annotations:
+            if arrays.issuperset((content, named)):
+                return {"": (content, named)}
+            found = {}
+            for split in ("train", "val", "valid", "validation", "test"):
+                for pair in ((f"{split}_{content}", f"{split}_{named}"), (f"{content}_{split}", f"{named}_{split}")):
+                    if arrays.issuperset(pair):
+                        found[split] = pair
+            if found:
+                return found
+    wanted = f"{target!r}, as in the option target" if target else "'labels' (or 'targets')"
     raise UserError(
-        f"{path} has no arrays 'images' (or 'texts') and 'labels', nor 'train_images' and 'train_labels'; it holds "
-        f"{', '.join(map(repr, sorted(arrays))) or 'none'}."
+        f"{path} has no arrays 'images' (or 'texts' or 'features') and {wanted}, nor 'train_images' and "
+        f"'train_labels'; it has {', '.join(map(repr, sorted(arrays))) or 'none'}."
     )
+
+
+def _targets(path: Path, name: str) -> FloatArray:
+    """Return real targets `[n, K]`."""
+    targets = _load(path, name)
+    if targets.ndim not in (1, 2) or targets.dtype.kind not in "biuf" or 0 in targets.shape[1:]:
+        raise UserError(
+            f"The targets {name!r} of {path} are {targets.dtype} of shape {list(targets.shape)}; expected [n] or "
+            "[n, targets] numbers."
+        )
+    if len(targets) == 0:
+        raise UserError(f"npz:{path} has no rows.")
+    targets = targets.reshape(len(targets), -1).astype(np.float64)
+    if not np.isfinite(targets).all():
+        row = int(np.argmin(np.isfinite(targets).all(1)))
+        raise UserError(f"Row {row} of the targets {name!r} of {path} is not a finite number; remove or correct it.")
+    warn_of_constants(targets, [name] * targets.shape[1], f"npz:{path}")
+    return targets
 
 
 def _labels(path: Path, name: str) -> npt.NDArray[Any]:
@@ -283,7 +389,7 @@ def _labels(path: Path, name: str) -> npt.NDArray[Any]:
         if not np.isfinite(labels).all():
             raise UserError(f"The labels {name!r} of {path} are not all finite numbers.")
         if (labels != np.rint(labels)).any():
-            raise UserError(f"The labels {name!r} of {path} are no whole numbers; expected class numbers or names.")
+            raise UserError(f"The labels {name!r} of {path} are not whole numbers; expected class numbers or names.")
         labels = labels.astype(np.int64)
     if labels.ndim not in (1, 2) or labels.dtype.kind not in "biuU":
         raise UserError(

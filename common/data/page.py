@@ -1,4 +1,4 @@
-"""A summary with thumbnails as one HTML page that needs nothing else."""
+"""A data summary with thumbnails as one self-contained HTML page."""
 
 import base64
 import io
@@ -7,14 +7,15 @@ from html import escape
 
 from PIL import Image
 
-from fedhead.data.samples import Item
+from fedhead.data.items import Item, TableRow
 from fedhead.data.summary import Summary
+from fedhead.wording import without_controls
 
 SIDE = 112
-"""Pixels of a thumbnail's longer side."""
+"""Length of a thumbnail's longer side in pixels."""
 
 LETTERS = 240
-"""Of a text that are shown."""
+"""Number of characters shown of a text."""
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882 }
@@ -32,14 +33,17 @@ blockquote { margin: .3rem 0; padding: .2rem .8rem; border-left: 3px solid var(-
 
 
 def example(item: Item) -> str:
-    """Return the HTML of a thumbnail, or of a text's beginning."""
+    """Return the HTML of a thumbnail, or of the beginning of a text."""
     if isinstance(item, str):
         shown = item if len(item) <= LETTERS else item[:LETTERS] + "…"
         return f"<blockquote>{escape(shown)}</blockquote>"
+    if isinstance(item, TableRow):
+        shown = ", ".join(f"{name} {value:g}" for name, value in zip(item.columns.names, item.values, strict=True))
+        return f"<blockquote>{escape(shown[:LETTERS])}</blockquote>"
     small = item.copy()
     small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     content = io.BytesIO()
-    # Photographs are smaller as JPEG, and what is tiny keeps its pixels as PNG.
+    # JPEG is smaller for photographs; PNG preserves the pixels of small images.
     photograph = max(item.size) >= SIDE
     small.save(content, "jpeg" if photograph else "png", **({"quality": 80} if photograph else {}))
     encoded = base64.b64encode(content.getvalue()).decode()
@@ -47,15 +51,16 @@ def example(item: Item) -> str:
 
 
 def page(summary: Summary, facts: Sequence[tuple[str, str]], shown: Mapping[str, Sequence[tuple[str, str]]]) -> str:
-    """Return a whole HTML page.
+    """Return a complete HTML page.
 
     Args:
-        summary: of the data.
-        facts: what is said of it, each with its name.
-        shown: for each class rows' names and their `example`.
+        summary: the summary of the data.
+        facts: names and values.
+        shown: for each class, the names of some rows with their `example`.
     """
     most = max([1, *summary.classes.values()])
     cautions = "".join(f'<p class="caution">{escape(one)}</p>' for one in summary.cautions())
+    left_out = "".join(f'<p class="caution">Left out: {escape(one)}</p>' for one in summary.left_out)
     table = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts)
     classes = "".join(
         f"<tr><td>{escape(name)}</td><td class=n>{rows}</td>"
@@ -73,10 +78,12 @@ def page(summary: Summary, facts: Sequence[tuple[str, str]], shown: Mapping[str,
         f"<tr><td class=n>{one.row}</td><td>{escape(one.name)}</td><td>{escape(one.reason)}</td></tr>"
         for one in summary.broken
     )
-    return (
+    return without_controls(
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(summary.spec)}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>'
-        f"<h1>{escape(summary.spec)}</h1>{cautions}<table>{table}</table><h2>Classes</h2><table>{classes}</table>{pictures}"
-        + (f'<h2>Rows that cannot be read</h2><table class="broken">{broken}</table>' if broken else "")
+        f"<h1>{escape(summary.spec)}</h1>{cautions}{left_out}<table>{table}</table>"
+        + (f"<h2>Classes</h2><table>{classes}</table>" if summary.classes else "")
+        + pictures
+        + (f'<h2>Unreadable rows</h2><table class="broken">{broken}</table>' if broken else "")
         + "</body></html>\n"
     )

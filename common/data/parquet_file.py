@@ -1,33 +1,37 @@
-"""Parquet files whose cells are read a few rows at a time, in the order of the file."""
+"""Parquet files with cells read in small batches of rows, in the order of the file."""
 
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fedhead.data.samples import UnreadableSampleError
+from fedhead.data.conversion import files_named
+from fedhead.data.files import stamp
+from fedhead.data.items import UnreadableSampleError
+from fedhead.data.samples import Former
 from fedhead.data.sequential import SequentialRows
 from fedhead.errors import UserError
 from fedhead.extras import require
 
 BATCH = 64
-"""Rows of a column that are in memory at once."""
+"""Number of rows of a column in memory at once."""
 
 
 class ParquetFile:
     """A Parquet file; needs the extra `parquet`.
 
     Attributes:
-        path: of the file.
-        columns: its names.
-        fingerprint: of its size, its last change and what its footer says of every part of it.
+        path: the path of the file.
+        columns: the column names.
+        fingerprint: of the file's stamp, and of the statistics in the footer.
+        former: the fingerprint of the previous version.
 
     Raises:
-        UserError: if it is damaged or not Parquet, or pyarrow is not installed.
+        UserError: if the file is damaged or not Parquet, or pyarrow is not installed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,22 +46,35 @@ class ParquetFile:
                 self._class_names = _class_names(file.schema_arrow.metadata or {})
                 rows = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
         except (pyarrow.ArrowInvalid, OSError) as error:
-            raise UserError(f"{path} is not a Parquet file, or a damaged one: {_first_line(error)}") from None
+            raise UserError(f"{path} is not a Parquet file or is damaged: {_first_line(error)}") from None
         self._starts = np.concatenate([[0], np.cumsum(rows)]).astype(np.int64)
-        stat = path.stat()
-        described = (stat.st_size, stat.st_mtime_ns, json.dumps(metadata.to_dict(), default=str))
-        self.fingerprint = hashlib.sha256(repr(described).encode()).hexdigest()
+        found = stamp(path)
+        footer = json.dumps(metadata.to_dict(), default=str)
+        self.fingerprint = hashlib.sha256(repr((str(found), footer)).encode()).hexdigest()
+        former = hashlib.sha256(repr((found.size, found.modified, footer)).encode()).hexdigest()
+        self.former = Former(former, found.changed)
+        self._leaves = _leaves(metadata)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def column(self, name: str) -> list[Any]:
-        names = self._class_names.get(name)
-        values: list[Any] = []
+    def values(self, names: Sequence[str]) -> list[list[Any]]:
+        found: dict[str, list[Any]] = {name: [] for name in names}
         with _open(self.path) as file:
-            for batch in file.iter_batches(batch_size=65536, columns=[name]):
-                values.extend(batch.column(0).to_pylist())
+            for batch in file.iter_batches(batch_size=65536, columns=list(found)):
+                for name, values in found.items():
+                    values.extend(batch.column(name).to_pylist())
+        return [self._named(name, found[name]) for name in names]
+
+    def _named(self, name: str, values: list[Any]) -> list[Any]:
+        names = self._class_names.get(name)
         return values if names is None else [_named(value, names) for value in values]
+
+    def named_files(self, name: str) -> Mapping[int, str]:
+        # Plain bytes name no file; for images with names, the footer shows whether all have their bytes.
+        if name in self._leaves or not self._leaves.get(f"{name}.bytes", True):
+            return {}
+        return files_named(self.values([name])[0])
 
     def cells(self, name: str) -> Callable[[int], Any]:
         return ParquetCells(self.path, name, tuple(self._starts.tolist())).read
@@ -67,12 +84,12 @@ class ParquetFile:
 
 
 class ParquetCells:
-    """One column, a cell at a time; rows asked for in their order are read once, and few of them are in memory.
+    """One column, read cell by cell; rows requested in order are read once, with few of them in memory.
 
     Args:
-        path: of the file.
-        column: its name.
-        starts: the row that each row group begins with, and the number of rows.
+        path: the path of the file.
+        column: the name of the column.
+        starts: the first row of each row group, and the number of rows.
     """
 
     def __init__(self, path: Path, column: str, starts: tuple[int, ...]) -> None:
@@ -80,7 +97,7 @@ class ParquetCells:
         self._rows = SequentialRows(lambda row: starts[self._group(row)], self._rows_from)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Leave the open file behind: every process opens its own."""
+        """Pickle without the open file; every process opens its own."""
         return ParquetCells, self._arguments
 
     def read(self, row: int) -> Any:
@@ -113,8 +130,20 @@ def _open(path: Path) -> Any:
     return Reader(path, pre_buffer=False, buffer_size=1 << 20)
 
 
+def _leaves(metadata: Any) -> dict[str, bool]:
+    """Return for each column of plain values, by its path, whether values may be missing, from the footer."""
+    missing: dict[str, bool] = {}
+    for group in range(metadata.num_row_groups):
+        for position in range(metadata.num_columns):
+            chunk = metadata.row_group(group).column(position)
+            statistics = chunk.statistics
+            unknown = statistics is None or not statistics.has_null_count or statistics.null_count > 0
+            missing[chunk.path_in_schema] = missing.get(chunk.path_in_schema, False) or unknown
+    return missing
+
+
 def _class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
-    """Return the names of class numbers by column, where Hugging Face's `datasets` wrote them down."""
+    """Return the names of class numbers by column, if Hugging Face's `datasets` stored them."""
     try:
         features = json.loads(metadata[b"huggingface"])["info"]["features"]
         return {

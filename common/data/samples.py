@@ -1,32 +1,18 @@
-"""Samples: labelled rows that are read one at a time, whatever holds them; what every source gives."""
+"""Samples: labelled rows that are read one at a time; every source returns these."""
 
 import hashlib
 import logging
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
-from PIL import Image
 
-from fedhead.errors import FedheadError, UserError
+from fedhead.data.items import GROUP, BoolArray, FloatArray, IntArray, Item, KeyArray, Kind, TableRow, content_key
+from fedhead.data.labels import name_of
+from fedhead.errors import UserError
 from fedhead.registry import Registry, suggest
 
 logger = logging.getLogger(__name__)
-
-Kind = Literal["image", "text"]
-IntArray = npt.NDArray[np.int64]
-KeyArray = npt.NDArray[np.uint64]
-BoolArray = npt.NDArray[np.bool_]
-Item = Image.Image | str
-"""What a row holds: an image of mode L or RGB, or a text."""
-
-GROUP = "fedhead.group"
-"""Under this name an image's `info` says what group its own file puts it in (the patient of a DICOM file)."""
-MODE = "fedhead.mode"
-"""Under this name an image's `info` says what mode it was stored in, where that is another one than its own."""
 
 sources: Registry[Callable[[str], "Samples"]] = Registry(
     "data source",
@@ -44,26 +30,67 @@ sources: Registry[Callable[[str], "Samples"]] = Registry(
 )
 
 
-class UnreadableSampleError(FedheadError):
-    """One sample cannot be read; the others can."""
+@dataclass(frozen=True)
+class Former:
+    """The fingerprint of the previous version, for data whose content is in files.
+
+    Attributes:
+        fingerprint: of paths, sizes and times; renamed or backdated files could share it.
+        changed: the time of the last change of any file, in ns. Features cached after it are of these files.
+        fault: returns the reason, as a clause, if features cached under it are wrong; otherwise an empty text.
+    """
+
+    fingerprint: str
+    changed: int = 0
+    fault: Callable[[], str] = str
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """An unused part of the data.
+
+    Attributes:
+        count: the number of things.
+        things: their kind, such as "files" or "columns".
+        reason: the reason in a few words.
+        examples: a few of them.
+        warned: whether loading the data logs a warning.
+    """
+
+    count: int
+    things: str
+    reason: str
+    examples: tuple[str, ...]
+    warned: bool = True
+
+    def __str__(self) -> str:
+        more = ", ..." if self.count > len(self.examples) else ""
+        return f"{self.count} {self.things} left out ({self.reason}): {', '.join(self.examples)}{more}"
 
 
 @dataclass(frozen=True)
 class Samples:
-    """A data set of `n` labelled images, or of `n` labelled texts.
+    """A data set of `n` images, texts or rows of numbers, with a class, several classes or real targets each.
 
     Attributes:
-        spec: what it was loaded from.
-        classes: the names that `labels` index.
-        labels: `[n]` int64; or for multi-label rows `[n, C]` int64, 1 for each class that a row has and else 0.
-        read: row number to image or text; raises `UnreadableSampleError`.
-        name: row number to what a person would call the row.
+        spec: the data spec.
+        classes: the names that `labels` index; empty if the rows have real targets.
+        labels: `[n]` int64; for multi-label rows `[n, C]` int64, 1 for each class of a row and else 0; zeros `[n]` if
+            the rows have real targets.
+        read: returns the item of a row; raises `UnreadableSampleError`.
+        name: returns the name of a row for readers.
         fingerprint: changes whenever labels or content may have changed.
-        groups: for each row what it must not be parted from by the held-out split (a patient, a writer); None where
-            that is only its own content.
-        sites: for each row the site that holds it, where the data says so.
-        splits: for each row the part of the data that it belongs to (train, test), where the data says so.
-        kind: what `read` returns.
+        groups: the group of each row (a patient, a writer), which the held-out split must not divide; None for rows
+            that are a group of their own.
+        sites: the site of each row, if the data names sites.
+        splits: the split of each row (train, test), if the data has splits.
+        kind: the kind of item that `read` returns.
+        targets: `[n, K]` float64, finite real targets for regression; None for classes.
+        target_names: `[K]`, the names of the targets; empty for classes.
+        columns: `[d]`, the names of the numbers in each row, for the kind "table"; otherwise empty.
+        former: the fingerprint of the previous version, if it differs.
+        left_out: unused parts of the data.
+        cautions: sentences on ambiguous data and its interpretation.
     """
 
     spec: str
@@ -76,147 +103,109 @@ class Samples:
     sites: Sequence[str] | None = None
     splits: Sequence[str] | None = None
     kind: Kind = "image"
+    targets: FloatArray | None = None
+    target_names: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    former: Former | None = None
+    left_out: tuple[LeftOut, ...] = ()
+    cautions: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def multi_label(self) -> bool:
-        """Whether a row may have any number of classes, none included."""
+        """Whether a row may have any number of classes, including none."""
         return self.labels.ndim == 2
 
     def key(self, row: int, item: Item) -> int:
-        """Return the 64-bit identity by which `row` is held out: its group's, or else its content's.
+        """Return the 64-bit identity that decides whether `row` is held out: of its group, or else of its content.
 
-        It is the same in a folder, a table and an archive, since images are told apart by their pixels.
+        It is the same in a folder, a table and an archive, because images are identified by their pixels.
         """
-        group = self.group(row, item)
+        return self.keys(row, item)[0]
+
+    def keys(self, row: int, item: Item) -> tuple[int, int]:
+        """Return two 64-bit identities of `row`: the one for holding out (see `key`), and that of its content."""
+        content, group = content_key(item), self.group(row, item)
         if group is None:
-            return content_key(item)
-        return int.from_bytes(hashlib.blake2b(f"group {group}".encode(), digest_size=8).digest(), "little")
+            return content, content
+        of_group = int.from_bytes(
+            hashlib.blake2b(f"group {group}".encode(errors="surrogatepass"), digest_size=8).digest(), "little"
+        )
+        return of_group, content
 
     def group(self, row: int, item: Item) -> str | None:
-        """Return the group of `row`: the one that the data names, or else the one that its own file does."""
+        """Return the group of `row`: the one in the data, or else the one in its own file."""
         if self.groups is not None and self.groups[row] is not None:
             return self.groups[row]
-        return None if isinstance(item, str) else item.info.get(GROUP)
-
-
-def content_key(item: Item) -> int:
-    """Return the 64-bit identity of an image's mode, size and pixels, or of a text."""
-    digest = hashlib.blake2b(digest_size=8)
-    if isinstance(item, str):
-        digest.update(b"text ")
-        digest.update(item.encode(errors="surrogatepass"))
-    else:
-        digest.update(f"{item.mode} {item.size}".encode())
-        digest.update(item.tobytes())
-    return int.from_bytes(digest.digest(), "little")
+        return None if isinstance(item, str | TableRow) else item.info.get(GROUP)
 
 
 def load_samples(spec: str) -> Samples:
-    """Load what a data spec `source:argument` names.
+    """Load data by its spec `source:argument`.
 
     Raises:
-        UserError: for an unknown source, a path that is missing or empty, or an argument that does not fit.
+        UserError: for an unknown source, a path that is missing or empty, or an invalid argument.
     """
-    source, _, argument = spec.partition(":")
-    samples = sources[source](argument)
-    for names in similar_names(samples.classes):
-        logger.warning(
-            "The classes %s of %s differ only by case or spaces; they are taken for different classes.",
-            " and ".join(map(repr, names)),
-            spec,
-        )
+    samples = look_up(spec)
+    warn_of(samples)
     return samples
 
 
+def look_up(spec: str) -> Samples:
+    """Load data as `load_samples` does, without warnings about unused parts."""
+    source, _, argument = spec.partition(":")
+    return sources[source](argument)
+
+
+def warn_of(samples: Samples) -> None:
+    """Log unused parts of the data, and ambiguities."""
+    for one in samples.left_out:
+        if one.warned:
+            logger.warning("%s: %s.", samples.spec, one)
+    for caution in samples.cautions:
+        logger.warning("%s: %s", samples.spec, caution)
+    named = {group for group in samples.groups or () if group is not None}
+    if len(named) == 1 and None not in (samples.groups or ()) and len(samples) > 1:
+        logger.warning(
+            "%s: all %d rows have one group, %r, so all or none of them are held out.",
+            samples.spec,
+            len(samples),
+            next(iter(named)),
+        )
+    for names in similar_names(samples.classes):
+        logger.warning(
+            "The classes %s of %s differ only by case or spaces; they are treated as different classes.",
+            " and ".join(map(repr, names)),
+            samples.spec,
+        )
+
+
 def similar_names(names: Iterable[str]) -> list[tuple[str, ...]]:
-    """Return the names that differ only by case or spaces, together."""
+    """Return groups of names that differ only by case or spaces."""
     alike: dict[str, list[str]] = {}
     for name in names:
         alike.setdefault("".join(name.split()).casefold(), []).append(name)
     return [tuple(together) for together in alike.values() if len(together) > 1]
 
 
-def split_options(argument: str, known: Collection[str], spec: str) -> tuple[str, dict[str, str]]:
-    """Part `PATH?name=value&name=value` into what stands before the question mark and the options after it.
-
-    Args:
-        argument: of a data spec.
-        known: the options that the source takes; empty for any.
-        spec: the whole spec, for messages.
-
-    Raises:
-        UserError: for an option without a value, given twice, or not known.
-    """
-    before, _, query = argument.partition("?")
-    options: dict[str, str] = {}
-    for part in query.split("&") if query else ():
-        name, equals, value = part.partition("=")
-        if not equals or not name or not value:
-            raise UserError(f"{spec} has the option {part!r}; expected name=value, as in ?split=train&label=category.")
-        if known and name not in known:
-            raise UserError(f"{spec} has an unknown option {name!r}. {suggest(name, sorted(known))}")
-        if name in options:
-            raise UserError(f"{spec} gives the option {name!r} twice.")
-        options[name] = value
-    return before, options
-
-
-def local_path(spec: str) -> Path | None:
-    """Return the file or folder that a data spec names, resolved; None if it names none that is there."""
-    argument = spec.partition(":")[2]
-    for given in (argument, argument.partition("?")[0]):
-        if given and (path := Path(given).expanduser()).exists():
-            return path.resolve()
-    return None
-
-
-def class_names(values: Iterable[str]) -> tuple[str, ...]:
-    """Return the distinct names in their order: numbers by value, if all are numbers, or else alphabetically.
-
-    So a folder, a table and an array of the same labels give the same classes in the same order.
-    """
-    distinct = set(values)
-    if all(value.isascii() and value.removeprefix("-").isdigit() for value in distinct):
-        return tuple(sorted(distinct, key=lambda value: (int(value), value)))
-    return tuple(sorted(distinct))
-
-
-def index_names(names: Sequence[str]) -> tuple[tuple[str, ...], IntArray]:
-    """Return `class_names` and each name's index in them, `[n]`."""
-    classes = class_names(names)
-    index = {name: label for label, name in enumerate(classes)}
-    return classes, np.fromiter((index[name] for name in names), dtype=np.int64, count=len(names))
-
-
-def mark_names(names: Sequence[Sequence[str]]) -> tuple[tuple[str, ...], IntArray]:
-    """Return `class_names` and for each row which of them it has, `[n, C]` of 0 and 1."""
-    classes = class_names(name for row in names for name in row)
-    index = {name: label for label, name in enumerate(classes)}
-    marked = np.zeros((len(names), len(classes)), dtype=np.int64)
-    for row, having in enumerate(names):
-        marked[row, [index[name] for name in having]] = 1
-    return classes, marked
-
-
 def choose_split(splits: Sequence[str], wanted: str | None, spec: str) -> IntArray:
-    """Return the rows of the wanted parts of the data, all of them if none is asked for.
+    """Return the rows of the selected splits, or all rows if none is selected.
 
     Args:
-        splits: `[n]`, the part that each row belongs to.
-        wanted: names with commas between, or None.
-        spec: what the data was loaded from, for messages.
+        splits: `[n]`, the split of each row.
+        wanted: comma-separated names, or None.
+        spec: the data spec, for messages.
 
     Raises:
-        UserError: if there is no such part.
+        UserError: if there is no such split.
     """
     present = sorted(set(splits))
     if wanted is None:
         if len(present) > 1:
             logger.warning(
-                "%s has the splits %s, and all rows are taken; choose one, as in ?split=%s.",
+                "%s has the splits %s, and all rows are used; choose one, as in ?split=%s.",
                 spec,
                 ", ".join(present),
                 present[0],
@@ -231,15 +220,20 @@ def choose_split(splits: Sequence[str], wanted: str | None, spec: str) -> IntArr
 
 
 def require_labels(samples: Samples, multi_label: bool) -> None:
-    """Check that data is labelled as a run needs it.
+    """Check that data has the labels that a classification run needs.
 
     Raises:
-        UserError: if it is multi-label and the run is not, or the reverse. It names no file.
+        UserError: if it has real targets, or only one of data and run is multi-label. Names no file.
     """
+    if samples.targets is not None:
+        raise UserError(
+            f"This run predicts classes, but its data has real targets ({', '.join(samples.target_names[:5])}). Name a "
+            "column of classes, as in ?label=COLUMN, instead of ?target=."
+        )
     if multi_label and not samples.multi_label:
         raise UserError(
             "This run is multi-label, but its data names one class per row. Label each row with a list of classes, or "
-            "all of them with 0 and 1 as [rows, classes], or say what parts the labels of a table, as in "
+            "all of them with 0 and 1 as [rows, classes], or give the separator of labels in a table, as in "
             "'csv:FILE?separator=;'; or run without --multi-label."
         )
     if samples.multi_label and not multi_label:
@@ -247,34 +241,37 @@ def require_labels(samples: Samples, multi_label: bool) -> None:
 
 
 def require_kind(backbone: str, takes: Kind, held: Kind) -> None:
-    """Check that data is what a backbone takes.
+    """Check that a backbone takes the kind of items in the data.
 
     Args:
-        backbone: its spec, for the message.
+        backbone: the spec of the backbone, for the message.
         takes: the backbone's kind.
         held: the data's kind.
 
     Raises:
-        UserError: if they differ. It names no file.
+        UserError: if they differ. The message contains no file name.
     """
     if takes != held:
+        words = {"image": "images", "text": "texts", "table": "rows of numbers"}
         advice = {
-            "image": "Take a text backbone, such as hf:NAME or vectors:FILE.",
-            "text": "Take an image backbone, such as torchvision:resnet18.",
-        }[takes]
-        raise UserError(f"The backbone {backbone} takes {takes}s, but the data holds {held}s. {advice}")
+            "image": "Use an image backbone, such as torchvision:resnet18.",
+            "text": "Use a text backbone, such as hf:NAME or vectors:FILE.",
+            "table": "Use the backbone identity, whose features are the numbers themselves.",
+        }[held]
+        raise UserError(f"The backbone {backbone} takes {words[takes]}, but the data contains {words[held]}. {advice}")
 
 
 def relabel(samples: Samples, classes: Sequence[str]) -> IntArray:
-    """Return labels for `classes`, of which the samples may hold any subset: `[n]` or, if multi-label, `[n, C]`.
+    """Return labels for `classes`, which may include unused ones: `[n]` or, if multi-label, `[n, C]`.
 
     Raises:
         UserError: if a sample's class is not among `classes`, with its name and the known ones.
     """
-    known = {name: index for index, name in enumerate(classes)}
+    known = {name_of(name): index for index, name in enumerate(classes)}
+    named = [name_of(name) for name in samples.classes]
     held = np.flatnonzero(samples.labels.any(0)) if samples.multi_label else np.unique(samples.labels)
     for label in held:
-        if (name := samples.classes[label]) not in known:
+        if (name := named[label]) not in known:
             having = samples.labels[:, label] if samples.multi_label else samples.labels == label
             row = int(np.flatnonzero(having)[0])
             alike = [other for other in classes if len(similar_names((name, other))) == 1]
@@ -285,90 +282,46 @@ def relabel(samples: Samples, classes: Sequence[str]) -> IntArray:
             )
     if samples.multi_label:
         ordered = np.zeros((len(samples), len(classes)), dtype=np.int64)
-        ordered[:, [known[samples.classes[label]] for label in held]] = samples.labels[:, held]
+        ordered[:, [known[named[label]] for label in held]] = samples.labels[:, held]
         return ordered
     table = np.full(len(samples.classes), -1, dtype=np.int64)
-    table[held] = [known[samples.classes[label]] for label in held]
+    table[held] = [known[named[label]] for label in held]
     return table[samples.labels]
 
 
-def held_out(keys: KeyArray, share: float, seed: int) -> BoolArray:
-    """Return which rows are held out: those with `hash(seed, key) < share`.
+def held_out(keys: KeyArray, share: float) -> BoolArray:
+    """Return which rows are held out: those with `hash(key) < share`.
 
-    The choice depends on nothing but a row's own key, so it is the same under any partition, and rows of
-    equal content or group never straddle.
+    The choice depends only on a row's own key, so it is the same in every run and partition, and rows of equal content
+    or group are never divided. The salt of the hash is constant: a party that could choose it could isolate rows by
+    two runs with slightly different held-out rows.
 
     Args:
         keys: `[n]` 64-bit row keys.
         share: the expected share of rows, in 0..1.
-        seed: the run's.
     """
-    start = int.from_bytes(hashlib.blake2b(f"held out {seed}".encode(), digest_size=8).digest(), "little")
+    return _chosen(keys, share, b"held out 0")
+
+
+def calibration_half(keys: KeyArray) -> BoolArray:
+    """Return which held-out rows choose a calibration; the others evaluate it. See `held_out`.
+
+    Args:
+        keys: `[n]` 64-bit row keys.
+    """
+    return _chosen(keys, 0.5, b"held out -1")
+
+
+def _chosen(keys: KeyArray, share: float, salt: bytes) -> BoolArray:
+    start = int.from_bytes(hashlib.blake2b(salt, digest_size=8).digest(), "little")
     mixed = mix(keys ^ np.uint64(start))
     below: BoolArray = (mixed >> np.uint64(11)) < np.uint64(share * 2**53)
     return below
 
 
 def mix(keys: KeyArray) -> KeyArray:
-    """Return 64-bit numbers that look random, one for one: SplitMix64's mixing (Steele, Lea & Flood, OOPSLA 2014)."""
+    """Map 64-bit numbers bijectively to pseudorandom ones: SplitMix64's mixing (Steele, Lea & Flood, OOPSLA 2014)."""
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         keys = (keys ^ (keys >> np.uint64(shift))) * np.uint64(factor)
     mixed: KeyArray = keys ^ (keys >> np.uint64(31))
     return mixed
-
-
-def index_labels(labels: Any, classes: Sequence[str] | None, spec: str) -> tuple[tuple[str, ...], IntArray]:
-    """Return class names, and labels `[n]` or `[n, C]` that index them, of labels as `samples_from_arrays` takes them.
-
-    Raises:
-        UserError: if there are no rows, they are not labelled alike, or a label names no class.
-    """
-    dimensions = {np.ndim(label) for label in labels}
-    if dimensions == {1}:
-        return _mark_labels([np.asarray(label) for label in labels], classes, spec)
-    if dimensions - {0}:
-        raise UserError(f"{spec} does not label its rows alike; expected one label a row, or a list for every row.")
-    labels = np.asarray(labels)
-    if len(labels) == 0:
-        raise UserError(f"{spec} holds no rows.")
-    if classes is None:
-        if labels.dtype.kind == "U":
-            return index_names(labels.tolist())
-        values, indices = np.unique(labels, return_inverse=True)
-        return tuple(map(str, values.tolist())), indices.astype(np.int64)
-    if labels.dtype.kind not in "iu":
-        raise UserError(f"{spec} names its classes, so its labels must be their indices, not {labels.dtype}.")
-    if labels.min() < 0 or labels.max() >= len(classes):
-        raise UserError(f"{spec} has labels from {labels.min()} to {labels.max()} for {len(classes)} classes.")
-    return tuple(map(str, classes)), labels.astype(np.int64)
-
-
-def _mark_labels(
-    labels: list[npt.NDArray[Any]], classes: Sequence[str] | None, spec: str
-) -> tuple[tuple[str, ...], IntArray]:
-    """Return classes, and labels `[n, C]` of 0 and 1, of rows that are labelled so or by the classes they have."""
-    width = len(labels[0]) if classes is None else len(classes)
-    if width > 1 and all(label.shape == (width,) and np.isin(label, (0, 1)).all() for label in labels):
-        return tuple(map(str, range(width) if classes is None else classes)), np.stack(labels).astype(np.int64)
-    named = [value for label in labels for value in label.tolist()]
-    if classes is None and named and all(isinstance(value, str) for value in named):
-        return mark_names([label.tolist() for label in labels])
-    if classes is None:
-        values, columns = np.unique(np.array(named), return_inverse=True)
-        classes = tuple(map(str, values.tolist()))
-    else:
-        columns = _columns(named, classes, spec)
-    marked = np.zeros((len(labels), len(classes)), dtype=np.int64)
-    marked[np.repeat(np.arange(len(labels)), [len(label) for label in labels]), columns] = 1
-    return tuple(map(str, classes)), marked
-
-
-def _columns(named: list[Any], classes: Sequence[str], spec: str) -> IntArray:
-    known: dict[Any, int] = {index: index for index in range(len(classes))}
-    known.update((str(name), index) for index, name in enumerate(classes))
-    if unknown := [value for value in named if value not in known]:
-        raise UserError(
-            f"{spec} has a row of class {unknown[0]!r}, which is none of its classes ({', '.join(map(str, classes))}) "
-            "nor the index of one."
-        )
-    return np.array([known[value] for value in named], dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Rows of a file that can only be read forwards, for readers that ask for them nearly in order."""
+"""Rows of a file that can only be read sequentially, for readers that request them almost in order."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -6,15 +6,15 @@ from threading import Lock
 from typing import Any
 
 KEPT = 64
-"""Rows that stay in memory after they were read: threads that read ahead overtake each other by fewer."""
+"""Number of recent rows kept in memory; threads that read ahead overtake each other by fewer."""
 
 
 class SequentialRows:
-    """Rows that are read once if they are asked for nearly in order, by any number of threads.
+    """Rows that are read once if any number of threads requests them almost in order.
 
     Args:
-        start_of: the last row, up to a given one, that reading can begin at.
-        rows_from: the rows from such a start on, at least to the next one.
+        start_of: returns the last possible start of reading up to a given row.
+        rows_from: yields the rows from such a start, at least up to the next one.
     """
 
     def __init__(self, start_of: Callable[[int], int], rows_from: Callable[[int], Iterator[Any]]) -> None:
@@ -26,12 +26,12 @@ class SequentialRows:
         self._lock = Lock()
 
     def read(self, row: int) -> Any:
-        """Return a row; going back by more than `KEPT` rows begins anew."""
+        """Return a row; going back by more than `KEPT` rows restarts reading."""
         with self._lock:
             if row in self._recent:
                 return self._recent[row]
             start = self._start_of(row)
-            # What began before `start` may end there.
+            # A row that begins before `start` may end there.
             if not start < self._next <= row:
                 self._next, self._following = start, self._rows_from(start)
             try:

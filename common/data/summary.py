@@ -1,4 +1,4 @@
-"""What a data set holds, and what is wrong with it, before anything runs on it."""
+"""Summary of a data set and its problems, before a run."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -7,15 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from fedhead.data.samples import MODE, IntArray, Item, Kind, Samples, UnreadableSampleError, content_key, similar_names
+from fedhead.data.items import MODE, FloatArray, IntArray, Item, Kind, TableRow, UnreadableSampleError, content_key
+from fedhead.data.samples import Samples, similar_names
+from fedhead.wording import quoted
 
 FEW = 5
-"""Training rows below which a site's guard withholds a class, unless told otherwise."""
+"""Default number of training rows below which a site's guard withholds a class."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """The least, the middle and the greatest of some numbers."""
+    """The minimum, median and maximum of integers."""
 
     least: int
     median: int
@@ -28,12 +30,26 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class RealSpread:
+    """The minimum, median, maximum and mean of real numbers."""
+
+    least: float
+    median: float
+    greatest: float
+    mean: float
+
+    @classmethod
+    def of(cls, values: FloatArray) -> "RealSpread":
+        return cls(float(values.min()), float(np.median(values)), float(values.max()), float(values.mean()))
+
+
+@dataclass(frozen=True)
 class Broken:
-    """A row that cannot be read.
+    """An unreadable row.
 
     Attributes:
-        row: its number.
-        name: what a person would call it.
+        row: the row number.
+        name: the name of the row for readers.
         reason: a sentence.
     """
 
@@ -44,32 +60,37 @@ class Broken:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a data set holds.
+    """Summary of a data set.
 
     Attributes:
-        spec: that it was loaded from.
-        kind: image or text.
-        rows: how many there are.
-        looked_at: how many of them were read for this summary.
-        readable: how many of those could be read.
+        spec: the data spec.
+        kind: the kind of the items.
+        rows: the number of rows.
+        looked_at: the number of rows read for this summary.
+        readable: the number of readable rows among these.
         multi_label: whether rows have any number of classes.
         classes: rows by class, of all rows.
-        without_class: multi-label rows that have none.
+        without_class: the number of multi-label rows without a class.
         sizes: images by width and height, the most frequent first.
         width: of the images; None for texts.
         height: of the images; None for texts.
-        modes: images by the mode that they are stored in.
+        modes: images by stored mode.
         characters: of the texts; None for images.
         words: of the texts; None for images.
-        groups: how many there are, of the readable rows; 0 if the data has none.
-        largest_group: its rows.
+        groups: the number of groups of the readable rows; 0 if the data has none.
+        largest_group: the number of rows in the largest group.
         sites: rows by site.
         splits: rows by split.
-        duplicates: readable rows that repeat an earlier one's content.
-        conflicting: rows whose content stands elsewhere with another label.
-        straddling: rows whose content, or group, is in another split as well.
+        duplicates: the number of readable rows that repeat an earlier one's content.
+        conflicting: the number of rows whose content also occurs with another label.
+        straddling: the number of rows whose content or group also occurs in another split.
         similar_classes: names that differ only by case or spaces.
-        broken: rows that cannot be read.
+        broken: unreadable rows.
+        columns: the names of the numbers in each row; empty for images and texts.
+        targets: the real targets by name; empty for classes.
+        left_out: unused parts of the data, in words.
+        one_group: whether all rows have one group.
+        understood: sentences on ambiguous data and its interpretation.
     """
 
     spec: str
@@ -95,16 +116,29 @@ class Summary:
     straddling: int
     similar_classes: list[tuple[str, ...]]
     broken: list[Broken]
+    columns: list[str]
+    targets: dict[str, RealSpread]
+    left_out: list[str]
+    one_group: bool
+    understood: list[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, with the cautions."""
+        """Return all fields as plain values, with the cautions."""
         return {**asdict(self), "cautions": self.cautions()}
 
     def cautions(self) -> list[str]:
-        """Return in sentences what to mend, or to know, before a run."""
+        """Return sentences on problems of the data to fix or consider before a run."""
         told = [
             f"The classes {' and '.join(map(repr, names))} differ only by case or spaces."
             for names in self.similar_classes
+        ]
+        told += self.understood
+        if self.one_group:
+            told.append("All rows have one group, so all or none of them are held out.")
+        told += [
+            f"The target {name!r} is {spread.least:g} in all rows: there is nothing to predict."
+            for name, spread in self.targets.items()
+            if spread.least == spread.greatest
         ]
         if len(self.classes) == 1:
             told.append("There is only one class; a classifier needs two or more.")
@@ -112,12 +146,11 @@ class Summary:
             told.append(f"{self.conflicting} rows have the same content as others with another label.")
         if self.straddling:
             told.append(
-                f"{self.straddling} rows have content or group in common with a row of another split, so a test on one "
-                "would flatter a model of the other."
+                f"{self.straddling} rows share content or group with a row of another split, so testing on one would "
+                "overestimate a model trained on the other."
             )
         if few := [name for name, rows in self.classes.items() if rows < FEW]:
-            shown = ", ".join(map(repr, few[:5])) + (f" and {len(few) - 5} more" if len(few) > 5 else "")
-            told.append(f"Classes with fewer than {FEW} rows, which a site's guard withholds: {shown}.")
+            told.append(f"Classes with fewer than {FEW} rows, which a site's guard withholds: {quoted(few, 5)}.")
         if self.broken:
             number = "1 row" if len(self.broken) == 1 else f"{len(self.broken)} rows"
             told.append(f"{number} cannot be read; a run skips such rows, or stops under --strict-data.")
@@ -125,7 +158,7 @@ class Summary:
 
 
 class Look:
-    """A summary in the making: rows are shown to it one at a time, and none is kept.
+    """A summary under construction: rows are added one at a time, and none is kept.
 
     Args:
         samples: the data set.
@@ -143,7 +176,7 @@ class Look:
         self._broken: list[Broken] = []
 
     def show(self, row: int, item: Item | UnreadableSampleError) -> None:
-        """Take in a row, or why it cannot be read."""
+        """Add a row, or the reason why it cannot be read."""
         if isinstance(item, UnreadableSampleError):
             self._broken.append(Broken(row, self.samples.name(row), str(item)))
             return
@@ -153,18 +186,19 @@ class Look:
         if isinstance(item, str):
             self._characters.append(len(item))
             self._words.append(len(item.split()))
-        else:
+        elif not isinstance(item, TableRow):
             self._sizes[item.size] += 1
             self._modes[item.info.get(MODE, item.mode)] += 1
 
     def summary(self) -> Summary:
-        """Return what was seen."""
+        """Return the summary."""
         samples = self.samples
-        per_class = (
-            samples.labels.sum(0)
-            if samples.multi_label
-            else np.bincount(samples.labels, minlength=len(samples.classes))
-        )
+        per_class = np.zeros(0, dtype=np.int64)
+        if samples.multi_label:
+            per_class = samples.labels.sum(0)
+        elif samples.targets is None:
+            per_class = np.bincount(samples.labels, minlength=len(samples.classes))
+        named = zip(samples.target_names, () if samples.targets is None else samples.targets.T, strict=True)
         sizes = self._sizes
         groups = Counter(group for group in self._groups if group is not None)
         conflicting, straddling = self._conflicts(), self._straddling()
@@ -192,11 +226,17 @@ class Look:
             straddling=straddling,
             similar_classes=similar_names(samples.classes),
             broken=self._broken,
+            columns=list(samples.columns),
+            targets={name: RealSpread.of(values) for name, values in named},
+            left_out=list(map(str, samples.left_out)),
+            one_group=len(groups) == 1 and len(self._rows) > 1 and None not in self._groups,
+            understood=list(samples.cautions),
         )
 
     def _conflicts(self) -> int:
         labels = defaultdict(set)
-        marks = [self.samples.labels[row].tobytes() for row in self._rows]
+        truth = self.samples.labels if self.samples.targets is None else self.samples.targets
+        marks = [truth[row].tobytes() for row in self._rows]
         for key, mark in zip(self._keys, marks, strict=True):
             labels[key].add(mark)
         return sum(len(labels[key]) > 1 for key in self._keys)
@@ -222,14 +262,14 @@ def _counted(names: Iterable[str] | None) -> dict[str, int]:
 
 
 def rows_to_look_at(total: int, most: int | None) -> IntArray:
-    """Return all rows, or `most` of them spread evenly."""
+    """Return all rows, or `most` of them, evenly spaced."""
     if most is None or most >= total:
         return np.arange(total)
     return np.unique(np.linspace(0, total - 1, most).astype(np.int64))
 
 
 def examples(samples: Samples, rows: IntArray, per_class: int) -> dict[int, list[int]]:
-    """Return for each class up to `per_class` of the rows, spread evenly over those that have it."""
+    """Return up to `per_class` of the rows for each class, evenly spaced among its rows."""
     chosen = {}
     for label in range(len(samples.classes)):
         having = samples.labels[rows, label] == 1 if samples.multi_label else samples.labels[rows] == label

@@ -1,73 +1,42 @@
-"""Tables: `csv:FILE`, `jsonl:FILE` and `parquet:FILE`, a row for each image or text.
+"""Tables: `csv:FILE`, `jsonl:FILE` and `parquet:FILE`, with a row for each image, text or row of numbers.
 
 A table has a column `path` (image files, relative to the table's folder), `text` or, in Parquet, `image` (encoded
 files), and a column `label`; perhaps `group`, `site` and `split`. Options name other columns and choose rows:
 `csv:all.csv?label=diagnosis&group=patient&split=train`.
+
+A table without any of the first three holds rows of numbers: `csv:heart.csv?label=disease&features=age,pulse`; without
+`features` all other columns of numbers are used. `target=COLUMN` or `target=A,B` selects real targets for regression
+instead of classes.
 """
 
 import hashlib
 import math
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from fedhead.data.conversion import to_item
 from fedhead.data.csv_file import open_csv
-from fedhead.data.folder import Files
-from fedhead.data.images import decode_image, read_image
+from fedhead.data.files import Files
+from fedhead.data.items import FloatArray, IntArray, Item, Kind, UnreadableSampleError
 from fedhead.data.jsonl_file import open_jsonl
+from fedhead.data.labels import index_labels, index_names, is_missing, mark_names, name_of, names_of
+from fedhead.data.number_rows import NumberRows, find_features
+from fedhead.data.numbers import column_of_numbers, split_names, warn_of_constants
 from fedhead.data.parquet_file import open_parquet
-from fedhead.data.samples import (
-    IntArray,
-    Samples,
-    UnreadableSampleError,
-    choose_split,
-    index_labels,
-    index_names,
-    mark_names,
-    sources,
-    split_options,
-)
+from fedhead.data.samples import Former, LeftOut, Samples, choose_split, sources
+from fedhead.data.specs import join_options, split_options, to_path
+from fedhead.data.table_columns import COLUMNS, Table, column_for, content_column, find_named
+from fedhead.data.texts import plain_text
 from fedhead.errors import UserError
+from fedhead.wording import quoted
 
-COLUMNS = {
-    "path": ("path", "file", "filename", "file_name", "image_path"),
-    "image": ("image", "img"),
-    "text": ("text", "sentence"),
-    "label": ("label", "labels", "category", "class", "target"),
-    "group": ("group",),
-    "site": ("site",),
-    "split": ("split",),
-}
-"""What a column is for, and the names under which it is looked for."""
-
-
-class Table(Protocol):
-    """A file of rows with named columns."""
-
-    @property
-    def path(self) -> Path: ...
-
-    @property
-    def columns(self) -> Sequence[str]: ...
-
-    @property
-    def fingerprint(self) -> str:
-        """Return what changes when the content does."""
-
-    def __len__(self) -> int: ...
-
-    def column(self, name: str) -> list[Any]:
-        """Return all values of a column."""
-
-    def cells(self, name: str) -> Callable[[int], Any]:
-        """Return what reads one value of a column at a time; None where there is none."""
-
-    def place(self, row: int) -> str:
-        """Return where a row is, as a person would find it."""
+OPTIONS = frozenset({*COLUMNS, "target", "features", "kind", "root", "separator"})
+"""Options of every source that reads a table."""
 
 
 @sources.register("csv")
@@ -78,27 +47,44 @@ def load_csv(argument: str) -> Samples:
 
 @sources.register("jsonl")
 def load_jsonl(argument: str) -> Samples:
-    """A file with a JSON object a line; labels may be lists."""
+    """A file with one JSON object per line; labels may be lists."""
     return _load("jsonl", argument, ())
 
 
 @sources.register("parquet")
 def load_parquet(argument: str) -> Samples:
-    """A Parquet file, perhaps with the images in it; needs the extra `parquet`."""
+    """A Parquet file, possibly with images in it; needs the extra `parquet`."""
     return _load("parquet", argument, ())
 
 
 def _load(source: str, argument: str, more_options: Collection[str]) -> Samples:
     spec = f"{source}:{argument}"
-    known = {*COLUMNS, "root", "separator", *more_options}
+    known = {*OPTIONS, *more_options}
     given, options = split_options(argument, known, spec)
     if not given:
         raise UserError(f"Expected a file, as in {source}:train.{source}, not {spec!r}.")
-    path = Path(given).expanduser().absolute()
+    path = to_path(given).absolute()
     if path.is_dir():
         raise UserError(f"{path} is a folder; expected a file, as in {source}:{given}/train.{source}.")
     if not path.exists():
         raise UserError(f"There is no file {path}.")
+    table = open_table(source, path, options)
+    if "root" in options:
+        options["root"] = str(to_path(options["root"]).absolute())
+    return samples_of_table(table, options, f"{source}:{join_options(str(path), options)}")
+
+
+def open_table(source: str, path: Path, options: Mapping[str, str]) -> Table:
+    """Open a file of rows.
+
+    Args:
+        source: "csv", "jsonl" or "parquet".
+        path: the path of the file.
+        options: `encoding`, for a CSV file.
+
+    Raises:
+        UserError: if it cannot be read, or has no rows.
+    """
     try:
         if source == "csv":
             table: Table = open_csv(path, options.get("encoding", "utf-8"))
@@ -107,75 +93,181 @@ def _load(source: str, argument: str, more_options: Collection[str]) -> Samples:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     if len(table) == 0:
-        raise UserError(f"{path} holds no rows.")
-    if "root" in options:
-        options["root"] = str(Path(options["root"]).expanduser().absolute())
-    query = "&".join(f"{name}={value}" for name, value in options.items())
-    return samples_of_table(table, options, f"{source}:{path}{f'?{query}' if query else ''}")
+        raise UserError(f"{path} has no rows.")
+    return table
 
 
 def samples_of_table(table: Table, options: dict[str, str], spec: str) -> Samples:
-    """Take the rows of a table for samples.
+    """Load the rows of a table as samples.
 
     Args:
-        table: to read.
-        options: names of columns by what they are for; `split`, the rows to take; `separator`, between the labels of a
-            row; `root`, the folder that relative paths start from.
-        spec: what it is loaded from, with its options.
+        table: the table.
+        options: columns by purpose (several, comma-separated, for `target` and `features`); `split`, the rows to use;
+            `separator`, between the labels of a row; `root`, the base folder of relative paths; `kind`, the kind of the
+            items.
+        spec: the data spec with its options.
 
     Raises:
-        UserError: for a column that is not there, rows without a label, or options that do not fit.
+        UserError: for a missing column, rows without a label, or invalid options.
     """
     rows, splits = _choose_rows(table, options, spec)
-
-    def chosen(column: str) -> list[Any]:
-        values = table.column(column)
-        return values if len(rows) == len(values) else [values[row] for row in rows]
-
-    label = _column(table, "label", options, spec)
-    classes, labels = _labels(chosen(label), options.get("separator"), table, rows, label, spec)
-    content, column = _content_column(table, options, spec)
-    group = _column(table, "group", options, spec, needed=False)
-    site = _column(table, "site", options, spec, needed=False)
+    annotations = _annotations(table, rows, options, spec)
+    group = column_for(table, "group", options, spec, needed=False)
+    site = column_for(table, "site", options, spec, needed=False)
     root = Path(options.get("root", table.path.parent))
-    digest = hashlib.sha256(repr((table.fingerprint, sorted(options.items()), str(root))).encode())
-    read: Callable[[int], Image.Image | str]
+    fingerprints = (table.fingerprint, table.former.fingerprint)
+    described = [repr((one, sorted(options.items()), str(root))) for one in fingerprints]
+    former = table.former
+    content, column = content_column(table, options, spec)
+    columns: tuple[str, ...] = ()
+    left_out: list[LeftOut] = []
+    read: Callable[[int], Item]
     if content == "path":
-        paths = tuple("" if _missing(value) else str(value) for value in chosen(column))
+        paths = tuple("" if is_missing(value) else str(value) for value in _chosen(table, column, rows))
         files = Files(root, paths)
-        stamps = [files.stamp(row) for row in range(len(paths))]
-        if not any(stamps):
+        stamps = files.stamps()
+        if not any(one.exists for one in stamps):
             raise UserError(
-                f"Not one file of {spec} is there; the first is {files.name(0)}. Relative paths start from {root}; "
-                "another folder as in ?root=/data/images."
+                f"None of the files of {spec} exists; the first is {files.name(0)}. Relative paths start from {root}; "
+                "choose another folder as in ?root=/data/images."
             )
-        digest.update("\n".join(stamps).encode())
+        described[0] += "\n".join(map(str, stamps))
+        described[1] += "\n".join(one.former for one in stamps)
+        former = _later(files.former("", stamps), table.former)
         read = PathRows(files, table, rows).read
     elif content == "image":
+        if by_row := table.named_files(column):
+            files = Files(root, [by_row[row] for row in rows.tolist() if row in by_row])
+            stamps = files.stamps()
+            described[0] += "\n".join(map(str, stamps))
+            former = _later(files.former("", stamps), table.former)
         read = ImageRows(table.cells(column), table, rows, root).read
-    else:
+    elif content == "text":
         read = TextRows(table.cells(column), table, rows).read
+    else:
+        named = (*annotations.columns, group, site, options.get("split", "").partition(":")[0])
+        others = {name for name in named if name}
+        others.update(*(find_named(table, COLUMNS[purpose]) for purpose in ("path", "image", "text", "split")))
+        numbers, left_out = _number_rows(table, rows, options, annotations.columns, others)
+        columns, read = numbers.columns.names, numbers.read
+    groups = names_of(_chosen(table, group, rows)) if group else None
+    if groups and groups != _former_names(_chosen(table, group, rows)):
+        described[0] += repr(groups)
+    fingerprint, before = (hashlib.sha256(one.encode(errors="surrogatepass")).hexdigest() for one in described)
     return Samples(
         spec=spec,
-        classes=classes,
-        labels=labels,
+        classes=annotations.classes,
+        labels=annotations.labels,
         read=read,
         name=RowNames(table, rows).name,
-        fingerprint=digest.hexdigest(),
-        groups=[None if _missing(value) else _name(value) for value in chosen(group)] if group else None,
-        sites=_sites(chosen(site), site, table, rows) if site else None,
+        fingerprint=fingerprint,
+        groups=groups,
+        sites=_sites(_chosen(table, site, rows), site, table, rows) if site else None,
         splits=splits,
-        kind="text" if content == "text" else "image",
+        kind=_KINDS[content],
+        targets=annotations.targets,
+        target_names=annotations.target_names,
+        columns=columns,
+        former=None if fingerprint == before else replace(former, fingerprint=before),
+        left_out=tuple(left_out),
     )
+
+
+def _later(files: Former, table: Former) -> Former:
+    return replace(files, changed=max(files.changed, table.changed))
+
+
+def _former_names(values: list[Any]) -> list[str | None]:
+    """Return groups by the rule of the previous version, which distinguished "3.0" and 3."""
+    missing = [value is None or value == "" or (isinstance(value, float) and math.isnan(value)) for value in values]
+    return [
+        None if none else str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+        for none, value in zip(missing, values, strict=True)
+    ]
+
+
+_KINDS: dict[str, Kind] = {"path": "image", "image": "image", "text": "text", "table": "table"}
+
+
+@dataclass(frozen=True)
+class _Annotations:
+    """The labels or targets of a table.
+
+    Attributes:
+        columns: the source columns.
+        classes: see `Samples`.
+        labels: see `Samples`.
+        targets: see `Samples`.
+        target_names: see `Samples`.
+    """
+
+    columns: tuple[str, ...]
+    classes: tuple[str, ...]
+    labels: IntArray
+    targets: FloatArray | None = None
+    target_names: tuple[str, ...] = ()
+
+
+def _annotations(table: Table, rows: IntArray, options: dict[str, str], spec: str) -> _Annotations:
+    """Read the targets named in the option, or else the labels."""
+    if "target" not in options:
+        column = column_for(table, "label", options, spec)
+        values = _chosen(table, column, rows)
+        classes, labels = _labels(values, options.get("separator"), table, rows, column, spec)
+        return _Annotations((column,), classes, labels)
+    if "label" in options:
+        raise UserError(f"{spec} names label and target; expected one of them: classes or real targets.")
+    names = _columns_of_option(table, options, "target")
+    targets = np.stack(
+        [
+            column_of_numbers([values[row] for row in rows], name, lambda row: table.place(int(rows[row])))
+            for name, values in zip(names, table.values(names), strict=True)
+        ],
+        axis=1,
+    )
+    warn_of_constants(targets, names, spec)
+    return _Annotations(tuple(names), (), np.zeros(len(rows), dtype=np.int64), targets, tuple(names))
+
+
+def _number_rows(
+    table: Table, rows: IntArray, options: dict[str, str], predicted: Sequence[str], others: Collection[str]
+) -> tuple[NumberRows, list[LeftOut]]:
+    """Return the columns named in the option, or else all numeric columns except `others`; and the unused columns."""
+    asked = _columns_of_option(table, options, "features") if "features" in options else None
+    if both := [name for name in asked or () if name in predicted]:
+        raise UserError(f"The column {both[0]!r} is to be predicted, so it cannot be a feature as well.")
+    names = asked or [column for column in table.columns if column not in others]
+    columns = zip(names, table.values(names), strict=True)
+    values: Mapping[str, Sequence[Any]] = {name: [column[row] for row in rows] for name, column in columns}
+    left: list[LeftOut] = []
+    if asked is None:
+        values, left = find_features(values, str(table.path))
+    return NumberRows.of(values, lambda row: table.place(int(rows[row]))), left
+
+
+def _columns_of_option(table: Table, options: dict[str, str], option: str) -> list[str]:
+    names = split_names(options[option], table.columns)
+    for position, name in enumerate(names):
+        if name not in table.columns:
+            raise UserError(f"{table.path} has no column {name!r}; it has {quoted(table.columns)}.")
+        if name in names[:position]:
+            raise UserError(f"The option {option} names the column {name!r} twice.")
+    return names
+
+
+def _chosen(table: Table, column: str, rows: IntArray) -> list[Any]:
+    """Return a column's values in the rows."""
+    values = table.values([column])[0]
+    return values if len(rows) == len(values) else [values[row] for row in rows]
 
 
 @dataclass(frozen=True)
 class RowNames:
-    """Where rows are.
+    """Display names of rows.
 
     Attributes:
-        table: that holds them.
-        rows: `[n]`, their numbers in it.
+        table: the table.
+        rows: `[n]`, row numbers in the table.
     """
 
     table: Table
@@ -187,7 +279,7 @@ class RowNames:
 
 @dataclass(frozen=True)
 class PathRows:
-    """Images whose files a table names."""
+    """Images in files named in a table."""
 
     files: Files
     table: Table
@@ -201,31 +293,21 @@ class PathRows:
 
 @dataclass(frozen=True)
 class ImageRows:
-    """Images whose encoded files a table holds: as bytes, or as `{bytes, path}`."""
+    """Images encoded in a table: as bytes, or as `{bytes, path}`."""
 
     cell: Callable[[int], Any]
     table: Table
     rows: IntArray
     root: Path
 
-    def read(self, row: int) -> Image.Image:
+    def read(self, row: int) -> Item:
         number = int(self.rows[row])
-        value, name = self.cell(number), self.table.place(number)
-        if isinstance(value, dict):
-            path = value.get("path")
-            value = value.get("bytes")
-            if value is None and path:
-                return read_image(self.root / path)
-        if value is None:
-            raise UnreadableSampleError(f"{name} holds no image.")
-        if not isinstance(value, bytes):
-            raise UnreadableSampleError(f"{name} holds {type(value).__name__}, not the bytes of an image file.")
-        return decode_image(value, name)
+        return to_item(self.cell(number), "image", self.table.place(number), root=self.root)
 
 
 @dataclass(frozen=True)
 class TextRows:
-    """Texts that a table holds."""
+    """Texts in a table."""
 
     cell: Callable[[int], Any]
     table: Table
@@ -233,132 +315,53 @@ class TextRows:
 
     def read(self, row: int) -> str:
         number = int(self.rows[row])
-        value = self.cell(number)
-        if value is None or (isinstance(value, str) and not value.strip()):
-            raise UnreadableSampleError(f"{self.table.place(number)} has no text.")
-        if not isinstance(value, str):
-            raise UnreadableSampleError(f"{self.table.place(number)} holds {type(value).__name__}, not a text.")
-        return value
+        return plain_text(self.cell(number), self.table.place(number))
 
 
 def _choose_rows(table: Table, options: dict[str, str], spec: str) -> tuple[IntArray, list[str] | None]:
-    """Return the rows to take, and the split of each; the option is VALUE, or COLUMN:VALUE for another column."""
+    """Return the rows to use, and the split of each; the option is VALUE, or COLUMN:VALUE for another column."""
     wanted = options.get("split")
     column, colon, value = (wanted or "").partition(":")
     if colon and column in table.columns:
         wanted = value
-    elif found := _find(table, COLUMNS["split"]):
+    elif found := find_named(table, COLUMNS["split"]):
         column = found[0]
     elif wanted is None:
         return np.arange(len(table)), None
     else:
         raise UserError(
-            f"{table.path} has no column 'split' by which to choose {wanted!r}; it has {_listed(table.columns)}. Name "
+            f"{table.path} has no column 'split' for choosing {wanted!r}; it has {quoted(table.columns)}. Name "
             f"another one as in ?split={table.columns[-1]}:{wanted}."
         )
-    splits = ["" if _missing(one) else _name(one) for one in table.column(column)]
+    splits = [name or "" for name in names_of(table.values([column])[0])]
     rows = choose_split(splits, wanted, spec)
     return rows, [splits[row] for row in rows]
-
-
-def _content_column(table: Table, options: dict[str, str], spec: str) -> tuple[str, str]:
-    """Return what the rows are read from (path, image or text), and the name of that column."""
-    kinds = ("path", "image", "text")
-    named = [kind for kind in kinds if kind in options]
-    found = [(kind, _column(table, kind, options, spec)) for kind in named] or [
-        (kind, column) for kind in kinds for column in _find(table, COLUMNS[kind])
-    ]
-    if not found:
-        raise UserError(
-            f"{table.path} has no column 'path', 'image' or 'text'; it has {_listed(table.columns)}. Name another one "
-            f"as in ?path={table.columns[0]} or ?text={table.columns[0]}."
-        )
-    if len(found) > 1:
-        columns = [column for _, column in found]
-        raise UserError(
-            f"{table.path} has the columns {_listed(columns)}, any of which may hold the rows' content: say which, as "
-            f"in ?{found[0][0]}={columns[0]}."
-        )
-    kind, column = found[0]
-    if kind == "image" and _holds_names(table, column):
-        return "path", column
-    return kind, column
-
-
-def _holds_names(table: Table, column: str) -> bool:
-    """Tell whether a column holds the names of files and not their content, by its first value."""
-    cell = table.cells(column)
-    for row in range(min(8, len(table))):
-        try:
-            value = cell(row)
-        except UnreadableSampleError:
-            continue
-        if value is not None:
-            return isinstance(value, str)
-    return False
-
-
-def _column(table: Table, purpose: str, options: dict[str, str], spec: str, *, needed: bool = True) -> str:
-    """Return the name of the column for a purpose; empty if there is none and none is needed."""
-    if purpose in options:
-        if options[purpose] not in table.columns:
-            raise UserError(f"{table.path} has no column {options[purpose]!r}; it has {_listed(table.columns)}.")
-        return options[purpose]
-    found = _find(table, COLUMNS[purpose])
-    if len(found) > 1 and found[0].casefold() != purpose:
-        raise UserError(f"{table.path} has the columns {_listed(found)}: say which, as in ?{purpose}={found[0]}.")
-    if not found and needed:
-        raise UserError(
-            f"{table.path} has no column {purpose!r}; it has {_listed(table.columns)}. Name another one as in "
-            f"?{purpose}={table.columns[-1]}."
-        )
-    return found[0] if found else ""
-
-
-def _find(table: Table, names: Sequence[str]) -> list[str]:
-    """Return the columns of these names, in the order of the names, whatever their case."""
-    by_name = {column.strip().casefold(): column for column in table.columns}
-    return [by_name[name] for name in names if name in by_name]
 
 
 def _labels(
     values: list[Any], separator: str | None, table: Table, rows: IntArray, column: str, spec: str
 ) -> tuple[tuple[str, ...], IntArray]:
-    """Return classes, and labels `[n]`, or `[n, C]` if labels are lists or parted by a separator."""
+    """Return classes, and labels `[n]`, or `[n, C]` if labels are lists or separated."""
     if separator is not None:
-        texts = ["" if _missing(value) else str(value) for value in values]
+        texts = ["" if is_missing(value) else str(value) for value in values]
         return mark_names([[name.strip() for name in text.split(separator) if name.strip()] for text in texts])
-    missing = [row for row, value in enumerate(values) if _missing(value)]
+    missing = [row for row, value in enumerate(values) if is_missing(value)]
     if missing:
         raise UserError(
             f"{len(missing)} of the {len(values)} rows of {spec} have no label in column {column!r}; the first: "
             f"{table.place(int(rows[missing[0]]))}. Give each row a label, or remove it. Where rows may have "
-            "any number of classes, say what parts them, as in ?separator=;."
+            "any number of classes, name the separator between them, as in ?separator=;."
         )
     if any(isinstance(value, list) for value in values):
         if not all(isinstance(value, list) for value in values):
             odd = next(row for row, value in enumerate(values) if not isinstance(value, list))
-            raise UserError(f"{table.place(int(rows[odd]))} has no list of labels, as other rows have.")
+            raise UserError(f"{table.place(int(rows[odd]))} has no list of labels, although other rows do.")
         return index_labels(values, None, spec)
-    return index_names([_name(value) for value in values])
+    return index_names([name_of(value) for value in values])
 
 
 def _sites(values: list[Any], column: str, table: Table, rows: IntArray) -> list[str]:
     for row, value in enumerate(values):
-        if _missing(value):
-            raise UserError(f"{table.place(int(rows[row]))} names no site in column {column!r}, as other rows do.")
-    return [_name(value) for value in values]
-
-
-def _missing(value: Any) -> bool:
-    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
-
-
-def _name(value: Any) -> str:
-    """Return a value as a name: 3.0, which a column with gaps makes of 3, is 3."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(map(repr, names[:20]))
-    return shown if len(names) <= 20 else f"{shown} and {len(names) - 20} more"
+        if is_missing(value):
+            raise UserError(f"{table.place(int(rows[row]))} has no site in column {column!r}, although other rows do.")
+    return [name_of(value) for value in values]

@@ -1,23 +1,27 @@
-"""`torchvision:DATASET`: the classification data sets that torchvision knows, from where they lie."""
+"""`torchvision:DATASET`: the classification data sets of torchvision, from local files."""
 
 import ast
 import hashlib
 import inspect
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from fedhead.data.files import stamp
+from fedhead.data.labels import index_labels
 from fedhead.data.python import Pairs, samples_of_pairs
-from fedhead.data.samples import Samples, index_labels, sources, split_options
+from fedhead.data.samples import Former, Samples, sources
+from fedhead.data.specs import split_options, to_path
 from fedhead.errors import UserError
 from fedhead.registry import suggest
 
 
 @sources.register("torchvision")
 def load_torchvision(argument: str) -> Samples:
-    """A data set of torchvision's, as in `torchvision:MNIST?root=data`, downloaded only if `download=yes` is said.
+    """A data set of torchvision, as in `torchvision:MNIST?root=data`, downloaded only with `download=yes`.
 
-    Options are the data set's own arguments. `split` chooses a part where it has parts, by `train=` or by a name
-    (`split`, `subset` or what the data set calls it); without it the data set's own default is taken.
+    Options are the data set's own arguments. `split` chooses a split if there are any, by `train=` or by a name
+    (`split`, `subset` or the data set's own argument); by default the data set's own default is used.
     """
     import torchvision.datasets
 
@@ -34,18 +38,18 @@ def load_torchvision(argument: str) -> Samples:
     parameters = inspect.signature(build).parameters
     arguments = _arguments(options, parameters, name)
     if "root" in arguments:
-        arguments["root"] = str(Path(str(arguments["root"])).expanduser().absolute())
+        arguments["root"] = str(to_path(str(arguments["root"])).absolute())
     elif "root" in parameters and parameters["root"].default is inspect.Parameter.empty:
-        raise UserError(f"torchvision's {name} needs the folder it lies in, as in torchvision:{name}?root=data.")
+        raise UserError(f"torchvision's {name} needs its folder, as in torchvision:{name}?root=data.")
     try:
         dataset = build(**arguments)
         len(dataset)
     except UserError:
         raise
-    # Every data set raises in its own way where files are missing or arguments do not fit.
+    # Data sets raise various errors for missing files or invalid arguments.
     except Exception as error:
         missing = "download" in parameters and not arguments.get("download")
-        advice = f" If it is not there yet: '{spec}{'&' if options else '?'}download=yes'." if missing else ""
+        advice = f" To download it: '{spec}{'&' if options else '?'}download=yes'." if missing else ""
         raise UserError(f"torchvision's {name} cannot be loaded: {_first_line(error)}.{advice}") from None
     kept = "&".join(f"{key}={value}" for key, value in {**options, **_root(arguments)}.items() if key != "download")
     whole = f"torchvision:{name}{f'?{kept}' if kept else ''}"
@@ -53,7 +57,7 @@ def load_torchvision(argument: str) -> Samples:
 
 
 def _arguments(options: dict[str, str], parameters: Any, name: str) -> dict[str, Any]:
-    """Return options as the data set's arguments: Python literals, or else text."""
+    """Return options as the data set's arguments: Python literals, or text."""
     arguments: dict[str, Any] = {}
     for option, text in options.items():
         if option == "split" and "split" not in parameters:
@@ -83,7 +87,7 @@ def _root(arguments: dict[str, Any]) -> dict[str, str]:
 
 
 def _samples(dataset: Any, arguments: dict[str, Any], spec: str) -> Samples:
-    """Take labels from where the data set keeps them; one that keeps none, or no files, is read through once."""
+    """Read labels from the data set's attributes; a data set without labels or files there is read through once."""
     labels = next(
         (found for key in ("targets", "labels", "_labels") if _fits(found := getattr(dataset, key, None), dataset)),
         None,
@@ -91,20 +95,31 @@ def _samples(dataset: Any, arguments: dict[str, Any], spec: str) -> Samples:
     root = Path(str(arguments.get("root", "")))
     if labels is None or "root" not in arguments or not root.is_dir():
         return samples_of_pairs(dataset, spec)
-    digest = hashlib.sha256(repr((spec, str(labels))).encode())
-    for path in sorted(root.rglob("*")):
-        stat = path.lstat()
-        digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
     rows = Pairs(dataset, spec)
     classes, indices = index_labels([int(label) for label in labels], getattr(dataset, "classes", None), spec)
-    digest.update(indices.tobytes())
+    stamps = {path: stamp(path) for path in sorted(root.rglob("*"))}
+
+    def fingerprint(stamped: Iterable[tuple[Path, str]]) -> str:
+        digest = hashlib.sha256(repr((spec, str(labels))).encode(errors="surrogatepass"))
+        for path, one in stamped:
+            digest.update(f"{path}\0{one}\n".encode(errors="surrogateescape"))
+        digest.update(indices.tobytes())
+        return digest.hexdigest()
+
+    before = fingerprint((path, one.former.replace(" ", "\0")) for path, one in stamps.items())
     return Samples(
-        spec=spec, classes=classes, labels=indices, read=rows.read, name=rows.name, fingerprint=digest.hexdigest()
+        spec=spec,
+        classes=classes,
+        labels=indices,
+        read=rows.read,
+        name=rows.name,
+        fingerprint=fingerprint((path, str(one)) for path, one in stamps.items()),
+        former=Former(before, max((one.changed for one in stamps.values()), default=0)),
     )
 
 
 def _fits(labels: Any, dataset: Any) -> bool:
-    """Tell whether labels are one class number for each row."""
+    """Return whether labels are one class number per row."""
     if labels is None or not hasattr(labels, "__len__") or len(labels) != len(dataset) or len(labels) == 0:
         return False
     try:

@@ -1,36 +1,39 @@
-"""What ran, and what did not count."""
+"""The section on the run's configuration, and on excluded sites and replies."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from fedhead.server.report.layout import Section, Table
-from fedhead.server.report.record import RunRecord
+from fedhead.server.runs.record import RunRecord
 from fedhead.wording import by_reason, counted, listed, size
 
 _MOST_NAMES = 40
 
 
 def about(record: RunRecord) -> Section:
-    """What ran."""
+    """Return the section."""
     config, journal = record.config, record.journal
-    backbone = journal.get("backbone", {})
+    backbone = journal.backbone
     facts = [
         ("Backbone", str(config.get("backbone", ""))),
-        ("Layer", f"{config.get('layer', '')}, {backbone.get('num_features', '?')} features"),
-        ("Backbone's licence", str(backbone.get("licence", "not known"))),
-        ("Backbone's size", size(int(backbone["num_bytes"])) if "num_bytes" in backbone else "not known"),
-        ("Weights digest", str(backbone.get("weights_digest", "not known"))),
-        ("Backbone digest", str(backbone.get("digest", "not known"))),
-        ("Preprocessing", ", ".join(f"{key} {value}" for key, value in backbone.get("preprocessing", {}).items())),
+        ("Layer", f"{config.get('layer', '')}, {backbone.num_features or '?'} features"),
+        ("Backbone's licence", backbone.licence or "unknown"),
+        ("Backbone's size", size(backbone.num_bytes) if backbone.num_bytes is not None else "unknown"),
+        ("Weights digest", backbone.weights_digest or "unknown"),
+        ("Backbone digest", backbone.digest or "unknown"),
+        ("Preprocessing", ", ".join(f"{key} {value}" for key, value in backbone.preprocessing.items())),
+        ("Map of features", _map(config)),
+        *((str(one["question"]), f"{one['taken']}. {one['reason']}") for one in record.evaluation.get("choices", ())),
         ("Head", f"{config.get('head', '')}, starting from {config.get('init') or 'its default'}"),
         ("Strategy", f"{config.get('strategy', {}).get('name', '')}, {counted(int(config.get('rounds', 0)), 'round')}"),
         ("Seed", str(config.get("seed", ""))),
         ("Classes", f"{len(record.classes)}: {listed(record.classes, 20)}"),
-        ("Started", str(journal.get("started", "not known"))),
-        ("Ended", str(journal.get("ended") or "not yet")),
-        ("Versions", ", ".join(f"{name} {version}" for name, version in journal.get("versions", {}).items())),
+        ("Started", journal.started or "unknown"),
+        ("Ended", journal.ended or "not yet"),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in journal.versions.items())),
     ]
     missing = [("never took part", _refused(record))]
-    missing += [(f"round {line['number']}", line.get("dropped", {})) for line in record.rounds]
+    missing += [(f"round {line.number}", line.dropped) for line in record.rounds]
     rows = [
         [when, listed(sites, _MOST_NAMES), reason]
         for when, reasons in missing
@@ -39,10 +42,10 @@ def about(record: RunRecord) -> Section:
     tables = []
     if rows:
         table = Table(["when", "sites", "why"], rows, words=(0, 1, 2))
-        tables.append(("Sites and replies that did not count", table))
-    nothing = "" if tables else " Every reply counted."
-    fedhead = f"fedhead {journal.get('versions', {}).get('fedhead', '')}".strip()
-    answer = f"{config.get('backbone', '')} with a {config.get('head', '')} head, under {fedhead}.{nothing}"
+        tables.append(("Excluded sites and replies", table))
+    nothing = "" if tables else " No reply was excluded."
+    fedhead = f"fedhead {journal.versions.get('fedhead', '')}".strip()
+    answer = f"{config.get('backbone', '')} with a {config.get('head', '')} head, in {fedhead}.{nothing}"
     return Section(
         "about",
         "What ran?",
@@ -53,9 +56,20 @@ def about(record: RunRecord) -> Section:
     )
 
 
+def _map(config: Mapping[str, Any]) -> str:
+    """Describe the map of features; empty for plain ones."""
+    basis, lift = config.get("basis", "none"), config.get("lift", "none")
+    if lift == "none":
+        return "" if basis == "none" else f"rows of unit length ({basis})"
+    return (
+        f"rows of unit length ({basis}), lifted by {lift}. Sums of more features protect single rows less: sites ask "
+        "for more rows in proportion, and secure summation is recommended"
+    )
+
+
 def _refused(record: RunRecord) -> Mapping[str, str]:
-    refused = dict(record.result.get("sites_refused", {}))
+    refused = dict(record.result.sites_refused) if record.result else {}
     for site, state in record.standing.items():
-        if state.get("standing") in ("refused", "lost") and site not in refused:
-            refused[site] = state.get("reason", "")
+        if state.standing in ("refused", "lost") and site not in refused:
+            refused[site] = state.reason
     return refused

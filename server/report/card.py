@@ -1,4 +1,4 @@
-"""The model card: what the report says of a run's model, in the Markdown that the Hugging Face hub reads.
+"""The model card: the report's account of a run's model, as Markdown for the Hugging Face hub.
 
 The format: https://huggingface.co/docs/hub/model-cards
 """
@@ -14,10 +14,10 @@ from fedhead.model import BACKBONE_FILE, MODEL_FILE
 from fedhead.server.report.about import about
 from fedhead.server.report.layout import Figure, Section, Table
 from fedhead.server.report.quality import calibration, quality
-from fedhead.server.report.record import RunRecord
 from fedhead.server.report.releases import releases
 from fedhead.server.report.worth import worth
-from fedhead.wording import counted, listed
+from fedhead.server.runs.record import RunRecord
+from fedhead.wording import counted, listed, without_controls
 
 CARD = "MODEL_CARD.md"
 
@@ -25,7 +25,14 @@ HUB_LICENCES = (
     *("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "mpl-2.0", "gpl-3.0", "lgpl-3.0", "agpl-3.0", "cc0-1.0"),
     *("cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0", "openrail"),
 )
-"""The hub's own names of licences that backbones have."""
+"""The hub's identifiers of backbones' licences."""
+
+_HUB_METRIC = {"r2": "r_squared"}
+_HUB_KINDS = {"table": "tabular"}
+"""The hub's identifiers of metrics and of kinds of data."""
+
+_ITEM = {"image": "image", "text": "text", "table": "row"}
+_ITEMS = {"image": "images", "text": "texts", "table": "rows of numbers"}
 
 _MOST_ROWS = 100
 _MOST_CLASSES = 50
@@ -35,11 +42,11 @@ _UNPRINTABLE = re.compile("[\x7f-\xa0\u2028\u2029\ufeff\ufffe\uffff\ud800-\udfff
 
 
 def write_card(run_dir: Path) -> Path | None:
-    """Write the card of a run's model beside it, and return where it is; None while there is no model.
+    """Write the card of a run's model beside it and return its path; None while there is no model.
 
     Raises:
-        UserError: if there is no run in the folder, or the file may not be written.
-        FedheadError: if the folder's files are damaged, or the disk is full.
+        UserError: if there is no run in the folder or the file cannot be written.
+        FedheadError: if the folder's files are damaged or the disk is full.
     """
     record = RunRecord.read(run_dir)
     if record.kept_round < 0 or not (run_dir / MODEL_FILE).is_file():
@@ -65,21 +72,21 @@ def render_card(record: RunRecord) -> str:
         *_backbone(record),
         *_reproduction(record),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return without_controls("\n\n".join(part for part in parts if part) + "\n")
 
 
-# What the hub reads.
+# Metadata for the hub.
 
 
 def _metadata(record: RunRecord) -> dict[str, Any]:
-    task = f"{_kind(record)}-classification"
+    task = f"{_HUB_KINDS.get(_kind(record), _kind(record))}-{record.task.family}"
     spec = str(record.config.get("backbone", ""))
     licence = _licence(record).partition(",")[0].strip().lower()
     found: dict[str, Any] = {
         "library_name": "fedhead",
         "pipeline_tag": task,
         "tags": ["federated-learning", "transfer-learning", "fedhead", "flower"],
-        "metrics": ["accuracy"],
+        "metrics": [_HUB_METRIC.get(record.task.score_name, record.task.score_name)],
     }
     if licence in HUB_LICENCES:
         found = {"license": licence, **found}
@@ -91,7 +98,7 @@ def _metadata(record: RunRecord) -> dict[str, Any]:
 
 
 def _on_the_hub(spec: str) -> str:
-    """Return the hub's name of a backbone; empty for one that it does not have, or that a folder holds."""
+    """Return the hub's name of a backbone; empty for backbones that are not on the hub or come from a folder."""
     source, _, name = spec.partition(":")
     name = name.partition("?")[0]
     if source == "timm":
@@ -100,22 +107,23 @@ def _on_the_hub(spec: str) -> str:
 
 
 def _results(record: RunRecord, task: str) -> list[dict[str, Any]]:
-    results = []
+    results, title = [], record.task.score_title
     if record.pooled:
         metrics = [
             {"type": kind, "value": value, "name": name + _with_interval(record.pooled[figure])}
             for kind, figure, name in (
-                ("accuracy", "accuracy", "All labels right" if record.multi_label else "Accuracy"),
+                (_HUB_METRIC.get(record.task.score_name, record.task.score_name), record.task.score_name, title),
                 ("balanced_accuracy", "balanced_accuracy", "Balanced accuracy"),
                 ("roc_auc", "auroc", "AUROC, mean over classes"),
             )
             if (value := (record.pooled.get(figure) or [None])[0]) is not None
         ]
-        results.append(_result(task, f"held-out rows of {counted(len(record.sites), 'site')}", "held-out", metrics))
-    tested = record.result.get("accuracy_test")
+        results.append(_result(task, f"held-out rows of {counted(record.num_evaluated, 'site')}", "held-out", metrics))
+    tested = record.tested
     if tested is not None:
-        metrics = [{"type": "accuracy", "value": tested, "name": "Accuracy"}]
-        results.append(_result(task, "a pooled test set that no site holds", "test-set", metrics))
+        kind = _HUB_METRIC.get(record.task.score_name, record.task.score_name)
+        metrics = [{"type": kind, "value": tested, "name": title}]
+        results.append(_result(task, "a pooled test set, separate from all sites", "test-set", metrics))
     return results
 
 
@@ -129,7 +137,7 @@ def _with_interval(figure: Sequence[float | None]) -> str:
 
 
 def _front_matter(values: Mapping[str, Any]) -> str:
-    """Return YAML of plain values; every text is quoted, since a site's or a class's name may be anything."""
+    """Return YAML of plain values; every text is quoted, since names of sites and classes may contain anything."""
     return "\n".join(["---", *_yaml(values, ""), "---"])
 
 
@@ -149,76 +157,88 @@ def _yaml(value: Any, indent: str) -> list[str]:
 
 
 def _scalar(value: Any) -> str:
-    """Return a text or number in JSON's quotes, which YAML reads, too, but for a few characters."""
+    """Return a text or number as JSON, which YAML also reads, except for a few characters."""
     return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False))
 
 
-# What people read.
+# Text for readers.
 
 
 def _title(record: RunRecord) -> str:
-    return f"{record.name}: {counted(len(record.classes), 'class', 'classes')} on {record.config.get('backbone', '')}"
+    columns = counted(len(record.classes), *(("target",) if record.real else ("class", "classes")))
+    return f"{record.name}: {columns} on {record.config.get('backbone', '')}"
 
 
 def _what(record: RunRecord) -> list[str]:
     config = record.config
-    answers = "any number of" if record.multi_label else "one of"
     said = [
-        f"A classifier of {_kind(record)}s, each of {answers} {counted(len(record.classes), 'class', 'classes')}: a "
-        f"{config.get('head', '')} head on the frozen backbone {config.get('backbone', '')} (layer "
-        f"{config.get('layer', '')}). The head was made by federated transfer learning with fedhead, from sums and "
-        f"heads of {counted(record.num_sites, 'site')}; no {_kind(record)} left its site.",
-        f"Classes: {listed(record.classes, _MOST_CLASSES)}.",
+        f"{_does(record)}: a {config.get('head', '')} head on the frozen backbone {config.get('backbone', '')} (layer "
+        f"{config.get('layer', '')}). The head was trained by federated transfer learning with fedhead, from sums and "
+        f"heads of {counted(record.num_sites, 'site')}; no {_ITEM[_kind(record)]} left its site.",
+        f"{'Targets' if record.real else 'Classes'}: {listed(record.classes, _MOST_CLASSES)}.",
     ]
-    if change := record.result.get("membership"):
+    if change := record.result and record.result.membership:
         verb = "left" if change.get("action") == "leave" else "joined"
         said.append(
-            f"Since the run, {change.get('site')} {verb} and the head was solved again. The figures below are those of "
-            "the run, before that."
+            f"Since the run, {change.get('site')} {verb} and the head was recomputed. The figures below are from "
+            "the run, before that change."
         )
     return ["## What it is", *map(_plain, said)]
 
 
+def _does(record: RunRecord) -> str:
+    if record.real:
+        return f"A regression of {counted(len(record.classes), 'target')} on {_ITEMS[_kind(record)]}"
+    answers = "one of" if record.one_class else "any number of"
+    return (
+        f"A classifier of {_ITEMS[_kind(record)]}, each of {answers} {counted(len(record.classes), 'class', 'classes')}"
+    )
+
+
 def _use_and_limits(record: RunRecord) -> list[str]:
     kind = _kind(record)
-    article = "an" if kind == "image" else "a"
-    said = [
-        f"For {kind}s like those that the sites hold. The figures below say how it does there; of a place that took no "
-        "part they say nothing."
-    ]
-    if not record.multi_label:
-        said.append(f"It knows no other class: {article} {kind} of something else is given one of these all the same.")
+    article, item = "an" if kind == "image" else "a", _ITEM[kind]
+    said = [f"For {_ITEMS[kind]} similar to those at the sites. The figures below describe these sites only."]
+    if record.one_class:
+        said.append(f"It knows no other class: it also assigns one of these to {article} {item} of any other kind.")
+    if record.real:
+        said += [
+            "Sites with few rows have wide intervals; check them before relying on a figure.",
+            "A linear head extrapolates: its values are unreliable outside the range of the sites' rows.",
+        ]
+        return ["## Intended use and limits", _items(said)]
     said += [
-        "Classes and sites with few rows have wide intervals; look at them before you rely on a figure.",
-        "A probability is meant for data with the sites' shares of the classes.",
+        "Classes and sites with few rows have wide intervals; check them before relying on a figure.",
+        "Probabilities assume the class frequencies of the sites' data.",
     ]
     return ["## Intended use and limits", _items(said)]
 
 
 def _how_to_use(record: RunRecord) -> list[str]:
-    files = (
-        "'scans/**/*.png'" if _kind(record) == "image" else "letters/",
-        "new.png" if _kind(record) == "image" else "letter.txt",
+    kind = _kind(record)
+    every, one = {"image": ("'scans/**/*.png'", "new.png"), "text": ("letters/", "letter.txt")}.get(
+        kind, ("new.csv", "")
     )
+    item = f'Path("{one}")' if one else "{name: 0.0 for name in model.backbone.preprocessing.columns}"
     return [
         "## How to use it",
-        "In the folder of this card, with fedhead installed:",
-        _code("sh", f"fedhead predict . {files[1]} {files[0]} --all\nfedhead export . --format onnx"),
+        "In this folder, with fedhead installed:",
+        _code("sh", f"fedhead predict . {f'{one} {every}'.strip()} --all\nfedhead export . --format onnx"),
         _code(
             "python",
             f'from pathlib import Path\n\nfrom fedhead import TransferModel\n\nmodel = TransferModel.load(".")\n'
-            f'print(model.predict([Path("{files[1]}")]))',
+            f"print(model.predict([{item}]))",
         ),
-        f"`{MODEL_FILE}` holds the head, the classes, the temperature, and the backbone's digests. The backbone's "
-        f"weights come from `{BACKBONE_FILE}` beside it, where that is there, or else from the machine. Loading runs "
-        "no pickle and no code of these files.",
+        f"`{MODEL_FILE}` contains the head, the classes, the temperature, and the backbone's digests. The backbone's "
+        f"weights are read from `{BACKBONE_FILE}` beside it if present, or else from this machine. Loading executes "
+        "no pickle and no code from these files.",
     ]
 
 
 def _data(record: RunRecord) -> list[str]:
     rows = sum(one["rows"] for one in record.evaluation.get("coverage", ()))
     known = f" They trained on {counted(rows, 'row')}." if rows else ""
-    said = f"The private rows of {counted(record.num_sites, 'site')}, which stay there.{known}"
+    said = f"The private rows of {counted(record.num_sites, 'site')}, which never left the sites.{known}"
     classes = [
         [one["name"], str(one["rows"]), str(one["sites"])] for one in record.evaluation.get("coverage", ()) if rows
     ]
@@ -230,32 +250,35 @@ def _evaluation(record: RunRecord) -> list[str]:
     section = quality(record)
     parts = ["## Evaluation", _plain(section.answer)]
     parts.append(_items([said for said in section.sentences if said not in calibration(record)]))
-    parts += [_table(_of(section, column)) for column in ("class", "site") if _of(section, column).rows]
+    columns = ("class", "target", "site")
+    parts += [_table(_of(section, column)) for column in columns if _of(section, column).rows]
     return [*parts, "### Against each site's own head", _plain(worth(record).answer)]
 
 
 def _of(section: Section, column: str) -> Table:
-    """Return the numbers by class, or by site, of a section's figures."""
+    """Return the table by class, or by site, from a section's figures."""
     found: list[Figure] = [figure for figure in section.figures if figure.table.columns[0] == column]
     return found[0].table if found else Table([column], [])
 
 
 def _calibration(record: RunRecord) -> list[str]:
-    said = calibration(record) or ["Unknown: no rows were held out to choose a temperature on."]
+    said = calibration(record) or ["Unknown: no rows were held out for calibration."]
     return ["## Calibration", *map(_plain, said)]
 
 
 def _unlearned(record: RunRecord) -> list[str]:
+    if record.real:
+        return []
     names = record.evaluation.get("unlearned", ())
     said = "None: every class had rows at some site."
     if names:
         said = f"No site had rows of: {listed(names, _MOST_CLASSES)}. They are never predicted."
-    return ["## Classes that were not learned", _plain(said)]
+    return ["## Unlearned classes", _plain(said)]
 
 
 def _protection(record: RunRecord) -> list[str]:
     section = releases(record)
-    return ["## What left the sites, and what protected it", _plain(section.answer), _items(section.sentences)]
+    return ["## Data that left the sites, and its protection", _plain(section.answer), _items(section.sentences)]
 
 
 def _backbone(record: RunRecord) -> list[str]:
@@ -265,26 +288,26 @@ def _backbone(record: RunRecord) -> list[str]:
 
 
 def _reproduction(record: RunRecord) -> list[str]:
-    command = "fedhead simulate run.toml" if record.journal.get("simulated") else "fedhead server run.toml --kit KIT"
-    versions = ", ".join(f"{name} {version}" for name, version in record.journal.get("versions", {}).items())
+    command = "fedhead simulate run.toml" if record.journal.simulated else "fedhead server run.toml --kit KIT"
+    versions = ", ".join(f"{name} {version}" for name, version in record.journal.versions.items())
     return [
         "## Reproduction",
-        f"With {_plain(versions)}, and the same rows at the same sites:" if versions else "",
+        f"With {_plain(versions)} and the same rows at the same sites:" if versions else "",
         _code("sh", command),
         _code("toml", record.toml.strip()),
     ]
 
 
 def _kind(record: RunRecord) -> str:
-    return str(record.journal.get("backbone", {}).get("kind", "image"))
+    return record.journal.backbone.kind
 
 
 def _licence(record: RunRecord) -> str:
-    return str(record.journal.get("backbone", {}).get("licence", ""))
+    return record.journal.backbone.licence
 
 
 def _plain(text: str) -> str:
-    """Return a text in one line, with nothing in it that Markdown or HTML would take for its own."""
+    """Return a text as one line, with Markdown and HTML escaped."""
     return _MARKS.sub(r"\\\1", " ".join(text.split()))
 
 

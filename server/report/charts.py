@@ -1,4 +1,4 @@
-"""The report's charts: plain numbers in, inline SVG out."""
+"""The report's charts: inline SVG from plain numbers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,12 +25,12 @@ from fedhead.wording import percent, size
 
 ROW = 20.0
 COLOURS = 8
-"""So many lines have a colour of their own (`c0` to `c7` in the style sheet)."""
+"""Number of lines with a colour of their own (`c0` to `c7` in the style sheet)."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A named share with its 95 % interval, or without one where `low` is None."""
+    """A named share with its 95 % interval, or without one if `low` is None."""
 
     name: str
     value: float
@@ -39,8 +39,18 @@ class Interval:
     rows: int | None = None
 
 
-def forest(intervals: Sequence[Interval], title: str, reference: float | None = None) -> Markup:
-    """Return shares one below another, each a dot with its interval; `reference` is drawn across all."""
+def forest(
+    intervals: Sequence[Interval],
+    title: str,
+    reference: float | None = None,
+    wording: Callable[[float], str] | None = None,
+) -> Markup:
+    """Draw shares in rows, each as a dot with its interval; `reference` is a line across all rows.
+
+    With a custom `wording`, values may be any numbers up to 1.
+    """
+    if wording is not None:
+        return _forest_of_numbers(intervals, title, reference, wording)
     names = _name_width([one.name for one in intervals])
     least = min([one.value if one.low is None else one.low for one in intervals], default=0.0)
     scale = Scale(_share_floor(least), 1.0, names + 8, WIDTH - 58)
@@ -58,8 +68,56 @@ def forest(intervals: Sequence[Interval], title: str, reference: float | None = 
     return drawing(bottom + 40, title, *parts)
 
 
+def _forest_of_numbers(
+    intervals: Sequence[Interval], title: str, reference: float | None, wording: Callable[[float], str]
+) -> Markup:
+    names = _name_width([one.name for one in intervals])
+    ends = [end for one in intervals for end in (one.value, one.low) if end is not None]
+    # A site with few rows may have an R2 of -20, which must not compress all others.
+    least = max(min([0.0, *ends]), -1.0)
+    scale = Scale(least, 1.0, names + 8, WIDTH - 58)
+    bottom = 8 + ROW * len(intervals)
+    parts = [bottom_axis(scale, 4, bottom, wording, title)]
+    if reference is not None:
+        parts.append(line(scale(max(reference, least)), 4, scale(max(reference, least)), bottom, "reference"))
+    for row, one in enumerate(intervals):
+        y = 8 + ROW * (row + 0.5)
+        parts.append(_name(one.name, names, y))
+        if one.low is not None and one.high is not None:
+            parts.append(line(scale(max(one.low, least)), y, scale(max(one.high, least)), y, "whisker"))
+        tip = f"{one.name}: {wording(one.value)}" + (f" of {one.rows} rows" if one.rows is not None else "")
+        parts += [
+            dot(scale(max(one.value, least)), y, "mark", tip),
+            text(WIDTH, y + 4, wording(one.value), "value", "end"),
+        ]
+    return drawing(bottom + 40, title, *parts)
+
+
+def calibration(points: Sequence[tuple[float, float, int]]) -> Markup:
+    """Draw mean observed values against mean predicted ones, with their numbers of rows and the diagonal."""
+    left, bottom = 58.0, 318.0
+    values = [value for predicted, observed, _ in points for value in (predicted, observed)]
+    room = 0.05 * (max(values) - min(values)) or 1.0
+    least, most = min(values) - room, max(values) + room
+    across, up = Scale(least, most, left, WIDTH - 12), Scale(least, most, bottom, 26)
+    heaviest = max(count for _, _, count in points)
+    parts = [
+        bottom_axis(across, 26, bottom, _short, "predicted", 5),
+        left_axis(up, left, WIDTH - 12, _short, "observed", 5),
+        line(across(least), up(least), across(most), up(most), "reference"),
+    ]
+    for predicted, observed, count in points:
+        tip = f"{count} rows: predicted {_short(predicted)}, observed {_short(observed)} on average"
+        parts.append(dot(across(predicted), up(observed), "mark", tip, 2 + 4 * (count / heaviest) ** 0.5))
+    return drawing(bottom + 40, "Observed against predicted values", *parts)
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}"
+
+
 def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> Markup:
-    """Return a square of counts, rows by true class and columns by predicted class, shaded by share of the row."""
+    """Draw counts as a matrix, rows by true class and columns by predicted class, shaded by share of the row."""
     left = _name_width(names, most=92) + 6
     cell = min((WIDTH - left) / len(names), 46.0)
     top = max(_name_width(names, most=70) * 0.75, 8) + 30
@@ -81,7 +139,7 @@ def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> Markup:
             x, y = left + cell * column, top + cell * row
             tip = f"{count} of {total} rows of {names[row]} predicted as {names[column]}"
             kind = "right" if row == column else "wrong"
-            # One row in a thousand must still be seen.
+            # Even one row in a thousand must be visible.
             shade = 0.0 if not count else 0.08 + 0.92 * share
             parts.append(rectangle(x, y, cell - 1, cell - 1, "cell", tip))
             if count:
@@ -93,12 +151,12 @@ def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> Markup:
 
 
 def curves(lines: Sequence[tuple[str, Sequence[tuple[float, float]]]], mean: Sequence[tuple[float, float]]) -> Markup:
-    """Return ROC curves: of up to `COLOURS` classes each in a colour, of more as pale lines; their mean over them."""
+    """Draw ROC curves, of up to `COLOURS` classes in colours, of more as pale lines, and their mean."""
     left, bottom = 46.0, 318.0
     across, up = Scale(0, 1, left, WIDTH - 12), Scale(0, 1, bottom, 26)
     parts = [
-        bottom_axis(across, 26, bottom, _whole_percent, "other rows wrongly taken for the class"),
-        left_axis(up, left, WIDTH - 12, _whole_percent, "rows of the class found"),
+        bottom_axis(across, 26, bottom, _whole_percent, "false positive rate"),
+        left_axis(up, left, WIDTH - 12, _whole_percent, "true positive rate (sensitivity)"),
         line(across(0), up(0), across(1), up(1), "reference"),
     ]
     few = len(lines) <= COLOURS
@@ -119,13 +177,13 @@ def reliability(
     confidence: Sequence[float | None],
     frequency: Sequence[tuple[float | None, float | None, float | None]],
 ) -> Markup:
-    """Return what came true against the probability given, and below it how many predictions each probability has."""
+    """Draw observed frequencies against predicted probabilities, above a histogram of the predictions."""
     left, bottom, floor = 46.0, 300.0, 366.0
     across, up = Scale(0, 1, left, WIDTH - 12), Scale(0, 1, bottom, 26)
     bars = Scale(0, max(max(rows, default=0), 1), floor, bottom + 12)
     parts = [
-        left_axis(up, left, WIDTH - 12, _whole_percent, "came true"),
-        bottom_axis(across, 26, floor, _whole_percent, "probability given"),
+        left_axis(up, left, WIDTH - 12, _whole_percent, "observed frequency"),
+        bottom_axis(across, 26, floor, _whole_percent, "predicted probability"),
         line(across(0), up(0), across(1), up(1), "reference"),
         text(left - 6, floor - 4, "rows", "tick", "end"),
     ]
@@ -134,46 +192,49 @@ def reliability(
         if not count or given is None or share is None:
             continue
         x = across(number * step)
-        said = f"{count} predictions given {percent(given)} on average; {percent(share)} came true"
+        said = f"{count} predictions with mean probability {percent(given)}; {percent(share)} were correct"
         parts.append(rectangle(x + 1, bars(count), across(step) - left - 2, floor - bars(count), "bar", said))
         if low is not None and high is not None:
             parts.append(line(across(given), up(low), across(given), up(high), "whisker"))
         parts.append(dot(across(given), up(share), "mark", said))
-    return drawing(floor + 40, "Share that came true, against the probability given", *parts)
+    return drawing(floor + 40, "Observed frequency against predicted probability", *parts)
 
 
-def progress(points: Sequence[tuple[float, float, str]], kept: int, baseline: float | None = None) -> Markup:
-    """Return accuracy over all bytes exchanged so far.
+def progress(
+    points: Sequence[tuple[float, float, str]], kept: int, baseline: float | None = None, *, shares: bool = True
+) -> Markup:
+    """Draw the score over the bytes exchanged.
 
     Args:
-        points: bytes, accuracy, and what made the head, in order.
-        kept: which point is the head that is kept; -1 for none yet.
-        baseline: an accuracy to compare with, drawn across.
+        points: bytes, score, and description of each head, in order.
+        kept: the index of the kept head; -1 for none yet.
+        baseline: a score for comparison, drawn as a horizontal line.
+        shares: whether scores are shares of rows; otherwise they may be negative.
     """
     left, bottom = 46.0, 262.0
     values = [value for _, value, _ in points] + ([baseline] if baseline is not None else [])
-    floor = min(max(min(values) - 0.02, 0.0), 0.98)
+    floor = min(max(min(values) - 0.02, 0.0 if shares else -1.0), 0.98)
     across = Scale(0, max(spent for spent, _, _ in points) * 1.04 or 1.0, left, WIDTH - 20)
     up = Scale(floor, min(max(values) + 0.01, 1.0), bottom, 26)
     parts = [
         bottom_axis(across, 26, bottom, lambda count: size(round(count)), "sent and received by all sites so far", 4),
-        left_axis(up, left, WIDTH - 12, _fine_percent(up), "accuracy"),
+        left_axis(up, left, WIDTH - 12, _fine_percent(up) if shares else _short, "accuracy" if shares else "score"),
     ]
     if baseline is not None:
         parts.append(line(left, up(baseline), WIDTH - 12, up(baseline), "reference"))
         parts.append(text(WIDTH - 14, up(baseline) - 5, "without transfer", "tick", "end"))
-    path = [(across(spent), up(value)) for spent, value, _ in points]
+    path = [(across(spent), up(max(value, floor))) for spent, value, _ in points]
     parts.append(polyline(path, "curve c0"))
     small = len(points) > 40
     parts += [dot(x, y, "mark", tip, 2.0 if small else 3.5) for (x, y), (_, _, tip) in zip(path, points, strict=True)]
     if 0 <= kept < len(path):
         parts.append(dot(*path[kept], "ring", f"kept: {points[kept][2]}", 8.0))
-    return drawing(bottom + 40, "Accuracy over the bytes exchanged", *parts)
+    return drawing(bottom + 40, f"{'Accuracy' if shares else 'Score'} over the bytes exchanged", *parts)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How a site's own head, the shared head, and the head of the others do on its held-out rows."""
+    """Accuracy of a site's own head, the shared head and the other sites' head on the site's held-out rows."""
 
     name: str
     own: float
@@ -182,11 +243,11 @@ class Choice:
     rows: int
 
 
-CHOICES = (("a head of its own", "c1"), ("the shared head", "c0"), ("a head made without the site", "c2"))
+CHOICES = (("the site's own head", "c1"), ("the shared head", "c0"), ("the head without the site", "c2"))
 
 
 def choices(sites: Sequence[Choice]) -> Markup:
-    """Return a line for each site, from its own head to the shared one."""
+    """Draw a line for each site, from its own head to the shared one."""
     names = _name_width([one.name for one in sites])
     least = min(min(one.own, one.pooled, one.others) for one in sites)
     scale = Scale(_share_floor(least), 1.0, names + 10, WIDTH - 10)
@@ -204,12 +265,12 @@ def choices(sites: Sequence[Choice]) -> Markup:
 
 
 def own_against_shared(sites: Sequence[Choice]) -> Markup:
-    """Return a dot for each of many sites: above the line the shared head is better, below it its own."""
+    """Draw a dot for each of many sites: above the line the shared head is better, below it the site's own."""
     left, bottom = 46.0, 318.0
     least = _share_floor(min(min(one.own, one.pooled) for one in sites))
     across, up = Scale(least, 1, left, WIDTH - 12), Scale(least, 1, bottom, 26)
     parts = [
-        bottom_axis(across, 26, bottom, _whole_percent, "accuracy of a head of its own"),
+        bottom_axis(across, 26, bottom, _whole_percent, "accuracy of the site's own head"),
         left_axis(up, left, WIDTH - 12, _whole_percent, "accuracy of the shared head"),
         line(across(least), up(least), across(1), up(1), "reference"),
     ]
@@ -218,7 +279,7 @@ def own_against_shared(sites: Sequence[Choice]) -> Markup:
 
 
 def distribution(values: Sequence[float], title: str, bins: int = 20) -> Markup:
-    """Return how many of many shares lie where."""
+    """Draw a histogram of shares."""
     left, bottom = 46.0, 200.0
     least = _share_floor(min(values))
     width = (1 - least) / bins
@@ -243,7 +304,7 @@ def bars(
     wording: Callable[[float], str],
     mark: float = 0.0,
 ) -> Markup:
-    """Return a bar for each name, of one part for each of `kinds`, to one scale from 0, in which `mark` is drawn."""
+    """Draw a stacked bar for each name, a part for each of `kinds`, on one scale from 0 with a line at `mark`."""
     names = _name_width([name for name, _ in parts_of])
     most = max([mark, *(sum(values) for _, values in parts_of)]) or 1.0
     scale = Scale(0, most, names + 8, WIDTH - 68)
@@ -268,7 +329,7 @@ def bars(
 
 
 def _legend(entries: Sequence[tuple[str, str]], top: float) -> tuple[Markup, float]:
-    """Return names beside their colours in as many lines as needed, and where they end."""
+    """Return names beside their colours, in as many lines as needed, and the bottom coordinate."""
     parts, x, y = [], 4.0, top
     for name, colour in entries:
         shown = shortened(name, WIDTH - 40)
@@ -297,7 +358,7 @@ def _diamond(x: float, y: float, tip: str) -> Markup:
 
 
 def _share_floor(least: float) -> float:
-    """Return where an axis of shares starts: a round value below the least, so that differences are seen."""
+    """Return a round start value below the least share, so that differences are visible."""
     return max(0.0, min(int((least - 0.02) * 10) / 10, 0.9)) if least > 0.1 else 0.0
 
 

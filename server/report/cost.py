@@ -1,27 +1,27 @@
-"""What a run cost: bytes, seconds, and what sending the whole model would have taken."""
+"""The section on the run's cost: bytes, time, and a comparison with sending the whole model."""
 
 from collections.abc import Mapping, Sequence
 
 from fedhead.server.report import charts
 from fedhead.server.report.layout import Figure, Section, Table
 from fedhead.server.report.quality import MOST_LINES
-from fedhead.server.report.record import RunRecord
+from fedhead.server.runs.record import RunRecord
 from fedhead.wording import duration, size
 
 
 def cost(record: RunRecord) -> Section:
-    """What it cost: bytes by site, seconds by phase, and what sending the whole model would have taken."""
+    """Return the section."""
     total = record.bytes_down + record.bytes_up
-    whole = record.result.get("bytes_full_model") or 0
+    whole = record.result.bytes_full_model if record.result else 0
     answer = (
-        f"{size(record.bytes_down)} went to the sites and {size(record.bytes_up)} came back, in "
+        f"{size(record.bytes_down)} were sent to the sites and {size(record.bytes_up)} received from them in "
         f"{duration(seconds(record))}."
     )
     sentences = []
     figures = []
     if whole > total > 0:
         sentences.append(
-            "Sending the whole model, backbone and head, there and back in every round would have taken "
+            "Sending the whole model, backbone and head, in both directions in every round would have taken "
             f"{size(whole)}: {whole / total:,.0f} times as much."
         )
         compared = [("this run", (float(total),)), ("whole model", (float(whole),))]
@@ -33,16 +33,16 @@ def cost(record: RunRecord) -> Section:
             )
         )
     sentences.append(
-        "Bytes are payload; Flower and TLS add their envelopes. The backbone goes once to a site that lacks it."
+        "Bytes are payload, without the overhead of Flower and TLS. Each site that lacks the backbone receives it once."
     )
     return Section("cost", "What did it cost?", answer, sentences, [*figures, *_by_phase(record), *_traffic(record)])
 
 
 def seconds(record: RunRecord) -> float:
-    """Return how long the run took, or has taken so far."""
-    if "seconds" in record.result:
-        return float(record.result["seconds"])
-    return float(sum(record.journal.get("seconds", {}).values()) or sum(line["seconds"] for line in record.rounds))
+    """Return the duration of the run, or its elapsed time."""
+    if record.result and record.result.seconds is not None:
+        return record.result.seconds
+    return sum(record.journal.seconds.values()) or sum(line.seconds for line in record.rounds)
 
 
 PHASES = {
@@ -58,9 +58,9 @@ PHASES = {
 
 
 def _by_phase(record: RunRecord) -> list[Figure]:
-    seconds = dict(record.journal.get("seconds", {}))
-    if record.result.get("seconds_extraction"):
-        seconds["features"] = record.result["seconds_extraction"]
+    seconds = dict(record.journal.seconds)
+    if record.result and record.result.seconds_extraction:
+        seconds["features"] = record.result.seconds_extraction
     phases = [
         (PHASES.get(name, name), float(seconds[name]))
         for name in [*PHASES, *(seconds.keys() - PHASES)]
@@ -73,7 +73,7 @@ def _by_phase(record: RunRecord) -> list[Figure]:
             "Seconds by phase",
             charts.bars([(name, (value,)) for name, value in phases], ("",), duration),
             Table(["phase", "seconds"], [[name, f"{value:.3f}"] for name, value in phases]),
-            "As the coordinator sees them, waiting for sites included.",
+            "As measured by the coordinator, including waiting for sites.",
         )
     ]
 
@@ -93,6 +93,6 @@ def _traffic(record: RunRecord) -> list[Figure]:
     title = (
         "Bytes by site"
         if len(traffic) <= MOST_LINES
-        else f"Bytes of the {MOST_LINES} sites with most of {len(traffic):,}"
+        else f"Bytes of the {MOST_LINES} sites with the most traffic of {len(traffic):,}"
     )
     return [Figure(title, charts.bars(lines, ("down", "up"), lambda count: size(round(count))), table)]

@@ -1,27 +1,29 @@
-"""Which sites fit: how each stands to the pool, what the pool is without it, and who holds which class."""
+"""The section on the sites: diagnosis of each, leave-one-out accuracy, and coverage of classes."""
 
 from collections import Counter
 from collections.abc import Sequence
 
-from fedhead.diagnosis import MIN_DISTANCE
+from fedhead.evaluation.shift import MIN_DISTANCE
 from fedhead.server.report import charts
 from fedhead.server.report.layout import DASH, Figure, Section, Table
 from fedhead.server.report.quality import MOST_LINES
-from fedhead.server.report.record import RunRecord, Values
+from fedhead.server.runs.record import RunRecord, Values
 from fedhead.wording import counted, percent
 
 
 def fit(record: RunRecord) -> Section:
-    """Which sites fit: how each stands to the pool, and what the pool is without it."""
-    question = "Which sites fit?"
+    """Return the section."""
+    question = "Which sites should join?"
     diagnoses = record.diagnoses
     if not diagnoses:
         reason = (
-            "Sites are not diagnosed where rows have several classes each."
-            if record.multi_label
-            else "Sites were not diagnosed: that needs a head solved from sums, each site's own kept, and --diagnose."
+            f"The diagnosis compares sites class by class; the task {record.task.name!r} does not support it."
+            if not record.task.compares_classes
+            else "Secure summation hides each site's sums, so no site is compared with the pool here."
+            if record.secure
+            else "Sites were not diagnosed: this needs a head solved from sums, each site's own sums, and --diagnose."
             if record.result
-            else "Sites are diagnosed when the run ends."
+            else "Sites are diagnosed at the end of the run."
         )
         standing = [("Sites", _standing(record))] if record.standing else []
         return Section("fit", question, reason, _coverage_sentences(record), _coverage(record), tables=standing)
@@ -31,9 +33,9 @@ def fit(record: RunRecord) -> Section:
     odd += [one for one in diagnoses if one["finding"] not in ("alike", "unknown") and one not in odd]
     sentences = [one["sentence"] for one in odd[:12]]
     if len(odd) > 12:
-        sentences.append(f"{len(odd) - 12} more sites are told something else than to join: see the table.")
+        sentences.append(f"{len(odd) - 12} more sites have advice other than to join: see the table.")
     table = Table(
-        ["site", "rows", "classes", "advice", "its rows", "distance", "shared head", "without the site", "why"],
+        ["site", "rows", "classes", "advice", "its rows", "distance", "shared head", "without the site", "reason"],
         [
             [
                 one["site"],
@@ -47,7 +49,7 @@ def fit(record: RunRecord) -> Section:
             ]
             for one in diagnoses
         ],
-        note="Without the site: how a head made of all other sites does on its held-out rows (leave one site out).",
+        note="Without the site: accuracy of a head from all other sites on its held-out rows (leave-one-site-out).",
         words=(0, 3, 4, 8),
     )
     measured = sorted(
@@ -59,11 +61,11 @@ def fit(record: RunRecord) -> Section:
         farthest = f", the {MOST_LINES} farthest" if len(measured) > MOST_LINES else ""
         figures.append(
             Figure(
-                f"Distance of a site's rows from the others' of the same classes{farthest}",
+                f"Distance between a site's rows and the others' of the same classes{farthest}",
                 charts.bars(measured[:MOST_LINES], ("",), lambda distance: f"{distance:.2f}", MIN_DISTANCE),
                 table,
-                f"In units of the distance between two classes; the dashed line, {MIN_DISTANCE}, is much. It does not "
-                "count which classes a site holds.",
+                f"In units of the distance between two classes; above the dashed line, {MIN_DISTANCE}, it matters. "
+                "The distance does not depend on which classes a site holds.",
             )
         )
     answer = f"Of {counted(len(diagnoses), 'site')}: {summary}."
@@ -76,19 +78,16 @@ def fit(record: RunRecord) -> Section:
 def _standing(record: RunRecord) -> Table:
     return Table(
         ["site", "state", "rows", "why"],
-        [
-            [name, state["standing"], str(state["rows"]), state["reason"]]
-            for name, state in sorted(record.standing.items())
-        ],
+        [[name, state.standing, str(state.rows), state.reason] for name, state in sorted(record.standing.items())],
         words=(0, 1, 3),
     )
 
 
 _ADVICE = {
-    "join": "gain by joining",
-    "join with a local head": "should join, with a head of their own beside the shared one",
-    "stay local": "do better by themselves",
-    "not enough rows to tell": "have not enough rows to tell",
+    "join": "benefit from joining",
+    "join with a local head": "should join with a head of their own beside the shared one",
+    "stay local": "do better on their own",
+    "not enough rows to tell": "have too few rows for advice",
 }
 
 
@@ -104,7 +103,7 @@ def _coverage_sentences(record: RunRecord) -> list[str]:
         one["sentence"] for one in record.evaluation.get("coverage", ()) if one["rests_on_one_site"] or not one["rows"]
     ]
     if len(said) > 8:
-        return [*said[:8], f"{len(said) - 8} more classes rest on one site, or have no rows: see the table."]
+        return [*said[:8], f"{len(said) - 8} more classes depend on one site or have no rows: see the table."]
     return said
 
 

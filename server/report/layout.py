@@ -1,4 +1,4 @@
-"""What a report is made of: sections of sentences, figures and tables, which the page lays out."""
+"""Parts of a report: sections of sentences, figures and tables, laid out by the page."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,18 +8,18 @@ from markupsafe import Markup
 DASH = "\N{EN DASH}"
 
 MOST_ROWS = 250
-"""A table shows so many rows; the run folder's files hold all."""
+"""Largest number of rows that a table shows; the run folder's files hold all rows."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as they are shown, the first column a name.
+    """Cells of text, with names in the first column.
 
     Attributes:
-        columns: their headings.
-        rows: cells, as many as columns.
-        note: a sentence below.
-        words: the columns that hold words, which are set to the left; numbers are to the right.
+        columns: the headings.
+        rows: the cells, one per column.
+        note: a sentence below the table.
+        words: the text columns, left-aligned; numbers are right-aligned.
     """
 
     columns: Sequence[str]
@@ -29,12 +29,12 @@ class Table:
 
     @property
     def shown(self) -> Sequence[Sequence[str]]:
-        """The rows that are shown."""
+        """The visible rows."""
         return self.rows[:MOST_ROWS]
 
     @property
     def remark(self) -> str:
-        """The note, and how many rows are not shown."""
+        """The note, and the number of hidden rows."""
         hidden = len(self.rows) - len(self.shown)
         left_out = f"{hidden:,} more rows are in the run folder." if hidden > 0 else ""
         return f"{self.note} {left_out}".strip()
@@ -42,14 +42,14 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart, and the numbers behind it.
+    """A chart and its numbers.
 
     Attributes:
-        title: what it shows.
+        title: the title.
         chart: SVG.
         table: the numbers.
-        caption: a sentence on how to read it.
-        wide: whether it takes the page's whole width.
+        caption: a sentence on how to read the chart.
+        wide: whether it spans the page's whole width.
     """
 
     title: str
@@ -64,14 +64,14 @@ class Section:
     """One question and its answer.
 
     Attributes:
-        key: its anchor.
+        key: the anchor.
         question: the heading.
-        answer: the answer in a sentence, set large.
-        sentences: what else is to be said.
+        answer: the answer in a sentence, in large type.
+        sentences: further remarks.
         figures: charts.
-        tables: tables that stand by themselves, by title.
+        tables: standalone tables, by title.
         facts: names and values.
-        code: texts to be shown as they are, by title.
+        code: verbatim texts, by title.
     """
 
     key: str

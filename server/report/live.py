@@ -1,4 +1,4 @@
-"""The report while the run goes on: served on this machine, and kept up to date in the browser."""
+"""The report during a run: served on this machine, and kept up to date in the browser."""
 
 import logging
 import socket
@@ -14,31 +14,32 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from fedhead.addresses import is_loopback, split_address
+from fedhead.addresses import is_loopback, listening_socket, split_address
 from fedhead.config import RunConfig
 from fedhead.errors import FedheadError, UserError
-from fedhead.server.history import Outcome, Round
-from fedhead.server.observer import Observer, SiteState, Step
+from fedhead.server.observer import Observer, Phase, SiteState, Step
 from fedhead.server.report.page import render, resource
-from fedhead.server.report.record import RunRecord
+from fedhead.server.runs.history import Outcome, Round
+from fedhead.server.runs.record import RunRecord
 
 FAREWELL_SECONDS = 4.0
-"""How long the end of a run waits at most for pages that are open to show it."""
+"""Longest wait at the end of a run for open pages to show it."""
 
 _HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY"}
 
 
 class LivePage(Observer):
-    """Serves a run's report while it is entered, in a thread of its own.
+    """Serves a run's report while entered, in a separate thread.
 
-    A page is made only when a browser asks for it, from what the run folder says, so that a run nobody looks at loses
-    nothing. When the run ends, pages that are open show its end; then the server stops.
+    A page is rendered from the run folder only when a browser requests it, so that a run without viewers loses no
+    time. When the run ends, open pages show its end; then the server stops.
 
     Args:
         address: `HOST:PORT`; a loopback address unless `anywhere`.
-        anywhere: whether other machines may read the page: it says everything that the run folder says but the sums.
+        anywhere: whether other machines may read the page, which shows everything in the run folder except the sums.
 
     Raises:
+        UserError: if the address is invalid, not loopback, or in use.
         UserError: if the address is none, is not loopback, or is taken.
     """
 
@@ -46,7 +47,7 @@ class LivePage(Observer):
         host, port = split_address(address)
         if not anywhere and not is_loopback(host):
             raise UserError(
-                f"{host} is reached from other machines, and whoever reaches it reads the page. Serve it on "
+                f"{host} can be reached from other machines, and anyone there could read the page. Serve it on "
                 f"127.0.0.1:{port} (from elsewhere: ssh -L {port}:127.0.0.1:{port} HOST), or add --dashboard-anywhere."
             )
         self._socket = _listen(host, port)
@@ -68,7 +69,7 @@ class LivePage(Observer):
 
     @property
     def url(self) -> str:
-        """Where a browser finds it on this machine."""
+        """The page's URL on this machine."""
         return f"http://127.0.0.1:{self.port}/"
 
     def __enter__(self) -> Self:
@@ -94,6 +95,9 @@ class LivePage(Observer):
     def on_step(self, step: Step, server_round: int) -> None:
         self._version += 1
 
+    def on_phase(self, phase: Phase) -> None:
+        self._version += 1
+
     def on_sites(self, sites: Mapping[str, SiteState]) -> None:
         self._version += 1
 
@@ -107,12 +111,12 @@ class LivePage(Observer):
         self._version += 1
 
     def _refused(self, request: Request) -> Response | None:
-        """Refuse a name that a foreign page made the browser resolve to this machine."""
+        """Reject host names that a foreign page resolved to this machine."""
         self._asked = time.monotonic()
         if self._hosts is None or request.headers.get("host", "") in self._hosts:
             return None
         return PlainTextResponse(
-            "This page is served to this machine by its own name only.\n", status_code=421, headers=_HEADERS
+            "This page is served to this machine under its own name only.\n", status_code=421, headers=_HEADERS
         )
 
     def _page(self, request: Request) -> Response:
@@ -136,23 +140,14 @@ class LivePage(Observer):
         return self._refused(request) or JSONResponse(state, headers=_HEADERS)
 
 
-_NOT_STARTED = RunRecord("not started", {}, "", {}, (), {}, {})
+_NOT_STARTED = RunRecord(name="not started", config={}, toml="")
 
 
 def _listen(host: str, port: int) -> socket.socket:
     try:
-        family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family, kind, protocol)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listening.bind(where)
-            listening.listen(64)
-        except OSError:
-            listening.close()
-            raise
+        return listening_socket(host, port, 64)
     except OSError as error:
         raise UserError(
-            f"The page cannot be served on {host}:{port}: {error.strerror or error}. Choose another port, or end "
-            "what listens there."
+            f"The page cannot be served on {host}:{port}: {error.strerror or error}. Choose another port, or stop "
+            "the process that uses it."
         ) from None
-    return listening

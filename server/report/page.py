@@ -1,35 +1,37 @@
-"""The report as one HTML page: what a run folder says, laid out."""
+"""The report as one HTML page, rendered from a run folder."""
 
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from fedhead.files import write_atomically
 from fedhead.server.report.about import about
+from fedhead.server.report.contributions import contributions
 from fedhead.server.report.cost import PHASES, cost, seconds
 from fedhead.server.report.fit import fit
 from fedhead.server.report.layout import Section
+from fedhead.server.report.personal import personal
 from fedhead.server.report.quality import interval, quality
-from fedhead.server.report.record import REPORT, RunRecord
+from fedhead.server.report.regression import number_interval
 from fedhead.server.report.releases import releases
 from fedhead.server.report.worth import worth
-from fedhead.wording import counted, duration, percent, size
+from fedhead.server.runs.record import REPORT, RunRecord
+from fedhead.wording import counted, duration, size, without_controls
 
 
 def write_report(run_dir: Path, out: Path | None = None) -> Path:
-    """Write the report of a run folder, finished or not, and return where it is.
+    """Write the report of a run folder, finished or not, and return its path.
 
     Args:
         run_dir: the folder.
         out: the file; by default `report.html` in the folder.
 
     Raises:
-        UserError: if there is no run in the folder, or the file may not be written.
-        FedheadError: if the folder's files are damaged, or the disk is full.
+        UserError: if there is no run in the folder or the file cannot be written.
+        FedheadError: if the folder's files are damaged or the disk is full.
     """
     page = render(RunRecord.read(run_dir))
     path = out or run_dir / REPORT
@@ -38,35 +40,39 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
 
 
 def render(record: RunRecord, *, live: bool = False) -> str:
-    """Return the page.
+    """Render the page.
 
     Args:
-        record: what is known of the run.
-        live: whether the page is served and keeps itself up to date.
+        record: the record of the run.
+        live: whether the page is served and updates itself.
     """
-    return _template().render(
+    page = _template().render(
         title=f"fedhead: {record.name}",
         name=record.name,
         heading=_heading(record),
         status=record.status,
         status_words=record.status,
         subtitle=_subtitle(record),
-        failure=record.journal.get("error", ""),
+        failure=record.journal.error,
         progress=_progress(record),
         tiles=_tiles(record),
         sections=sections(record),
         style=Markup(resource("style.css")),
         live=live,
     )
+    return without_controls(page)
 
 
 def sections(record: RunRecord) -> list[Section]:
-    """Return the report's answers in order."""
+    """Return the report's sections in order."""
+    own = personal(record)
     return [
         quality(record),
         worth(record),
+        *contributions(record),
         cost(record),
         fit(record),
+        *([own] if own else []),
         releases(record),
         about(record),
     ]
@@ -78,24 +84,25 @@ def _template() -> Template:
 
 
 def resource(name: str) -> str:
-    """Return a file of the page."""
+    """Return a static file of the page."""
     return (files(__package__) / name).read_text(encoding="utf-8")
 
 
 def _heading(record: RunRecord) -> str:
-    classes = counted(len(record.classes), "class", "classes")
-    return f"{classes}, {counted(record.num_sites, 'site')}, one backbone: {record.config.get('backbone', '')}"
+    columns = counted(len(record.classes), *(("target",) if record.real else ("class", "classes")))
+    return f"{columns}, {counted(record.num_sites, 'site')}, one backbone: {record.config.get('backbone', '')}"
 
 
 def _subtitle(record: RunRecord) -> str:
     strategy = record.config.get("strategy", {}).get("name", "")
     rounds = counted(int(record.config.get("rounds", 0)), "round")
     parts = [f"{strategy}, {rounds}", record.name]
-    if started := record.journal.get("started"):
-        parts.append(str(started))
-    step = str(record.journal.get("step", ""))
+    if started := record.journal.started:
+        parts.append(started)
+    step = record.journal.step
     if record.status == "running" and step:
-        parts.insert(0, PHASES.get(step, step))
+        phase = record.journal.phase
+        parts.insert(0, PHASES.get(step, step) + (f" (secure sum: {phase})" if phase else ""))
     return " · ".join(parts)
 
 
@@ -106,21 +113,23 @@ def _progress(record: RunRecord) -> tuple[int, int] | None:
 
 def _tiles(record: RunRecord) -> list[tuple[str, str, str]]:
     tiles: list[tuple[str, str, str]] = []
-    tested: Any = record.result.get("accuracy_test")
-    if tested is not None:
-        tiles.append(("Accuracy, test set", percent(tested), "delivered model"))
+    title = record.task.score_title
+    if record.tested is not None:
+        tiles.append((f"{title}, test set", record.words(record.tested), "delivered model"))
     if record.pooled:
-        accuracy = record.pooled["accuracy"]
-        name = "All labels right" if record.multi_label else "Accuracy, held out"
-        tiles.append((name, percent(accuracy[0]), "95 %: " + interval(accuracy).partition("(")[2].rstrip(")")))
-    elif record.accuracy is not None and tested is None:
-        tiles.append(("Accuracy so far", percent(record.accuracy), "of the latest head"))
+        score = record.pooled[record.task.score_name]
+        limits = (number_interval if record.real else interval)(score).partition("(")[2].rstrip(")")
+        name = title if title == "All labels correct" else f"{title}, held out"
+        tiles.append((name, record.words(score[0]), f"95 %: {limits}" if limits else ""))
+    elif record.score is not None and record.tested is None:
+        tiles.append((f"{title} so far", record.words(record.score), "latest head"))
     refused = record.count("refused")
     tiles.append(("Sites", f"{record.num_sites:,}", f"{refused} refused" if refused else ""))
     tiles.append(_rounds_tile(record))
     tiles.append(("To sites", size(record.bytes_down), "payload"))
     tiles.append(("From sites", size(record.bytes_up), "payload"))
-    tiles.append(("Time", duration(seconds(record)), "features included" if record.result.get("seconds") else ""))
+    included = record.result is not None and bool(record.result.seconds)
+    tiles.append(("Time", duration(seconds(record)), "features included" if included else ""))
     return tiles
 
 

@@ -1,39 +1,39 @@
-"""How good the model is: pooled, by site and by class, each with its interval."""
+"""The section on the model's quality: pooled, by site and by class, each with its interval."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedhead.server.report import charts
 from fedhead.server.report.layout import DASH, Figure, Section, Table
-from fedhead.server.report.record import RunRecord, Values
+from fedhead.server.report.regression import interval_sentences, regression_quality
+from fedhead.server.runs.record import RunRecord, Values
 from fedhead.wording import counted, listed, percent
 
 MOST_LINES = 36
-"""A chart with a line for each site or class has so many; of more it shows the worst."""
+"""Largest number of lines in a chart with a line per site or class; beyond it the chart shows the worst."""
 
 MOST_CELLS = 24
-"""A square of classes has so many; of more it shows those that are most often confused."""
+"""Largest number of classes in a confusion matrix; beyond it the matrix shows the most confused classes."""
 
 QUESTION = "How good is the model?"
 _KEY = "quality"
 _MOST_CURVES = 60
 _MOST_CORNERS = 60
-_MOST_PAIRS = 20
 
 
 def quality(record: RunRecord) -> Section:
     """Return the section."""
-    tested = record.result.get("accuracy_test")
-    on_test = f"On the pooled test set, which no site holds, it has {percent(tested)} right." if tested else ""
+    if record.real:
+        return regression_quality(record, _KEY, QUESTION, _unknown)
+    tested = record.tested
+    on_test = f"On the pooled test set it is {percent(tested)}." if tested else ""
     if not record.pooled:
         return Section(_KEY, QUESTION, on_test or _unknown(record))
     pooled = record.pooled
-    what = "all labels of" if record.multi_label else ""
+    score = "Accuracy" if record.one_class else "The share of rows with all labels correct"
     answer = (
-        f"It has {what} {interval(pooled['accuracy'])} of {counted(pooled['rows'], 'held-out row')} right".replace(
-            "  ", " "
-        )
-        + f", at {counted(len(record.sites), 'site')}."
+        f"{score} is {interval(pooled['accuracy'])} on {counted(pooled['rows'], 'held-out row')} from "
+        f"{counted(record.num_evaluated, 'site')}."
     )
     return Section(
         key=_KEY,
@@ -60,9 +60,14 @@ def interval(figure: Sequence[float | None] | None) -> str:
     return f"{100 * (value or 0):.1f} % ({100 * low:.1f}{DASH}{100 * high:.1f})"
 
 
+def _scored(record: RunRecord, score: float) -> str:
+    return f"an R2 of {record.words(score)}" if record.real else record.words(score)
+
+
 def _unknown(record: RunRecord) -> str:
     if record.status == "running":
-        latest = "" if record.accuracy is None else f" So far the latest head has {percent(record.accuracy)} right."
+        right = "" if record.real else " correct"
+        latest = "" if record.score is None else f" So far the latest head has {_scored(record, record.score)}{right}."
         return f"The run has not finished; sites evaluate in detail at its end.{latest}"
     if record.status != "finished":
         return "The run did not finish, so no head was evaluated in detail."
@@ -73,38 +78,41 @@ def _unknown(record: RunRecord) -> str:
 
 def _sentences(record: RunRecord) -> list[str]:
     pooled = record.pooled
-    said = ["Figures in brackets are 95 % intervals; they take the rows for independent of each other."]
-    means = [f"The area under the ROC curve is {interval(pooled['auroc'])} on average over the classes"]
-    if not record.multi_label:
+    said = ["Ranges in brackets are 95 % intervals; they assume independent rows."]
+    means = [f"The mean area under the ROC curve over the classes is {interval(pooled['auroc'])}"]
+    if record.one_class:
         means.append(f"the balanced accuracy {interval(pooled['balanced_accuracy'])}")
     said.append(", ".join(means) + ".")
     if record.sites:
         name, worst = min(record.sites.items(), key=lambda pair: (pair[1]["accuracy"][0], -pair[1]["rows"]))
         said.append(
             f"Worst site: {name}, {interval(worst['accuracy'])} of {counted(worst['rows'], 'row')}."
-            + (" With so few rows that says little." if worst["rows"] < 30 else "")
+            + (" With so few rows this is uncertain." if worst["rows"] < 30 else "")
         )
     present = [one for one in pooled["classes"] if one["sensitivity"][0] is not None]
     if present:
         least = min(present, key=lambda one: (one["sensitivity"][0], -one["rows"]))
         said.append(
-            f"Worst class: {least['name']}, of which {interval(least['sensitivity'])} of {least['rows']} are found."
+            f"Worst class: {least['name']}, with sensitivity {interval(least['sensitivity'])} on {least['rows']} rows."
         )
     unlearned = [one["name"] for one in record.evaluation.get("coverage", ()) if not one["rows"]]
     if unlearned:
-        said.append(f"Not learned, as no site has rows of it: {listed(unlearned, 10)}.")
+        said.append(f"Unlearned classes, without rows at any site: {listed(unlearned, 10)}.")
     return [*said, *calibration(record)]
 
 
 def calibration(record: RunRecord) -> list[str]:
-    """Return what is known of whether probabilities come true."""
+    """Return sentences on the calibration of probabilities, or on the coverage of intervals."""
+    if record.real:
+        return interval_sentences(record)
     found = record.evaluation.get("calibration")
     if found and found["rows_judged_on"]:
         before, after = found["before"]["reliability"]["error"], found["after"]["reliability"]["error"]
         return [
-            f"The model divides its scores by a temperature of {found['temperature']:.2g}, chosen on "
-            f"{counted(found['rows_chosen_on'], 'held-out row')}. On the {found['rows_judged_on']:,} others that takes "
-            f"the expected calibration error (of probabilities in 20 bins) from {percent(before)} to {percent(after)}."
+            f"The model divides its logits by a temperature of {found['temperature']:.2g}, chosen on "
+            f"{counted(found['rows_chosen_on'], 'held-out row')}. On the other {found['rows_judged_on']:,} this "
+            f"changes the expected calibration error (of probabilities in 20 bins) from {percent(before)} to "
+            f"{percent(after)}."
         ]
     error = _curves(record).get("reliability", {}).get("error")
     return [] if error is None else [f"Expected calibration error: {percent(error)} (probabilities in 20 bins)."]
@@ -130,16 +138,21 @@ def _by_site(record: RunRecord) -> list[Figure]:
     title = "Accuracy by site"
     worst = [_line(name, one, "accuracy") for name, one in sites[:MOST_LINES]]
     pooled = record.pooled["accuracy"][0]
-    caption = "Dots with 95 % intervals; the dashed line is all sites' rows pooled."
+    caption = "Dots with 95 % intervals; the dashed line is the accuracy on all sites' rows pooled."
     if len(sites) <= MOST_LINES:
-        return [Figure(title, charts.forest(worst, "of the site's held-out rows right", pooled), table, caption)]
+        return [Figure(title, charts.forest(worst, "of the site's held-out rows correct", pooled), table, caption)]
     values = [one["accuracy"][0] for _, one in sites]
-    spread = charts.distribution(values, "of a site's held-out rows right")
+    spread = charts.distribution(values, "of a site's held-out rows correct")
     return [
-        Figure(f"Accuracy of {len(sites):,} sites", spread, table, "Each site counts once, whatever its rows."),
+        Figure(
+            f"Accuracy of {len(sites):,} sites",
+            spread,
+            table,
+            "Each site counts once, regardless of its number of rows.",
+        ),
         Figure(
             f"The {MOST_LINES} sites with the lowest accuracy",
-            charts.forest(worst, "of the site's held-out rows right", pooled),
+            charts.forest(worst, "of the site's held-out rows correct", pooled),
             Table(table.columns, table.rows[:MOST_LINES]),
             caption,
         ),
@@ -168,8 +181,8 @@ def _by_class(record: RunRecord) -> list[Figure]:
         title = f"The {MOST_LINES} classes of {len(classes):,} with the lowest sensitivity"
         shown = sorted(present, key=lambda one: one["sensitivity"][0])[:MOST_LINES]
     lines = [_line(one["name"], one, "sensitivity") for one in shown]
-    caption = "Of the rows of a class, the share found (also called recall), with its 95 % interval."
-    return [Figure(title, charts.forest(lines, "of the class's rows found"), table, caption)]
+    caption = "Sensitivity (recall): the share of a class's rows that are predicted as it, with its 95 % interval."
+    return [Figure(title, charts.forest(lines, "of the class's rows predicted correctly"), table, caption)]
 
 
 def _curves(record: RunRecord) -> Values:
@@ -182,7 +195,7 @@ def _confusion(record: RunRecord) -> list[Figure]:
     names = record.classes
     if not counts or len(counts) != len(names):
         return []
-    if record.multi_label:
+    if not record.one_class:
         return [_labels(counts, names)]
     pairs = _confused(counts, names)
     if len(names) <= MOST_CELLS:
@@ -193,11 +206,11 @@ def _confusion(record: RunRecord) -> list[Figure]:
     order = sorted(range(len(names)), key=lambda number: (-wrong[number] - taken[number], number))
     chosen = sorted(order[:MOST_CELLS])
     part = [[counts[row][column] for column in chosen] for row in chosen]
-    title = f"Confusion of the {MOST_CELLS} classes of {len(names):,} that are most often mistaken"
+    title = f"Confusion of the {MOST_CELLS} most confused classes of {len(names):,}"
     return [Figure(title, charts.confusion(part, [names[number] for number in chosen]), pairs, _SHADES)]
 
 
-_SHADES = "Rows by true class, shaded by their share of it: right on the diagonal, wrong elsewhere."
+_SHADES = "Rows by true class, shaded by share of the class: correct on the diagonal, wrong elsewhere."
 
 
 def _confused(counts: Sequence[Sequence[int]], names: Sequence[str]) -> Table:
@@ -209,7 +222,7 @@ def _confused(counts: Sequence[Sequence[int]], names: Sequence[str]) -> Table:
     ]
     found.sort(key=lambda one: (-one[0], one[2], one[3]))
     return Table(
-        ["true class", "predicted as", "rows", "of the class's"],
+        ["true class", "predicted as", "rows", "share of the class"],
         [[true, taken, str(count), str(total)] for count, total, true, taken in found],
         words=(0, 1),
     )
@@ -218,12 +231,12 @@ def _confused(counts: Sequence[Sequence[int]], names: Sequence[str]) -> Table:
 def _labels(counts: Sequence[Any], names: Sequence[str]) -> Figure:
     cells = [(name, (int(one[1][1]), int(one[1][0]), int(one[0][1]))) for name, one in zip(names, counts, strict=True)]
     worst = sorted(cells, key=lambda one: (-one[1][1] - one[1][2], one[0]))[:MOST_LINES]
-    kinds = ("found", "missed", "wrongly given")
+    kinds = ("found", "missed", "wrongly predicted")
     return Figure(
-        "Labels found, missed and wrongly given",
+        "Labels found, missed and wrongly predicted",
         charts.bars([(name, values) for name, values in worst], kinds, lambda count: f"{count:g}"),
         Table(["label", *kinds], [[name, *map(str, values)] for name, values in cells]),
-        "Each label is told by itself.",
+        "Each label is counted separately.",
     )
 
 
@@ -240,7 +253,7 @@ def _roc(record: RunRecord) -> list[Figure]:
     table = Table(["class", "AUROC"], [[name, interval(areas.get(name))] for name in curves])
     many = len(chosen) > charts.COLOURS
     note = f"The {_MOST_CURVES} lowest curves of {len(curves):,} are drawn." if len(curves) > len(chosen) else ""
-    caption = f"Each class against the rest, over all thresholds; towards the upper left is better. {note}".strip()
+    caption = f"Each class against the rest, over all thresholds; the upper left corner is ideal. {note}".strip()
     return [Figure("ROC curves", charts.curves(lines, _mean(list(curves.values())) if many else ()), table, caption)]
 
 
@@ -250,17 +263,17 @@ def _with_area(name: str, areas: Mapping[str, Any]) -> str:
 
 
 def _thinned(points: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
-    """Return at most `_MOST_CORNERS` of a curve's corners, its ends among them."""
+    """Return at most `_MOST_CORNERS` of a curve's corners, including its ends."""
     step = max(-(-len(points) // _MOST_CORNERS), 1)
     kept = [*points[:-1:step], points[-1]]
     return [(x, y) for x, y in kept]
 
 
 def _mean(curves: Sequence[Sequence[Sequence[float]]]) -> list[tuple[float, float]]:
-    """Return the mean height of curves at 51 places."""
+    """Return the mean height of curves at 51 positions."""
     import numpy as np
 
-    # Where a curve rises upright, the upper end counts: a hair to the right of each place.
+    # On a vertical segment the upper end counts: evaluate slightly to the right of each position.
     places = np.linspace(0, 1, 51)
     heights = np.mean([np.interp(places + 1e-9, *np.transpose(points)) for points in curves], axis=0)
     return [(0.0, 0.0), *zip(places.tolist(), heights.tolist(), strict=True)]
@@ -283,7 +296,7 @@ def _reliability(record: RunRecord) -> list[Figure]:
 def _reliability_figure(record: RunRecord, title: str, found: Values) -> Figure:
     rows, given, came = found["rows"], found["confidence"], found["frequency"]
     table = Table(
-        ["probability", "predictions", "given on average", "came true"],
+        ["probability", "predictions", "mean probability", "observed frequency"],
         [
             [
                 f"{100 * number / len(rows):.0f}{DASH}{100 * (number + 1) / len(rows):.0f} %",
@@ -296,6 +309,6 @@ def _reliability_figure(record: RunRecord, title: str, found: Values) -> Figure:
         ],
         note=f"Expected calibration error: {percent(found['error'])}.",
     )
-    subject = "Each label of each row" if record.multi_label else "The predicted class of each row"
-    caption = f"{subject}: on the diagonal, probabilities come true as often as they say."
+    subject = "The predicted class of each row" if record.one_class else "Each label of each row"
+    caption = f"{subject}: on the diagonal, probabilities match observed frequencies."
     return Figure(title, charts.reliability(rows, given, came), table, caption)

@@ -1,90 +1,120 @@
-"""What left the sites, and what protected it."""
+"""The section on the data that left the sites, and its protection."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from fedhead.protocol.actions import ACTIONS
+from fedhead.secure.session import MIN_SITES, most_colluding, smallest_threshold
 from fedhead.server.report.layout import Section, Table
-from fedhead.server.report.record import RunRecord
+from fedhead.server.report.privacy import attack_figure, attack_sentences, confusion, outcome, promise
+from fedhead.server.runs.record import RunRecord
+from fedhead.server.starting_head import UNSOLVED
 from fedhead.wording import counted, size
 
-RELEASES = {
-    "describe": "its name, how many rows it has, and whether it holds the backbone",
-    "install": "that it received the backbone",
-    "statistics": "sums over its rows: how many of each class, the sum of their features, and products of features",
-    "standardise": "that it noted the mean and scale of the features",
-    "train": "a head trained on its rows, the loss while training, and how the head it received did",
-    "evaluate": "how a head did: how many held-out rows, how many right, and the sum of the losses",
-    "report": "counts on its held-out rows: true class by predicted class, and scores in bins",
-    "compare": "on how many of its held-out rows which of three heads are right",
-    "calibrate": "for a set of temperatures the sum of the losses, and counts of how often probabilities came true",
-}
-"""What a site's answer to each action tells, in plain words."""
+MOST_CLASSES = 30
+"""Of more classes the noisy confusion is in `evaluation.json` only."""
+
+MOST_LISTS = 5
+"""Different lists of release steps that the report shows."""
+
+_PLAIN = (
+    "This prevents accidental disclosure. It does not hide rows from the coordinator: with fewer rows than features, "
+    "one site's sums or first head reveal whether a given row is among them.",
+    "Neither secure summation nor noise was on: the coordinator saw each site's exact sums and heads, and could "
+    "infer information about rows from them.",
+)
+
+
+def secure_sentences(record: RunRecord) -> list[str]:
+    """Return sentences on secure summation: what it protected, and what it does not."""
+    sites = record.num_sites
+    colluding = most_colluding(sites, smallest_threshold(sites)) if sites >= MIN_SITES else 0
+    protected = (
+        "Secure summation was simulated: sums were added in its fixed-point arithmetic, and no masks were needed "
+        "because nothing left the process. At real sites the same run shows the coordinator only totals over all sites."
+        if _simulated(record)
+        else "Secure summation was on: each site masked its sums and heads, and the coordinator learned only totals "
+        "over all sites that answered. This holds even if the coordinator colludes with up to "
+        f"{counted(colluding, 'site')}, provided that the sites' signed roster is genuine."
+    )
+    return [
+        protected,
+        "Not protected: what the totals and the final head reveal about rows (no noise was added), which sites took "
+        "part, and the correctness of the totals. One site can falsify them within the bounds that the total is "
+        "checked against, and cannot be identified.",
+    ]
 
 
 def releases(record: RunRecord) -> Section:
-    """What left the sites, and what protected it."""
+    """Return the section."""
     actions: Mapping[str, Sequence[int]] = record.evaluation.get("traffic", {}).get("actions", {})
     tables = []
     if actions:
         rows = [
-            [RELEASES.get(name.rpartition(".")[2], name), str(replies), size(up)]
+            [ACTIONS[name].tells if name in ACTIONS else name, str(replies), size(up)]
             for name, (replies, _, up) in actions.items()
             if replies
         ]
-        tables.append(("What sites sent", Table(["what a site's message tells", "messages", "bytes"], rows)))
-    withheld = record.result.get("rows_withheld")
+        tables.append(("What sites sent", Table(["content of a site's message", "messages", "bytes"], rows)))
+    privacy, attack = record.evaluation.get("privacy"), record.evaluation.get("attack")
+    if privacy and "evaluation" in privacy and len(record.classes) <= MOST_CLASSES:
+        tables.append(("Noisy counts of held-out rows", confusion(privacy, list(record.classes))))
+    withheld = record.result.rows_withheld if record.result else None
     sentences = [
-        "Every site's guard withholds classes and sites with few rows before anything is computed. "
-        + _limits(record)
-        + (f" {counted(withheld, 'row')} withheld in this run." if withheld else ""),
-        "That prevents accidents. It does not hide rows from the coordinator: with fewer rows than features, one "
-        "site's sums or first head tell whether a given row is among them.",
-        _protection(record),
+        _steps(record) + (f" In this run they withheld {counted(withheld, 'row')}." if withheld else ""),
+        *(secure_sentences(record) if record.secure else ()),
+        *((*promise(privacy), *outcome(privacy)) if privacy else ()),
+        *(() if record.secure or privacy else _PLAIN),
+        *(attack_sentences(attack) if attack else ()),
         _kept(record),
         _ledger(record),
     ]
     return Section(
         "releases",
         "What left the sites?",
-        "No image, no text and no features of a single row: sums, heads and counts.",
+        "Sums, heads and counts. No image, no text and no features of a single row.",
         [sentence for sentence in sentences if sentence],
+        figures=[attack_figure(attack)] if attack else [],
         tables=tables,
     )
 
 
-def _limits(record: RunRecord) -> str:
-    if not _simulated(record):
-        return "Its limits are the site's own (5 rows of a class and 20 in all, unless its engineer chose others)."
-    table = record.config.get("simulation", {})
-    if not (table.get("min_class_count") or table.get("min_rows")):
-        return "In this simulation it was off."
-    return (
-        f"In this simulation: classes with fewer than {table.get('min_class_count')} training rows at a site, and "
-        f"sites with fewer than {table.get('min_rows')} rows."
-    )
-
-
-def _protection(record: RunRecord) -> str:
-    privacy = record.config.get("privacy")
-    if privacy:
-        on = ", ".join(f"{key} = {value}" for key, value in privacy.items())
-        return f"Protection against the coordinator, as configured: {on}."
-    return (
-        "Neither secure summation nor noise was on: the coordinator saw each site's sums and heads as they are, and "
-        "could learn from them what they tell."
-    )
+def _steps(record: RunRecord) -> str:
+    """Return sentences on the steps that every reply passed."""
+    steps = record.journal.release_steps
+    if steps is not None:
+        return f"Release steps: {' '.join(steps) or 'none in this simulation.'}"
+    described = Counter(site.steps for site in record.journal.sites.values() if site.steps)
+    if not described:
+        return (
+            "Release steps: each site's own guard, which withholds classes and sites with few rows before anything is "
+            "computed (by default below 5 rows per class and 20 in all)."
+        )
+    lists = [f"{counted(sites, 'site')}: {' '.join(each)}" for each, sites in described.most_common(MOST_LISTS)]
+    rest = described.total() - sum(sites for _, sites in described.most_common(MOST_LISTS))
+    more = f" {counted(rest, 'more site')} described other steps." if rest else ""
+    return f"Release steps, as the sites described them. {' '.join(lists)}{more}"
 
 
 def _kept(record: RunRecord) -> str:
-    if record.config.get("keep_sums") == "none":
-        return "The run folder keeps only what all sites' sums add up to."
-    return "The run folder keeps each site's own sums, readable by its owner alone, so that sites can join and leave."
+    if record.evaluation.get("privacy"):
+        return "The run folder keeps the noisy evaluation and the model, and no sums."
+    if record.config.get("init") in UNSOLVED:
+        return "The run requested no feature statistics, and its folder keeps none."
+    kept = record.config.get("keep_sums")
+    if kept == "total":
+        return "Only the total of all sites' sums was computed; the run folder keeps no sums."
+    if kept == "none":
+        return "The run folder keeps the total of all sites' sums and each site's digest, but no single site's sums."
+    return "The run folder keeps each site's own sums, readable only by its owner, so that sites can join and leave."
 
 
 def _ledger(record: RunRecord) -> str:
     if _simulated(record):
-        return "Simulated sites keep no ledger, as nothing leaves the process."
-    return "Each site entered every release in its own ledger before it left; fedhead ledger shows it there."
+        return "Simulated sites keep no ledger, since nothing leaves the process."
+    return "Each site recorded every release in its own ledger before sending it; `fedhead ledger` shows it there."
 
 
 def _simulated(record: RunRecord) -> bool:
-    return bool(record.journal.get("simulated", "rows_extracted" in record.result))
+    earlier = record.result is not None and record.result.rows_extracted is not None
+    return earlier if record.journal.simulated is None else record.journal.simulated

@@ -1,4 +1,4 @@
-"""Elements, scales and axes of inline SVG: text is escaped, colours come from the page's style sheet."""
+"""Elements, scales and axes of inline SVG: text is escaped, and the page's style sheet sets colours."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from markupsafe import Markup, escape
 
 WIDTH = 440.0
-"""Every chart is so wide, in its own units: letters of 12 stay readable where a phone shrinks it to 340 pixels."""
+"""Width of every chart in its own units: text of size 12 stays readable on a phone, scaled down to 340 pixels."""
 
 LETTER = 6.4
-"""How wide a letter of the axes is, on average."""
+"""Average width of a letter in axis labels."""
 
 
 def element(name: str, *children: Markup | str, **attributes: str | float | None) -> Markup:
-    """Return an element; what is no markup yet is escaped, and attributes that are None are left out.
+    """Return an element; children that are not markup are escaped, and attributes that are None are omitted.
 
-    `class_` stands for `class`, and other underscores for hyphens.
+    `class_` becomes `class`, and other underscores become hyphens.
     """
     written = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{escape(_written(value))}"'
@@ -28,12 +28,12 @@ def element(name: str, *children: Markup | str, **attributes: str | float | None
 
 
 def join(parts: Sequence[Markup]) -> Markup:
-    """Return elements one after another."""
+    """Return elements concatenated."""
     return Markup("").join(parts)
 
 
 def drawing(height: float, description: str, *children: Markup) -> Markup:
-    """Return a chart of `WIDTH` by `height`; `description` is for who cannot see it."""
+    """Return a chart of `WIDTH` by `height`; `description` is its text alternative."""
     return element(
         "svg",
         element("title", description),
@@ -45,7 +45,7 @@ def drawing(height: float, description: str, *children: Markup) -> Markup:
 
 
 def text(x: float, y: float, content: str, class_: str = "", anchor: str = "start") -> Markup:
-    """Return a line of text whose baseline is at `y`."""
+    """Return a line of text with its baseline at `y`."""
     return element("text", content, x=x, y=y, class_=class_ or None, text_anchor=None if anchor == "start" else anchor)
 
 
@@ -55,12 +55,12 @@ def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Markup:
 
 
 def rectangle(x: float, y: float, width: float, height: float, class_: str, tip: str = "", **more: float) -> Markup:
-    """Return a rectangle, with what it says when pointed at."""
+    """Return a rectangle with a tooltip."""
     return element("rect", *_tip(tip), x=x, y=y, width=max(width, 0.0), height=max(height, 0.0), class_=class_, **more)
 
 
 def dot(x: float, y: float, class_: str, tip: str = "", radius: float = 4.0) -> Markup:
-    """Return a circle, with what it says when pointed at."""
+    """Return a circle with a tooltip."""
     return element("circle", *_tip(tip), cx=x, cy=y, r=radius, class_=class_)
 
 
@@ -71,20 +71,20 @@ def polyline(points: Sequence[tuple[float, float]], class_: str, tip: str = "") 
 
 
 def shortened(name: str, width: float) -> str:
-    """Return a name cut to what fits `width`, with an ellipsis."""
+    """Return a name truncated to `width`, with an ellipsis."""
     most = max(int(width / LETTER), 2)
     return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 @dataclass(frozen=True)
 class Scale:
-    """A linear map from values to places.
+    """A linear map from values to coordinates.
 
     Attributes:
         low: the value at `start`.
         high: the value at `end`, above `low`.
-        start: a place.
-        end: another.
+        start: the coordinate of `low`.
+        end: the coordinate of `high`.
     """
 
     low: float
@@ -97,7 +97,7 @@ class Scale:
         return self.start + min(max(share, 0.0), 1.0) * (self.end - self.start)
 
     def ticks(self, about: int = 5) -> list[float]:
-        """Return round values (1, 2 or 5 times a power of ten apart) from `low` to `high`, about so many."""
+        """Return about `about` round values (1, 2 or 5 times a power of ten apart) from `low` to `high`."""
         rough = (self.high - self.low) / about
         power = 10.0 ** math.floor(math.log10(rough))
         step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
@@ -108,7 +108,7 @@ class Scale:
 def bottom_axis(
     scale: Scale, top: float, bottom: float, wording: Callable[[float], str], title: str = "", about: int = 5
 ) -> Markup:
-    """Return grid lines from `top` to `bottom` with their values below."""
+    """Return grid lines from `top` to `bottom` with their values below them."""
     parts = [line(scale.start, bottom, scale.end, bottom, "axis")]
     for tick in scale.ticks(about):
         x = scale(tick)
@@ -121,7 +121,7 @@ def bottom_axis(
 def left_axis(
     scale: Scale, left: float, right: float, wording: Callable[[float], str], title: str = "", about: int = 5
 ) -> Markup:
-    """Return grid lines from `left` to `right` with their values on the left, and the title above."""
+    """Return grid lines from `left` to `right` with their values on the left and the title above."""
     parts = []
     for tick in scale.ticks(about):
         y = scale(tick)

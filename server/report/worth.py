@@ -1,24 +1,31 @@
-"""Whether joining was worth it: the shared head beside each site's own, and accuracy over what was exchanged."""
+"""The section on the benefit of joining: the shared head against each site's own, and accuracy over traffic."""
 
 from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 
-from fedhead.diagnosis import HEADS
+from fedhead.evaluation.comparison import HEADS
 from fedhead.server.report import charts
 from fedhead.server.report.layout import Figure, Section, Table
 from fedhead.server.report.quality import MOST_LINES, interval
-from fedhead.server.report.record import RunRecord, Values
+from fedhead.server.report.regression import number_interval
+from fedhead.server.runs.record import RunRecord, Values
 from fedhead.wording import counted, percent, size
 
 
 def worth(record: RunRecord) -> Section:
-    """Was federation worth it: the shared head beside each site's own, and accuracy over what was exchanged."""
+    """Return the section."""
     compared = [one for one in record.diagnoses if one.get("comparison")]
     sentences = list(_baseline_sentences(record))
     figures = []
     answer = "Sites' own heads were not compared with the shared one" + (
-        ", as rows have several classes each." if record.multi_label else "." if record.result else " so far."
+        f", because sites of the task {record.task.name!r} are not diagnosed."
+        if not record.task.compares_classes
+        else ": secure summation hides each site's sums."
+        if record.secure
+        else "."
+        if record.result
+        else " so far."
     )
     if compared:
         rows = sum(one["comparison"]["rows"] for one in compared)
@@ -27,18 +34,18 @@ def worth(record: RunRecord) -> Section:
             right.update(one["comparison"]["right"])
         gain = 100 * (right["pooled"] - right["own"]) / rows
         answer = (
-            f"The shared head has {percent(right['pooled'] / rows)} of {counted(rows, 'held-out row')} right, the "
-            f"sites' own heads {percent(right['own'] / rows)}: {abs(gain):.1f} points "
-            f"{'more' if gain >= 0 else 'less'} than by themselves."
+            f"The shared head's accuracy is {percent(right['pooled'] / rows)} on {counted(rows, 'held-out row')}, and "
+            f"that of the sites' own heads {percent(right['own'] / rows)}: joining {'gains' if gain >= 0 else 'loses'} "
+            f"{abs(gain):.1f} points."
         )
         better = sum(one["comparison"]["right"]["pooled"] > one["comparison"]["right"]["own"] for one in compared)
         worse = sum(one["comparison"]["right"]["pooled"] < one["comparison"]["right"]["own"] for one in compared)
         sentences.insert(
             0,
             f"It is better at {counted(better, 'site')}, worse at {worse}, and equal at "
-            f"{len(compared) - better - worse}. Heads made of all sites but the one that they are tested at have "
-            f"{percent(right['others'] / rows)} right. All are solved from the sites' sums, for each site's own "
-            "shares of the classes; a site's own head knows no class that the site does not hold.",
+            f"{len(compared) - better - worse}. Heads from all other sites reach {percent(right['others'] / rows)} "
+            "(leave-one-site-out). All heads are solved from the sites' sums, with each site's own class priors. A "
+            "site's own head knows only the site's classes.",
         )
         figures.append(_choices(compared))
     figures += _progress(record)
@@ -51,8 +58,8 @@ def _baseline_sentences(record: RunRecord) -> list[str]:
         return []
     return [
         f"Without transfer, on {baseline['backbone']}, the head of one exchange has "
-        f"{interval(baseline['accuracy'])} right"
-        + (f" ({percent(baseline['accuracy_test'])} on the test set)" if baseline.get("accuracy_test") else "")
+        + (f"R2 {number_interval(baseline['score'])}" if record.real else f"accuracy {interval(baseline['score'])}")
+        + (f" ({record.words(baseline['score_test'])} on the test set)" if baseline.get("score_test") else "")
         + "."
     ]
 
@@ -80,44 +87,59 @@ def _choices(compared: Sequence[Values]) -> Figure:
     )
     title = "Own head, shared head, and head without the site"
     if len(sites) <= MOST_LINES:
-        return Figure(title, charts.choices(sites), table, "Sorted by what the shared head adds.")
+        return Figure(title, charts.choices(sites), table, "Sorted by the shared head's gain.")
     caption = "A dot for each site: above the line the shared head is better, below it the site's own."
     return Figure(title, charts.own_against_shared(sites), table, caption)
 
 
 def _progress(record: RunRecord) -> list[Figure]:
-    tested = any(line.get("test_accuracy") is not None for line in record.rounds)
-    key = "test_accuracy" if tested else "accuracy"
-    spent = list(accumulate(line["bytes_down"] + line["bytes_up"] for line in record.rounds))
-    known = [(total, line) for total, line in zip(spent, record.rounds, strict=True) if line.get(key) is not None]
+    tested = any(line.test_score is not None for line in record.rounds)
+    scores = [line.test_score if tested else line.score for line in record.rounds]
+    spent = list(accumulate(line.bytes_down + line.bytes_up for line in record.rounds))
+    known = [
+        (total, line.number, score)
+        for total, line, score in zip(spent, record.rounds, scores, strict=True)
+        if score is not None
+    ]
     if not known:
         return []
     points = [
-        (float(total), float(line[key]), f"round {line['number']}: {percent(line[key])} after {size(total)}")
-        for total, line in known
+        (float(total), score, f"round {number}: {record.words(score)} after {size(total)}")
+        for total, number, score in known
     ]
-    kept = next((place for place, (_, line) in enumerate(known) if line["number"] == record.kept_round), -1)
+    kept = next((place for place, (_, number, _) in enumerate(known) if number == record.kept_round), -1)
     baseline = record.evaluation.get("baseline", {})
-    reference = baseline.get("accuracy_test") if tested else (baseline.get("accuracy") or [None])[0]
+    reference = baseline.get("score_test") if tested else (baseline.get("score") or [None])[0]
     table = Table(
-        ["round", "sites", "loss", "accuracy", *(["test"] if tested else []), "down", "up", "in all", "seconds"],
+        [
+            "round",
+            "sites",
+            "loss",
+            record.task.score_name,
+            *(["test"] if tested else []),
+            "down",
+            "up",
+            "in total",
+            "seconds",
+        ],
         [
             [
-                str(line["number"]),
-                str(line["sites"]) if line["number"] else "",
-                "" if line["loss"] is None else f"{line['loss']:.4f}",
-                percent(line["accuracy"]),
-                *([percent(line["test_accuracy"])] if tested else []),
-                size(line["bytes_down"]),
-                size(line["bytes_up"]),
+                str(line.number),
+                str(line.sites) if line.number else "",
+                "" if line.loss is None else f"{line.loss:.4f}",
+                record.words(line.score),
+                *([record.words(line.test_score)] if tested else []),
+                size(line.bytes_down),
+                size(line.bytes_up),
                 size(total),
-                f"{line['seconds']:.2f}",
+                f"{line.seconds:.2f}",
             ]
             for total, line in zip(spent, record.rounds, strict=True)
         ],
-        note="Round 0 is the head that the run starts from. What the closing evaluation took counts to the last line.",
+        note="Round 0 is the initial head. The last line includes the final evaluation.",
     )
     where = "the pooled test set" if tested else "held-out rows"
-    ringed = " The ringed one is kept." if kept >= 0 else ""
+    ringed = " The ring marks the kept one." if kept >= 0 else ""
     caption = f"A dot for each head, on {where}.{ringed}"
-    return [Figure("Accuracy over the bytes exchanged", charts.progress(points, kept, reference), table, caption)]
+    title = f"{'R2' if record.real else 'Accuracy'} over the bytes exchanged"
+    return [Figure(title, charts.progress(points, kept, reference, shares=not record.real), table, caption)]

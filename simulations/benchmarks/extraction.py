@@ -14,8 +14,8 @@ from torch import Tensor
 from fedhead.backbones import Backbone, load_backbone
 from fedhead.data import Samples, load_samples
 from fedhead.devices import pick_device
-from fedhead.extraction import arranged, batch_size_for
-from fedhead.features import FeatureStore
+from fedhead.features.extraction import arranged, batch_size_for
+from fedhead.features.store import FeatureStore
 from fedhead.simulations.benchmarks.measurement import OURS, Json, Measurement, Repeats, app, timed
 
 PLAIN_BATCH = 64

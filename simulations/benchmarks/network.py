@@ -27,16 +27,19 @@ from flwr.app import Context, RecordDict
 from fedhead.backbones import load_backbone
 from fedhead.backbones.weights import export_weights
 from fedhead.client.app import make_app
-from fedhead.client.guard import Guard
+from fedhead.client.release.guard import Guard
 from fedhead.errors import FedheadError
-from fedhead.features import FeatureStore
-from fedhead.flower import MEDIA_TYPE, WAIT_HEADER, FleetClient, assemble, disassemble, signed_headers
+from fedhead.features.store import FeatureStore
+from fedhead.flower.fleet_api import MEDIA_TYPE
+from fedhead.flower.fleet_client import WAIT_HEADER, FleetClient
+from fedhead.flower.messages import assemble, disassemble
+from fedhead.flower.signing import signed_headers
 from fedhead.server.flower_app import write_flower_app
-from fedhead.server.history import Outcome
+from fedhead.server.network.serve import serve
+from fedhead.server.network.superlink import SuperLink
 from fedhead.server.observer import Observer, Step
 from fedhead.server.provision import provision
-from fedhead.server.serve import serve
-from fedhead.server.superlink import SuperLink
+from fedhead.server.runs.history import Outcome
 from fedhead.simulations.benchmarks.measurement import Json, Measurement, app
 from fedhead.simulations.benchmarks.problem import CLASSES, Problem, own_home
 from fedhead.simulations.benchmarks.processes import (
@@ -51,7 +54,8 @@ from fedhead.simulations.benchmarks.processes import (
     watchable,
 )
 from fedhead.simulations.benchmarks.shipping import shipping
-from fedhead.simulations.simulate import SharedData, SimulatedSite
+from fedhead.simulations.sites import SharedData, SimulatedSite
+from fedhead.tasks import make_task
 
 HEARTBEAT_SECONDS = 60.0
 
@@ -97,7 +101,8 @@ def with_processes(problem: Problem, home: Path, waiting: float) -> tuple[float,
     """Return the median round's seconds over processes of `fedhead client`, and a waiting one's share of a core."""
     names = [f"site-{number}" for number in range(problem.sites)]
     link, kits = door(names, home)
-    start = [*CLIENT, "--coordinator", f"127.0.0.1:{link.port}", "--kit"]
+    allowed = ["--allow-backbone", problem.config().backbone]
+    start = [*CLIENT, *allowed, "--coordinator", f"127.0.0.1:{link.port}", "--kit"]
     outcome, watch = run(problem, link, kits, [[*start, str(kits / name)] for name in names], home, waiting)
     return median_round(outcome), watch.busy_sites / problem.sites
 
@@ -194,7 +199,7 @@ def run(
                 stack.enter_context(started(command, problem, home, number)) for number, command in enumerate(commands)
             ]
             watch = Watch(waiting, processes)
-            outcome, _ = serve(config, link, out=home / "run", observers=[watch])
+            outcome = serve(config, link, out=home / "run", observers=[watch]).outcome
     except FedheadError as error:
         said = "".join(path.read_text()[-500:] for path in sorted(home.glob("site-*.log"))[:3])
         raise FedheadError(f"{error} The sites said: {said}") from None
@@ -223,8 +228,9 @@ class LightSite(threading.Thread):
         setattr(self._fleet._client, "_unary_unary", self._request)  # noqa: B010
 
     def _request(self, *, path: str, request: Any, response_type: Any, **_: Any) -> Any:
-        headers = {"content-type": MEDIA_TYPE.decode(), WAIT_HEADER: "25", **signed_headers(self._key)}
-        self._line.request("POST", path, request.SerializeToString(), headers)
+        body = request.SerializeToString()
+        headers = {"content-type": MEDIA_TYPE.decode(), WAIT_HEADER: "25"}
+        self._line.request("POST", path, body, headers | signed_headers(self._key, path, body, headers))
         response = self._line.getresponse()
         body = response.read()
         if response.status != 200:
@@ -264,7 +270,8 @@ def light_sites(port: int, kits: Path) -> None:
     backbone = load_backbone(f"benchmark:{problem.features}")
     # A simulated site takes the weights that it was sent from where the coordinator wrote them: here, another home.
     export_weights(backbone)
-    shared = SharedData(backbone, FeatureStore.open(backbone, samples), samples.labels, Guard(0, 0))
+    task = make_task("classification", samples.classes)
+    shared = SharedData(backbone, FeatureStore.open(backbone, samples), samples.labels, Guard(0, 0), task)
     context = ssl.create_default_context(cafile=str(kits / "ca.pem"))
     rows = np.arange(problem.sites * problem.rows).reshape(problem.sites, problem.rows)
     sites = []

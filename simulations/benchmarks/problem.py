@@ -17,10 +17,11 @@ from fedhead.client.training import shuffled
 from fedhead.config import RunConfig
 from fedhead.data import IntArray, Samples, samples_from_arrays
 from fedhead.errors import FedheadError, UserError
-from fedhead.features import FeatureStore
-from fedhead.moments import FeatureMoments
+from fedhead.features.store import FeatureStore
 from fedhead.simulations.partition import divide
-from fedhead.simulations.simulate import RunResult, simulate
+from fedhead.simulations.result import RunResult
+from fedhead.simulations.simulate import simulate
+from fedhead.sums.moments import FeatureMoments
 
 Head = tuple[Tensor, Tensor]
 """Weight `[C, d]` and bias `[C]`."""

@@ -63,17 +63,22 @@ def wait_for(condition: Callable[[], bool], log: Path, seconds: float = 180.0) -
         time.sleep(0.1)
 
 
+def environment(problem: Problem, home: Path, number: int) -> dict[str, str]:
+    """Return the environment of a process with a home of its own."""
+    own = {"FEDHEAD_HOME": str(home / f"home-{number}"), SITE: str(number), PROBLEM: json.dumps(asdict(problem))}
+    waits = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **waits, **own}
+
+
 @contextlib.contextmanager
 def started(
     command: Sequence[str], problem: Problem, home: Path, number: int, more: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a process, and all that it starts, with a home and a log of its own."""
-    own = {"FEDHEAD_HOME": str(home / f"home-{number}"), SITE: str(number), PROBLEM: json.dumps(asdict(problem))}
-    waits = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
     with (home / f"site-{number}.log").open("w") as log:
         process = subprocess.Popen(
             command,
-            env={**os.environ, **waits, **own, **(more or {})},
+            env={**environment(problem, home, number), **(more or {})},
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,

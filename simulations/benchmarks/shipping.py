@@ -10,7 +10,7 @@ from torch import nn
 
 from fedhead.backbones import ImagePreprocessing
 from fedhead.errors import FedheadError
-from fedhead.messages import INSTALL
+from fedhead.protocol.actions import INSTALL
 from fedhead.server.provision import provision
 from fedhead.simulations.benchmarks.problem import CLASSES, Problem
 from fedhead.simulations.benchmarks.processes import CLIENT, FEDHEAD, free_ports, peak_bytes, started
@@ -58,7 +58,9 @@ def shipping(problem: Problem, home: Path) -> dict[str, float]:
     home.mkdir()
     (port,) = free_ports(1)
     kits = home / "kit"
-    provision(kits, f"127.0.0.1:{port}", [f"site-{number}" for number in range(problem.sites)])
+    allowed = {f"python:{__name__}:{made.__name__}": "the benchmark's own" for made in (bare, heavy)}
+    names = [f"site-{number}" for number in range(problem.sites)]
+    provision(kits, f"127.0.0.1:{port}", names, backbones=allowed)
     without = _run(problem, home, bare.__name__, "without")
     first = _run(problem, home, heavy.__name__, "first")
     second = _run(problem, home, heavy.__name__, "second")

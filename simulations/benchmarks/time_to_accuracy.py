@@ -111,7 +111,7 @@ def measure(
     return Measurement.against_ours(title, {OURS: seconds, RECIPE: recipe_seconds}, setting)
 
 
-def _digits() -> tuple[Samples, Samples]:
+def digits() -> tuple[Samples, Samples]:
     """Return scikit-learn's digits, every fifth one to test on."""
     whole = load_samples("digits")
     rows = np.arange(len(whole))
@@ -138,7 +138,7 @@ def time_to_accuracy(
     as_json: Json = False,
 ) -> None:
     """Raw images to an accuracy: ours against running the frozen network for every batch of every round."""
-    train, test = (load_samples(data), load_samples(test_data)) if data and test_data else _digits()
+    train, test = (load_samples(data), load_samples(test_data)) if data and test_data else digits()
     config = RunConfig(
         rounds=number,
         holdout=0.0,

@@ -7,7 +7,8 @@ import typer
 from fedhead.config import RunConfig
 from fedhead.simulations.benchmarks.measurement import OURS, Json, Measurement, app, timed
 from fedhead.simulations.benchmarks.problem import own_home
-from fedhead.simulations.simulate import RunResult, simulate
+from fedhead.simulations.result import RunResult
+from fedhead.simulations.simulate import simulate
 
 
 def measure(config: RunConfig) -> Measurement:

@@ -13,29 +13,23 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedhead.client.app import app, make_app
+from fedhead.client.backbones import AcceptedBackbones
 from fedhead.client.site_data import LocalSite
 from fedhead.config import RunConfig
 from fedhead.data import load_samples
 from fedhead.errors import FedheadError
 from fedhead.flower import in_process_identity
-from fedhead.messages import (
-    DESCRIBE,
-    EVALUATE,
-    INSTALL,
-    METRICS,
-    PROTOCOL,
-    TRAIN,
-    Description,
-    HeadReply,
-    Payload,
-    WeightsChunk,
-)
+from fedhead.protocol.actions import DESCRIBE, EVALUATE, INSTALL, TRAIN
+from fedhead.protocol.messages import PROTOCOL, Description, Payload, WeightsChunk
 from fedhead.simulations import RunResult, simulate
+from fedhead.sums.heads import METRICS, SCORE, HeadSums
 
 ROWS = 120
 SITE = "site-0"
 CONFIG = RunConfig(backbone="bundled:glyphnet", weights="random", seed=11, init="zeros", rounds=2)
 """Weights that no package carries, so that they must be installed."""
+OWN = {"device": "cpu", "backbones": CONFIG.backbone}
+"""What sites decide by themselves: where they compute, and that they accept any weights of the backbone."""
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -65,7 +59,7 @@ class Tap(ClientApp):
 
     def __init__(self, images: Path, name: str = SITE) -> None:
         super().__init__()
-        self.config = {"site": name, "data": f"folder:{images}", "device": "cpu"}
+        self.config = {"site": name, "data": f"folder:{images}", **OWN}
         self.asked: list[tuple[str, RecordDict]] = []
         self.answered: list[RecordDict] = []
         self.context: Context | None = None
@@ -119,12 +113,17 @@ def changed(content: RecordDict, arrays: Mapping[str, npt.NDArray[Any]] | None =
     return Payload({**payload.values, **values}, {**payload.arrays, **(arrays or {})}).to_content()
 
 
+def results(content: RecordDict) -> HeadSums:
+    arrays = Payload.from_content(content).arrays
+    return HeadSums.from_arrays(arrays, HeadSums({name: head for name, head in arrays.items() if name != "metrics"}))
+
+
 @pytest.fixture
 def described(told: tuple[Tap, RunResult], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Context:
     """The context of a site that was told of the run, and holds the weights."""
     monkeypatch.setenv("FEDHEAD_HOME", str(tmp_path / "home"))
     tap, _ = told
-    context = fresh_context({"site": "here", "data": f"folder:{images}", "device": "cpu"})
+    context = fresh_context({"site": "here", "data": f"folder:{images}", **OWN})
     ask(DESCRIBE, tap.content(DESCRIBE), context)
     ask(INSTALL, tap.content(INSTALL), context)
     return context
@@ -151,16 +150,20 @@ def test_a_real_site_makes_the_head_that_a_simulated_one_makes(told: tuple[Tap, 
     simulated = simulate(CONFIG, f"folder:{images}", [range(ROWS)], out="out")
     for name, value in simulated.model.head.state_dict().items():
         torch.testing.assert_close(real.model.head.state_dict()[name], value, rtol=1e-5, atol=1e-6)
-    assert [(line.accuracy, line.bytes_down, line.bytes_up) for line in real.history] == [
-        (line.accuracy, line.bytes_down, line.bytes_up) for line in simulated.history
+    assert [(line.score, line.bytes_down) for line in real.history] == [
+        (line.score, line.bytes_down) for line in simulated.history
     ]
+    # A real site describes its release steps before the first round.
+    assert real.history[0].bytes_up > simulated.history[0].bytes_up
+    assert [line.bytes_up for line in real.history[1:]] == [line.bytes_up for line in simulated.history[1:]]
     assert real.sites[SITE].correct == simulated.sites[SITE].correct
     assert real.sites[SITE].loss_sum == pytest.approx(simulated.sites[SITE].loss_sum)
 
 
 def test_another_process_answers_alike(told: tuple[Tap, RunResult], images: Path, described: Context) -> None:
     tap, _ = told
-    site = LocalSite(SITE, f"folder:{images}", device="cpu")
+    accepted = AcceptedBackbones(frozenset({CONFIG.backbone}))
+    site = LocalSite(SITE, f"folder:{images}", device="cpu", backbones=accepted)
     own = make_app(lambda context: site)
     context = fresh_context({})
     for (action, content), answer in zip(tap.asked, tap.answered, strict=True):
@@ -175,13 +178,10 @@ def test_another_process_answers_alike(told: tuple[Tap, RunResult], images: Path
 
 def test_training_reports_how_many_rows_it_was_and_how_the_head_did(told: tuple[Tap, RunResult]) -> None:
     tap, _ = told
-    sent = Payload.from_content(tap.content(TRAIN))
-    reply = HeadReply.from_content(tap.answer(TRAIN), sent.arrays)
-    metrics = dict(zip(METRICS, reply.metrics[0].tolist(), strict=True))
+    metrics = dict(zip(METRICS, results(tap.answer(TRAIN)).metrics.tolist(), strict=True))
     assert metrics["examples"] + metrics["held_out"] == ROWS
     assert metrics["loss_sum"] == pytest.approx(metrics["held_out"] * np.log(10), rel=1e-4)
-    evaluated = HeadReply.from_content(tap.answer(EVALUATE), {})
-    assert evaluated.metrics[0, METRICS.index("correct")] > metrics["held_out"] / 3
+    assert results(tap.answer(EVALUATE)).metrics[SCORE] > metrics["held_out"] / 3
 
 
 def test_the_state_that_a_site_keeps_is_small(told: tuple[Tap, RunResult]) -> None:
@@ -236,17 +236,19 @@ def test_a_backbone_of_texts_is_refused_by_a_site_of_images_before_weights_are_s
     told: tuple[Tap, RunResult], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FEDHEAD_HOME", str(tmp_path / "home"))
-    context = fresh_context({"site": "here", "data": f"folder:{images}", "device": "cpu"})
+    context = fresh_context({"site": "here", "data": f"folder:{images}", **OWN})
     content = changed(told[0].content(DESCRIBE), kind="text", backbone="hf:a/name")
-    assert "hf:a/name takes texts, but the data holds images" in refusal_of(content, context)
+    assert "hf:a/name takes texts, but the data contains images" in refusal_of(content, context)
 
 
 def test_other_features_of_the_probe_are_refused(told: tuple[Tap, RunResult], described: Context) -> None:
     tap, _ = told
     probe = Payload.from_content(tap.content(DESCRIBE)).arrays["probe"]
     assert refusal_of(changed(tap.content(DESCRIBE), {"probe": probe * np.float32(1.0005)}), described) == ""
-    for other in (probe * np.float32(1.01), probe + np.float32(1), np.full_like(probe, np.nan)):
+    for other in (probe * np.float32(1.01), probe + np.float32(1)):
         assert "gives other features here" in refusal_of(changed(tap.content(DESCRIBE), {"probe": other}), described)
+    nothing = np.full_like(probe, np.nan)
+    assert "not finite" in refusal_of(changed(tap.content(DESCRIBE), {"probe": nothing}), described)
 
 
 def test_a_backbone_built_or_fed_otherwise_is_refused(told: tuple[Tap, RunResult], described: Context) -> None:
@@ -276,9 +278,9 @@ def test_weights_that_are_not_what_was_promised_are_not_kept(
     tap, _ = told
     home = tmp_path / "home"
     monkeypatch.setenv("FEDHEAD_HOME", str(home))
-    context = fresh_context({"site": "careful", "data": f"folder:{images}", "device": "cpu"})
+    context = fresh_context({"site": "careful", "data": f"folder:{images}", **OWN})
     ask(DESCRIBE, tap.content(DESCRIBE), context)
-    good = WeightsChunk.from_content(tap.content(INSTALL))
+    good = WeightsChunk.from_payload(Payload.from_content(tap.content(INSTALL)))
     flipped = good.data.copy()
     flipped[-1] ^= 1
     for bad in (flipped, good.data[:50], np.zeros(3, np.uint8)):
@@ -289,7 +291,7 @@ def test_weights_that_are_not_what_was_promised_are_not_kept(
                 ask(INSTALL, sent, context)
             assert not list(home.glob("weights/*"))
     for impossible in ({"offset": -1}, {"offset": 1}, {"file": "../../etc"}, {"size": "many"}):
-        with pytest.raises(FedheadError, match="part of a file"):
+        with pytest.raises(FedheadError, match=r"weights file|do not fit"):
             ask(INSTALL, changed(tap.content(INSTALL), **impossible), context)
     half = len(good.data) // 2
     for start, received in ((0, half), (0, half), (half + 1, half)):
@@ -304,7 +306,7 @@ def test_weights_that_are_not_what_was_promised_are_not_kept(
 @pytest.mark.parametrize("action", [INSTALL, TRAIN, EVALUATE])
 def test_a_site_that_was_told_nothing_says_so(told: tuple[Tap, RunResult], images: Path, action: str) -> None:
     tap, _ = told
-    context = fresh_context({"site": "new", "data": f"folder:{images}", "device": "cpu"})
+    context = fresh_context({"site": "new", "data": f"folder:{images}", **OWN})
     with pytest.raises(FedheadError, match="no manifest of the run"):
         ask(action, tap.content(action), context)
 
@@ -351,7 +353,7 @@ def test_a_site_decides_whether_unreadable_files_stop_it(
         digits.read(row).save(folder / f"{row}.png")
     (tmp_path / "scans" / "digit-2" / "0.png").write_bytes(b"no image")
     tap, _ = told
-    config = {"site": "here", "data": f"folder:{tmp_path / 'scans'}", "device": "cpu"}
+    config = {"site": "here", "data": f"folder:{tmp_path / 'scans'}", **OWN}
     lenient = fresh_context(config)
     strict = fresh_context({**config, "strict-data": True})
     for context in (strict, lenient):
@@ -359,9 +361,7 @@ def test_a_site_decides_whether_unreadable_files_stop_it(
         ask(INSTALL, tap.content(INSTALL), context)
     with pytest.raises(FedheadError, match="The site cannot do it; its own log says why"):
         ask(TRAIN, tap.content(TRAIN), strict)
-    sent = Payload.from_content(tap.content(TRAIN)).arrays
-    metrics = HeadReply.from_content(ask(TRAIN, tap.content(TRAIN), lenient), sent).metrics[0]
-    assert metrics[METRICS.index("examples")] + metrics[METRICS.index("held_out")] == len(chosen)
+    assert results(ask(TRAIN, tap.content(TRAIN), lenient)).rows == len(chosen)
 
 
 def test_a_run_goes_on_without_a_site_that_refuses(images: Path) -> None:

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from fedhead.client import averaging
 from fedhead.client.averaging import average_heads
-from fedhead.client.training import LabelledFeatures, SiteRows, evaluate_head, train_heads
+from fedhead.client.training import LabelledFeatures, SiteRows, evaluate_head, train_heads, train_in_chunks
 from fedhead.config import LocalConfig
 from fedhead.heads import Head, make_head
+from fedhead.tasks.losses import BinaryCrossEntropy, CrossEntropy
 
 CLASSES = 3
 SETTINGS = [
@@ -39,7 +40,8 @@ def make_problem(
         sites.append(SiteRows(f"site-{number}", scattered[at : at + size]))
         held_out.append(SiteRows(f"site-{number}", scattered[at + size : at + size + 3]))
         at += size + 3
-    return LabelledFeatures(features, classes, standardisation), sites, held_out
+    loss = BinaryCrossEntropy() if labels == "multi" else CrossEntropy()
+    return LabelledFeatures(features, classes, standardisation, loss), sites, held_out
 
 
 def make_incoming(spec: str, width: int, dtype: torch.dtype = torch.float64) -> tuple[Head, dict[str, Tensor]]:
@@ -74,7 +76,7 @@ def assert_averages(
         assert averaged.usable.all()
         expected = evaluate_head(head, incoming, data, held_out)
         np.testing.assert_allclose(evaluation.losses, expected.losses, rtol=tolerance)
-        np.testing.assert_array_equal(evaluation.correct, expected.correct)
+        np.testing.assert_array_equal(evaluation.scores, expected.scores)
         np.testing.assert_array_equal(evaluation.rows, expected.rows)
 
 
@@ -99,7 +101,7 @@ def coefficients(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("spread", [1, 10])
 @pytest.mark.parametrize("local", SETTINGS, ids=str)
-def test_the_mean_is_that_of_each_sites_own_head(local: LocalConfig, spread: int, coefficients: list[int]) -> None:
+def test_mean_equals_mean_of_single_heads(local: LocalConfig, spread: int, coefficients: list[int]) -> None:
     data, sites, held_out = make_problem((5, 23, 0, 1, 8, 7, 16), 200, spread=spread)
     head, incoming = make_incoming("linear", 200)
     assert_averages(head, incoming, data, sites, held_out, local)
@@ -133,7 +135,7 @@ def test_the_form_is_chosen_by_shape(coefficients: list[int]) -> None:
         assert sum(coefficients) == expected
 
 
-def test_a_small_site_beside_a_large_one_takes_the_form_that_suits_it(coefficients: list[int]) -> None:
+def test_form_is_chosen_per_site(coefficients: list[int]) -> None:
     data, sites, held_out = make_problem((300, 4, 5, 6), 64)
     head, incoming = make_incoming("linear", 64)
     assert_averages(head, incoming, data, sites, held_out, LocalConfig(batch_size=8))
@@ -149,7 +151,7 @@ def test_sites_too_large_for_coefficients_are_trained_at_once(monkeypatch: pytes
     assert at_once == [5]
 
 
-def test_features_far_from_zero_lose_nothing() -> None:
+def test_precision_with_features_far_from_zero() -> None:
     data, sites, held_out = make_problem((6, 9, 12), 40, dtype=torch.float32)
     far = LabelledFeatures(
         data.features + 1000.0, data.labels, ((data.features + 1000.0).mean(0), (data.features + 1000.0).std(0))
@@ -166,7 +168,7 @@ def test_single_precision_agrees_to_rounding() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("which", ["own", "held out", "nobody's"])
-def test_a_broken_row_takes_its_own_site_out_and_no_other(bad: float, which: str) -> None:
+def test_broken_row_excludes_only_its_own_site(bad: float, which: str) -> None:
     data, sites, held_out = make_problem((5, 9, 7), 40, dtype=torch.float32)
     head, incoming = make_incoming("linear", 40, torch.float32)
     taken = np.concatenate([site.rows for site in [*sites, *held_out]])
@@ -186,7 +188,7 @@ def test_a_broken_row_takes_its_own_site_out_and_no_other(bad: float, which: str
             torch.testing.assert_close(value, alone.parameters[name], rtol=1e-4, atol=1e-5)
 
 
-def test_no_rows_give_the_incoming_head_back() -> None:
+def test_without_rows_the_incoming_head_is_returned() -> None:
     data, sites, _ = make_problem((0, 0), 8)
     head, incoming = make_incoming("linear", 8)
     for some in (sites, []):
@@ -196,20 +198,40 @@ def test_no_rows_give_the_incoming_head_back() -> None:
         assert len(evaluation.rows) == 0
 
 
-def test_another_standardisation_is_not_trained_with_the_first_ones_products() -> None:
+def test_cached_products_depend_on_standardisation() -> None:
     data, sites, held_out = make_problem((6, 9), 40)
     head, incoming = make_incoming("linear", 40)
     local = LocalConfig(batch_size=4, epochs=3)
     assert_averages(head, incoming, data, sites, held_out, local)
     other = LabelledFeatures(
-        data.features, data.labels, (torch.zeros(40).double(), torch.full((40,), 3.0).double()), data.grams
+        data.features, data.labels, (torch.zeros(40).double(), torch.full((40,), 3.0).double()), grams=data.grams
     )
     assert_averages(head, incoming, other, sites, held_out, local)
 
 
-def test_what_is_kept_between_rounds_is_bounded() -> None:
+def test_cache_between_rounds_is_bounded() -> None:
     data, sites, held_out = make_problem((6, 9), 40)
     data.grams.max_bytes = 9 * 9 * 8
     head, incoming = make_incoming("linear", 40)
     assert_averages(head, incoming, data, sites, held_out, LocalConfig(batch_size=4, epochs=3))
     assert sum(gram.nbytes for _, gram in data.grams._kept.values()) <= data.grams.max_bytes
+
+
+@pytest.mark.parametrize("width", [4, 200])
+def test_short_last_minibatches_are_merged_in_both_forms(width: int) -> None:
+    data, sites, held_out = make_problem((33, 34, 68, 3, 40), width)
+    head, incoming = make_incoming("linear", width)
+    local = LocalConfig(batch_size=32, epochs=2)
+    averaged, _ = average_heads(
+        head, incoming, data, sites, local, held_out, seed=5, round_number=1, repeated=True, min_batch=5
+    )
+    total = {name: torch.zeros_like(value) for name, value in incoming.items()}
+    for positions, trained in train_in_chunks(head, incoming, data, sites, local, seed=5, round_number=1, min_batch=5):
+        for name in total:
+            rows = torch.from_numpy(trained.rows).double()
+            total[name] += torch.tensordot(rows, trained.parameters[name], 1) / 178
+        assert len(positions)
+    unmerged, _ = average_heads(head, incoming, data, sites, local, seed=5, round_number=1, repeated=True)
+    for name, value in averaged.parameters.items():
+        torch.testing.assert_close(value, total[name], rtol=1e-9, atol=1e-9)
+        assert not torch.allclose(value, unmerged.parameters[name], rtol=1e-6)

@@ -14,12 +14,12 @@ from flwr.app import Message
 from fedhead.client import connection as module
 from fedhead.client.connection import IDLE, PROMPT, CannotHealError, Connection, TakenOverError, WorkIsOverError
 from fedhead.client.settings import Kit, insecure_key
-from fedhead.flower import FleetClient
-from fedhead.messages import Payload
-from fedhead.server import superlink
-from fedhead.server.network_grid import NetworkGrid
+from fedhead.flower.fleet_client import FleetClient
+from fedhead.protocol.messages import Payload
+from fedhead.server.network import superlink
+from fedhead.server.network.grid import NetworkGrid
+from fedhead.server.network.superlink import SuperLink
 from fedhead.server.provision import CoordinatorKit, add_sites, provision, revoke
-from fedhead.server.superlink import SuperLink
 
 HOST = "127.0.0.1"
 CONTENT = Payload({"answer": 42})
@@ -42,9 +42,9 @@ def serving(kits: Path | None, port: int = 0, host: str = HOST) -> Iterator[Supe
 class CountingClient(FleetClient):
     pulls = 0
 
-    def pull(self, node_id: int):  # type: ignore[no-untyped-def]
+    def pull(self, node_id: int, *, hold: bool = True):  # type: ignore[no-untyped-def]
         self.pulls += 1
-        return super().pull(node_id)
+        return super().pull(node_id, hold=hold)
 
 
 Connect = Callable[..., Connection]

@@ -4,6 +4,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+from fedhead.addresses import is_loopback, split_address
 from fedhead.client.settings import (
     ACTIONS,
     Kit,
@@ -12,7 +13,7 @@ from fedhead.client.settings import (
     require_loopback,
 )
 from fedhead.errors import UserError
-from fedhead.messages import TRAIN
+from fedhead.protocol.actions import TRAIN
 from fedhead.server.provision import provision
 
 
@@ -97,8 +98,9 @@ def test_a_site_without_a_kit_keeps_one_key(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:9092", "127.9.9.9:1", "[::1]:9092", "localhost:9092"])
-def test_this_machine_is_loopback(address: str) -> None:
+def test_insecure_sites_may_connect_to_this_machine(address: str) -> None:
     require_loopback(address)
+    assert is_loopback(split_address(address)[0])
 
 
 @pytest.mark.parametrize(

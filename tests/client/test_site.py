@@ -2,6 +2,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,21 @@ from flwr.clientapp import ClientApp
 
 from fedhead.client.app import make_app
 from fedhead.client.connection import Connection
-from fedhead.client.guard import Guard, Ledger, read_ledger
+from fedhead.client.release.guard import Guard
+from fedhead.client.release.ledger import Ledger, read_ledger
 from fedhead.client.settings import SiteSettings
-from fedhead.client.site import SiteProcess, only_process
+from fedhead.client.site import SiteProcess
 from fedhead.client.site_data import WARM, LocalSite
+from fedhead.client.site_locks import only_process
 from fedhead.config import RunConfig
 from fedhead.data import load_samples
 from fedhead.errors import UserError
 from fedhead.flower import in_process_identity
-from fedhead.messages import DESCRIBE, INSTALL, STATISTICS, TRAIN, Description, HeadReply, Payload
+from fedhead.protocol.actions import DESCRIBE, INSTALL, STATISTICS, TRAIN
+from fedhead.protocol.messages import Description, Payload
 from fedhead.simulations import simulate
+from fedhead.sums.heads import HeadSums
+from fedhead.wording import one_line
 
 ROWS = 120
 SITE = "site-0"
@@ -100,9 +106,10 @@ def test_a_killed_process_goes_on_where_it_was(scans: Path, asked: Mapping[str, 
     undisturbed = before.answer(message(TRAIN, asked[TRAIN])).content
     after = process(scans, tmp_path).answer(message(TRAIN, asked[TRAIN])).content
     like = Payload.from_content(asked[TRAIN]).arrays
-    heads = [HeadReply.from_content(content, like) for content in (undisturbed, after)]
+    answers = [Payload.from_content(content).arrays for content in (undisturbed, after)]
+    heads = [HeadSums.from_arrays(arrays, HeadSums(like)) for arrays in answers]
     for name in like:
-        np.testing.assert_array_equal(heads[0].arrays[name], heads[1].arrays[name])
+        np.testing.assert_array_equal(heads[0].heads[name], heads[1].heads[name])
 
 
 def test_what_a_run_told_the_site_is_of_that_run_alone(
@@ -140,7 +147,7 @@ def test_an_action_that_is_not_permitted_is_refused(
     assert one.answer(message(STATISTICS, asked[STATISTICS])).has_content()
     assert reason(one.answer(message(TRAIN, asked[TRAIN]))) == "site-0 does not permit train."
     assert "query.dump" in reason(one.answer(message("query.dump", asked[STATISTICS])))
-    assert released(tmp_path) == [STATISTICS]
+    assert released(tmp_path) == [DESCRIBE, STATISTICS]
     assert "site.toml does not permit it" in caplog.text
 
 
@@ -154,15 +161,15 @@ def test_lower_limits_or_other_data_are_refused(
     assert "decides by itself" in description.refusal
     assert one.answer(message(DESCRIBE, asked[DESCRIBE])).has_content()
     assert "decides by itself" in reason(one.answer(message(STATISTICS, changed(asked[STATISTICS], **wish))))
-    assert released(tmp_path) == []
+    assert released(tmp_path) == [DESCRIBE, DESCRIBE]
 
 
 def test_the_limits_of_the_site_hold(scans: Path, asked: Mapping[str, RecordDict], tmp_path: Path) -> None:
     one = process(scans, tmp_path, limits={"min_rows": ROWS + 1})
     description = Description.from_content(one.answer(message(DESCRIBE, asked[DESCRIBE])).content)
     assert f"asks for {ROWS + 1} or more" in description.refusal
-    assert "guard" in reason(one.answer(message(STATISTICS, asked[STATISTICS])))
-    assert released(tmp_path) == []
+    assert "no manifest" in reason(one.answer(message(STATISTICS, asked[STATISTICS])))
+    assert released(tmp_path) == [DESCRIBE]
 
 
 def test_what_goes_wrong_inside_names_no_file_outside(
@@ -195,6 +202,8 @@ def test_rows_that_differ_by_few_are_told_at_the_site_alone(
         assert one.answer(message(action, asked[action])).has_content()
     for held_out_or_not in sorted(data.glob("digit-0/*"))[:2]:
         held_out_or_not.unlink()
+    # Without its atoms, the site relies on the ledger alone.
+    one._site.atoms.path.unlink()
     assert one.answer(message(DESCRIBE, asked[DESCRIBE])).has_content()
     told = reason(one.answer(message(STATISTICS, asked[STATISTICS])))
     assert "differ by too few" in told
@@ -238,9 +247,11 @@ def test_features_stay_at_hand_for_the_latest_runs(
     scans: Path, asked: Mapping[str, RecordDict], tmp_path: Path
 ) -> None:
     one = process(scans, tmp_path)
-    for seed in range(WARM + 2):
-        with in_process_identity(run_id=seed):
-            one.answer(message(DESCRIBE, changed(asked[DESCRIBE], seed=seed, run=f"run-{seed}")))
+    classes = Payload.from_content(asked[DESCRIBE]).values["classes"]
+    for number in range(WARM + 2):
+        with in_process_identity(run_id=number):
+            more = [*classes, f"digit-{10 + number}"]
+            one.answer(message(DESCRIBE, changed(asked[DESCRIBE], classes=more, run=f"run-{number}")))
             for _ in range(2):
                 assert one.answer(message(STATISTICS, asked[STATISTICS])).has_content()
     holdings = one._site._holdings
@@ -248,38 +259,62 @@ def test_features_stay_at_hand_for_the_latest_runs(
     assert len(one._site._backbones) == 1
 
 
+def test_a_run_without_a_share_is_evaluated_on_the_rows_that_a_site_holds_out(scans: Path, tmp_path: Path) -> None:
+    site = LocalSite(SITE, f"folder:{scans}", "cpu", ledger=Ledger(tmp_path / "ledger" / "site.jsonl"))
+    config = RunConfig(rounds=1, holdout=0.0)
+    app = make_app(lambda context: site)
+    result = simulate(config, f"folder:{scans}", [range(ROWS)], apps={SITE: app}, out=tmp_path / "run")
+    assert 0 < result.sites[SITE].rows < ROWS / 2
+    assert result.accuracy_held_out is not None
+
+
 def settings(data: str, name: str = SITE) -> SiteSettings:
     return SiteSettings(name=name, coordinator="127.0.0.1:9092", data=data)
 
 
 def test_a_second_process_is_refused_for_the_name_and_for_the_data(scans: Path, tmp_path: Path) -> None:
-    with only_process(settings(f"folder:{scans}")):
+    with only_process(settings(f"folder:{scans}"), "here"):
         with (
             pytest.raises(UserError, match="Another fedhead client is up for the site site-0"),
-            only_process(settings("digits")),
+            only_process(settings("digits"), "here"),
         ):
             pass
         for spelled in (f"folder:{scans}", f"folder:{scans}/../scans/"):
             with (
                 pytest.raises(UserError, match="is up for the data"),
-                only_process(settings(spelled, "other")),
+                only_process(settings(spelled, "other"), "here"),
             ):
                 pass
-        with only_process(settings("digits", "other")):
+        with only_process(settings("digits", "other"), "here"):
             pass
-    with only_process(settings(f"folder:{scans}", "other")):
+    with only_process(settings(f"folder:{scans}", "other"), "here"):
+        pass
+
+
+def test_processes_for_several_coordinators_share_data_under_one_name(scans: Path) -> None:
+    data = f"folder:{scans}"
+    with ExitStack() as stack:
+        for coordinator in ("one", "another"):
+            stack.enter_context(only_process(settings(data), coordinator))
+        for name, coordinator, words in (
+            (SITE, "one", "for the site site-0 and this coordinator"),
+            ("other", "a third", f"{SITE}, process {os.getpid()}; data has one name"),
+        ):
+            with pytest.raises(UserError, match=words), only_process(settings(data, name), coordinator):
+                pass
+    with only_process(settings(data, "other"), "one"):
         pass
 
 
 def test_data_is_locked_for_processes_with_another_home(
     scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with only_process(settings(f"folder:{scans}")):
+    with only_process(settings(f"folder:{scans}"), "here"):
         monkeypatch.setenv("FEDHEAD_HOME", str(tmp_path / "another"))
         holder = f": process {os.getpid()}" if Path("/proc/locks").exists() else ""
         with (
             pytest.raises(UserError, match=f"is up for the data .* on this machine{holder};"),
-            only_process(settings(f"folder:{scans}")),
+            only_process(settings(f"folder:{scans}"), "here"),
         ):
             pass
 
@@ -287,12 +322,12 @@ def test_data_is_locked_for_processes_with_another_home(
 def test_a_table_is_shared_by_sites_that_take_other_rows_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("all.csv").write_text("path,label,ward\n")
-    with only_process(settings("csv:all.csv?split=ward:a", "a")):
-        with only_process(settings("csv:all.csv?split=ward:b", "b")):
+    with only_process(settings("csv:all.csv?split=ward:a", "a"), "here"):
+        with only_process(settings("csv:all.csv?split=ward:b", "b"), "here"):
             pass
         with (
             pytest.raises(UserError, match=f": a, process {os.getpid()};"),
-            only_process(settings(f"csv:{tmp_path}/all.csv?split=ward:a", "b")),
+            only_process(settings(f"csv:{tmp_path}/all.csv?split=ward:a", "b"), "here"),
         ):
             pass
 
@@ -304,5 +339,5 @@ def test_the_log_reads_well(
     one = process(scans, tmp_path)
     for action in asked:
         one.answer(message(action, asked[action]))
-    run = Payload.from_content(asked[DESCRIBE]).values["run"][:8]
+    run = one_line(Payload.from_content(asked[DESCRIBE]).values["run"], 8)
     assert f"Run {run}, train of round 1." in caplog.messages

@@ -17,7 +17,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fedhead.client.guard import read_ledger
+from fedhead.backbones import load_backbone
+from fedhead.client.release.ledger import read_ledger
+from fedhead.protocol.messages import PROTOCOL
 from fedhead.server.provision import add_sites, provision, revoke
 
 pytestmark = pytest.mark.slow
@@ -171,7 +173,7 @@ def test_who_may_not_connect_is_told_on_both_sides(machines: Machines) -> None:
 def test_who_may_not_take_part_is_told_on_both_sides(machines: Machines) -> None:
     kits = machines.folder / "kits"
     sites = ("older", "animals", "otherwise", "tampered", "careful", "right")
-    provision(kits, machines.address, sites)
+    provision(kits, machines.address, sites, backbones={"python:encoder:encoder": "the test's own"})
     for name in ("server", *sites):
         (machines.folder / name).mkdir()
         encoder = ENCODER.format("Tanh" if name == "otherwise" else "ReLU")
@@ -183,23 +185,23 @@ def test_who_may_not_take_part_is_told_on_both_sides(machines: Machines) -> None
     settings = kits / "careful" / "site.toml"
     settings.write_text(settings.read_text().replace('"query.describe",', '# "query.describe",'))
     before = {
-        "older": "import fedhead.messages; fedhead.messages.PROTOCOL = 0",
+        "older": "import fedhead.protocol.messages; fedhead.protocol.messages.PROTOCOL = 0",
         "tampered": """
-from fedhead.messages import WeightsChunk
-right = WeightsChunk.from_content
-def changed(content):
-    chunk = right(content)
+from fedhead.protocol.messages import WeightsChunk
+right = WeightsChunk.from_payload
+def changed(payload):
+    chunk = right(payload)
     data = chunk.data.copy()
     data[-1:] ^= 1
     return WeightsChunk(chunk.file, chunk.size, chunk.offset, data)
-WeightsChunk.from_content = changed
+WeightsChunk.from_payload = changed
 """,
     }
     reasons = {
-        "older": ("speaks protocol 0 and the coordinator 1; install the coordinator's version", ""),
+        "older": (f"speaks protocol 0 and the coordinator {PROTOCOL}; install the coordinator's version", ""),
         "animals": ("does not know", "0.png is of class 'cat', which this run does not know"),
         "otherwise": ("gives other features here than at the coordinator", ""),
-        "tampered": ("changed on the way", ""),
+        "tampered": ("changed in transit", ""),
         "careful": ("careful does not permit query.describe", "refused, because site.toml does not permit it"),
     }
     server = machines.server(
@@ -237,24 +239,54 @@ def test_a_person_agrees_or_not_at_a_terminal(machines: Machines) -> None:
         *("--coordinator", machines.address),
         terminal=True,
     )
-    question = "Release it, and from now on all of this kind? [y/N]: "
+    question = "Agree, for this run and backbone? [y/N]: "
     ledger = machines.folder / "ward" / "home" / "ledger" / "ward.jsonl"
     server = machines.server("declined", *run)
     site.until(question)
-    assert re.search(r"action +query.statistics\nrun +[0-9a-f]+\nrows +[0-9]+\nclasses +0 [0-9]+, 1 ", site.said())
+    assert re.search(r"run +[0-9a-f]+\n.*\(query.statistics\)\n", site.said())
+    assert re.search(r"part of fedhead\n[^?]*rows +[0-9]+ of digits\nclasses +0 [0-9]+, 1 ", site.said())
+    shown = re.search(r"look at +(\S+)\.json", site.said())
+    assert shown is not None
+    assert Path(f"{shown[1]}.safetensors").is_file()
     site.type("n\n")
     assert server.ended() == 1, server.said()
     assert "The operator of ward did not approve query.statistics" in server.said()
     site.until("refused. The operator of ward did not approve")
-    assert read_ledger(ledger) == []
+    assert all((entry.rows, entry.classes) == (0, {}) for entry in read_ledger(ledger))
     server = machines.server("approved", *run)
     asked = []
     while server.process.poll() is None:
         if question in site.said():
-            asked += re.findall(r"action +(\S+)\n", site.said())
+            asked += re.findall(r"asks to .*\((\S+)\)\n", site.said())
             site.type("y\n")
         time.sleep(0.02)
     assert server.ended() == 0, server.said()
     assert len(asked) == len(set(asked)) > 4
     assert {"query.statistics", "train", "evaluate"} <= set(asked)
     assert site.stop() == 0
+
+
+def test_unknown_weights_are_refused_and_taken_once_allowed(machines: Machines) -> None:
+    backbone = load_backbone("bundled:glyphnet", weights="random", seed=5)
+    weights = machines.folder / "chosen.safetensors"
+    backbone.save(weights)
+    run = ("--insecure", "--weights", str(weights), "--min-sites", "1", "--rounds", "0", "--round-deadline", "300")
+    ward = ("client", "--insecure", "--data", "digits", "--coordinator", machines.address, "--site")
+    server = machines.server("server", *run)
+    careful = machines.start("careful", *ward, "careful")
+    server.until("careful takes no part: ")
+    entry = f"sha256:{backbone.weights_digest}"
+    for said in (server.said(), careful.said()):
+        assert f'add to [backbones] allow in its site.toml: "{entry}"' in said
+    assert not list((machines.folder / "careful" / "home").glob("weights/*"))
+    approving = machines.start("approving", *ward, "approving", "--approve", terminal=True)
+    approving.until("Agree, for this run and backbone? [y/N]: ")
+    assert re.search(r"asks to .*\(query.install\)\n", approving.said())
+    assert re.search(rf"weights +{entry}\n +unknown to this site\n", approving.said())
+    assert not list((machines.folder / "approving" / "home").glob("weights/*"))
+    approving.stop()
+    machines.start("allowing", *ward, "allowing", "--allow-backbone", entry)
+    assert server.ended() == 0, server.said()
+    report = json.loads((machines.folder / "server" / "run" / "result.json").read_text())
+    assert report["sites"] == 1
+    assert "careful" in report["sites_refused"]

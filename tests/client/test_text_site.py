@@ -7,11 +7,12 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedhead.client.app import make_app
-from fedhead.client.guard import Guard
+from fedhead.client.backbones import AcceptedBackbones
+from fedhead.client.release.guard import Guard
 from fedhead.client.site_data import LocalSite
 from fedhead.config import RunConfig
 from fedhead.flower import in_process_identity
-from fedhead.messages import DESCRIBE, INSTALL
+from fedhead.protocol.actions import DESCRIBE, INSTALL
 from fedhead.simulations import simulate
 
 SITE = "site-0"
@@ -23,7 +24,8 @@ class Elsewhere(ClientApp):
 
     def __init__(self, data: str, home: Path, vectors: Path) -> None:
         super().__init__()
-        self.site = LocalSite(SITE, data, device="cpu", guard=Guard.off())
+        accepted = AcceptedBackbones(frozenset({f"vectors:{vectors}"}))
+        self.site = LocalSite(SITE, data, device="cpu", guard=Guard.off(), backbones=accepted)
         self.app = make_app(lambda context: self.site)
         self.context = Context(1, 7, {}, RecordDict(), {})
         self.home, self.vectors = home, vectors

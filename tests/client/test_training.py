@@ -14,6 +14,7 @@ from fedhead.client.training import (
     LabelledFeatures,
     SiteRows,
     TrainedHeads,
+    batches,
     evaluate_head,
     shuffled,
     train_heads,
@@ -21,6 +22,7 @@ from fedhead.client.training import (
 )
 from fedhead.config import LocalConfig
 from fedhead.heads import Head, make_head
+from fedhead.tasks.losses import BinaryCrossEntropy
 
 FEATURES, CLASSES, SEED, ROUND = 6, 3, 5, 2
 HEADS = ("linear", "mlp:4", "cosine")
@@ -129,7 +131,7 @@ def assert_equal(trained: TrainedHeads, other: TrainedHeads, tolerance: float = 
 
 @pytest.mark.parametrize("local", SGD + ADAMW, ids=str)
 @pytest.mark.parametrize("spec", HEADS)
-def test_each_of_many_sites_trains_as_torch_would_train_it_alone(spec: str, local: LocalConfig) -> None:
+def test_each_of_many_sites_equals_torch(spec: str, local: LocalConfig) -> None:
     data, sites = make_problem()
     head, incoming = make_incoming(spec)
     trained = train(head, incoming, data, sites, local)
@@ -143,12 +145,13 @@ def test_each_of_many_sites_trains_as_torch_would_train_it_alone(spec: str, loca
 
 def make_multi_label(data: LabelledFeatures) -> LabelledFeatures:
     generator = torch.Generator().manual_seed(3)
-    return LabelledFeatures(data.features, torch.randint(0, 2, (len(data.labels), CLASSES), generator=generator))
+    labels = torch.randint(0, 2, (len(data.labels), CLASSES), generator=generator)
+    return LabelledFeatures(data.features, labels, loss=BinaryCrossEntropy())
 
 
 @pytest.mark.parametrize("local", [SGD[0], SGD[-1], ADAMW[0], ADAMW[-1]], ids=str)
 @pytest.mark.parametrize("spec", ["linear", "mlp:4"])
-def test_each_of_many_sites_trains_as_torch_would_on_multi_label_rows(spec: str, local: LocalConfig) -> None:
+def test_multi_label_training_equals_torch(spec: str, local: LocalConfig) -> None:
     data, sites = make_problem()
     data = make_multi_label(data)
     head, incoming = make_incoming(spec)
@@ -160,7 +163,7 @@ def test_each_of_many_sites_trains_as_torch_would_on_multi_label_rows(spec: str,
         assert trained.losses[i] == pytest.approx(loss, rel=1e-9)
 
 
-def test_evaluation_of_multi_label_rows_counts_those_with_all_labels_right() -> None:
+def test_multi_label_evaluation_counts_exact_matches() -> None:
     data, sites = make_problem()
     data = make_multi_label(data)
     head, parameters = make_incoming("linear")
@@ -169,12 +172,12 @@ def test_evaluation_of_multi_label_rows_counts_those_with_all_labels_right() -> 
         logits, labels = head(data.features[site.rows]), data.labels[site.rows]
         if len(site.rows):
             assert evaluation.losses[i] == pytest.approx(len(site.rows) * mean_loss(logits, labels).item())
-        assert evaluation.correct[i] == int(((logits > 0) == labels.bool()).all(1).sum())
+        assert evaluation.scores[i] == int(((logits > 0) == labels.bool()).all(1).sum())
 
 
 @pytest.mark.parametrize("local", [SGD[0], SGD[-1], ADAMW[-1]], ids=str)
 @pytest.mark.parametrize("spec", HEADS)
-def test_one_site_agrees_with_torch_to_float32_rounding(spec: str, local: LocalConfig) -> None:
+def test_one_site_equals_torch_to_float32_rounding(spec: str, local: LocalConfig) -> None:
     data, (site,) = make_problem([30], torch.float32)
     head, incoming = make_incoming(spec, torch.float32)
     trained = train(head, incoming, data, [site], local)
@@ -192,7 +195,7 @@ def test_one_site_agrees_with_torch_to_float32_rounding(spec: str, local: LocalC
     batch_size=strategies.sampled_from([1, 4, 100]),
     spec=strategies.sampled_from(HEADS),
 )
-def test_a_site_does_not_depend_on_its_company_nor_on_chunks(
+def test_site_is_independent_of_other_sites_and_chunks(
     chosen: list[int], chunk_bytes: int, batch_size: int, spec: str
 ) -> None:
     local = LocalConfig(epochs=2, batch_size=batch_size, momentum=0.5)
@@ -222,7 +225,7 @@ def test_chunks_cover_every_site_once_and_can_be_small() -> None:
     assert [trained.rows[0] for _, trained in chunks] == sorted(SIZES, reverse=True)
 
 
-def test_a_site_without_rows_returns_the_incoming_head() -> None:
+def test_site_without_rows_returns_the_incoming_head() -> None:
     data, sites = make_problem([0, 4, 0])
     head, incoming = make_incoming("mlp:4")
     for chosen in (sites, sites[:1]):
@@ -241,7 +244,7 @@ def test_no_sites_give_empty_stacks() -> None:
     assert evaluate_head(head, incoming, data, []).rows.shape == (0,)
 
 
-def test_neither_the_incoming_parameters_nor_the_features_change() -> None:
+def test_inputs_are_not_modified() -> None:
     data, sites = make_problem()
     mean, scale = torch.ones(FEATURES), torch.full((FEATURES,), 2.0)
     data = LabelledFeatures(data.features, data.labels, (mean, scale))
@@ -267,7 +270,7 @@ def test_standardisation_equals_training_on_standardised_features(spec: str) -> 
     )
 
 
-def test_features_may_be_a_memory_map_of_half_precision(tmp_path: Path) -> None:
+def test_features_in_a_half_precision_memory_map(tmp_path: Path) -> None:
     data, sites = make_problem(dtype=torch.float32)
     stored = np.memmap(tmp_path / "features", np.float16, "w+", shape=tuple(data.features.shape))
     stored[:] = data.features.numpy()
@@ -280,7 +283,7 @@ def test_features_may_be_a_memory_map_of_half_precision(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("batch_size", [32, 10_000])
-def test_sites_of_very_different_sizes_cost_little_padding(batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_is_bounded_for_sites_of_different_sizes(batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = [5000, 5, 3, 700, 40, 31, 64, 1]
     data, sites = make_problem(sizes, torch.float32)
     head, incoming = make_incoming("linear", torch.float32)
@@ -300,7 +303,7 @@ def test_sites_of_very_different_sizes_cost_little_padding(batch_size: int, monk
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("spec", HEADS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e38])
-def test_a_broken_row_breaks_its_own_site_only(spec: str, optimizer: str, bad: float) -> None:
+def test_broken_row_affects_only_its_own_site(spec: str, optimizer: str, bad: float) -> None:
     data, sites = make_problem(dtype=torch.float32)
     head, incoming = make_incoming(spec, torch.float32)
     local = LocalConfig.model_validate({"batch_size": 4, "optimizer": optimizer, "epochs": 2})
@@ -323,7 +326,7 @@ def test_evaluation_sums_over_each_sites_rows(spec: str, chunk_bytes: int) -> No
     for i, site in enumerate(sites):
         logits, labels = head(data.features[site.rows]), data.labels[site.rows]
         assert evaluation.losses[i] == pytest.approx(functional.cross_entropy(logits, labels, reduction="sum").item())
-        assert evaluation.correct[i] == int((logits.argmax(-1) == labels).sum())
+        assert evaluation.scores[i] == int((logits.argmax(-1) == labels).sum())
         assert evaluation.rows[i] == len(site.rows)
     assert evaluation.losses.dtype == np.float64
 
@@ -346,3 +349,22 @@ def test_row_orders_are_uniform() -> None:
         counts[np.arange(5), shuffled(0, "a", 1, epoch, 5)] += 1
     chi_square = float(((counts - 800) ** 2 / 800).sum())
     assert chi_square < 45  # 16 degrees of freedom: one time in ten thousand above
+
+
+@given(
+    strategies.lists(strategies.integers(1, 60), min_size=1, max_size=4),
+    strategies.integers(5, 20),
+    strategies.integers(1, 5),
+)
+def test_no_minibatch_is_smaller_than_the_site_allows(sizes: list[int], batch_size: int, min_batch: int) -> None:
+    sizes.sort(reverse=True)
+    sites = [SiteRows(f"site-{number}", np.arange(size)) for number, size in enumerate(sizes)]
+    local = LocalConfig(batch_size=batch_size, epochs=2)
+    seen = [np.zeros(size, np.int64) for size in sizes]
+    for batch in batches(sites, local, 0, 1, min_batch):
+        for site, (places, weights) in enumerate(zip(batch.places, batch.weights, strict=True)):
+            rows = places[weights > 0]
+            assert len(rows) >= min(min_batch, sizes[site])
+            assert weights.sum() == pytest.approx(1)
+            seen[site][rows] += 1
+    assert all((rows == 2).all() for rows in seen)

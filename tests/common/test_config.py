@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -79,3 +80,25 @@ def test_a_cluster_needs_the_engine_that_has_one() -> None:
     assert RunConfig(simulation={"engine": "ray", "cluster": "ray://head:10001"}).simulation.cluster
     with pytest.raises(UserError, match="engine 'ray'"):
         RunConfig(simulation={"cluster": "ray://head:10001"})
+
+
+def test_the_task_has_other_names_too() -> None:
+    assert RunConfig().task == "classification"
+    assert RunConfig(multi_label=True).task == RunConfig(task="multi-label").task == "multi-label"
+    assert RunConfig(multi_label=False, task="regression").task == "regression"
+    assert RunConfig(task="regression", targets=["pulse"]).classes == ("pulse",)
+    assert "multi_label" not in RunConfig(multi_label=True).to_toml()
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"multi_label": True, "task": "regression"}, "asks for task 'multi-label', but task is 'regression'"),
+        ({"multi_label": "perhaps"}, "must be true or false"),
+        ({"classes": ["a", "b"], "targets": ["c"]}, "classes or targets, not both"),
+        ({"classes": ["a"]}, "two classes or more"),
+    ],
+)
+def test_names_of_the_task_that_contradict_are_refused(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        RunConfig(**values)

@@ -17,12 +17,12 @@ from torch.nn import functional
 from typer.testing import CliRunner
 
 from fedhead.backbones import Backbone, ImagePreprocessing, load_backbone
-from fedhead.calibration import Calibration
 from fedhead.cli import app
 from fedhead.errors import FedheadError, UserError
 from fedhead.export import FORMATS, describe_export, describe_preprocessing, export_model
 from fedhead.heads import make_head
 from fedhead.model import TransferModel
+from fedhead.sums.calibration import Calibration
 
 FILES = ("onnx", "torch-export", "state-dict")
 
@@ -44,7 +44,7 @@ def by_onnxruntime(path: Path, *inputs: Tensor) -> Tensor:
     runtime = pytest.importorskip("onnxruntime")
     session = runtime.InferenceSession(str(path))
     given = {one.name: tensor.numpy() for one, tensor in zip(session.get_inputs(), inputs, strict=True)}
-    return torch.from_numpy(session.run(["probabilities"], given)[0])
+    return torch.from_numpy(session.run(None, given)[0])
 
 
 def by_torch_export(path: Path, *inputs: Tensor) -> Tensor:
@@ -94,11 +94,18 @@ def prepared_as_told(image: Image.Image, told: dict[str, Any]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("file_format", PROGRAMS)
-@pytest.mark.parametrize(("head", "multi_label"), [("linear", False), ("mlp:8", True), ("cosine", False)])
-def test_a_program_gives_the_models_calibrated_probabilities_for_any_number_of_images(
-    file_format: str, head: str, multi_label: bool, tmp_path: Path
-) -> None:
-    model = model_on(load_backbone("bundled:glyphnet"), head, multi_label=multi_label)
+@pytest.mark.parametrize(
+    ("head", "task"),
+    [
+        ("linear", "classification"),
+        *(
+            pytest.param(*model, marks=pytest.mark.slow)
+            for model in (("mlp:8", "multi-label"), ("cosine", "classification"))
+        ),
+    ],
+)
+def test_program_equals_model_for_any_batch_size(file_format: str, head: str, task: str, tmp_path: Path) -> None:
+    model = model_on(load_backbone("bundled:glyphnet"), head, task=task)
     path = export_model(model, file_format, tmp_path / FORMATS[file_format]).path
     for rows in (1, 2, 7):
         images = photographs(rows)
@@ -112,7 +119,7 @@ DIGITS = describe_preprocessing(load_backbone("bundled:glyphnet"))
 
 
 @pytest.mark.parametrize("file_format", FILES)
-def test_a_file_says_what_a_stranger_needs(file_format: str, tmp_path: Path) -> None:
+def test_export_is_self_describing(file_format: str, tmp_path: Path) -> None:
     model = model_on(load_backbone("bundled:glyphnet"))
     path = export_model(model, file_format, tmp_path / "exported").path
     told = document_of(path, file_format)
@@ -122,7 +129,8 @@ def test_a_file_says_what_a_stranger_needs(file_format: str, tmp_path: Path) -> 
     assert told["input"]["shapes"] == {"pixels": ["batch", 1, 16, 16]}
 
 
-def test_a_file_does_not_name_folders_of_the_machine(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_export_contains_no_local_paths(tmp_path: Path) -> None:
     model = model_on(load_backbone("bundled:glyphnet"))
     for file_format in FILES:
         content = export_model(model, file_format, tmp_path / file_format).path.read_bytes()
@@ -131,7 +139,7 @@ def test_a_file_does_not_name_folders_of_the_machine(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("spec", ["bundled:glyphnet", "bundled:pixels", "torchvision:resnet18"])
-def test_the_documented_steps_are_the_backbones_own(spec: str) -> None:
+def test_documented_steps_equal_preprocessing(spec: str) -> None:
     backbone = load_backbone(spec, weights="random")
     told = json.loads(json.dumps(describe_preprocessing(backbone)))
     for image in photographs(3):
@@ -142,7 +150,7 @@ def test_the_documented_steps_are_the_backbones_own(spec: str) -> None:
     assert ImagePreprocessing(**values) == backbone.preprocessing
 
 
-def test_a_state_dict_holds_every_weight_under_the_names_of_its_parts(tmp_path: Path) -> None:
+def test_state_dict_contains_every_weight(tmp_path: Path) -> None:
     model = model_on(load_backbone("torchvision:resnet18", weights="random"))
     tensors = load_file(export_model(model, "state-dict", tmp_path / "weights.safetensors").path)
     parts = {"backbone": model.backbone.tensors(), "head": model.head.state_dict()}
@@ -151,8 +159,9 @@ def test_a_state_dict_holds_every_weight_under_the_names_of_its_parts(tmp_path: 
     assert all(torch.equal(tensor, own[name]) for name, tensor in tensors.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file_format", PROGRAMS)
-def test_a_network_of_torchvisions_is_exported(file_format: str, tmp_path: Path) -> None:
+def test_export_of_torchvision_network(file_format: str, tmp_path: Path) -> None:
     model = model_on(load_backbone("torchvision:resnet18", weights="random"))
     path = export_model(model, file_format, tmp_path / FORMATS[file_format]).path
     images = photographs(2)
@@ -161,9 +170,7 @@ def test_a_network_of_torchvisions_is_exported(file_format: str, tmp_path: Path)
     torch.testing.assert_close(PROGRAMS[file_format](path, batch), model.probabilities(images), atol=1e-5, rtol=0)
 
 
-def test_a_model_with_its_backbone_loads_where_the_weights_are_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_exported_folder_loads_without_cached_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_on(load_backbone("torchvision:squeezenet1_1", weights="random", seed=3))
     folder = export_model(model, "fedhead", tmp_path / "taken").path
     monkeypatch.setenv("FEDHEAD_HOME", str(tmp_path / "another machine"))
@@ -190,8 +197,9 @@ def vectors(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file_format", PROGRAMS)
-def test_averaged_word_vectors_are_exported(file_format: str, vectors: Path, tmp_path: Path) -> None:
+def test_export_of_word_vectors(file_format: str, vectors: Path, tmp_path: Path) -> None:
     model = model_on(load_backbone(f"vectors:{vectors}"))
     path = export_model(model, file_format, tmp_path / FORMATS[file_format]).path
     told = document_of(path, file_format)["preprocessing"]
@@ -205,7 +213,7 @@ def test_averaged_word_vectors_are_exported(file_format: str, vectors: Path, tmp
     torch.testing.assert_close(given, model.probabilities(texts), atol=1e-5, rtol=0)
 
 
-def test_a_model_of_word_vectors_takes_them_along(vectors: Path, tmp_path: Path) -> None:
+def test_exported_folder_contains_word_vectors(vectors: Path, tmp_path: Path) -> None:
     model = model_on(load_backbone(f"vectors:{vectors}"))
     folder = export_model(model, "fedhead", tmp_path / "taken").path
     vectors.unlink()
@@ -241,14 +249,14 @@ def odd(module: nn.Module) -> TransferModel:
 
 
 @pytest.mark.parametrize("file_format", FILES)
-def test_an_export_that_gives_other_probabilities_is_refused(file_format: str, tmp_path: Path) -> None:
-    with pytest.raises(FedheadError, match="other probabilities than the model") as refused:
+def test_differing_export_is_rejected(file_format: str, tmp_path: Path) -> None:
+    with pytest.raises(FedheadError, match="differs from the model") as refused:
         export_model(odd(StillDroppingOut()), file_format, tmp_path / "refused")
     assert refused.value.exit_status == 1
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_format_that_cannot_take_a_model_says_so_and_another_can(tmp_path: Path) -> None:
+def test_error_names_alternative_formats(tmp_path: Path) -> None:
     for file_format in PROGRAMS:
         with pytest.raises(FedheadError, match=rf"cannot be exported as {file_format}: .*--format state-dict"):
             export_model(odd(ReadingItsInput()), file_format, tmp_path / "refused")
@@ -256,15 +264,13 @@ def test_a_format_that_cannot_take_a_model_says_so_and_another_can(tmp_path: Pat
     export_model(odd(ReadingItsInput()), "state-dict", tmp_path / "weights.safetensors")
 
 
-def test_without_the_extra_the_command_that_installs_it_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_error_names_command_for_missing_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UserError, match=r"pip install 'fedhead\[onnx\]'"):
         export_model(odd(ReadingItsInput()), "onnx", tmp_path / "model.onnx")
 
 
-def test_on_the_command_line(tmp_path: Path) -> None:
+def test_export_command(tmp_path: Path) -> None:
     model_on(load_backbone("bundled:glyphnet")).save(tmp_path / "model.safetensors")
     run = CliRunner().invoke
     done = run(app, ["export", str(tmp_path), "--format", "state-dict"])
@@ -280,9 +286,7 @@ def test_on_the_command_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_text_model_with_its_backbone_needs_neither_weights_nor_tokenizer(
-    minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_exported_text_model_is_self_contained(minilm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(minilm, tmp_path / "minilm")
     model = model_on(load_backbone(f"hf:{tmp_path / 'minilm'}"))
     folder = export_model(model, "fedhead", tmp_path / "taken").path
@@ -308,7 +312,7 @@ def test_photographs_through_real_weights(file_format: str, assets: Path, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("file_format", PROGRAMS)
 @pytest.mark.parametrize("name", ["mobilenet_v3_small", "squeezenet1_1", "vit_b_32"])
-def test_larger_networks_are_exported(name: str, file_format: str, tmp_path: Path) -> None:
+def test_export_of_larger_networks(name: str, file_format: str, tmp_path: Path) -> None:
     model = model_on(load_backbone(f"torchvision:{name}", weights="random"))
     assert export_model(model, file_format, tmp_path / FORMATS[file_format]).difference < 1e-5
 
@@ -323,7 +327,7 @@ def minilm() -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file_format", FILES)
-def test_a_text_model_is_exported_with_its_tokenizer(file_format: str, minilm: Path, tmp_path: Path) -> None:
+def test_export_of_text_model_includes_tokenizer(file_format: str, minilm: Path, tmp_path: Path) -> None:
     tokenizers = pytest.importorskip("tokenizers")
     model = model_on(load_backbone(f"hf:{minilm}"))
     path = export_model(model, file_format, tmp_path / FORMATS[file_format]).path
@@ -344,3 +348,22 @@ def test_a_text_model_is_exported_with_its_tokenizer(file_format: str, minilm: P
     if file_format in PROGRAMS:
         given = PROGRAMS[file_format](path, input_ids, mask)
         torch.testing.assert_close(given, model.probabilities(texts), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_export_of_regression_on_rows_of_numbers(file_format: str, tmp_path: Path) -> None:
+    backbone = load_backbone("identity:age,pulse")
+    head = make_head("linear", 2, 1)
+    head.assign({"weight": torch.tensor([[250.0, -3.0]]), "bias": torch.tensor([7.0])})
+    model = TransferModel(backbone, head, ["pressure"], task="regression")
+    written = export_model(model, file_format, tmp_path / FORMATS[file_format])
+    assert written.difference < 1e-5
+    assert model.predict([{"pulse": 2.0, "age": 3.0}]) == [751.0]
+    if file_format in PROGRAMS:
+        batch = torch.tensor([[3.0, 2.0], [0.0, 1.0]])
+        torch.testing.assert_close(PROGRAMS[file_format](written.path, batch), torch.tensor([[751.0], [4.0]]))
+    if file_format != "fedhead":
+        told = document_of(written.path, file_format)
+        assert told["task"] == "tabular-regression"
+        assert told["output"]["name"] == "values"
+        assert told["input"]["shapes"] == {"features": ["batch", 2]}

@@ -21,7 +21,7 @@ def test_what_does_not_exist_is_no_attribute() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["fedhead", "fedhead.cli", "fedhead.config", "fedhead.messages", "fedhead.client.app"]
+    "module", ["fedhead", "fedhead.cli", "fedhead.config", "fedhead.protocol.messages", "fedhead.client.app"]
 )
 def test_light_modules_do_not_bring_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

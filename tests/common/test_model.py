@@ -1,5 +1,5 @@
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fedhead.backbones import Backbone, TextPreprocessing, load_backbone
-from fedhead.backbones.weights import install_weights, weights_path
-from fedhead.calibration import BINS, Calibration
+from fedhead.backbones.weights import weights_path
 from fedhead.data import UnreadableSampleError
 from fedhead.errors import FedheadError, UserError
 from fedhead.heads import make_head
 from fedhead.model import TransferModel
+from fedhead.sums.calibration import BINS, Calibration
 
 CLASSES = ("ant", "bee", "cicada")
 DESCRIBED = ("backbone", "layer", "backbone_digest", "weights_digest", "head", "head_digest", "classes")
@@ -32,7 +32,7 @@ def model_of(head_spec: str = "linear", backbone: Backbone | None = None, seed: 
     generator = torch.Generator().manual_seed(seed)
     head.randomise(generator)
     width = backbone.num_features
-    head.absorb_standardisation(torch.randn(width, generator=generator), 0.5 + torch.rand(width, generator=generator))
+    head.fold(torch.randn(width, generator=generator), 0.5 + torch.rand(width, generator=generator))
     return TransferModel(backbone, head, CLASSES, head_spec)
 
 
@@ -43,7 +43,7 @@ def pictures(count: int = 5, *, colour: bool = False) -> list[Image.Image]:
 
 @pytest.mark.parametrize("backbone", ["bundled:glyphnet", "bundled:pixels"])
 @pytest.mark.parametrize("head", ["linear", "mlp:4", "cosine"])
-def test_what_is_saved_gives_the_same_probabilities(tmp_path: Path, head: str, backbone: str) -> None:
+def test_saved_model_gives_equal_probabilities(tmp_path: Path, head: str, backbone: str) -> None:
     model = model_of(head, load_backbone(backbone))
     model.save(tmp_path / "deep" / "model.safetensors")
     loaded = TransferModel.load(tmp_path / "deep" / "model.safetensors")
@@ -54,20 +54,20 @@ def test_what_is_saved_gives_the_same_probabilities(tmp_path: Path, head: str, b
     assert repr(loaded) == repr(model) == f"TransferModel({backbone!r}, {head!r}, 3 classes)"
 
 
-def test_the_same_model_is_the_same_file(tmp_path: Path) -> None:
+def test_equal_models_give_equal_files(tmp_path: Path) -> None:
     model_of().save(tmp_path / "one")
     model_of().save(tmp_path / "two")
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
-def test_a_run_folder_is_a_path_to_its_model(tmp_path: Path) -> None:
+def test_model_from_a_run_folder(tmp_path: Path) -> None:
     model = model_of()
     model.save(tmp_path / "model.safetensors")
     for path in (tmp_path, str(tmp_path)):
         assert TransferModel.load(path).predict(pictures()) == model.predict(pictures())
 
 
-def test_paths_images_arrays_and_tensors_are_classified_alike(tmp_path: Path) -> None:
+def test_paths_images_arrays_and_tensors_give_equal_predictions(tmp_path: Path) -> None:
     model = model_of()
     images = pictures()
     paths = [tmp_path / f"{number}.png" for number in range(len(images))]
@@ -88,7 +88,7 @@ def test_paths_images_arrays_and_tensors_are_classified_alike(tmp_path: Path) ->
     assert model.predict(images) == [CLASSES[index] for index in expected.argmax(-1).tolist()]
 
 
-def test_probabilities_are_probabilities_whatever_the_batch() -> None:
+def test_probabilities_are_independent_of_the_batch() -> None:
     model = model_of("mlp:4")
     images = pictures(7)
     whole = model.probabilities(images)
@@ -125,7 +125,7 @@ def test_images_are_read_a_batch_at_a_time() -> None:
     assert seen == [2, 4, 6]
 
 
-def test_an_image_that_is_not_one_is_named(tmp_path: Path) -> None:
+def test_error_names_unreadable_image(tmp_path: Path) -> None:
     model = model_of()
     (tmp_path / "scan.png").write_bytes(b"not an image")
     with pytest.raises(FedheadError, match=r"scan\.png cannot be read as an image"):
@@ -136,15 +136,17 @@ def test_an_image_that_is_not_one_is_named(tmp_path: Path) -> None:
         model.predict([np.zeros((2, 2, 2, 2), np.uint8)])
 
 
-def test_a_head_of_another_width_or_number_of_classes_is_refused() -> None:
+def test_head_of_wrong_size_is_rejected() -> None:
     backbone = load_backbone("bundled:glyphnet")
-    with pytest.raises(UserError, match="takes 7 features, but bundled:glyphnet gives 192"):
+    with pytest.raises(UserError, match="takes 7 features, but bundled:glyphnet produces 192"):
         TransferModel(backbone, make_head("linear", 7, 3), CLASSES)
     with pytest.raises(UserError, match="2 outputs for 3 class names"):
         TransferModel(backbone, make_head("linear", 192, 2), CLASSES)
 
 
-def test_a_backbone_that_is_not_here_may_be_passed_or_installed(tmp_path: Path, own_home: Path) -> None:
+def test_missing_backbone_can_be_passed_or_installed(
+    tmp_path: Path, own_home: Path, install_weights: Callable[[bytes, str], Path]
+) -> None:
     backbone = load_backbone("bundled:glyphnet", weights="random", seed=77)
     model = model_of(backbone=backbone)
     path = tmp_path / "model.safetensors"
@@ -164,10 +166,10 @@ def test_a_backbone_that_is_not_here_may_be_passed_or_installed(tmp_path: Path, 
         installed.unlink()
 
 
-def test_another_backbone_is_refused(tmp_path: Path) -> None:
+def test_another_backbone_is_rejected(tmp_path: Path) -> None:
     model_of().save(tmp_path / "model.safetensors")
     for other in (load_backbone("bundled:glyphnet", weights="random"), load_backbone("bundled:pixels")):
-        with pytest.raises(UserError, match="belongs to another backbone"):
+        with pytest.raises(UserError, match="needs another backbone"):
             TransferModel.load(tmp_path / "model.safetensors", other)
 
 
@@ -189,7 +191,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut", "cut head", "flipped weight", "text", "folder"])
-def test_a_damaged_model_is_a_sentence(saved: Path, damage: str) -> None:
+def test_damaged_model_is_rejected(saved: Path, damage: str) -> None:
     content = saved.read_bytes()
     if damage == "missing":
         saved.unlink()
@@ -210,7 +212,7 @@ def test_a_damaged_model_is_a_sentence(saved: Path, damage: str) -> None:
         TransferModel.load(saved)
 
 
-def test_a_file_of_something_else_is_a_sentence(tmp_path: Path) -> None:
+def test_other_files_are_rejected(tmp_path: Path) -> None:
     path = tmp_path / "other.safetensors"
     save_file({"weight": torch.zeros(3, 192)}, path)
     with pytest.raises(UserError, match=r"other\.safetensors"):
@@ -220,13 +222,13 @@ def test_a_file_of_something_else_is_a_sentence(tmp_path: Path) -> None:
         TransferModel.load(path)
 
 
-def test_an_empty_folder_holds_no_model(tmp_path: Path) -> None:
+def test_empty_folder_has_no_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         TransferModel.load(tmp_path)
 
 
 @pytest.mark.parametrize("values", ["", "{", "[]", "null", "3", '"model"', "{}"])
-def test_a_description_that_is_none_is_a_sentence(saved: Path, values: str) -> None:
+def test_invalid_description_is_rejected(saved: Path, values: str) -> None:
     rewritten(saved, values)
     with pytest.raises(UserError, match=r"model\.safetensors"):
         TransferModel.load(saved)
@@ -245,13 +247,13 @@ def test_every_part_of_a_description_is_checked(saved: Path, key: str, value: An
         TransferModel.load(saved)
 
 
-def test_a_newer_format_is_told_by_name(saved: Path) -> None:
+def test_error_names_newer_format(saved: Path) -> None:
     rewritten(saved, {**described(saved), "format": "fedhead-model-99"})
     with pytest.raises(UserError, match="format: Input should be 'fedhead-model-1'"):
         TransferModel.load(saved)
 
 
-def test_a_model_of_another_shape_than_it_says_is_a_sentence(saved: Path) -> None:
+def test_model_with_wrong_shapes_is_rejected(saved: Path) -> None:
     values = described(saved)
     rewritten(saved, {**values, "classes": [*CLASSES, "dragonfly"]})
     with pytest.raises(UserError, match="damaged"):
@@ -261,20 +263,20 @@ def test_a_model_of_another_shape_than_it_says_is_a_sentence(saved: Path) -> Non
         TransferModel.load(saved)
 
 
-def test_saving_where_nothing_may_be_written_is_a_sentence(tmp_path: Path) -> None:
+def test_error_for_unwritable_path(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         model_of().save(tmp_path / "file" / "model.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_multi_label_model_names_every_class_above_one_half(tmp_path: Path) -> None:
+def test_multi_label_predictions_are_classes_above_one_half(tmp_path: Path) -> None:
     single = model_of()
-    model = TransferModel(single.backbone, single.head, CLASSES, multi_label=True)
+    model = TransferModel(single.backbone, single.head, CLASSES, task="multi-label")
     model.save(tmp_path / "model.safetensors")
     loaded = TransferModel.load(tmp_path)
-    assert loaded.multi_label
-    assert not single.multi_label
+    assert loaded.task.name == "multi-label"
+    assert single.task.name == "classification"
     images = pictures(20, colour=True)
     with torch.inference_mode():
         logits = model.head(model.backbone.features(torch.stack(list(map(model.backbone.preprocessing, images)))))
@@ -300,7 +302,7 @@ def text_model() -> TransferModel:
 def test_texts_are_strings_and_text_files_are_paths(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("Dear Sir")
     assert text_model().predict(["Hi", "Hello", tmp_path / "letter.txt"], batch_size=2) == ["short", "long", "long"]
-    with pytest.raises(UnreadableSampleError, match="reads texts, and was given Image"):
+    with pytest.raises(UnreadableSampleError, match="item 0 is of type Image, not a text"):
         text_model().predict(pictures(1))
     with pytest.raises(UnreadableSampleError, match=r"none\.txt cannot be read"):
         text_model().predict([tmp_path / "none.txt"])
@@ -311,7 +313,7 @@ def calibrated(scores: tuple[int, ...] = (), unlearned: tuple[str, ...] = ()) ->
     return TransferModel(plain.backbone, plain.head, CLASSES, calibration=Calibration(2.5, scores), unlearned=unlearned)
 
 
-def test_the_temperature_divides_logits_and_is_saved(tmp_path: Path) -> None:
+def test_temperature_divides_logits_and_is_saved(tmp_path: Path) -> None:
     model, images = calibrated((0,) * (BINS - 1) + (9,), unlearned=("bee",)), pictures()
     with torch.inference_mode():
         logits = model.head(model.backbone.features_of(images))
@@ -323,7 +325,7 @@ def test_the_temperature_divides_logits_and_is_saved(tmp_path: Path) -> None:
     assert torch.equal(loaded.probabilities(images), model.probabilities(images))
 
 
-def test_an_unlearned_class_is_never_predicted_nor_in_a_set() -> None:
+def test_unlearned_class_is_never_predicted() -> None:
     images = pictures(20)
     everywhere = {name for name in model_of().predict(images) if isinstance(name, str)}
     assert everywhere
@@ -335,7 +337,7 @@ def test_an_unlearned_class_is_never_predicted_nor_in_a_set() -> None:
         assert not any(name in classes for classes in model.sets(probabilities, 0.999))
 
 
-def test_sets_hold_the_classes_above_the_threshold_by_falling_probability() -> None:
+def test_sets_are_sorted_by_probability() -> None:
     scores = [0] * BINS
     scores[BINS // 2] = 99
     model = calibrated(tuple(scores))
@@ -349,5 +351,5 @@ def test_sets_hold_the_classes_above_the_threshold_by_falling_probability() -> N
 def test_sets_need_a_coverage_and_a_calibrated_model(coverage: float) -> None:
     with pytest.raises(UserError, match="between 0 and 1"):
         calibrated((1,) * BINS).sets(torch.ones(1, 3) / 3, coverage)
-    with pytest.raises(UserError, match="No held-out rows"):
+    with pytest.raises(UserError, match="held-out rows"):
         model_of().sets(torch.ones(1, 3) / 3, 0.9)

@@ -64,8 +64,8 @@ def test_predictions_are_the_models_own_in_order(run_dir: Path, unseen: Path) ->
     predictions = list(predict_inputs(model, inputs))
     assert [one.name for one in predictions] == [one.name for one in inputs]
     expected = model.probabilities([Path(one.name) for one in inputs])
-    assert torch.allclose(torch.tensor([one.probabilities for one in predictions]), expected, atol=1e-5)
-    assert [one.labels[0] for one in predictions] == [model.classes[row] for row in expected.argmax(1).tolist()]
+    assert torch.allclose(torch.tensor([one.answers for one in predictions]), expected, atol=1e-5)
+    assert [one.decision for one in predictions] == [model.classes[row] for row in expected.argmax(1).tolist()]
 
 
 def test_files_folders_patterns_and_tables_name_the_same_inputs(unseen: Path, tmp_path: Path) -> None:
@@ -110,11 +110,11 @@ def test_what_is_no_image_is_told_in_its_line_and_by_the_exit_status(run_dir: Pa
 @pytest.mark.parametrize(
     ("paths", "words"),
     [
-        (["nowhere.png"], "There is no nowhere.png"),
-        (["empty"], "holds no images"),
-        (["other.csv"], "has the columns name, age; expected one called path"),
+        (["nowhere.png"], "nowhere.png does not exist"),
+        (["empty"], "contains no images"),
+        (["other.csv"], "has no column 'path', 'image' or 'text'; it has 'name', 'age'"),
         (["bare.csv"], "has no rows"),
-        (["latin.csv"], "not UTF-8"),
+        (["latin.csv"], "is not text in UTF-8"),
     ],
 )
 def test_what_cannot_be_predicted_is_a_sentence(
@@ -165,7 +165,7 @@ def test_an_evaluation_counts_what_prediction_says(run_dir: Path, unseen: Path) 
     truth = [path.parent.name for path in sorted(unseen.rglob("*.png"))]
     assert evaluated.sums.correct == sum(one == other for one, other in zip(predicted, truth, strict=True))
     assert evaluated.covered >= evaluated.sums.correct
-    assert 1 <= evaluated.mean_set_size < 2
+    assert 1 <= evaluated.mean_size < 2
     assert evaluated.covered / evaluated.sums.rows >= 0.9
 
 
@@ -178,7 +178,7 @@ def test_the_command_evaluates(run_dir: Path, unseen: Path) -> None:
     assert values["sets"]["stated"] == 0.9
     assert np.array(values["confusion"]).sum() == 597
     shown = fedhead_command("evaluate", run_dir, "--data", f"folder:{unseen}", "--coverage", "0.9")
-    assert "where 90.0 % is stated" in shown.stdout
+    assert "(nominal 90.0 %)" in shown.stdout
 
 
 def test_data_of_other_classes_or_another_kind_is_refused(run_dir: Path, unseen: Path) -> None:

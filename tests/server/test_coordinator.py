@@ -16,15 +16,18 @@ from torch.nn import functional
 
 from fedhead.backbones import load_backbone
 from fedhead.client.app import make_app
-from fedhead.client.guard import Guard
+from fedhead.client.backbones import AcceptedBackbones
+from fedhead.client.release.guard import Guard
 from fedhead.client.site_data import LocalSite
 from fedhead.client.training import shuffled
 from fedhead.config import RunConfig
 from fedhead.data import Samples, held_out, load_samples, samples_from_arrays, sources
 from fedhead.errors import FedheadError, UserError
-from fedhead.messages import CALIBRATE, DESCRIBE, EVALUATE, INSTALL, METRICS, PAYLOAD, RECORD, REPORT, TRAIN, Payload
+from fedhead.protocol.actions import CALIBRATE, DESCRIBE, EVALUATE, INSTALL, REPORT, TRAIN
+from fedhead.protocol.messages import PAYLOAD, RECORD, Payload
 from fedhead.server.observer import EachRound
 from fedhead.simulations import RunResult, simulate
+from fedhead.sums.heads import METRICS
 
 ROWS, BAD_ROWS = 180, 60
 GOOD_SITES = [np.arange(0, 50), np.arange(50, 80), np.arange(80, ROWS)]
@@ -62,7 +65,8 @@ def digits() -> Samples:
 
 def app_of(name: str, rows: npt.NDArray[np.int64]) -> ClientApp:
     """Return the app of a site that holds adjoining rows."""
-    site = LocalSite(name, f"rows-of-digits:{rows[0]}-{rows[-1] + 1}", device="cpu", guard=Guard.off())
+    data, accepted = f"rows-of-digits:{rows[0]}-{rows[-1] + 1}", AcceptedBackbones(frozenset({CONFIG.backbone}))
+    site = LocalSite(name, data, device="cpu", guard=Guard.off(), backbones=accepted)
     return make_app(lambda context: site)
 
 
@@ -194,9 +198,9 @@ IN_TRAINING: dict[str, Change] = {
     "half a row": on_metrics(examples=10.5),
     "NaN rows": on_metrics(examples=np.nan),
     "an infinite loss": on_metrics(train_loss=np.inf),
-    "more right than there are": on_metrics(correct=BAD_ROWS),
-    "more held out than it has": on_metrics(held_out=1e9, correct=1e9, loss_sum=0.0),
-    "held out and trained on": on_metrics(held_out=BAD_ROWS, correct=BAD_ROWS, loss_sum=0.0),
+    "more right than there are": on_metrics(score=BAD_ROWS),
+    "more held out than it has": on_metrics(held_out=1e9, score=1e9, loss_sum=0.0),
+    "held out and trained on": on_metrics(held_out=BAD_ROWS, score=BAD_ROWS, loss_sum=0.0),
     "metrics for two": on_arrays(lambda arrays: {**arrays, "metrics": np.zeros((2, len(METRICS)))}),
 }
 
@@ -212,7 +216,7 @@ def test_a_site_bad_from_its_first_reply_changes_nothing(
     assert reasons(result)
     assert all(reasons(result))
     assert result.accuracy_by_site == without_it.accuracy_by_site
-    assert [line.accuracy for line in result.history] == [line.accuracy for line in without_it.history]
+    assert [line.score for line in result.history] == [line.score for line in without_it.history]
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +236,7 @@ def test_a_bad_reply_in_training_is_no_other_than_none(
     # A lie about rows that are trained on shows where there are any: not when the last head is evaluated.
     compared = slice(0, None if what in EVERYWHERE else -1)
     for line, like in zip(result.history[compared], failing_in_training.history[compared], strict=True):
-        assert (line.sites, line.accuracy, line.loss) == (like.sites, like.accuracy, like.loss)
+        assert (line.sites, line.score, line.loss) == (like.sites, like.score, like.loss)
     if what in EVERYWHERE:
         assert set(result.sites) == set(GOOD_NAMES)
 
@@ -292,9 +296,9 @@ def described(**values: Any) -> Change:
         (fails, "disk of this site is gone"),
         (EVERYWHERE["garbage"], ""),
         (EVERYWHERE["no record"], ""),
-        (described(rows=-3), "negative"),
+        (described(rows=-3), "rows"),
         (described(rows="many"), "rows"),
-        (described(site=""), "names no site"),
+        (described(site=""), "its site name is empty"),
         (described(refusal="This site is closed."), "This site is closed."),
         (described(has_weights=False), "still has none"),
     ],
@@ -332,7 +336,7 @@ def test_a_site_cannot_count_rows_for_others(digits: Samples, honest_app: Client
     bad = BadSite(honest_app, claims, actions=("query.statistics",))
     config = RunConfig(rounds=1, keep_sums="total", simulation=UNGUARDED)
     result = simulate(config, digits, ALL_SITES, apps={BAD: bad}, out=tmp_path / "run")
-    assert "other sites" in result.outcome.refused[BAD]
+    assert "site_counts" in result.outcome.refused[BAD]
     assert list(result.outcome.participants) == GOOD_NAMES
 
 
@@ -379,7 +383,7 @@ def test_a_site_that_cannot_calibrate_the_first_head_trains_all_the_same(
     first = result.history[0]
     alone = simulate(RunConfig(rounds=0, simulation=UNGUARDED), digits, ALL_SITES)
     assert first.loss is not None and alone.history[0].loss is not None
-    assert first.accuracy == alone.history[0].accuracy
+    assert first.score == alone.history[0].score
 
 
 def test_a_site_that_fails_in_one_round_is_back_in_the_next(digits: Samples, honest_app: ClientApp) -> None:
@@ -558,7 +562,7 @@ def fedavg_by_hand(digits: Samples, config: RunConfig) -> list[tuple[Tensor, Ten
     features = backbone.features(torch.stack([backbone.preprocessing(image) for image in images])).clone()
     labels = torch.from_numpy(digits.labels)
     keys = np.array([digits.key(row, image) for row, image in enumerate(images)], dtype=np.uint64)
-    out = held_out(keys, config.holdout, config.seed)
+    out = held_out(keys, config.holdout)
     train = [rows[~out[rows]] for rows in GOOD_SITES]
     pooled = features[np.concatenate(train)].double()
     mean, scale = pooled.mean(0).float(), pooled.std(0, correction=0).float()

@@ -10,7 +10,7 @@ import yaml
 
 from fedhead.cli import app
 from fedhead.errors import UserError
-from fedhead.server.deployment import compose_file, coordinator_service, site_service, systemd_unit
+from fedhead.server.deployment import compose_file, coordinator_service, queue_service, site_service, systemd_unit
 from fedhead.server.provision import provision
 
 
@@ -72,9 +72,20 @@ def test_a_coordinator_starts_its_run_once_and_goes_on_with_it(kits: Path, run: 
     assert condition == ["test", "-e", "/var/lib/fedhead/runs/xray/run.toml"]
     assert parsed(first)["config"] == str(run)
     assert parsed(first)["out"] == "/var/lib/fedhead/runs/xray"
+    assert parsed(first)["min_sites"] == "1"
     assert parsed(later)["resume"] == "/var/lib/fedhead/runs/xray"
     assert parsed(first)["kit"] == parsed(later)["kit"] == str(kits / "coordinator")
     assert "ConditionPathExists=!/var/lib/fedhead/runs/xray/result.json\n" in unit
+
+
+def test_a_coordinator_of_a_queue_has_no_end(kits: Path) -> None:
+    service = queue_service(kits / "coordinator", 9092, "127.0.0.1:9093")
+    unit = systemd_unit(service)
+    options = parsed(started(unit))
+    assert (options["queue"], options["out"]) == ("/var/lib/fedhead/queue", "/var/lib/fedhead/runs")
+    assert (options["kit"], options["health"]) == (str(kits / "coordinator"), "127.0.0.1:9093")
+    assert "ConditionPathExists" not in unit
+    assert "restart: unless-stopped" in compose_file(service, kits)
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs systemd-analyze")

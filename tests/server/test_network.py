@@ -13,36 +13,27 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Context, Error, Message, RecordDict
-from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 import fedhead.server.coordinator
 import fedhead.server.latecomers
 from fedhead.backbones import Backbone, load_backbone
 from fedhead.client.app import make_app
-from fedhead.client.guard import Guard
+from fedhead.client.backbones import AcceptedBackbones
+from fedhead.client.release.guard import Guard
 from fedhead.client.site_data import LocalSite
 from fedhead.config import RunConfig
 from fedhead.data import Samples, load_samples, samples_from_arrays, sources
 from fedhead.errors import FedheadError
 from fedhead.flower import in_process_identity
-from fedhead.messages import (
-    DESCRIBE,
-    INSTALL,
-    PROTOCOL,
-    STANDARDISE,
-    STATISTICS,
-    TRAIN,
-    Description,
-    MessageError,
-    Payload,
-    WeightsChunk,
-)
 from fedhead.model import TransferModel
+from fedhead.protocol.actions import DESCRIBE, INSTALL, STANDARDISE, STATISTICS, TRAIN
+from fedhead.protocol.messages import PROTOCOL, Description, MessageError, Payload, WeightsChunk
 from fedhead.server.app import coordinate
-from fedhead.server.exchange import UNREACHABLE
-from fedhead.server.history import Outcome, Round
+from fedhead.server.grid import SiteGrid
+from fedhead.server.messenger import UNREACHABLE
 from fedhead.server.observer import EachRound, Observer, SiteState
+from fedhead.server.runs.history import Outcome, Round
 from fedhead.simulations.grid import InProcessGrid, node_id_of
 from fedhead.simulations.simulate import simulate
 
@@ -72,7 +63,15 @@ def every_third_digit(argument: str) -> Samples:
     )
 
 
-class Network(Grid):
+ACCEPTED = AcceptedBackbones(frozenset({"bundled:glyphnet"}))
+"""Any weights of the backbone, as an operator who lists its spec accepts them."""
+
+
+def _third(name: str, row: int) -> LocalSite:
+    return LocalSite(name, f"every-third-digit:{row}", "cpu", guard=Guard.off(), backbones=ACCEPTED)
+
+
+class Network(SiteGrid):
     """Three sites, each a real app of its own, which come and go as a test says.
 
     Attributes:
@@ -81,11 +80,11 @@ class Network(Grid):
         sent: what was asked of whom.
     """
 
-    def __init__(self, names: Sequence[str] = ("a", "b", "c")) -> None:
-        self.sites = {
-            name: LocalSite(name, f"every-third-digit:{row}", "cpu", guard=Guard.off())
-            for row, name in enumerate(names)
-        }
+    def __init__(
+        self, names: Sequence[str] = ("a", "b", "c"), make: Callable[[str, int], LocalSite] | None = None
+    ) -> None:
+        made = make or _third
+        self.sites = {name: made(name, row) for row, name in enumerate(names)}
         apps = {name: make_app(partial(self._site, name)) for name in names}
         self.grid = InProcessGrid(list(self.sites.values()), apps)
         self.names = {node_id_of(name): name for name in names}
@@ -175,7 +174,7 @@ class Script(Observer):
 def run(
     network: Network, out: str = "run", *, observers: Sequence[Observer] = (), resume: bool = False, **changes: Any
 ) -> Outcome:
-    return coordinate(CONFIG.changed(changes), network, out, resume=resume, observers=observers)[0]
+    return coordinate(CONFIG.changed(changes), network, out, resume=resume, observers=observers).outcome
 
 
 def lines(out: str = "run") -> list[dict[str, Any]]:
@@ -190,13 +189,20 @@ def same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> 
     return all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def test_the_network_gives_what_the_simulation_gives() -> None:
-    outcome = run(Network())
+@pytest.mark.parametrize("strategy", ["FedAvg", "pooled-lbfgs"])
+def test_the_network_gives_what_the_simulation_gives(strategy: str) -> None:
+    outcome = run(Network(), strategy={"name": strategy})
     whole = load_samples("digits")
     rows = [np.arange(row, ROWS, 3) for row in range(3)]
     digits = samples_from_arrays([whole.read(row) for row in range(ROWS)], whole.labels[:ROWS], classes=whole.classes)
-    simulated = simulate(CONFIG.changed({"simulation": {"min_class_count": 0, "min_rows": 0}}), digits, rows)
+    changes = {"strategy": {"name": strategy}, "simulation": {"min_class_count": 0, "min_rows": 0}}
+    simulated = simulate(CONFIG.changed(changes), digits, rows)
     assert [line.loss for line in outcome.history] == pytest.approx([line.loss for line in simulated.history], rel=1e-5)
+    result = json.loads(Path("run/result.json").read_text())
+    assert list(result) == list(simulated.summary())
+    own = {name for name, value in result.items() if value is None} - {"accuracy_test"}
+    assert own == {name for name in result if name.startswith(("seconds", "rows_"))} | {"sites_empty"}
+    assert result["accuracy_worst_site"] == pytest.approx(simulated.accuracy_worst_site)
 
 
 # Sites that are lost, come late or return.
@@ -510,7 +516,7 @@ def test_tampered_weights_are_refused_and_not_kept(weights: dict[str, Any]) -> N
     def tamper(name: str, message: Message) -> RecordDict | None:
         if message.metadata.message_type != INSTALL or name != "b" or network.asked(INSTALL).count("b") != 5:
             return None
-        chunk = WeightsChunk.from_content(message.content)
+        chunk = WeightsChunk.from_payload(Payload.from_content(message.content))
         data = chunk.data.copy()
         data[7] ^= 1
         return WeightsChunk(chunk.file, chunk.size, chunk.offset, data).to_content()
@@ -518,7 +524,7 @@ def test_tampered_weights_are_refused_and_not_kept(weights: dict[str, Any]) -> N
     network.change = tamper
     outcome = run(network, **weights)
     assert outcome.participants == ["a", "c"]
-    assert "changed on the way" in outcome.refused["b"]
+    assert "changed in transit" in outcome.refused["b"]
     assert list(Path("home-b/weights").iterdir()) == []
 
 

@@ -90,5 +90,18 @@ def test_what_ends_a_run_is_told_to_all_and_kept(tmp_path: Path) -> None:
     assert diary.of("finished") == []
 
 
-def test_an_observer_may_know_only_what_it_wants() -> None:
-    Observers([Observer(), Diary()]).on_waiting("Waiting for a second site.")
+def test_observers_without_a_method_are_passed_over() -> None:
+    diary = Diary()
+    Observers([Observer(), diary]).on_waiting("Waiting for a second site.")
+    assert diary.told == [("waiting", "Waiting for a second site.")]
+
+
+def test_an_observer_that_fails_at_the_end_does_not_hide_the_runs_error(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(Observer):
+        def on_failed(self, error: BaseException) -> None:
+            raise OSError("The tracker is gone.")
+
+    diary = Diary()
+    Observers([Broken(), diary]).on_failed(FedheadError("Too few sites."))
+    assert [str(error) for error in diary.of("failed")] == ["Too few sites."]
+    assert "Broken failed" in caplog.text

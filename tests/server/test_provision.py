@@ -7,21 +7,28 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from typer.testing import CliRunner
 
-import fedhead.messages
 from fedhead.certificates import expiry_warning
+from fedhead.cli import app
+from fedhead.client.handlers import HANDLERS
+from fedhead.config import RunConfig
 from fedhead.errors import UserError
+from fedhead.protocol.actions import ACTIONS
 from fedhead.server.provision import (
-    ACTIONS,
     CoordinatorKit,
     add_sites,
     expiry_warnings,
     provision,
     renew,
     revoke,
+    site_settings,
     split_address,
     validity,
 )
+
+SITE_KEYS = ("key.pem", "sealing.key")
+SITE_FILES = ("site.toml", "ca.pem", "key.pub", "roster.toml", *SITE_KEYS)
 
 
 @pytest.fixture
@@ -40,11 +47,18 @@ def alternatives(kit: Path) -> list[str]:
 
 def test_a_kit_is_complete_and_keys_are_their_owners_alone(kits: Path) -> None:
     files = {str(path.relative_to(kits)): path for path in kits.rglob("*") if path.is_file()}
-    site_files = [f"{site}/{name}" for site in "ab" for name in ("site.toml", "ca.pem", "key.pem", "key.pub")]
-    server_files = ["server.pem", "server.key", "ca.pem", "sites.toml", "coordinator.toml"]
-    assert set(files) == {"ca.pem", "ca.key", *site_files, *(f"coordinator/{name}" for name in server_files)}
+    site_files = [f"{site}/{name}" for site in "ab" for name in SITE_FILES]
+    server_files = ["server.pem", "server.key", "ca.pem", "sites.toml", "coordinator.toml", "roster.toml"]
+    assert set(files) == {
+        "ca.pem",
+        "ca.key",
+        "roster.key",
+        *site_files,
+        *(f"coordinator/{name}" for name in server_files),
+    }
     secret = {name for name, path in files.items() if stat.S_IMODE(path.stat().st_mode) == 0o600}
-    assert {"ca.key", "coordinator/server.key", "a/key.pem", "b/key.pem"} <= secret
+    keys = {"ca.key", "roster.key", "coordinator/server.key", *(f"{site}/{key}" for site in "ab" for key in SITE_KEYS)}
+    assert keys <= secret
     assert "a/ca.pem" not in secret
 
 
@@ -69,19 +83,18 @@ def test_a_site_reads_its_settings_and_may_be_asked_everything(kits: Path) -> No
         "data": "",
         "device": "auto",
         "strict_data": False,
-        "limits": {"min_class_count": 5, "min_rows": 20},
+        "holdout": 0.2,
+        "limits": {"min_class_count": 5, "min_rows": 20, "max_backbone_bytes": 2**32},
+        "budget": {"releases_per_day": 5000},
+        "privacy": {"require": "none", "min_sites": 3, "max_colluding": 1},
         "permit": {"actions": list(ACTIONS)},
+        "backbones": {"allow": []},
     }
 
 
-def test_every_action_of_the_wire_contract_can_be_permitted() -> None:
-    kinds = ("query.", "train", "evaluate")
-    known = {
-        value
-        for name, value in vars(fedhead.messages).items()
-        if name.isupper() and isinstance(value, str) and value.startswith(kinds)
-    }
-    assert known == set(ACTIONS)
+def test_every_action_can_be_permitted_and_has_a_handler() -> None:
+    settings = tomllib.loads(site_settings("ward", "coord.example.org:9092", {}))
+    assert settings["permit"]["actions"] == list(ACTIONS) == list(HANDLERS)
 
 
 def test_the_certificate_names_every_address_and_renewal_keeps_them(kits: Path) -> None:
@@ -91,6 +104,15 @@ def test_the_certificate_names_every_address_and_renewal_keeps_them(kits: Path) 
     renew(kits, also=["other.example.org"], days=10)
     assert (kits / "coordinator" / "server.pem").read_bytes() != before
     assert {*names, "other.example.org"} <= set(alternatives(kits))
+
+
+def test_another_address_without_a_new_certificate_is_a_mistake(kits: Path) -> None:
+    given = ["provision", "--out", str(kits), "--add-site", "c", "--also", "other.example.org"]
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code == 2
+    assert not (kits / "c").exists()
+    assert CliRunner().invoke(app, [*given, "--renew"]).exit_code == 0
+    assert "other.example.org" in alternatives(kits)
 
 
 def test_expiry_is_told_before_it_comes_and_after(kits: Path) -> None:
@@ -153,3 +175,10 @@ def test_a_folder_that_is_no_kit_is_told_apart(kits: Path) -> None:
 def test_addresses_may_be_of_either_kind() -> None:
     assert split_address("[::1]:9092") == ("::1", 9092)
     assert split_address("coord.example.org:1") == ("coord.example.org", 1)
+
+
+def test_a_run_needs_every_registered_site_unless_it_says_otherwise(kits: Path) -> None:
+    kit = CoordinatorKit.read(kits / "coordinator")
+    assert kit.completed(RunConfig()).min_sites == 2
+    assert kit.completed(RunConfig(min_sites=1)).min_sites == 1
+    assert revoke(kits, ["b"]).completed(RunConfig()).min_sites == 1

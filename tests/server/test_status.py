@@ -9,18 +9,25 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from fedhead.backbones import load_backbone
 from fedhead.config import RunConfig
+from fedhead.data import held_out, load_samples
 from fedhead.errors import FedheadError, UserError
-from fedhead.flower import FleetClient
-from fedhead.server.history import Round
+from fedhead.features.store import FeatureStore
+from fedhead.flower.fleet_client import FleetClient
+from fedhead.server.network.superlink import SuperLink
 from fedhead.server.observer import SiteState
+from fedhead.server.runs.history import Round
+from fedhead.server.runs.record import read_rounds
 from fedhead.server.status import FILE, RunStatus, read_status
-from fedhead.server.superlink import SuperLink
+from fedhead.simulations import simulate
 
 
 @pytest.fixture
@@ -36,7 +43,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def line(number: int, **dropped: str) -> Round:
-    return Round(number, sites=2, seconds=0.1, bytes_down=10, bytes_up=20, loss=0.5, accuracy=0.9, dropped=dropped)
+    return Round(number, sites=2, seconds=0.1, bytes_down=10, bytes_up=20, loss=0.5, score=0.9, dropped=dropped)
 
 
 def test_sites_and_rounds_stand_in_the_folder_from_start_to_end(link: SuperLink, folder: Path) -> None:
@@ -62,7 +69,7 @@ def test_sites_and_rounds_stand_in_the_folder_from_start_to_end(link: SuperLink,
 
 
 def test_a_resumed_run_keeps_the_rounds_that_were_complete(link: SuperLink, folder: Path) -> None:
-    lines = [json.dumps({"number": number, "seconds": 1.0}) for number in range(3)]
+    lines = [json.dumps(asdict(line(number))) for number in range(3)]
     (folder / "metrics.jsonl").write_text("\n".join([*lines, '{"number": 3, "sec']))
     status = RunStatus(link)
     status.on_started(RunConfig(), folder)
@@ -70,7 +77,7 @@ def test_a_resumed_run_keeps_the_rounds_that_were_complete(link: SuperLink, fold
     status.on_failed(KeyboardInterrupt())
     values = read_status(folder)
     assert [entry["number"] for entry in values["history"]] == [0, 1, 2]
-    assert values["history"][2]["accuracy"] == 0.9
+    assert values["history"][2]["score"] == 0.9
     assert values["state"] == "interrupted"
 
 
@@ -92,12 +99,27 @@ def test_a_process_that_ended_without_a_word_is_dead(link: SuperLink, folder: Pa
     assert told(host="elsewhere", updated=time.time()) == "running"
     assert told(host="elsewhere", updated=time.time() - 120) == "dead"
     assert told(state="finished", pid=ended.pid) == "finished"
+    (folder / "result.json").touch()
+    assert told(pid=ended.pid) == "finished"
+    assert told() == "running"
 
 
 def test_a_folder_without_a_status_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no status\.json"):
         read_status(tmp_path)
-    for text in ("", "[]", "{}", '{"state": "running"}'):
+    whole = {
+        "state": "running",
+        "message": "",
+        "host": "h",
+        "pid": 1,
+        "process_started": "",
+        "started": 0,
+        "updated": 0,
+    }
+    (tmp_path / FILE).write_text(json.dumps(whole))
+    assert read_status(tmp_path)["sites"] == {}
+    damaged = [{"pid": -1}, {"pid": 10**400}, {"sites": {"a": []}}, {"history": [{"number": 1}]}, {"state": "well"}]
+    for text in ("", "[]", "{}", *(json.dumps({**whole, **wrong}) for wrong in damaged)):
         (tmp_path / FILE).write_text(text)
         with pytest.raises(UserError, match="not a status that fedhead server wrote"):
             read_status(tmp_path)
@@ -178,6 +200,13 @@ def test_exit_statuses_tell_how_a_run_ended(tmp_path: Path) -> None:
             said, _ = running.communicate(timeout=60)
         assert running.returncode == status, said
         assert state_of(out) == state
+    out = tmp_path / "asked"
+    with started(tmp_path, *server(free_port(), out, *waiting, "--stopped-ok")) as running:
+        until(lambda: state_of(out) == "waiting")
+        subprocess.run([*COMMAND, "stop", str(out)], env=environment(tmp_path), check=True, capture_output=True)
+        said, _ = running.communicate(timeout=60)
+    assert running.returncode == 0, said
+    assert state_of(out) == "interrupted"
     out = tmp_path / "killed"
     with started(tmp_path, *server(free_port(), out, *waiting)) as running:
         until(lambda: state_of(out) == "waiting")
@@ -192,3 +221,78 @@ def test_exit_statuses_tell_how_a_run_ended(tmp_path: Path) -> None:
     assert (run.returncode, "the run needs 2 or more" in " ".join(said.split())) == (1, True), said
     with started(tmp_path, *server(1, tmp_path / "mistaken", "--backbone", "bundled:nothing")) as run:
         assert run.wait(timeout=120) == 2
+
+
+@pytest.mark.slow
+def test_one_coordinator_serves_a_queue_and_a_run_in_it_is_stopped(tmp_path: Path) -> None:
+    port, queue = free_port(), tmp_path / "queue"
+    queue.mkdir()
+    (queue / "a.toml").write_text("rounds = 1\nmin_sites = 3\n")
+    (queue / "b.toml").write_text('rounds = 2\nbackbone = "bundled:pixels"\nmin_sites = 1\n')
+    (queue / "c.toml").write_text('rounds = 1\nmin_sites = 1\ninit = "ridge"\n')
+    command = ["server", "--insecure", "--port", str(port), "--queue", str(queue), "--classes", CLASSES]
+    with ExitStack() as stack:
+        client = ["client", "--insecure", "--coordinator", f"127.0.0.1:{port}", "--site", "a", "--data", "digits"]
+        site = stack.enter_context(started(tmp_path / "a", *client))
+        running = stack.enter_context(started(tmp_path, *command))
+        until(lambda: state_of(queue / "runs" / "a") == "waiting")
+        stopped = subprocess.run(
+            [*COMMAND, "stop", str(queue / "runs" / "a")], env=environment(tmp_path), capture_output=True, text=True
+        )
+        assert (stopped.returncode, "--resume" in stopped.stdout) == (0, True), stopped
+        until(lambda: (queue / "done" / "c.toml").exists() or running.poll() is not None)
+        assert [site.poll(), running.poll()] == [None, None]
+        running.send_signal(signal.SIGTERM)
+        said, _ = running.communicate(timeout=60)
+    assert running.returncode == 143, said
+    assert "moved back into the queue" in (queue / "failed" / "a.txt").read_text()
+    assert sorted(path.name for path in (queue / "done").iterdir()) == ["b.toml", "c.toml"]
+    assert [read_status(queue / "runs" / name)["state"] for name in "abc"] == ["interrupted", "finished", "finished"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_real_sites_train_on_the_minibatches_of_simulated_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each site's training rows leave 1 to 4 for a last minibatch, which no site trains on by themselves."""
+    monkeypatch.setenv("FEDHEAD_HOME", str(tmp_path / "simulated"))
+    whole = load_samples("digits")
+    images = np.stack([np.asarray(whole.read(row)) for row in range(1000)])
+    np.savez(tmp_path / "all.npz", images=images, labels=whole.labels[:1000].astype(str))
+    samples = load_samples(f"npz:{tmp_path / 'all.npz'}")
+    out = held_out(FeatureStore.open(load_backbone("bundled:glyphnet"), samples).keys, 0.2)
+    rows, start = [], 0
+    for left in (1, 3, 4):
+        stop = next(n for n in range(start + 200, 1000) if (~out[start:n]).sum() % 32 == left)
+        rows.append(np.arange(start, stop))
+        start = stop
+    for number, own in enumerate(rows):
+        np.savez(tmp_path / f"{number}.npz", images=images[own], labels=whole.labels[own].astype(str))
+    config = RunConfig(init="zeros", rounds=3, local={"lr": 0.5}, diagnose=False)
+    simulated = simulate(config, samples, rows, out=tmp_path / "simulated-run")
+    unguarded = config.changed({"simulation": {"min_class_count": 0}})
+    before = simulate(unguarded, samples, rows, out=tmp_path / "unguarded-run")
+    port, real = free_port(), tmp_path / "real"
+    with ExitStack() as stack:
+        for number in range(3):
+            client = ["client", "--insecure", "--coordinator", f"127.0.0.1:{port}", "--site", f"site-{number}"]
+            data = ["--data", f"npz:{tmp_path / f'{number}.npz'}", "--device", "cpu"]
+            stack.enter_context(started(tmp_path / str(number), *client, *data))
+        given = [
+            "--backbone",
+            "bundled:glyphnet",
+            "--init",
+            "zeros",
+            "--rounds",
+            "3",
+            "--set",
+            "local.lr=0.5",
+            "--no-diagnose",
+            "--min-sites",
+            "3",
+        ]
+        running = stack.enter_context(started(tmp_path / "home", *server(port, real, *given)))
+        said, _ = running.communicate(timeout=400)
+    assert running.returncode == 0, said
+    losses = [line.loss for line in simulated.history]
+    assert [line.loss for line in read_rounds(real)] == pytest.approx(losses, rel=1e-6)
+    assert [line.loss for line in before.history][1:] != pytest.approx(losses[1:], rel=1e-4)

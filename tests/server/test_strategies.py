@@ -1,12 +1,25 @@
 import random
 
+import numpy as np
 import pytest
-from flwr.app import MetricRecord
-from flwr.serverapp.strategy import FedAvg
+from flwr.app import Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAvg, FedMedian
 
 from fedhead.config import StrategyConfig
 from fedhead.errors import UserError
-from fedhead.server.strategies import NAMES, averages, build_strategy, required_sites, sample_sites
+from fedhead.flower import set_message_id
+from fedhead.flower.identity import in_process_identity
+from fedhead.protocol.actions import TRAIN
+from fedhead.protocol.heads import HeadReply
+from fedhead.server.strategies import (
+    NAMES,
+    aggregate_round,
+    averages,
+    build_strategy,
+    required_sites,
+    sample_sites,
+)
+from fedhead.sums.heads import HeadSums
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -65,3 +78,39 @@ def test_sites_are_sampled_by_name_and_the_global_generator_is_left_alone() -> N
     assert random.getstate() == state
     assert len(sample_sites(FedAvg(fraction_train=0.01, min_train_nodes=3), names, 0, 1)) == 3
     assert sample_sites(FedAvg(), ["only"], 0, 1) == ["only"]
+
+
+class Counting(FedMedian):
+    received = 0
+
+    def aggregate_train(self, server_round, replies):  # type: ignore[no-untyped-def]
+        replies = list(replies)
+        self.received = len(replies)
+        return super().aggregate_train(server_round, replies)
+
+
+def replies_of(heads: np.ndarray, rows: list[int]) -> list[tuple[Message, HeadReply]]:  # type: ignore[type-arg]
+    made = []
+    for number, (head, count) in enumerate(zip(heads, rows, strict=True)):
+        message = Message(RecordDict(), number + 2, TRAIN)
+        set_message_id(message, str(number))
+        sums = HeadSums({"bias": head}, np.array([count, 0.5, 4.0, 2.0, 3.0]))
+        made.append((message, HeadReply(sums, sums.metrics[None])))
+    return made
+
+
+def test_an_averaging_strategy_gets_the_exact_mean_and_a_robust_one_every_reply() -> None:
+    heads = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32)
+    rows, expected = [1, 20, 300, 4, 50, 6, 7000], {"bias": np.zeros(5, np.float32)}
+    median = Counting()
+    with in_process_identity(1):
+        replies = replies_of(heads, rows)
+        averaged = aggregate_round(FedAvg(), 1, replies, expected)
+        chosen = aggregate_round(median, 1, replies, expected)
+    assert averaged is not None
+    assert chosen is not None
+    exact = np.average(heads.astype(np.float64), axis=0, weights=rows).astype(np.float32)
+    assert np.array_equal(averaged["bias"], exact)
+    assert averaged["bias"].dtype == np.float32
+    assert median.received == 7
+    assert np.array_equal(chosen["bias"], np.median(heads, axis=0))

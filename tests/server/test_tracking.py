@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 from fedhead.cli import app
 from fedhead.config import RunConfig
 from fedhead.errors import UserError
-from fedhead.server.history import Round
 from fedhead.server.observer import Observer
+from fedhead.server.runs.history import Round
 from fedhead.server.tracking import Tracked, find_tracker, trackers
 from fedhead.simulations import simulate
 
@@ -26,7 +26,7 @@ def test_tensorboard_holds_every_line(tmp_path: Path) -> None:
     told = CliRunner().invoke(app, ["simulate", "--rounds", "2", "--track", "tensorboard", "--out", str(run)])
     assert told.exit_code == 0, told.output
     events = EventAccumulator(str(run / "tensorboard")).Reload()
-    for name in ("accuracy", "loss", "bytes_up", "sites"):
+    for name in ("score", "loss", "bytes_up", "sites"):
         written = [(event.step, event.value) for event in events.Scalars(name)]
         assert written == [(line["number"], pytest.approx(line[name])) for line in lines_of(run)]
     assert [event.step for event in events.Scalars("train_loss")] == [1, 2]
@@ -97,6 +97,6 @@ def test_mlflow_holds_every_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     simulate(RunConfig(rounds=2), sites=2, out=tmp_path / "run", observers=[tracked])
     client = mlflow.MlflowClient()
     (found,) = client.search_runs(["0"])
-    history = client.get_metric_history(found.info.run_id, "accuracy")
-    assert [one.value for one in history] == [line["accuracy"] for line in lines_of(tmp_path / "run")]
+    history = client.get_metric_history(found.info.run_id, "score")
+    assert [one.value for one in history] == [line["score"] for line in lines_of(tmp_path / "run")]
     assert found.info.status == "FINISHED"

@@ -20,9 +20,9 @@ from PIL import Image
 from fedhead.backbones import load_backbone
 from fedhead.config import RunConfig
 from fedhead.data import load_samples
-from fedhead.features import FeatureStore
+from fedhead.features.store import FeatureStore
 from fedhead.simulations import simulate
-from fedhead.simulations.simulate import RunResult
+from fedhead.simulations.result import RunResult
 
 Row = tuple[str, bytes | str]
 """A label, and the content of a file or a text."""

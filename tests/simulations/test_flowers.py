@@ -2,9 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import roc_auc_score
 
 from fedhead.config import RunConfig
+from fedhead.data import load_samples
 from fedhead.simulations import RunResult, rank, simulate
 
 pytestmark = pytest.mark.slow
@@ -40,6 +45,24 @@ def test_one_exchange_is_as_good_as_pooled_rows_and_the_same_under_any_split(
     assert skewed.accuracy >= 0.87
     for name, value in skewed.model.head.state_dict().items():
         assert value.allclose(even.model.head.state_dict()[name], rtol=1e-6, atol=1e-8)
+
+
+def test_digits_and_noise_are_foreign_to_flowers(flowers: RunConfig, tmp_path: Path) -> None:
+    model = run(flowers, tmp_path / "foreign", "dirichlet:0.3", rounds=0, foreign=True).model
+    assert model.foreign is not None
+    known = load_samples(flowers.simulation.test_data)
+    digits, generator = load_samples("digits"), np.random.default_rng(0)
+    inputs = {
+        "flowers": [known.read(row) for row in range(0, len(known), 4)],
+        "digits": [digits.read(row) for row in range(100)],
+        "noise": [Image.fromarray(generator.integers(0, 256, (224, 224, 3), dtype=np.uint8)) for _ in range(60)],
+    }
+    excess = {name: model.foreign.excess(model.backbone.features_of(items).double()) for name, items in inputs.items()}
+    for name in ("digits", "noise"):
+        truth = [0] * len(excess["flowers"]) + [1] * len(excess[name])
+        assert roc_auc_score(truth, torch.cat([excess["flowers"], excess[name]]).tolist()) >= 0.99
+        assert (excess[name] > 1).double().mean() >= 0.85
+    assert (excess["flowers"] > 1).double().mean() <= 0.05
 
 
 def test_rounds_from_zeros_learn_and_features_are_there_the_second_time(flowers: RunConfig, tmp_path: Path) -> None:

@@ -13,14 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedhead.client.app import make_app
-from fedhead.client.guard import Guard
+from fedhead.client.handlers import doublings
+from fedhead.client.release.guard import Guard
 from fedhead.client.site_data import LocalSite
 from fedhead.config import RunConfig
 from fedhead.data import Samples, load_samples, samples_from_arrays, sources
-from fedhead.messages import EVALUATE, TRAIN
+from fedhead.protocol.actions import EVALUATE, TRAIN
 from fedhead.server.strategies import NAMES
 from fedhead.simulations import RunResult, simulate
-from fedhead.simulations.together import doublings
 
 ROWS = 240
 # Unequal on purpose: sites of such different sizes are trained, and answered for, in more than one chunk.
@@ -64,9 +64,7 @@ def assert_equal_runs(one: RunResult, other: RunResult, tolerance: float = 1e-6)
         torch.testing.assert_close(value, second[name], rtol=tolerance, atol=tolerance)
     assert one.outcome.kept_round == other.outcome.kept_round
     assert one.accuracy_by_site == other.accuracy_by_site
-    assert [(line.sites, line.accuracy) for line in one.history] == [
-        (line.sites, line.accuracy) for line in other.history
-    ]
+    assert [(line.sites, line.score) for line in one.history] == [(line.sites, line.score) for line in other.history]
     for line, like in zip(one.history, other.history, strict=True):
         assert (line.loss or 0.0) == pytest.approx(like.loss or 0.0, rel=10 * tolerance)
         assert (line.train_loss or 0.0) == pytest.approx(like.train_loss or 0.0, rel=10 * tolerance)
@@ -177,8 +175,8 @@ def test_every_strategy_runs(digits: Samples, name: str) -> None:
     assert [line.sites for line in result.history[1:]] == [5, 5]
     assert all(not line.dropped for line in result.history)
     assert all(bool(torch.isfinite(value).all()) for value in head_of(result).values())
-    assert result.history[-1].accuracy is not None
-    assert result.history[-1].accuracy > 0.3
+    assert result.history[-1].score is not None
+    assert result.history[-1].score > 0.3
 
 
 @pytest.mark.parametrize("head", ["linear", "mlp:10"])

@@ -10,16 +10,17 @@ import torch
 from sklearn.linear_model import Ridge
 from typer.testing import CliRunner
 
-import fedhead.solvers
+import fedhead.solvers.closed_form
 from fedhead.cli import app
 from fedhead.client.app import make_app
-from fedhead.client.guard import Ledger, read_ledger
+from fedhead.client.release.ledger import Ledger, read_ledger
 from fedhead.client.site_data import LocalSite
 from fedhead.config import RunConfig
 from fedhead.data import Samples, load_samples, samples_from_arrays
 from fedhead.errors import FedheadError, UserError
-from fedhead.messages import CALIBRATE, EVALUATE, REPORT, STATISTICS, TRAIN, Manifest
 from fedhead.model import TransferModel
+from fedhead.protocol.actions import CALIBRATE, DESCRIBE, EVALUATE, REPORT, RIVALS, STANDARDISE, STATISTICS, TRAIN
+from fedhead.protocol.messages import Manifest
 from fedhead.simulations import RunResult, rank, simulate
 
 ROWS = 600
@@ -70,13 +71,13 @@ def test_one_exchange_equals_ridge_on_all_rows_pooled(
     attributed: Samples, partition: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     penalties: list[float] = []
-    choose = fedhead.solvers.generalised_cross_validation
+    choose = fedhead.solvers.closed_form.generalised_cross_validation
 
     def note(*arguments: Any) -> float:
         penalties.append(choose(*arguments))
         return penalties[-1]
 
-    monkeypatch.setattr(fedhead.solvers, "generalised_cross_validation", note)
+    monkeypatch.setattr(fedhead.solvers.closed_form, "generalised_cross_validation", note)
     config = multi_label(holdout=0.0, simulation={"partition": partition, "sites": 7, **UNGUARDED})
     result = simulate(config, attributed)
     assert result.config.init == "ridge"
@@ -95,7 +96,7 @@ def test_a_test_set_and_the_report_say_how_many_rows_have_all_labels_right(attri
     right = [one == other for one, other in zip(predicted, truth, strict=True)]
     assert result.test_accuracy == np.mean(right) > 0.9
     assert () in truth
-    assert result.accuracy_held_out == result.history[0].accuracy
+    assert result.accuracy_held_out == result.history[0].score
     evaluation = json.loads((folder_of(result) / "evaluation.json").read_text())
     assert [one["name"] for one in evaluation["pooled"]["classes"]] == list(ATTRIBUTES)
     assert evaluation["pooled"]["accuracy"] == result.evaluation.accuracy.to_list()
@@ -141,11 +142,11 @@ def test_heads_and_strategies_learn(attributed: Samples, changes: dict[str, Any]
 def test_a_run_is_reproduced_bit_for_bit_from_what_it_wrote(attributed: Samples, changes: dict[str, Any]) -> None:
     first = simulate(multi_label(rounds=2, **changes), attributed, out="first")
     config = RunConfig.from_toml(folder_of(first) / "run.toml")
-    assert config.multi_label
+    assert config.task == "multi-label"
     second = simulate(config, attributed, out="again")
     for name in ("model.safetensors", "run.toml"):
         assert (folder_of(first) / name).read_bytes() == (folder_of(second) / name).read_bytes()
-    assert TransferModel.load(folder_of(first)).multi_label
+    assert TransferModel.load(folder_of(first)).task.name == "multi-label"
 
 
 def test_classes_may_be_put_in_another_order(attributed: Samples) -> None:
@@ -162,9 +163,9 @@ def test_classes_may_be_put_in_another_order(attributed: Samples) -> None:
     ("changes", "words"),
     [
         ({"multi_label": False}, "run it with --multi-label"),
-        ({"init": "lda"}, "cannot start from 'lda' in a multi-label run, only from: ridge, zeros, random"),
-        ({"init": "nearest-mean"}, "cannot start from 'nearest-mean' in a multi-label run"),
-        ({"head": "cosine"}, "'cosine' does not fit multi-label data"),
+        ({"init": "lda"}, "cannot start from 'lda' in the task 'multi-label', only from: ridge, zeros, random"),
+        ({"init": "nearest-mean"}, "cannot start from 'nearest-mean' in the task 'multi-label'"),
+        ({"head": "cosine"}, "'cosine' does not fit the task 'multi-label'"),
         ({"head": "mlp:4", "init": "ridge"}, "'mlp:4' cannot start from 'ridge'"),
         ({"simulation": {"test_data": "digits"}}, "names one class per row"),
         ({"classes": ["even", "odd"]}, "is of class 'large'"),
@@ -189,11 +190,11 @@ def test_a_site_with_data_of_the_other_kind_says_so(own_folder: Path) -> None:
         run="run",
         backbone="bundled:glyphnet",
         layer="penultimate",
-        backbone_digest="",
-        weights_digest="",
+        backbone_digest="0" * 64,
+        weights_digest="0" * 64,
         num_features=192,
         classes=ATTRIBUTES,
-        multi_label=True,
+        task="multi-label",
         head="linear",
         holdout=0.2,
         seed=0,
@@ -239,14 +240,16 @@ def test_a_real_site_gives_what_a_simulated_one_does(module: str, own_folder: Pa
     for name in ("model.safetensors", "evaluation.json"):
         assert (folder_of(real) / name).read_bytes() == (folder_of(simulated) / name).read_bytes()
     entries = read_ledger(ledger.path)
-    assert {entry.action for entry in entries} == {STATISTICS, TRAIN, EVALUATE, CALIBRATE, REPORT}
-    assert set(entries[0].classes) == set(ATTRIBUTES)
+    resting_on_rows = [entry for entry in entries if entry.rows]
+    assert {entry.action for entry in resting_on_rows} == {STATISTICS, TRAIN, EVALUATE, CALIBRATE, REPORT, RIVALS}
+    assert {entry.action for entry in entries if not entry.rows} == {DESCRIBE, STANDARDISE}
+    assert set(resting_on_rows[0].classes) == set(ATTRIBUTES)
 
 
 def test_the_command_line_runs_and_ranks_multi_label_data(module: str) -> None:
     run = CliRunner().invoke(app, ["simulate", "--data", module, "--multi-label", "--sites", "3", "--rounds", "1"])
     assert run.exit_code == 0, run.stderr
-    assert "All labels right" in run.stdout
+    assert "All labels correct" in run.stdout
     assert "looped" in run.stdout
     refused = CliRunner().invoke(app, ["simulate", "--multi-label"])
     assert refused.exit_code == 2

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedhead.errors import UserError
-from fedhead.simulations.partition import check_rows, divide, rarest_class, site_names
+from fedhead.simulations.partition import check_rows, divide, site_names
 
 SPECS = ["iid", "dirichlet:0.001", "dirichlet:0.3", "dirichlet:100", "shards:1", "shards:3", "quantity:0.5"]
 
@@ -114,13 +114,3 @@ def test_own_rows_are_checked() -> None:
         check_rows([[0, 1], [1, 0, 1]], 4, shared=True)
     with pytest.raises(UserError, match="from 0 to 4, but there are 4 rows"):
         check_rows([[0, 4]], 4)
-
-
-def test_a_multi_label_row_is_divided_by_its_rarest_class() -> None:
-    labels = np.array([[1, 0, 0], [1, 1, 0], [1, 1, 1], [0, 0, 0], [0, 1, 1], [0, 1, 1]])
-    assert rarest_class(labels).tolist() == [0, 0, 0, -1, 2, 2]
-    many = np.tile(labels, (20, 1))
-    for spec in SPECS:
-        parts = divide(spec, many, 4, 0)
-        expected = divide(spec, rarest_class(many), 4, 0)
-        assert all(np.array_equal(parts[name], expected[name]) for name in parts)

@@ -25,7 +25,7 @@ def test_both_engines_make_the_same_head(tmp_path: Path) -> None:
     assert there.outcome.kept_round == here.outcome.kept_round
     for name, value in here.model.head.state_dict().items():
         torch.testing.assert_close(there.model.head.state_dict()[name], value, rtol=1e-3, atol=1e-4)
-    assert [line.accuracy for line in there.history] == [line.accuracy for line in here.history]
+    assert [line.score for line in there.history] == [line.score for line in here.history]
     assert there.accuracy_by_site == here.accuracy_by_site
     assert there.withheld == here.withheld
     assert there.bytes_down == here.bytes_down

@@ -1,6 +1,5 @@
 import json
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +8,13 @@ import numpy.typing as npt
 import pytest
 import torch
 
+import fedhead.simulations.plan
 from fedhead.config import RunConfig
 from fedhead.data import Samples, load_samples, samples_from_arrays, samples_from_texts
 from fedhead.errors import FedheadError, UserError
 from fedhead.model import TransferModel
-from fedhead.server.history import Round
 from fedhead.server.observer import EachRound
+from fedhead.server.runs.history import Round
 from fedhead.simulations import RunResult, simulate
 
 ROWS = 300
@@ -73,9 +73,9 @@ def run_folders() -> list[Path]:
 def test_the_defaults_learn_the_digits(default_run: RunResult) -> None:
     assert default_run.accuracy is not None
     assert default_run.accuracy >= 0.95
-    assert default_run.accuracy == default_run.accuracy_held_out
-    assert default_run.accuracy_worst_site is not None
-    assert default_run.accuracy_worst_site <= default_run.accuracy
+    by_site = [(sums.correct, sums.rows) for sums in default_run.sites.values()]
+    assert default_run.accuracy == sum(right for right, _ in by_site) / sum(rows for _, rows in by_site)
+    assert default_run.accuracy_worst_site == min(right / rows for right, rows in by_site)
     assert len(default_run.outcome.participants) == 10
     assert not default_run.outcome.refused
     assert not default_run.empty_sites
@@ -100,7 +100,7 @@ def test_the_run_folder_says_what_ran_and_what_came_out(default_run: RunResult) 
     assert config.init
     lines = lines_of(folder)
     assert [line["number"] for line in lines] == list(range(9))
-    assert lines[-1]["accuracy"] == default_run.history[-1].accuracy
+    assert lines[-1]["score"] == default_run.history[-1].score
     result = json.loads((folder / "result.json").read_text())
     summary = default_run.summary()
     assert {key: result[key] for key in summary} == summary
@@ -252,7 +252,7 @@ def test_a_test_set_is_what_accuracy_means_where_there_is_one(digits: Samples) -
     assert result.accuracy == result.test_accuracy == pytest.approx(correct / 100)
     assert result.summary()["accuracy"] == result.test_accuracy
     assert result.accuracy_held_out is not None
-    assert all(line.test_accuracy is not None for line in result.history)
+    assert all(line.test_score is not None for line in result.history)
     assert not simulate(RunConfig(rounds=2), digits, 3).summary()["accuracy_test"]
 
 
@@ -288,7 +288,7 @@ def test_rounds_start_from_a_head_as_sure_of_itself_as_held_out_rows_justify(hea
     before, after = solved.history[0], started.history[0]
     assert before.loss is not None and after.loss is not None
     assert after.loss < before.loss
-    assert after.accuracy == before.accuracy
+    assert after.score == before.score
     assert started.outcome.kept_round == 0
     for name, value in solved.model.head.state_dict().items():
         torch.testing.assert_close(started.model.head.state_dict()[name], value)
@@ -472,8 +472,8 @@ def test_an_empty_folder_may_be_given(digits: Samples) -> None:
 
 def test_texts_and_a_backbone_of_images_do_not_go_together(digits: Samples) -> None:
     texts = samples_from_texts(["to be", "or not", "to be"] * 20, ["a", "b", "a"] * 20)
-    refuse("takes images, but the data holds texts", RunConfig(), texts, 3)
-    refuse("takes images, but the data holds texts", RunConfig(), digits, 3, test_data=texts)
+    refuse("takes images, but the data contains texts", RunConfig(), texts, 3)
+    refuse("takes images, but the data contains texts", RunConfig(), digits, 3, test_data=texts)
 
 
 @pytest.mark.parametrize("out", ["file/run", "/sys/fedhead", "x" * 300, "/proc/nowhere/run"])
@@ -519,7 +519,7 @@ def test_the_model_is_calibrated_alike_under_any_partition(digits: Samples) -> N
     first, *others = (run.outcome.calibrated for run in runs)
     assert first is not None
     held_out = runs[0].evaluation.rows
-    assert first.rows + first.judged.before.rows == held_out
+    assert first.rows + first.figures["rows_judged_on"] == held_out
     assert runs[0].model.calibration.temperature == first.calibration.temperature
     for other in others:
         assert other is not None
@@ -543,7 +543,7 @@ def test_sums_by_site_that_would_fill_the_disk_are_pooled_at_once(
 ) -> None:
     config = RunConfig(rounds=1, simulation=UNGUARDED)
     kept = simulate(config, digits, 4)
-    monkeypatch.setattr(sys.modules["fedhead.simulations.simulate"], "SUMS_BYTES", 1000)
+    monkeypatch.setattr(fedhead.simulations.plan, "SUMS_BYTES", 1000)
     pooled = simulate(config, digits, 4)
     assert "Sites cannot join or leave" in caplog.text
     assert pooled.config.keep_sums == "total"
@@ -558,3 +558,19 @@ def test_sums_by_site_that_would_fill_the_disk_are_pooled_at_once(
     assert pooled.bytes_up < kept.bytes_up
     asked_for = simulate(config.changed({"keep_sums": "folder"}), digits, 4)
     assert (folder_of(asked_for) / "sums").exists()
+
+
+def test_one_class_after_the_guards_is_said_before_the_run(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (60, 8, 8), dtype=np.uint8)
+    samples = samples_from_arrays(images, ["common"] * 54 + ["rare"] * 6)
+    config = RunConfig(rounds=0, simulation={"partition": "iid", "min_rows": 0})
+    with pytest.raises(UserError, match="Only the class 'common' is left to learn: the guards of all sites withhold"):
+        simulate(config, samples, 3, out=tmp_path / "run")
+    simulate(config.changed({"simulation": {"min_class_count": 1}}), samples, 3, out=tmp_path / "other")
+
+
+def test_a_site_that_is_refused_once_it_has_the_weights_says_why(digits: Samples) -> None:
+    rows = [range(len(digits) - 10), range(len(digits) - 10, len(digits))]
+    result = simulate(RunConfig(weights="random", rounds=0), digits, rows)
+    assert list(result.outcome.refused) == ["site-1"]
+    assert "guard lets nothing leave" in result.outcome.refused["site-1"]

@@ -15,7 +15,7 @@ def specs(pattern: str) -> list[str]:
     return [entry.spec for entry in search(pattern)]
 
 
-def test_patterns_are_of_whole_specs_and_words_of_any_part() -> None:
+def test_search_by_pattern_and_by_word() -> None:
     assert "timm:xception41.tf_in1k" in specs("timm:*xception*")
     assert all(spec.startswith("timm:") and "xception" in spec for spec in specs("timm:*xception*"))
     assert specs("torchvision:resnet1?") == ["torchvision:resnet18"]
@@ -29,7 +29,7 @@ def test_patterns_are_of_whole_specs_and_words_of_any_part() -> None:
         specs("torchvison:*")
 
 
-def test_every_name_that_is_listed_has_an_entry_and_eighty_of_torchvisions_are() -> None:
+def test_every_listed_name_has_an_entry() -> None:
     models = torchvision.models.list_models(module=torchvision.models)
     assert set(models) <= set(catalogues["torchvision"].names())
     assert "resnet50.IMAGENET1K_V1" in catalogues["torchvision"].names()
@@ -41,7 +41,7 @@ def test_every_name_that_is_listed_has_an_entry_and_eighty_of_torchvisions_are()
             assert " x " in entry.input
 
 
-def test_what_is_known_of_weights() -> None:
+def test_metadata_of_weights() -> None:
     swag = entry_of("torchvision:vit_h_14")
     assert swag is not None
     assert (swag.input, swag.parameters, swag.weights) == ("518 x 518", 633470440, None)
@@ -68,7 +68,7 @@ def test_what_is_known_of_weights() -> None:
         ("bundled:pixels", "penultimate"),
     ],
 )
-def test_a_description_is_what_the_backbone_turns_out_to_be(spec: str, layer: str) -> None:
+def test_description_matches_the_built_backbone(spec: str, layer: str) -> None:
     described = describe(spec, layer, [Path("sent.safetensors")])
     backbone = load_backbone(spec, weights="random", layer=layer)
     assert described.num_features == backbone.num_features
@@ -77,12 +77,12 @@ def test_a_description_is_what_the_backbone_turns_out_to_be(spec: str, layer: st
     assert Path("sent.safetensors") in described.weights
 
 
-def test_describing_the_largest_model_takes_no_memory_for_its_weights() -> None:
+def test_description_of_the_largest_model_allocates_no_weights() -> None:
     assert describe("torchvision:vit_h_14", "penultimate", []).num_bytes > 2.5e9
 
 
 @pytest.mark.parametrize("spec", ["torchvision:resnet18", "timm:test_resnet"])
-def test_every_listed_layer_of_a_small_model_can_be_cut_at(spec: str) -> None:
+def test_every_listed_layer_of_a_small_model(spec: str) -> None:
     layers = layers_of(spec)
     assert len(layers) > 10
     for layer in layers[:: len(layers) // 8]:
@@ -92,7 +92,7 @@ def test_every_listed_layer_of_a_small_model_can_be_cut_at(spec: str) -> None:
         assert backbone.features(torch.empty(2, 3, *size, device="meta")).shape[0] == 2
 
 
-def test_a_source_without_a_catalogue_is_described_by_building_it() -> None:
+def test_description_of_a_source_without_catalogue() -> None:
     @backbone_sources.register("plain")
     def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
         return Backbone(f"plain:{name}", nn.Flatten(), ImagePreprocessing(1, (4, 4), None, (0.0,), (1.0,)))

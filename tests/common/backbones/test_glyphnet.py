@@ -44,14 +44,14 @@ def test_features_depend_on_their_own_row_only(net: GlyphNet) -> None:
 
 
 @torch.no_grad()
-def test_children_are_applied_in_their_order(net: GlyphNet) -> None:
+def test_children_run_in_order(net: GlyphNet) -> None:
     inputs = torch.randn(2, 1, INPUT_SIZE, INPUT_SIZE, generator=torch.Generator().manual_seed(1))
     assert torch.equal(net(inputs), nn.Sequential(*net.children())(inputs))
 
 
 @pytest.mark.parametrize("rows_per_class", [5, 20])
 @torch.no_grad()
-def test_few_labelled_digits_say_more_in_its_features_than_in_pixels(
+def test_few_shot_accuracy_exceeds_pixels(
     net: GlyphNet, handwritten: tuple[Tensor, Tensor], rows_per_class: int
 ) -> None:
     inputs, labels = handwritten

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from fedhead.backbones import Backbone, load_backbone
 from fedhead.backbones.catalogue import describe, search
-from fedhead.backbones.weights import find_backbone, install_weights
+from fedhead.backbones.weights import find_backbone
 from fedhead.errors import FedheadError, UserError
 
 transformers = pytest.importorskip("transformers")
@@ -107,7 +107,7 @@ def masked(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "mpnet", "distilbert", "gpt2", "llama"])
-def test_text_features_are_the_librarys_own(tmp_path: Path, name: str) -> None:
+def test_text_features_equal_the_library(tmp_path: Path, name: str) -> None:
     folder = saved_text_model(tmp_path, name)
     texts = TEXTS[:3]
     states, mask = reference_states(folder, texts)
@@ -129,7 +129,7 @@ def test_text_features_are_the_librarys_own(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 @pytest.mark.parametrize("number", [0, 1])
-def test_hidden_layers_are_the_librarys_hidden_states(tmp_path: Path, name: str, number: int) -> None:
+def test_hidden_layers_equal_the_librarys_hidden_states(tmp_path: Path, name: str, number: int) -> None:
     folder = saved_text_model(tmp_path, name)
     backbone = load_backbone(f"hf:{folder}", layer=f"hidden:{number}")
     expected = masked(*reference_states(folder, TEXTS[:3], number))
@@ -143,7 +143,7 @@ def picture(height: int, width: int) -> Image.Image:
 
 
 @pytest.mark.parametrize("name", ["vit", "dinov2", "clip"])
-def test_image_features_are_the_librarys_own(tmp_path: Path, name: str) -> None:
+def test_image_features_equal_the_library(tmp_path: Path, name: str) -> None:
     folder = saved_vision_model(tmp_path, name)
     backbone = load_backbone(f"hf:{folder}")
     images = [picture(50, 71), picture(44, 40), picture(32, 32)]
@@ -164,7 +164,7 @@ def test_image_features_are_the_librarys_own(tmp_path: Path, name: str) -> None:
     torch.testing.assert_close(first, output.hidden_states[1][:, 0], rtol=0, atol=1e-5)
 
 
-def test_real_sentences_have_the_librarys_features() -> None:
+def test_features_of_real_sentences_equal_the_library() -> None:
     folder = minilm()
     texts = [*TEXTS[:3], "Ünïcode — 你好, 3.5 % of £ 40", "word " * 400]
     backbone = load_backbone(f"hf:{folder}")
@@ -179,23 +179,23 @@ def test_real_sentences_have_the_librarys_features() -> None:
     torch.testing.assert_close(backbone.features_of(texts), expected, rtol=0, atol=1e-5)
 
 
-def test_a_text_without_words_has_finite_features(tmp_path: Path) -> None:
+def test_text_without_words_has_finite_features(tmp_path: Path) -> None:
     for name in ("bert", "gpt2"):
         features = load_backbone(f"hf:{saved_text_model(tmp_path / name, name)}").features_of(["", "card"])
         assert features.isfinite().all()
 
 
-def test_texts_are_cut_where_the_spec_says(tmp_path: Path) -> None:
+def test_max_length_truncates_texts(tmp_path: Path) -> None:
     folder = saved_text_model(tmp_path, "bert")
     short = load_backbone(f"hf:{folder}?max_length=4")
     assert len(short.preprocessing(TEXTS[2])) == 4
     torch.testing.assert_close(short.features_of(["how long does a transfer"]), short.features_of(["how long"]))
     assert short.digest != load_backbone(f"hf:{folder}").digest
     assert short.weights_digest == load_backbone(f"hf:{folder}").weights_digest
-    with pytest.raises(UserError, match="takes 48 tokens at most, not 49"):
+    with pytest.raises(UserError, match="takes at most 48 tokens, not 49"):
         load_backbone(f"hf:{folder}?max_length=49")
     roberta = saved_text_model(tmp_path / "roberta", "roberta")
-    with pytest.raises(UserError, match="takes 47 tokens at most"):
+    with pytest.raises(UserError, match="takes at most 47 tokens"):
         load_backbone(f"hf:{roberta}?max_length=48")
     load_backbone(f"hf:{roberta}?max_length=47").features_of(["card " * 60])
 
@@ -228,7 +228,9 @@ def test_the_tokenizer_is_part_of_both_digests(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "clip"])
-def test_a_site_without_the_folder_gets_all_it_needs(tmp_path: Path, name: str) -> None:
+def test_site_without_the_folder_receives_everything(
+    tmp_path: Path, name: str, install_weights: Callable[[bytes, str], Path]
+) -> None:
     save = saved_vision_model if name == "clip" else saved_text_model
     folder = save(tmp_path / name, name)
     spec = f"hf:{folder}{'' if name == 'clip' else '?max_length=30'}"
@@ -249,7 +251,7 @@ def test_a_site_without_the_folder_gets_all_it_needs(tmp_path: Path, name: str) 
     assert torch.equal(found.probe(), probe)
 
 
-def test_a_saved_file_stands_for_the_folder(tmp_path: Path) -> None:
+def test_saved_file_replaces_the_folder(tmp_path: Path) -> None:
     folder = saved_text_model(tmp_path / "folder", "bert")
     backbone = load_backbone(f"hf:{folder}")
     backbone.save(tmp_path / "saved.safetensors")
@@ -260,9 +262,7 @@ def test_a_saved_file_stands_for_the_folder(tmp_path: Path) -> None:
     assert torch.equal(named.features_of(TEXTS), features)
 
 
-def test_a_name_on_the_hub_is_read_from_the_cache_without_the_network(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_name_from_cache_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -279,9 +279,7 @@ def test_a_name_on_the_hub_is_read_from_the_cache_without_the_network(
     assert described.origin == "https://huggingface.co/someone/tiny"
 
 
-def test_what_is_not_in_the_cache_and_cannot_be_downloaded_says_the_other_ways(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_model_error_lists_alternatives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -291,7 +289,7 @@ def test_what_is_not_in_the_cache_and_cannot_be_downloaded_says_the_other_ways(
     assert caught.value.exit_status == 1
 
 
-def test_random_weights_follow_the_seed(tmp_path: Path) -> None:
+def test_random_weights_depend_on_the_seed(tmp_path: Path) -> None:
     folder = saved_text_model(tmp_path, "gpt2")
     first, again, other = (load_backbone(f"hf:{folder}", weights="random", seed=seed) for seed in (1, 1, 2))
     assert first.weights_digest == again.weights_digest != other.weights_digest
@@ -310,7 +308,7 @@ def test_random_weights_follow_the_seed(tmp_path: Path) -> None:
         ("", "encoder", "no layer 'encoder'"),
     ],
 )
-def test_settings_that_do_not_exist_are_sentences(tmp_path: Path, setting: str, layer: str, words: str) -> None:
+def test_unknown_settings_are_rejected(tmp_path: Path, setting: str, layer: str, words: str) -> None:
     folder = saved_text_model(tmp_path, "bert")
     with pytest.raises(UserError, match=words):
         load_backbone(f"hf:{folder}{setting}", layer=layer)
@@ -350,19 +348,19 @@ def lose_tokenizer(folder: Path) -> None:
     ("damage", "words"),
     [
         (only_pickles, r"only as pytorch_model\.bin.*save_pretrained"),
-        (foreign_code, "architecture 'evil', which transformers does not have.*does not run"),
+        (foreign_code, "architecture 'evil', which transformers does not include.*does not execute"),
         (lose_weights, r"lack embeddings\.word_embeddings\.weight"),
         (cut_weights, "cannot be read"),
         (lose_tokenizer, "has no tokenizer: "),
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "cannot be read"),
-        (lambda folder: (folder / "config.json").write_text("[]"), "does not hold named values"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "does not contain named values"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer of .* cannot be read"),
         (lambda folder: (folder / "model.safetensors").unlink(), "has no weights"),
         (shutil.rmtree, "There is no folder"),
     ],
 )
-def test_a_damaged_folder_is_a_sentence(tmp_path: Path, damage: Callable[[Path], object], words: str) -> None:
+def test_damaged_folder_is_rejected(tmp_path: Path, damage: Callable[[Path], object], words: str) -> None:
     folder = saved_text_model(tmp_path / "folder", "bert")
     damage(folder)
     with pytest.raises(UserError, match=words):
@@ -381,19 +379,41 @@ def test_the_advice_on_pickled_weights_works(tmp_path: Path) -> None:
     assert torch.equal(load_backbone(f"hf:{folder}").features_of(TEXTS), expected)
 
 
-def test_an_image_processor_that_does_more_is_refused(tmp_path: Path) -> None:
+def test_unsupported_image_processor_is_rejected(tmp_path: Path) -> None:
     folder = saved_vision_model(tmp_path, "vit")
-    with pytest.raises(UserError, match="takes images, which have no max_length"):
+    with pytest.raises(UserError, match="takes images, so max_length does not apply"):
         load_backbone(f"hf:{folder}?max_length=3")
     transformers.ConvNextImageProcessor(size={"shortest_edge": 32}, crop_pct=0.5).save_pretrained(folder)
     with pytest.raises(UserError, match=r"ConvNextImageProcessor.*does more than resize"):
         load_backbone(f"hf:{folder}")
     (folder / "preprocessor_config.json").unlink()
-    with pytest.raises(UserError, match="does not say how images are prepared"):
+    with pytest.raises(UserError, match="does not define its image preprocessing"):
         load_backbone(f"hf:{folder}")
 
 
-def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
+def test_encoder_decoder_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5"}))
-    with pytest.raises(UserError, match="take an encoder or a decoder alone"):
+    with pytest.raises(UserError, match="use an encoder or a decoder alone"):
         load_backbone(f"hf:{tmp_path}")
+
+
+def test_layers_after_the_pooling_are_rejected_or_omitted(tmp_path: Path) -> None:
+    folder = saved_text_model(tmp_path / "bert", "bert")
+    modules = [
+        {"idx": row, "name": str(row), "path": "", "type": f"sentence_transformers.models.{kind}"}
+        for row, kind in enumerate(["Transformer", "Pooling", "Normalize"])
+    ]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    before = load_backbone(f"hf:{folder}")
+    dense = {"idx": 3, "name": "3", "path": "3_Dense", "type": "sentence_transformers.models.Dense"}
+    (folder / "modules.json").write_text(json.dumps([*modules, dense]))
+    with pytest.raises(UserError, match=r"also applies Dense, but fedhead does not\. .*\?dense=no"):
+        load_backbone(f"hf:{folder}")
+    with pytest.raises(UserError, match="can only be no, not 'yes'"):
+        load_backbone(f"hf:{folder}?dense=yes")
+    plain = load_backbone(f"hf:{folder}?dense=no")
+    assert plain.spec.endswith("?dense=no")
+    assert torch.equal(plain.features_of(TEXTS), before.features_of(TEXTS))
+    (folder / "modules.json").write_text("{")
+    with pytest.raises(UserError, match=r"modules\.json cannot be read"):
+        load_backbone(f"hf:{folder}")

@@ -11,7 +11,7 @@ LENGTHS = (2, 4, 0)
 MASK = torch.tensor([[int(place < length) for place in range(4)] for length in LENGTHS])
 
 
-def test_poolings_of_sequences_are_what_they_are_called() -> None:
+def test_poolings_of_sequences() -> None:
     assert torch.equal(pool(SEQUENCES, "mean"), SEQUENCES.mean(1))
     assert torch.equal(pool(SEQUENCES, "max"), SEQUENCES.amax(1))
     assert torch.equal(pool(SEQUENCES, "cls"), SEQUENCES[:, 0])
@@ -20,7 +20,7 @@ def test_poolings_of_sequences_are_what_they_are_called() -> None:
 
 
 @pytest.mark.parametrize("pooling", ["mean", "max", "last"])
-def test_padding_is_not_read(pooling: str) -> None:
+def test_padding_is_ignored(pooling: str) -> None:
     padded = SEQUENCES.where(MASK.unsqueeze(-1) == 1, torch.inf)
     pooled = pool(padded, pooling, MASK)
     for row, length in enumerate(LENGTHS[:2]):
@@ -30,7 +30,7 @@ def test_padding_is_not_read(pooling: str) -> None:
 
 
 @pytest.mark.parametrize("pooling", ["mean", "max"])
-def test_maps_are_pooled_over_their_places_wherever_their_channels_are(pooling: str) -> None:
+def test_maps_with_channels_first_or_last(pooling: str) -> None:
     maps = torch.randn(2, 6, 3, 3, generator=torch.Generator().manual_seed(1))
     reference = maps.mean((2, 3)) if pooling == "mean" else maps.amax((2, 3))
     torch.testing.assert_close(pool(maps, pooling), reference)
@@ -44,24 +44,24 @@ def test_vectors_need_no_pooling(pooling: str) -> None:
     assert torch.equal(pool(SEQUENCES[0], pooling), SEQUENCES[0])
 
 
-def test_what_cannot_be_pooled_is_a_sentence() -> None:
+def test_invalid_poolings_are_rejected() -> None:
     for pooling in ("cls", "last"):
         with pytest.raises(UserError, match="for sequences; the layer gives maps"):
             pool(torch.zeros(1, 2, 3, 3), pooling)
-    with pytest.raises(UserError, match="same number of places"):
+    with pytest.raises(UserError, match="same number of positions"):
         pool(SEQUENCES, "flatten", MASK)
     with pytest.raises(UserError, match="Did you mean 'mean'"):
         load_backbone("bundled:glyphnet", layer="penultimate:meen")
 
 
-def test_a_layers_own_name_may_end_in_a_number() -> None:
+def test_layer_name_ending_in_a_number() -> None:
     assert split_layer("hidden:3") == ("hidden:3", None)
     assert split_layer("hidden:3:max") == ("hidden:3", "max")
     assert split_layer("penultimate") == ("penultimate", None)
     assert split_layer(":cls") == ("penultimate", "cls")
 
 
-def test_the_layers_name_says_the_pooling_and_the_digest_covers_it() -> None:
+def test_pooling_in_layer_name_and_digest() -> None:
     def loaded(layer: str) -> Backbone:
         return load_backbone("torchvision:squeezenet1_1", weights="random", layer=layer)
 

@@ -10,7 +10,7 @@ LETTERS = TextPreprocessing(lambda text: list(text.encode()), "letters", pad=7)
 GREY = ImagePreprocessing(1, (4, 4), None, (0.5,), (0.5,))
 
 
-def test_texts_are_padded_to_the_longest_and_the_mask_says_where() -> None:
+def test_texts_are_padded_with_a_mask() -> None:
     batch = LETTERS.collate([LETTERS("abc"), LETTERS(""), LETTERS("d")])
     assert isinstance(batch, dict)
     assert batch["input_ids"].tolist() == [[97, 98, 99], [7, 7, 7], [100, 7, 7]]
@@ -21,7 +21,7 @@ def test_texts_are_padded_to_the_longest_and_the_mask_says_where() -> None:
     assert nothing["input_ids"].tolist() == [[7]]
 
 
-def test_an_item_of_the_other_kind_is_refused() -> None:
+def test_item_of_another_kind_is_rejected() -> None:
     with pytest.raises(UserError, match="takes texts"):
         LETTERS(Image.new("L", (4, 4)))
     with pytest.raises(UserError, match="takes images"):
@@ -37,7 +37,7 @@ def test_probes_are_fixed_and_of_the_kind(preprocessing: TextPreprocessing | Ima
     assert preprocessing.kind == "image" or len(inputs[0]) != len(inputs[1])
 
 
-def test_a_long_strip_is_cut_to_its_middle_before_it_is_enlarged() -> None:
+def test_long_strip_is_cropped_before_enlarging() -> None:
     strip = Image.linear_gradient("L").resize((1, 40_000), Image.Resampling.BILINEAR).convert("RGB")
     made = ImagePreprocessing(3, 256, (224, 224), (0.5,) * 3, (0.5,) * 3)(strip)
     assert made.shape == (3, 224, 224)

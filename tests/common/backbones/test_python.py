@@ -60,7 +60,7 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_module_with_its_preprocessing_is_a_backbone(own_folder: Path) -> None:
+def test_backbone_from_module_and_preprocessing(own_folder: Path) -> None:
     backbone = load_backbone("python:mine:pair")
     assert (backbone.num_features, backbone.spec, backbone.trained) == (5, "python:mine:pair", True)
     image = Image.new("L", (20, 30), 100)
@@ -71,7 +71,7 @@ def test_a_module_with_its_preprocessing_is_a_backbone(own_folder: Path) -> None
     assert Backbone.load(own_folder / "b.safetensors").digest == backbone.digest
 
 
-def test_a_backbone_of_the_users_keeps_its_pooling() -> None:
+def test_user_backbone_keeps_its_pooling() -> None:
     backbone = load_backbone("python:mine:ready")
     assert (backbone.spec, backbone.pooling) == ("python:mine:ready", "max")
 
@@ -104,21 +104,21 @@ def test_weights_come_from_a_file() -> None:
         ("mine:bare", "penultimate", "a module without its preprocessing; expected a Backbone or"),
         ("mine:number", "penultimate", "returned int"),
         ("mine:fails", "penultimate", "failed: KeyError: 'weights.pt'"),
-        ("mine:misfit", "penultimate", "does not run on what its preprocessing makes: RuntimeError"),
+        ("mine:misfit", "penultimate", "fails on the output of its preprocessing: RuntimeError"),
         ("mine:pair", "steem", "Did you mean 'stem'"),
-        ("mine:pair", "unused", "not among those that run"),
-        ("mine:says", "inner", "gives a dict, not a tensor"),
+        ("mine:pair", "unused", "not reached by an input"),
+        ("mine:says", "inner", "returns a dict, not a tensor"),
     ],
 )
-def test_what_is_no_backbone_is_a_sentence(name: str, layer: str, words: str) -> None:
+def test_other_results_are_rejected(name: str, layer: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         load_backbone(f"python:{name}", layer=layer)
-    with pytest.raises(UserError, match="let this be 'default'"):
+    with pytest.raises(UserError, match="use 'default'"):
         load_backbone(f"python:{name}", weights="random")
 
 
 @pytest.mark.slow
-def test_a_run_with_it_needs_no_more_than_its_file(own_folder: Path) -> None:
+def test_run_needs_only_the_module_file(own_folder: Path) -> None:
     command = [
         sys.executable,
         "-c",

@@ -39,7 +39,7 @@ def reference(name: str, seed: int) -> tuple[nn.Module, Tensor]:
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("resnet18", "deit_tiny_distilled_patch16_224")),
     ],
 )
-def test_features_are_those_of_timms_own_pipeline(name: str) -> None:
+def test_features_equal_timms_pipeline(name: str) -> None:
     backbone = load_backbone(f"timm:{name}", weights="random", seed=7)
     model, batch = reference(name, seed=7)
     features = backbone.features_of([image()])
@@ -50,7 +50,7 @@ def test_features_are_those_of_timms_own_pipeline(name: str) -> None:
     assert not any(parameter.requires_grad for parameter in backbone.module.parameters())
 
 
-def test_preprocessing_is_that_of_every_pretrained_model() -> None:
+def test_preprocessing_of_every_pretrained_model() -> None:
     configs: dict[str, dict[str, Any]] = {}
     for name in timm.list_pretrained():
         config = timm.data.resolve_data_config(pretrained_cfg=timm.models.get_pretrained_cfg(name).to_dict())
@@ -74,7 +74,7 @@ def test_preprocessing_is_that_of_every_pretrained_model() -> None:
 @pytest.mark.parametrize(
     ("name", "layer"), [("test_resnet", "layer2"), ("test_resnet", "layer3.0.conv1"), ("test_vit", "blocks.2")]
 )
-def test_a_layer_stops_the_model_there_and_ships_no_more(tmp_path: Path, name: str, layer: str) -> None:
+def test_layer_stops_the_model_and_limits_weights(tmp_path: Path, name: str, layer: str) -> None:
     backbone = load_backbone(f"timm:{name}", weights="random", layer=layer, seed=2)
     model, batch = reference(name, seed=2)
     seen: list[Tensor] = []
@@ -89,7 +89,7 @@ def test_a_layer_stops_the_model_there_and_ships_no_more(tmp_path: Path, name: s
     assert torch.equal(Backbone.load(tmp_path / "b.safetensors").probe(), backbone.probe())
 
 
-def test_every_weight_that_a_layer_needs_is_shipped() -> None:
+def test_all_weights_of_a_layer_are_sent() -> None:
     """With the weights that are not shipped spoilt, the features stay."""
     backbone = load_backbone("timm:test_vit", weights="random", layer="blocks.1.attn", seed=2)
     before = backbone.probe()
@@ -109,7 +109,7 @@ def test_poolings_of_a_sequence(pooling: str) -> None:
     assert backbone.num_features == (64 * tokens if pooling == "flatten" else 64)
 
 
-def test_weights_are_timms_files_with_and_without_the_classifier(tmp_path: Path) -> None:
+def test_timm_files_with_and_without_classifier(tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = timm.create_model("test_resnet", num_classes=5)
     path = tmp_path / "w.safetensors"
@@ -120,7 +120,7 @@ def test_weights_are_timms_files_with_and_without_the_classifier(tmp_path: Path)
     assert load_backbone("timm:test_resnet", weights=str(path)).digest == fine_tuned.digest
 
 
-def test_files_of_the_papers_authors_go_through_timms_conversion(tmp_path: Path) -> None:
+def test_original_files_use_timms_conversion(tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = timm.create_model("test_convnext")
     state = model.state_dict()
@@ -146,7 +146,7 @@ def test_files_of_the_papers_authors_go_through_timms_conversion(tmp_path: Path)
     assert all(torch.equal(value, state[key].reshape(value.shape)) for key, value in backbone.tensors().items())
 
 
-def test_weights_of_another_model_name_the_keys(tmp_path: Path) -> None:
+def test_error_names_keys_of_another_model(tmp_path: Path) -> None:
     load_backbone("timm:test_vit", weights="random").save(tmp_path / "w.safetensors")
     with pytest.raises(UserError, match=r"not those of timm:test_resnet; missing: bn1.*unknown: blocks\.0"):
         load_backbone("timm:test_resnet", weights=str(tmp_path / "w.safetensors"))
@@ -166,7 +166,7 @@ def test_what_does_not_exist_is_a_sentence(spec: str, layer: str, words: str) ->
         load_backbone(spec, weights="random", layer=layer)
 
 
-def test_an_extra_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_names_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(UserError, match=r"pip install 'fedhead\[timm\]'"):
         load_backbone("timm:xception41")
@@ -190,7 +190,7 @@ def caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("form", ["model.safetensors", "pytorch_model.bin"])
-def test_no_network_is_touched_where_the_hubs_cache_has_the_weights(caches: Path, form: str) -> None:
+def test_no_network_access_with_hub_cache(caches: Path, form: str) -> None:
     torch.manual_seed(3)
     state = timm.create_model("test_resnet").state_dict()
     repository = (
@@ -209,7 +209,7 @@ def test_no_network_is_touched_where_the_hubs_cache_has_the_weights(caches: Path
     assert all(torch.equal(value, state[key]) for key, value in backbone.tensors().items())
 
 
-def test_no_network_is_touched_where_torchs_cache_has_the_weights(caches: Path) -> None:
+def test_no_network_access_with_torch_cache(caches: Path) -> None:
     torch.manual_seed(3)
     state = timm.create_model("legacy_seresnet18").state_dict()
     folder = caches / "torch" / "hub" / "checkpoints"
@@ -220,7 +220,7 @@ def test_no_network_is_touched_where_torchs_cache_has_the_weights(caches: Path) 
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "legacy_seresnet18"])
-def test_weights_that_are_nowhere_are_told_the_three_ways(caches: Path, name: str) -> None:
+def test_missing_weights_error_lists_three_alternatives(caches: Path, name: str) -> None:
     with pytest.raises(FedheadError) as caught:
         load_backbone(f"timm:{name}")
     assert caught.value.exit_status == 1
@@ -229,7 +229,7 @@ def test_weights_that_are_nowhere_are_told_the_three_ways(caches: Path, name: st
 
 
 @pytest.mark.usefixtures("caches")
-def test_a_model_without_weights_is_told_so() -> None:
+def test_error_for_model_without_weights() -> None:
     without = next(name for name in timm.list_models() if not timm.models.is_model_pretrained(name))
     with pytest.raises(UserError, match=f"timm has no weights of timm:{without}"):
         load_backbone(f"timm:{without}")

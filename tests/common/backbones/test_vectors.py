@@ -1,4 +1,5 @@
 import gzip
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 
 from fedhead.backbones import load_backbone
 from fedhead.backbones.vectors import read_vectors
-from fedhead.backbones.weights import find_backbone, install_weights
+from fedhead.backbones.weights import find_backbone
 from fedhead.errors import UserError
 
 GLOVE = "the 1 0 0.5\ncat 0 1 -1e-1\n. . . 9 9 9\nUS 4 4 4\nus 5 5 5\nwell 2 2 2\n? 0 0 1\nthe 7 7 7\n"
@@ -19,7 +20,7 @@ def glove(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_text_is_the_mean_of_its_known_words(glove: Path) -> None:
+def test_text_equals_mean_of_its_known_words(glove: Path) -> None:
     backbone = load_backbone(f"vectors:{glove}")
     assert (backbone.kind, backbone.num_features) == ("text", 3)
     texts = ["The cat?", "the unheard-of cat", "US and us", "well-cat", "nothing known", ""]
@@ -37,7 +38,7 @@ def test_a_text_is_the_mean_of_its_known_words(glove: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["glove", "word2vec", "gzip", "windows"])
-def test_every_form_of_the_file_is_read_alike(glove: Path, form: str) -> None:
+def test_every_form_of_the_file_gives_equal_vectors(glove: Path, form: str) -> None:
     path = glove.with_name(f"vectors.{'gz' if form == 'gzip' else 'txt'}")
     text = {"word2vec": f"8 3\n{GLOVE}", "windows": GLOVE.replace("\n", " \r\n")}.get(form, GLOVE)
     path.write_bytes(gzip.compress(text.encode()) if form == "gzip" else text.encode())
@@ -50,8 +51,8 @@ def test_every_form_of_the_file_is_read_alike(glove: Path, form: str) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "holds no word vectors"),
-        (b"2 3\n", "holds no word vectors"),
+        (b"", "contains no word vectors"),
+        (b"2 3\n", "contains no word vectors"),
         (b"the 1 2 3\ncat 1 2\n", "Line 2 of .* is not a word with 3 numbers"),
         (b"the 1 2 3\ncat 1 2 x\n", "Line 2 of"),
         (b"the 1 2 3\ncat 1 nan 2\n", "Line 2 of"),
@@ -62,14 +63,14 @@ def test_every_form_of_the_file_is_read_alike(glove: Path, form: str) -> None:
         (b"the 1 2 3\nM\xfcller 1 2 3\n", "Line 2 of .* is not in UTF-8"),
     ],
 )
-def test_a_broken_file_names_its_line(tmp_path: Path, content: bytes, words: str) -> None:
+def test_error_names_line_of_a_broken_file(tmp_path: Path, content: bytes, words: str) -> None:
     path = tmp_path / "vectors.txt"
     path.write_bytes(content)
     with pytest.raises(UserError, match=words):
         load_backbone(f"vectors:{path}")
 
 
-def test_a_damaged_archive_and_no_file_are_sentences(tmp_path: Path) -> None:
+def test_errors_for_damaged_and_missing_files(tmp_path: Path) -> None:
     path = tmp_path / "vectors.gz"
     path.write_bytes(gzip.compress(GLOVE.encode() * 50)[:-30])
     with pytest.raises(UserError, match="cannot be read after line"):
@@ -81,11 +82,13 @@ def test_a_damaged_archive_and_no_file_are_sentences(tmp_path: Path) -> None:
         load_backbone(f"vectors:{tmp_path / 'none.txt'}")
     with pytest.raises(UserError, match="only the layer"):
         load_backbone(f"vectors:{path}", layer="hidden:1")
-    with pytest.raises(UserError, match="carry nothing"):
+    with pytest.raises(UserError, match="are useless"):
         load_backbone(f"vectors:{path}", weights="random")
 
 
-def test_a_site_without_the_file_gets_words_and_vectors(glove: Path) -> None:
+def test_site_without_the_file_receives_words_and_vectors(
+    glove: Path, install_weights: Callable[[bytes, str], Path]
+) -> None:
     backbone = load_backbone(f"vectors:{glove}")
     glove.unlink()
     assert find_backbone(backbone.spec, "penultimate", backbone.weights_digest) is None
@@ -96,7 +99,7 @@ def test_a_site_without_the_file_gets_words_and_vectors(glove: Path) -> None:
     assert torch.equal(found.features_of(["the cat"]), backbone.features_of(["the cat"]))
 
 
-def test_other_words_for_the_same_numbers_are_another_backbone(glove: Path) -> None:
+def test_digest_covers_the_words(glove: Path) -> None:
     before = load_backbone(f"vectors:{glove}")
     glove.write_text(GLOVE.replace("cat", "dog"))
     after = load_backbone(f"vectors:{glove}")
@@ -104,7 +107,7 @@ def test_other_words_for_the_same_numbers_are_another_backbone(glove: Path) -> N
     assert before.digest != after.digest
 
 
-def test_weights_that_are_no_saved_vectors_are_a_sentence(glove: Path, tmp_path: Path) -> None:
+def test_other_weights_are_rejected(glove: Path, tmp_path: Path) -> None:
     load_backbone("bundled:glyphnet").save(tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="not a saved backbone of word vectors"):
         load_backbone(f"vectors:{glove}", weights=str(tmp_path / "other.safetensors"))

@@ -133,7 +133,7 @@ def test_without_a_network_fetching_says_the_three_ways(monkeypatch: pytest.Monk
     assert not Path("m.safetensors").exists()
 
 
-def test_an_extra_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_names_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     assert "pip install 'fedhead[timm]'" in refused("timm:*xception*")
     assert "pip install 'fedhead[timm]'" in backbones().stdout

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from fedhead.cli import app
 from fedhead.cli.client import _ask
 from fedhead.client.settings import SiteSettings
-from fedhead.client.site import only_process
+from fedhead.client.site_locks import only_process
 from fedhead.server.provision import provision
 
 
@@ -49,8 +49,8 @@ LOCAL = ("--insecure", "--site", "here")
         ((*LOCAL, "--data", "digits", "--coordinator", "127.0.0.1"), "is not HOST:PORT"),
         (("--insecure", "--site", "Ward 3", "--data", "digits"), "a site cannot be called 'Ward 3'"),
         ((*LOCAL, "--data", "folder:nowhere"), "There is no folder nowhere"),
-        ((*LOCAL, "--data", "folder:empty"), "empty holds no images"),
-        ((*LOCAL, "--data", "digits", "--device", "abacus"), "The device 'abacus' is not to be had"),
+        ((*LOCAL, "--data", "folder:empty"), "empty has no images"),
+        ((*LOCAL, "--data", "digits", "--device", "abacus"), "The device 'abacus' is not available"),
         ((*LOCAL, "--data", "digits", "--min-rows", "-1"), "'limits.min_rows'"),
         ((*LOCAL, "--data", "digits", "--health", "nonsense"), "The health service cannot listen on 'nonsense'"),
     ],
@@ -71,7 +71,7 @@ def test_no_answer_is_no(monkeypatch: pytest.MonkeyPatch, answer: str, agreed: b
 
 def test_a_second_client_on_the_same_data_is_refused() -> None:
     settings = SiteSettings(name="there", coordinator="127.0.0.1:9092", data="digits")
-    with only_process(settings):
+    with only_process(settings, "another"):
         status, said = client(*LOCAL, "--data", "digits")
     assert status == 2
     assert f"Another fedhead client is up for the data digits on this machine: there, process {os.getpid()};" in said

@@ -80,7 +80,7 @@ def test_the_page_holds_examples_of_every_class_and_needs_nothing_else(scans: Pa
     assert "http" not in text
     assert "<i>.png" not in text
     assert "&lt;i&gt;.png" in text
-    assert re.search(r"<h2>Rows that cannot be read</h2>", text)
+    assert re.search(r"<h2>Unreadable rows</h2>", text)
 
 
 def test_texts_have_lengths_and_splits_may_straddle(tmp_path: Path) -> None:

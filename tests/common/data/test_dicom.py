@@ -54,7 +54,7 @@ def shown(path: Path) -> npt.NDArray[np.int64]:
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning:pydicom")
 @pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
 @pytest.mark.parametrize(("centre", "width"), [(40, 400), (-600, 1500), (0, 2)])
-def test_rescale_and_window_are_those_of_pydicom(tmp_path: Path, function: str, centre: int, width: int) -> None:
+def test_rescale_and_window_equal_pydicom(tmp_path: Path, function: str, centre: int, width: int) -> None:
     path = dicom(
         tmp_path / "x.dcm",
         RescaleSlope=2,
@@ -69,7 +69,7 @@ def test_rescale_and_window_are_those_of_pydicom(tmp_path: Path, function: str, 
     assert np.abs(shown(path) - (reference - low) / (high - low) * 255).max() <= 0.5 + 1e-6
 
 
-def test_a_lookup_table_comes_before_a_window(tmp_path: Path) -> None:
+def test_lookup_table_takes_precedence_over_window(tmp_path: Path) -> None:
     table = pydicom.Dataset()
     table.LUTDescriptor = [256, 0, 16]
     table.add_new(0x00283006, "OW", (65535 - np.arange(256, dtype=np.uint16) * 257).tobytes())
@@ -78,14 +78,14 @@ def test_a_lookup_table_comes_before_a_window(tmp_path: Path) -> None:
     assert np.array_equal(shown(path), 255 - values)
 
 
-def test_monochrome1_is_turned_over(tmp_path: Path) -> None:
+def test_monochrome1_is_inverted(tmp_path: Path) -> None:
     window = {"WindowCenter": 40, "WindowWidth": 400}
     plain = shown(dicom(tmp_path / "a.dcm", **window))
     turned = shown(dicom(tmp_path / "b.dcm", PhotometricInterpretation="MONOCHROME1", **window))
     assert np.array_equal(turned, 255 - plain)
 
 
-def test_without_a_window_the_values_own_range_is_shown(tmp_path: Path) -> None:
+def test_full_range_without_a_window(tmp_path: Path) -> None:
     expected = np.rint((VALUES - VALUES.min()) / (VALUES.max() - VALUES.min()) * 255)
     assert np.array_equal(shown(dicom(tmp_path / "x.dcm")), expected)
     assert not shown(dicom(tmp_path / "y.dcm", np.full((4, 4), 7, np.int16))).any()
@@ -107,7 +107,7 @@ def test_colours_and_palettes(tmp_path: Path) -> None:
     assert shown(path).tolist() == [[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [0, 0, 0]]]
 
 
-def test_of_several_frames_the_first_is_taken(tmp_path: Path) -> None:
+def test_first_of_several_frames_is_used(tmp_path: Path) -> None:
     path = dicom(tmp_path / "x.dcm", np.concatenate([VALUES, VALUES[::-1]]), Rows=8, NumberOfFrames=2)
     assert np.array_equal(shown(path), shown(dicom(tmp_path / "y.dcm")))
 
@@ -120,7 +120,7 @@ def test_run_length_encoding_needs_no_decoder(tmp_path: Path) -> None:
     assert np.array_equal(shown(tmp_path / "rle.dcm"), shown(path))
 
 
-def test_a_compression_without_a_decoder_is_a_sentence(tmp_path: Path) -> None:
+def test_error_for_compression_without_decoder(tmp_path: Path) -> None:
     path = dicom(tmp_path / "x.dcm")
     dataset = pydicom.dcmread(path)
     dataset.PixelData = pydicom.encaps.encapsulate([b"\xff\x4f\xff\x51" + b"\0" * 20])
@@ -146,7 +146,7 @@ def test_damaged_files_and_files_without_pixels_are_named(tmp_path: Path) -> Non
         read_image(path)
 
 
-def test_a_patient_is_a_group_unless_the_data_names_others(tmp_path: Path) -> None:
+def test_patients_are_groups_by_default(tmp_path: Path) -> None:
     for number, patient in enumerate(["ann", "bob", "ann", ""]):
         dicom(
             tmp_path / "scans" / "ct" / f"{number}.dcm",
@@ -166,11 +166,11 @@ def test_a_patient_is_a_group_unless_the_data_names_others(tmp_path: Path) -> No
     assert keys[0] == keys[1] != keys[2] == keys[3]
 
 
-def test_a_file_is_known_by_its_content_and_not_by_its_name(tmp_path: Path) -> None:
+def test_files_are_recognised_by_content(tmp_path: Path) -> None:
     assert np.array_equal(shown(dicom(tmp_path / "IM0001")), shown(dicom(tmp_path / "x.dcm")))
 
 
-def test_the_extra_is_named_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_names_missing_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = dicom(tmp_path / "x.dcm")
     monkeypatch.setitem(sys.modules, "pydicom", None)
     with pytest.raises(UserError, match=r"DICOM files needs .*pip install 'fedhead\[medical\]'") as raised:

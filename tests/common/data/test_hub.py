@@ -39,24 +39,24 @@ def check_pictures(spec: str) -> None:
         assert np.array_equal(np.asarray(samples.read(row)), PIXELS[row])
 
 
-def test_what_was_saved_to_disk_is_read(tmp_path: Path) -> None:
+def test_data_saved_to_disk(tmp_path: Path) -> None:
     pictures().save_to_disk(tmp_path / "saved")
     check_pictures(f"hf:{tmp_path / 'saved'}")
 
 
-def test_a_folder_of_parquet_files_is_read(tmp_path: Path) -> None:
+def test_folder_of_parquet_files(tmp_path: Path) -> None:
     (tmp_path / "shards").mkdir()
     pictures(slice(0, 6)).to_parquet(tmp_path / "shards" / "train-00000-of-00002.parquet")
     pictures(slice(6, 12)).to_parquet(tmp_path / "shards" / "train-00001-of-00002.parquet")
     check_pictures(f"hf:{tmp_path / 'shards'}")
 
 
-def test_class_names_of_a_parquet_file_are_known_without_the_library(tmp_path: Path) -> None:
+def test_parquet_class_names_without_the_library(tmp_path: Path) -> None:
     pictures().to_parquet(tmp_path / "one.parquet")
     check_pictures(f"parquet:{tmp_path / 'one.parquet'}?image=photo&label=kind")
 
 
-def test_splits_are_chosen_or_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_choice_of_splits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     parts = datasets.DatasetDict({"train": pictures(slice(0, 8)), "test": pictures(slice(8, 12))})
     parts.save_to_disk(tmp_path / "saved")
     samples = load_samples(f"hf:{tmp_path / 'saved'}?split=test")
@@ -81,7 +81,7 @@ def test_texts_and_lists_of_classes_are_found_by_their_types(tmp_path: Path) -> 
     assert [samples.read(row) for row in range(3)] == ["a", "b", "c"]
 
 
-def test_columns_are_named_where_there_are_several(tmp_path: Path) -> None:
+def test_choice_of_columns_by_name(tmp_path: Path) -> None:
     rows = {"title": ["a", "b"], "body": ["c", "d"], "topic": ["x", "y"], "patient": ["p", "q"]}
     datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "saved")
     with pytest.raises(UserError, match="no column 'label'; it has 'title', 'body', 'topic', 'patient'"):
@@ -90,7 +90,7 @@ def test_columns_are_named_where_there_are_several(tmp_path: Path) -> None:
     assert ([samples.read(row) for row in range(2)], samples.groups) == (["c", "d"], ["p", "q"])
 
 
-def test_a_fingerprint_changes_with_the_content(tmp_path: Path) -> None:
+def test_fingerprint_changes_with_the_content(tmp_path: Path) -> None:
     pictures().save_to_disk(tmp_path / "saved")
     before = load_samples(f"hf:{tmp_path / 'saved'}").fingerprint
     assert load_samples(f"hf:{tmp_path / 'saved'}").fingerprint == before
@@ -98,9 +98,7 @@ def test_a_fingerprint_changes_with_the_content(tmp_path: Path) -> None:
     assert load_samples(f"hf:{tmp_path / 'saved'}").fingerprint != before
 
 
-def test_what_is_not_there_is_a_sentence_and_no_network_is_touched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_data_set_without_network_access(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object, **options: object) -> None:
         raise AssertionError("a connection was opened")
 
@@ -109,7 +107,7 @@ def test_what_is_not_there_is_a_sentence_and_no_network_is_touched(
         load_samples("hf:beans")
     with pytest.raises(UserError, match="There is no folder /nowhere/at/all"):
         load_samples("hf:/nowhere/at/all")
-    with pytest.raises(UserError, match="is yes or no, not 'maybe'"):
+    with pytest.raises(UserError, match="must be yes or no, not 'maybe'"):
         load_samples("hf:beans?download=maybe")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty cannot be read as a data set"):
@@ -123,7 +121,7 @@ def test_what_is_not_there_is_a_sentence_and_no_network_is_touched(
 @pytest.mark.parametrize(
     ("source", "module", "extra"), [("hf", "datasets", "datasets"), ("parquet", "pyarrow", "parquet")]
 )
-def test_the_extra_is_named_where_it_is_missing(
+def test_error_names_missing_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, module: str, extra: str
 ) -> None:
     (tmp_path / "x").write_text("")

@@ -28,7 +28,7 @@ def test_one_bit_is_black_and_white(tmp_path: Path) -> None:
     assert np.array_equal(pixels(read), np.where(GREY > 100, 255, 0))
 
 
-def test_a_palette_becomes_its_colours(tmp_path: Path) -> None:
+def test_palettes_become_colours(tmp_path: Path) -> None:
     image = Image.new("P", (2, 1))
     image.putpalette([255, 0, 0, 0, 0, 255])
     image.putdata([0, 1])
@@ -37,7 +37,7 @@ def test_a_palette_becomes_its_colours(tmp_path: Path) -> None:
     assert pixels(read).tolist() == [[[255, 0, 0], [0, 0, 255]]]
 
 
-def test_what_is_transparent_lies_on_white(tmp_path: Path) -> None:
+def test_transparency_is_composited_onto_white(tmp_path: Path) -> None:
     for colour, expected in (((200, 0, 0, 255), [200, 0, 0]), ((200, 0, 0, 0), [255] * 3), ((0, 0, 0, 51), [204] * 3)):
         read = saved(tmp_path, Image.new("RGBA", (1, 1), colour), "x.png")
         assert (read.mode, pixels(read)[0, 0].tolist()) == ("RGB", expected)
@@ -56,7 +56,7 @@ def test_what_is_transparent_lies_on_white(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.tif", "x.pgm"])
-def test_sixteen_bits_are_scaled_by_the_types_range(tmp_path: Path, name: str) -> None:
+def test_sixteen_bits_are_scaled_by_the_range_of_the_type(tmp_path: Path, name: str) -> None:
     values = np.array([[0, 128, 129, 257, 32768, 65535]], np.uint16)
     read = saved(tmp_path, Image.fromarray(values), name)
     assert read.mode == "L"
@@ -82,7 +82,7 @@ def test_big_endian_and_integer_and_float_tiffs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "YCbCr"])
-def test_printers_and_televisions_colours_become_rgb(tmp_path: Path, mode: str) -> None:
+def test_cmyk_and_ycbcr_become_rgb(tmp_path: Path, mode: str) -> None:
     colour = Image.new("RGB", (8, 8), (200, 40, 40)).convert(mode)
     name = "x.jpg" if mode == "YCbCr" else "x.tif"
     read = saved(tmp_path, colour, name)
@@ -90,14 +90,14 @@ def test_printers_and_televisions_colours_become_rgb(tmp_path: Path, mode: str) 
     assert np.abs(pixels(read).astype(int) - [200, 40, 40]).max() <= 3
 
 
-def test_an_adobe_cmyk_photograph_is_not_turned_over(tmp_path: Path) -> None:
+def test_adobe_cmyk_is_not_inverted(tmp_path: Path) -> None:
     white = Image.new("CMYK", (8, 8), (0, 0, 0, 0))
     assert pixels(saved(tmp_path, white, "x.jpg")).min() >= 250
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "I;16"])
-def test_every_orientation_of_every_mode_is_turned(tmp_path: Path, orientation: int, mode: str) -> None:
+def test_every_orientation_in_every_mode(tmp_path: Path, orientation: int, mode: str) -> None:
     upright = Image.fromarray(GREY[:5]) if mode != "I;16" else Image.fromarray(GREY[:5].astype(np.uint16) * 257)
     image = upright.convert(mode) if mode != "I;16" else upright
     inverse = {1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}[orientation]
@@ -112,7 +112,7 @@ def test_every_orientation_of_every_mode_is_turned(tmp_path: Path, orientation: 
     assert np.array_equal(pixels(read.convert("L")), GREY[:5])
 
 
-def test_of_several_frames_the_first_is_taken(tmp_path: Path) -> None:
+def test_first_of_several_frames_is_used(tmp_path: Path) -> None:
     frames = [Image.fromarray(np.full((4, 4), value, np.uint8)) for value in (10, 200)]
     for name in ("x.gif", "x.tif"):
         read = saved(tmp_path, frames[0], name, save_all=True, append_images=frames[1:])
@@ -125,7 +125,7 @@ def test_booleans_and_channels_first(tmp_path: Path) -> None:
     assert np.array_equal(pixels(to_image(four, "x")), pixels(to_image(four.transpose(1, 2, 0), "x")))
 
 
-def test_a_users_image_is_left_as_it_was() -> None:
+def test_users_image_is_not_modified() -> None:
     image = Image.new("RGB", (2, 2))
     info = dict(image.info)
     assert to_image(image, "x") is image
@@ -134,7 +134,7 @@ def test_a_users_image_is_left_as_it_was() -> None:
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.99])
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "gif", "bmp", "webp"])
-def test_a_truncated_file_of_any_format_is_named(tmp_path: Path, suffix: str, share: float) -> None:
+def test_error_names_truncated_file(tmp_path: Path, suffix: str, share: float) -> None:
     content = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     Image.fromarray(noise).save(content, {"jpg": "jpeg", "tif": "tiff"}.get(suffix, suffix))

@@ -45,7 +45,7 @@ def test_the_forms_of_an_image(tmp_path: Path, save: Any) -> None:
         assert np.array_equal(read, COLOUR[4] if read.ndim == 3 else COLOUR[4, ..., 0]), name
 
 
-def test_medmnists_arrays_are_splits(tmp_path: Path, save: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_medmnist_arrays_are_splits(tmp_path: Path, save: Any, caplog: pytest.LogCaptureFixture) -> None:
     parts = {"train": slice(0, 5), "val": slice(5, 7), "test": slice(7, 9)}
     arrays = {f"{name}_images": COLOUR[part] for name, part in parts.items()}
     arrays |= {f"{name}_labels": LABELS[part, None] for name, part in parts.items()}
@@ -58,7 +58,7 @@ def test_medmnists_arrays_are_splits(tmp_path: Path, save: Any, caplog: pytest.L
     assert not caplog.text
     whole = load_samples(f"npz:{tmp_path / 'm.npz'}")
     assert (len(whole), set(whole.splits or ())) == (9, set(parts))
-    assert "has the splits test, train, val, and all rows are taken" in caplog.text
+    assert "has the splits test, train, val, and all rows are used" in caplog.text
     with pytest.raises(UserError, match=r"no rows of the split 'tset'\. Did you mean 'test'"):
         load_samples(f"npz:{tmp_path / 'm.npz'}?split=tset")
 
@@ -84,7 +84,7 @@ def test_groups_sites_and_texts(tmp_path: Path, save: Any) -> None:
         samples.read(1)
 
 
-def test_rows_with_values_that_are_none_of_an_images_are_named(tmp_path: Path, save: Any) -> None:
+def test_error_names_rows_with_invalid_pixels(tmp_path: Path, save: Any) -> None:
     images = GREY / 255
     images[2, 1, 1] = np.nan
     save(tmp_path / "a.npz", images=images, labels=LABELS)
@@ -97,27 +97,30 @@ def test_rows_with_values_that_are_none_of_an_images_are_named(tmp_path: Path, s
 @pytest.mark.parametrize(
     ("arrays", "words"),
     [
-        ({"pictures": GREY, "labels": LABELS}, "no arrays 'images'.*it holds 'labels', 'pictures'"),
+        ({"pictures": GREY, "labels": LABELS}, "no arrays 'images'.*it has 'labels', 'pictures'"),
         ({"images": GREY.reshape(9, 30), "labels": LABELS}, r"shape \[9, 30\]; expected \[n, H, W\]"),
         ({"images": GREY[0], "labels": LABELS}, r"shape \[6, 5\]"),
         ({"images": np.zeros((9, 5, 5, 5)), "labels": LABELS}, r"shape \[9, 5, 5, 5\]"),
         ({"images": GREY, "labels": LABELS[:8]}, "9 rows in 'images' but 8 in 'labels'"),
         ({"images": GREY, "labels": LABELS * np.nan}, "not all finite"),
-        ({"images": GREY, "labels": LABELS + 0.5}, "no whole numbers"),
+        ({"images": GREY, "labels": LABELS + 0.5}, "not whole numbers"),
         ({"images": GREY, "labels": np.array(list("abc") * 3, object)}, "'labels' .* cannot be read.*astype"),
-        ({"images": GREY.astype(object), "labels": LABELS}, "'images' .* holds Python objects"),
-        ({"images": GREY, "labels": LABELS, "classes": np.array(["a", "b"])}, "labels from 0 to 2 for 2 classes"),
+        ({"images": GREY.astype(object), "labels": LABELS}, "'images' .* contains Python objects"),
+        (
+            {"images": GREY, "labels": LABELS, "classes": np.array(["a", "b"])},
+            "row of class 2, which is neither one of its 2 classes",
+        ),
         ({"images": GREY, "labels": LABELS, "groups": np.arange(3)}, r"'groups' of shape \[3\]; expected \[9\]"),
-        ({"images": GREY[:0], "labels": LABELS[:0]}, "holds no rows"),
+        ({"images": GREY[:0], "labels": LABELS[:0]}, "has no rows"),
     ],
 )
-def test_arrays_that_do_not_fit_are_sentences(tmp_path: Path, save: Any, arrays: dict[str, Any], words: str) -> None:
+def test_invalid_arrays_are_rejected(tmp_path: Path, save: Any, arrays: dict[str, Any], words: str) -> None:
     save(tmp_path / "a.npz", **arrays)
     with pytest.raises(UserError, match=words):
         load_samples(f"npz:{tmp_path / 'a.npz'}")
 
 
-def test_damaged_archives_are_sentences(tmp_path: Path, save: Any) -> None:
+def test_damaged_archives_are_rejected(tmp_path: Path, save: Any) -> None:
     path = tmp_path / "a.npz"
     for spec, words in (("npz:", "Expected a file"), (f"npz:{path}", "There is no file")):
         with pytest.raises(UserError, match=words):
@@ -125,14 +128,14 @@ def test_damaged_archives_are_sentences(tmp_path: Path, save: Any) -> None:
     save(path, images=GREY, labels=LABELS)
     whole = path.read_bytes()
     path.write_bytes(whole[:-30])
-    with pytest.raises(UserError, match=r"a\.npz is not a NumPy archive, or a damaged one"):
+    with pytest.raises(UserError, match=r"a\.npz is not a NumPy archive or is damaged"):
         load_samples(f"npz:{path}")
     path.write_bytes(whole)
     with pytest.raises(UserError, match="no splits to choose from"):
         load_samples(f"npz:{path}?split=train")
 
 
-def test_damage_within_a_compressed_array_is_a_rows(tmp_path: Path) -> None:
+def test_damage_within_a_compressed_array_affects_single_rows(tmp_path: Path) -> None:
     path = tmp_path / "a.npz"
     np.savez_compressed(path, images=GENERATOR.integers(0, 256, (40, 64, 64), np.uint8), labels=np.arange(40) % 2)
     content = bytearray(path.read_bytes())
@@ -147,7 +150,7 @@ def test_damage_within_a_compressed_array_is_a_rows(tmp_path: Path) -> None:
             samples.read(row)
 
 
-def test_a_fingerprint_changes_with_the_content_and_the_split(tmp_path: Path, save: Any) -> None:
+def test_fingerprint_changes_with_the_content_and_the_split(tmp_path: Path, save: Any) -> None:
     path = tmp_path / "a.npz"
     save(path, images=GREY, labels=LABELS)
     before = load_samples(f"npz:{path}").fingerprint

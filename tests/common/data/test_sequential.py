@@ -39,7 +39,7 @@ def test_rows_that_are_nearly_in_order_are_read_once() -> None:
         assert list(pool.map(Stream().rows.read, range(ROWS))) == list(range(ROWS))
 
 
-def test_a_failure_does_not_spoil_the_rows_after_it() -> None:
+def test_failure_does_not_affect_later_rows() -> None:
     def rows_from(start: int) -> Iterator[int]:
         for row in range(start, 10):
             if row == 5:

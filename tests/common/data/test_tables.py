@@ -62,7 +62,7 @@ def test_every_table_gives_the_same_rows_in_any_order(tmp_path: Path, kind: str)
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\x00")), min_size=1))
-def test_any_text_comes_back_from_a_csv(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
+def test_any_text_round_trips_through_csv(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
     path = write_csv(tmp_path_factory.mktemp("csv") / "t.csv", [{"text": text, "label": "a"} for text in texts])
     samples = load_samples(f"csv:{path}")
     for row, text in enumerate(texts):
@@ -83,14 +83,14 @@ def test_any_text_comes_back_from_a_csv(tmp_path_factory: pytest.TempPathFactory
         ({"quoting": csv.QUOTE_ALL}, "utf-8"),
     ],
 )
-def test_what_spreadsheets_make_of_a_csv_is_read(tmp_path: Path, dialect: dict[str, str], encoding: str) -> None:
+def test_csv_from_spreadsheets(tmp_path: Path, dialect: dict[str, str], encoding: str) -> None:
     rows: list[dict[str, object]] = [{"text": t, "label": c} for t, c in zip(TEXTS, LABELS, strict=True)]
     samples = load_samples(f"csv:{write_csv(tmp_path / 't.csv', rows, encoding=encoding, **dialect)}")
     assert texts_of(samples) == TEXTS
     assert samples.name(3).endswith("t.csv, line 6")
 
 
-def test_another_encoding_is_refused_with_its_line_or_named(tmp_path: Path) -> None:
+def test_other_encodings_need_an_option(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_bytes("text,label\nplain,a\nGrüße,b\n".encode("cp1252"))
     with pytest.raises(UserError, match=r"t\.csv, line 3 is not text in UTF-8 \(byte 0xfc\).*\?encoding=cp1252"):
@@ -109,22 +109,22 @@ def test_another_encoding_is_refused_with_its_line_or_named(tmp_path: Path) -> N
     ("content", "words"),
     [
         (b"", "is empty; expected a header line"),
-        (b"path,label\n", "holds no rows"),
+        (b"path,label\n", "has no rows"),
         (b"path,label\na.png,x,y\n", "line 2 has 3 values for the 2 columns"),
-        (b'path,label\n"a.png,x\n', "begins in line 2: unexpected end of data"),
+        (b'path,label\n"a.png,x\n', "begins on line 2: unexpected end of data"),
         (b"path,label,label\na.png,x,x\n", "two columns 'label'"),
         (b"file_id,label\n1,x\n", "no column 'path', 'image' or 'text'; it has 'file_id', 'label'"),
         (b"path,finding\na.png,x\n", r"no column 'label'; it has 'path', 'finding'.*\?label=finding"),
         (b"path,text,label\na.png,hi,x\n", "'path', 'text', any of which"),
-        (b"path,labels,class\na.png,x,y\n", r"columns 'labels', 'class': say which"),
+        (b"path,labels,class\na.png,x,y\n", r"columns 'labels', 'class': choose one"),
         (b"text,label\nhi,x\nyo,\nup,\n", "2 of the 3 rows .* have no label in column 'label'; the first: .*line 3"),
-        (b"path,label\nno/1.png,x\nno/2.png,y\n", r"Not one file .*no/1\.png.*\?root="),
+        (b"path,label\nno/1.png,x\nno/2.png,y\n", r"None of the files .*no/1\.png.*\?root="),
         (b"PK\x03\x04rest", "is an archive or a spreadsheet"),
         (b"PAR1rest", "is a Parquet file"),
-        (b"text,label,site\nhi,x,n\nyo,y,\n", "line 3 names no site"),
+        (b"text,label,site\nhi,x,n\nyo,y,\n", "line 3 has no site"),
     ],
 )
-def test_a_table_that_does_not_fit_is_a_sentence(tmp_path: Path, content: bytes, words: str) -> None:
+def test_invalid_tables_are_rejected(tmp_path: Path, content: bytes, words: str) -> None:
     (tmp_path / "t.csv").write_bytes(content)
     with pytest.raises(UserError, match=words):
         load_samples(f"csv:{tmp_path / 't.csv'}")
@@ -136,12 +136,12 @@ def test_a_table_that_does_not_fit_is_a_sentence(tmp_path: Path, content: bytes,
         ("", "is empty; expected a line"),
         ('[{"text": "a", "label": "x"},\n', "line 1 is not JSON.*looks like one JSON array"),
         ('{"text": "a", "label": "x"}\n{"text": \n', "line 2 is not JSON"),
-        ('{"text": "a", "label": "x"}\n3\n', "line 2 holds int; expected a JSON object"),
+        ('{"text": "a", "label": "x"}\n3\n', "line 2 is of type int; expected a JSON object"),
         ('{"text": "a", "label": ["x"]}\n{"text": "b", "label": "y"}\n', "line 2 has no list of labels"),
         ('{"text": "a", "label": null}\n', "have no label"),
     ],
 )
-def test_json_lines_that_do_not_fit_are_sentences(tmp_path: Path, content: str, words: str) -> None:
+def test_invalid_json_lines_are_rejected(tmp_path: Path, content: str, words: str) -> None:
     (tmp_path / "t.jsonl").write_text(content)
     with pytest.raises(UserError, match=words):
         load_samples(f"jsonl:{tmp_path / 't.jsonl'}")
@@ -155,28 +155,28 @@ def test_json_lines_that_do_not_fit_are_sentences(tmp_path: Path, content: str, 
         ("csv:{0}/none.csv", "There is no file"),
         ("csv:{0}/t.csv?labl=x", "Did you mean 'label'"),
         ("csv:{0}/t.csv?label", "expected name=value"),
-        ("csv:{0}/t.csv?label=a&label=b", "'label' twice"),
+        ("csv:{0}/t.csv?label=a&label=b", "repeats the option 'label'"),
         ("csv:{0}/t.csv?label=x", "no column 'x'; it has 'text', 'label'"),
-        ("csv:{0}/t.csv?split=train", "no column 'split' by which to choose 'train'"),
+        ("csv:{0}/t.csv?split=train", "no column 'split' for choosing 'train'"),
         ("csv:{0}/t.csv?split=label:y", "no rows of the split 'y'"),
         ("parquet:{0}/t.csv", "is not a Parquet file"),
     ],
 )
-def test_a_spec_of_a_table_that_does_not_fit_is_a_sentence(tmp_path: Path, spec: str, words: str) -> None:
+def test_invalid_table_specs_are_rejected(tmp_path: Path, spec: str, words: str) -> None:
     (tmp_path / "t.csv").write_text("text,label\nhi,x\n")
     with pytest.raises(UserError, match=words):
         load_samples(spec.format(tmp_path))
 
 
-def test_a_damaged_parquet_file_is_a_sentence(tmp_path: Path) -> None:
+def test_damaged_parquet_file_is_rejected(tmp_path: Path) -> None:
     spec = save_rows(tmp_path, "parquet", [{"text": "a", "label": "x"}])
     path = tmp_path / "rows.parquet"
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match=r"rows\.parquet is not a Parquet file, or a damaged one"):
+    with pytest.raises(UserError, match=r"rows\.parquet is not a Parquet file or is damaged"):
         load_samples(spec)
 
 
-def test_damage_within_a_parquet_file_is_a_rows(tmp_path: Path) -> None:
+def test_damage_within_a_parquet_file_affects_single_rows(tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [{"image": png(n, side=40), "label": n % 2} for n in range(8)]
     spec = save_rows(tmp_path, "parquet", rows)
     path = tmp_path / "rows.parquet"
@@ -228,7 +228,7 @@ def test_columns_are_chosen_by_the_spec(tmp_path: Path, kind: str) -> None:
         load_sites(f"{spec}?text=note&label=finding")
 
 
-def test_a_row_without_a_group_is_a_group_by_itself(tmp_path: Path) -> None:
+def test_row_without_a_group_is_its_own_group(tmp_path: Path) -> None:
     rows = [{"text": t, "label": "x", "group": g} for t, g in (("a", "p"), ("b", "p"), ("c", ""), ("d", ""))]
     samples = load_samples(f"csv:{write_csv(tmp_path / 't.csv', rows)}")  # type: ignore[arg-type]
     keys = [samples.key(row, samples.read(row)) for row in range(4)]
@@ -236,13 +236,13 @@ def test_a_row_without_a_group_is_a_group_by_itself(tmp_path: Path) -> None:
     assert len(set(keys)) == 3
 
 
-def test_rows_of_all_splits_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_use_of_all_splits_logs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows: list[dict[str, object]] = [
         {"text": n, "label": n % 2, "split": "train" if n < 6 else "test"} for n in range(9)
     ]
     path = write_csv(tmp_path / "t.csv", rows)
     assert len(load_samples(f"csv:{path}")) == 9
-    assert "has the splits test, train, and all rows are taken" in caplog.text
+    assert "has the splits test, train, and all rows are used" in caplog.text
     caplog.clear()
     parts = [load_samples(f"csv:{path}?split={split}") for split in ("train", "test", "train,test")]
     assert [len(part) for part in parts] == [6, 3, 9]
@@ -251,7 +251,7 @@ def test_rows_of_all_splits_are_told_of(tmp_path: Path, caplog: pytest.LogCaptur
 
 
 @pytest.mark.parametrize("separator", [";", "|"])
-def test_a_field_may_hold_several_labels(tmp_path: Path, separator: str) -> None:
+def test_field_with_several_labels(tmp_path: Path, separator: str) -> None:
     marks = [["fox", "elk"], [], ["owl"], ["owl", "fox"]]
     rows = [{"text": str(n), "label": f" {separator} ".join(row)} for n, row in enumerate(marks)]
     samples = load_samples(f"csv:{write_csv(tmp_path / 't.csv', rows)}?separator={separator}")  # type: ignore[arg-type]
@@ -262,7 +262,7 @@ def test_a_field_may_hold_several_labels(tmp_path: Path, separator: str) -> None
         assert one.labels.tolist() == [[1, 1, 0], [0, 0, 0], [0, 0, 1], [0, 1, 1]]
 
 
-def test_numbers_are_classes_in_their_order_whatever_holds_them(tmp_path: Path) -> None:
+def test_numeric_classes_are_sorted_by_value(tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [{"text": str(n), "label": n} for n in (10, 9, 2, 10)]
     for kind in ("csv", "jsonl", "parquet"):
         samples = load_samples(save_rows(tmp_path, kind, rows))
@@ -273,7 +273,7 @@ def test_numbers_are_classes_in_their_order_whatever_holds_them(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("form", ["bytes", "struct", "path"])
-def test_a_parquet_file_may_hold_images(tmp_path: Path, form: str) -> None:
+def test_parquet_file_with_images(tmp_path: Path, form: str) -> None:
     files = [png(n) for n in range(10)]
     for n, content in enumerate(files):
         (tmp_path / f"{n}.png").write_bytes(content)
@@ -290,7 +290,7 @@ def test_a_parquet_file_may_hold_images(tmp_path: Path, form: str) -> None:
         assert np.array_equal(np.asarray(samples.read(n)), expected)
 
 
-def test_a_parquet_file_names_its_broken_rows(tmp_path: Path) -> None:
+def test_error_names_broken_rows_of_a_parquet_file(tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [{"image": content, "label": 0} for content in (png(0), None, b"", png(1)[:50])]
     samples = load_samples(save_rows(tmp_path, "parquet", rows))
     for row, words in ((1, "row 2 holds no image"), (2, "row 3 is empty"), (3, "row 4 cannot be read as an image")):
@@ -300,13 +300,13 @@ def test_a_parquet_file_names_its_broken_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
-def test_a_fingerprint_changes_with_the_content(tmp_path: Path, kind: str) -> None:
+def test_fingerprint_changes_with_the_content(tmp_path: Path, kind: str) -> None:
     rows: list[dict[str, object]] = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
     before = load_samples(save_rows(tmp_path, kind, rows)).fingerprint
     assert load_samples(save_rows(tmp_path, kind, [rows[0], {"text": "c", "label": "y"}])).fingerprint != before
 
 
-def test_a_fingerprint_changes_with_the_files_that_a_table_names(tmp_path: Path) -> None:
+def test_fingerprint_changes_with_the_files_named_in_a_table(tmp_path: Path) -> None:
     (tmp_path / "1.png").write_bytes(png(1))
     path = write_csv(tmp_path / "t.csv", [{"path": "1.png", "label": "x"}])
     before = load_samples(f"csv:{path}").fingerprint
@@ -315,7 +315,7 @@ def test_a_fingerprint_changes_with_the_files_that_a_table_names(tmp_path: Path)
     assert load_samples(f"csv:{path}").fingerprint != before
 
 
-def test_labels_that_differ_by_case_or_spaces_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_labels_that_differ_by_case_or_spaces_log_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows: list[dict[str, object]] = [
         {"text": n, "label": label} for n, label in enumerate(["cat", "Cat", "cat ", "dog"])
     ]

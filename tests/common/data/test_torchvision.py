@@ -23,7 +23,7 @@ def save_mnist(root: Path, rows: int = 7, seed: int = 0) -> "np.ndarray[tuple[in
     return images
 
 
-def test_a_data_set_is_read_from_where_it_lies(tmp_path: Path) -> None:
+def test_data_set_in_a_local_folder(tmp_path: Path) -> None:
     images = save_mnist(tmp_path)
     samples = load_samples(f"torchvision:MNIST?root={tmp_path}&split=train")
     assert (len(samples), samples.classes[3]) == (7, "3 - three")
@@ -35,7 +35,7 @@ def test_a_data_set_is_read_from_where_it_lies(tmp_path: Path) -> None:
     assert load_samples(samples.spec).fingerprint != samples.fingerprint
 
 
-def test_a_data_set_without_files_is_read_through() -> None:
+def test_data_set_without_files() -> None:
     samples = load_samples("torchvision:FakeData?size=9&image_size=(3,8,6)&num_classes=4")
     assert (len(samples), samples.read(0).size) == (9, (6, 8))  # type: ignore[union-attr]
     assert set(samples.classes) <= set("0123")
@@ -45,7 +45,7 @@ def test_a_data_set_without_files_is_read_through() -> None:
     ("spec", "words"),
     [
         ("torchvision:MNISTT?root=x", "Did you mean 'MNIST'"),
-        ("torchvision:MNIST", "needs the folder it lies in, as in torchvision:MNIST.root=data"),
+        ("torchvision:MNIST", "needs its folder, as in torchvision:MNIST.root=data"),
         ("torchvision:MNIST?root={0}", "cannot be loaded: .*root={0}&download=yes"),
         ("torchvision:MNIST?root={0}&split=val", "has no split 'val'"),
         ("torchvision:MNIST?rot={0}", "takes no option 'rot'. Did you mean 'root'"),
@@ -53,6 +53,6 @@ def test_a_data_set_without_files_is_read_through() -> None:
         ("torchvision:FakeData?size=many", "FakeData cannot be loaded"),
     ],
 )
-def test_what_does_not_fit_is_a_sentence(tmp_path: Path, spec: str, words: str) -> None:
+def test_invalid_data_sets_are_rejected(tmp_path: Path, spec: str, words: str) -> None:
     with pytest.raises(UserError, match=words.format(tmp_path)):
         load_samples(spec.format(tmp_path))

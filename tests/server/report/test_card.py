@@ -13,7 +13,7 @@ from fedhead.cli import app
 from fedhead.config import RunConfig
 from fedhead.data import load_samples, samples_from_arrays
 from fedhead.server.report.card import render_card, write_card
-from fedhead.server.report.record import RunRecord
+from fedhead.server.runs.record import RunRecord
 from fedhead.simulations import simulate
 
 yaml = pytest.importorskip("yaml")
@@ -25,8 +25,8 @@ SECTIONS = [
     "Training data",
     "Evaluation",
     "Calibration",
-    "Classes that were not learned",
-    "What left the sites, and what protected it",
+    "Unlearned classes",
+    "Data that left the sites, and its protection",
     "Backbone",
     "Reproduction",
 ]
@@ -51,13 +51,14 @@ def front_matter(card: str) -> dict[str, Any]:
     return values
 
 
-def test_every_run_writes_its_card_from_what_the_report_says(run: Path) -> None:
+def test_every_run_writes_a_card_consistent_with_its_report(run: Path) -> None:
     card = (run / "MODEL_CARD.md").read_text()
     assert re.findall(r"^## (.*)$", card, re.MULTILINE) == SECTIONS
     evaluation = json.loads((run / "evaluation.json").read_text())
     journal = json.loads((run / "journal.json").read_text())
+    assert "Release steps: The guard withholds classes with fewer than" in card
     value, low, high = evaluation["pooled"]["accuracy"]
-    assert f"It has {100 * value:.1f} % ({100 * low:.1f}\N{EN DASH}{100 * high:.1f}) of" in card
+    assert f"Accuracy is {100 * value:.1f} % ({100 * low:.1f}\N{EN DASH}{100 * high:.1f}) on" in card
     for when in ("before", "after"):
         assert f"{100 * evaluation['calibration'][when]['reliability']['error']:.1f} %" in card
     assert "No site had rows of: three. They are never predicted." in card
@@ -69,7 +70,7 @@ def test_every_run_writes_its_card_from_what_the_report_says(run: Path) -> None:
     assert f"They trained on {trained} rows." in card
 
 
-def test_the_front_matter_is_what_the_hub_reads(run: Path) -> None:
+def test_front_matter_follows_the_hubs_format(run: Path) -> None:
     values = front_matter((run / "MODEL_CARD.md").read_text())
     assert values["license"] == "apache-2.0"
     assert (values["library_name"], values["pipeline_tag"]) == ("fedhead", "image-classification")
@@ -77,7 +78,7 @@ def test_the_front_matter_is_what_the_hub_reads(run: Path) -> None:
     assert values["model-index"][0]["results"][0]["metrics"][0]["value"] == accuracy
 
 
-def test_the_hubs_own_library_reads_it(run: Path) -> None:
+def test_hub_library_reads_the_card(run: Path) -> None:
     hub = pytest.importorskip("huggingface_hub")
     card = hub.ModelCard.load(run / "MODEL_CARD.md")
     assert isinstance(card.data, hub.ModelCardData)
@@ -109,7 +110,7 @@ def test_hostile_names_are_harmless(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["\ud800", "\x7f\x80\u2029\ufeff\ufffe\uffff", "yes", "1e3", "~", "é🌷", "a\tb\n"])
-def test_any_text_stands_in_the_front_matter_as_it_is(name: str, run: Path) -> None:
+def test_any_text_round_trips_through_the_front_matter(name: str, run: Path) -> None:
     record = RunRecord(**{**vars(RunRecord.read(run)), "name": name})
     card = render_card(record)
     read = yaml.load(card.split("\n---\n")[0].removeprefix("---\n"), yaml.SafeLoader)
@@ -122,32 +123,31 @@ def test_any_text_stands_in_the_front_matter_as_it_is(name: str, run: Path) -> N
         ("timm:resnet18.a1_in1k", "apache-2.0", "timm/resnet18.a1_in1k", "apache-2.0"),
         (
             "hf:sentence-transformers/all-MiniLM-L6-v2?max_length=64",
-            "not known",
+            "unknown",
             "sentence-transformers/all-MiniLM-L6-v2",
             None,
         ),
-        ("hf:/models/minilm", "not known", None, None),
+        ("hf:/models/minilm", "unknown", None, None),
         ("torchvision:vgg16", "code BSD-3-Clause; the weights' terms follow the data", None, None),
     ],
 )
-def test_licence_and_base_are_told_where_they_are_known(
-    spec: str, licence: str, base: str | None, told: str | None, run: Path
-) -> None:
+def test_licence_and_base_model(spec: str, licence: str, base: str | None, told: str | None, run: Path) -> None:
     record = RunRecord.read(run)
-    journal = {**record.journal, "backbone": {**record.journal["backbone"], "licence": licence}}
+    backbone = record.journal.backbone.model_copy(update={"licence": licence})
+    journal = record.journal.model_copy(update={"backbone": backbone})
     changed = RunRecord(**{**vars(record), "config": {**record.config, "backbone": spec}, "journal": journal})
     values = front_matter(render_card(changed))
     assert (values.get("base_model"), values.get("license")) == (base, told)
 
 
-def test_a_run_without_held_out_rows_has_a_card_that_says_so(tmp_path: Path) -> None:
+def test_card_of_a_run_without_held_out_rows(tmp_path: Path) -> None:
     card = (run_with(["a", "b", "c"], tmp_path / "run", holdout=0.0) / "MODEL_CARD.md").read_text()
     assert "model-index" not in front_matter(card)
     assert "Unknown: no rows are held out" in card
-    assert "Unknown: no rows were held out to choose a temperature on." in card
+    assert "Unknown: no rows were held out for calibration." in card
 
 
-def test_there_is_no_card_without_a_model(run: Path, tmp_path: Path) -> None:
+def test_no_card_without_a_model(run: Path, tmp_path: Path) -> None:
     half = tmp_path / "half"
     shutil.copytree(run, half)
     for name in ("MODEL_CARD.md", "result.json"):
@@ -156,13 +156,13 @@ def test_there_is_no_card_without_a_model(run: Path, tmp_path: Path) -> None:
     assert not (half / "MODEL_CARD.md").exists()
 
 
-def test_a_card_follows_a_site_that_leaves_and_goes_with_an_export(run: Path, tmp_path: Path) -> None:
+def test_card_after_a_site_leaves_and_in_an_export(run: Path, tmp_path: Path) -> None:
     changed = tmp_path / "changed"
     shutil.copytree(run, changed)
     told = CliRunner().invoke(app, ["leave", str(changed), "--site", "site-0"])
     assert told.exit_code == 0, told.output
     card = (changed / "MODEL_CARD.md").read_text()
-    assert "Since the run, site-0 left and the head was solved again." in card
+    assert "Since the run, site-0 left and the head was recomputed." in card
     exported = CliRunner().invoke(
         app, ["export", str(changed), "--format", "fedhead", "--out", str(tmp_path / "taken")]
     )

@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 from fedhead.cli import app
 from fedhead.config import RunConfig
 from fedhead.errors import UserError
-from fedhead.server.history import Round
 from fedhead.server.observer import Observer
 from fedhead.server.report.live import LivePage
+from fedhead.server.runs.history import Round
 from fedhead.simulations import simulate
 
 
@@ -37,7 +37,7 @@ class Watcher(Observer):
         assert self.browser.evaluate("document.querySelector('details').open")
 
 
-def test_a_browser_follows_a_run_to_its_end(browser: Any, tmp_path: Path) -> None:
+def test_browser_follows_a_run_to_its_end(browser: Any, tmp_path: Path) -> None:
     with LivePage("127.0.0.1:0") as page:
         watcher = Watcher(browser, page.url)
         simulate(RunConfig(rounds=3), sites=3, out=tmp_path / "run", observers=[page, watcher])
@@ -51,7 +51,7 @@ def test_a_browser_follows_a_run_to_its_end(browser: Any, tmp_path: Path) -> Non
     assert f'<p class="answer">{browser.evaluate(words)}</p>' in report
 
 
-def test_the_server_ends_with_the_run() -> None:
+def test_server_stops_with_the_run() -> None:
     with LivePage("127.0.0.1:0") as page:
         answer = get(page.url)
         assert answer.status_code == 200
@@ -61,7 +61,7 @@ def test_the_server_ends_with_the_run() -> None:
         get(page.url)
 
 
-def test_other_names_and_paths_are_refused() -> None:
+def test_other_names_and_paths_are_rejected() -> None:
     with LivePage("127.0.0.1:0") as page:
         for path in ("", "state", "live.js"):
             assert get(page.url + path, Host="evil.example").status_code == 421
@@ -71,17 +71,17 @@ def test_other_names_and_paths_are_refused() -> None:
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:0", "192.0.2.1:80", "[::]:0", "example.org:80"])
-def test_other_machines_read_it_only_if_asked_for(address: str) -> None:
+def test_other_machines_need_an_option(address: str) -> None:
     with pytest.raises(UserError, match="--dashboard-anywhere"):
         LivePage(address)
 
 
-def test_told_to_it_serves_every_name() -> None:
+def test_option_allows_every_host_name() -> None:
     with LivePage("0.0.0.0:0", anywhere=True) as page:
         assert get(page.url, Host="coordinator.example").status_code == 200
 
 
-def test_a_port_in_use_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_for_port_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -15,15 +15,18 @@ from fedhead.cli import app
 from fedhead.config import RunConfig
 from fedhead.data import load_samples, samples_from_arrays
 from fedhead.errors import FedheadError, UserError
-from fedhead.metrics import EvaluationSums, reliability, report, roc_points, sums_by_site
+from fedhead.evaluation.metrics import reliability, report, roc_points
 from fedhead.server.report import RunRecord, render, write_report
+from fedhead.server.runs.history import Round
+from fedhead.server.runs.summary import RunSummary
 from fedhead.simulations import simulate
+from fedhead.sums.evaluation import EvaluationSums, sums_by_site
 
 QUESTIONS = [
     "How good is the model?",
     "Was it worth joining?",
     "What did it cost?",
-    "Which sites fit?",
+    "Which sites should join?",
     "What left the sites?",
     "What ran?",
 ]
@@ -81,17 +84,17 @@ def test_every_run_writes_its_report(run: Path) -> None:
     assert journal["backbone"]["weights_digest"] in page
 
 
-def test_traffic_of_every_action_is_that_of_all_sites(run: Path) -> None:
+def test_traffic_by_action_covers_all_sites(run: Path) -> None:
     traffic = json.loads((run / "evaluation.json").read_text())["traffic"]
     actions, sites = traffic["actions"], traffic["sites"]
     assert sum(down for _, down, _ in actions.values()) == sum(down for down, _ in sites.values())
     assert actions["train"][0] == 3 * 4
     assert {name.rpartition(".")[2] for name in actions} == {
-        "describe", "statistics", "standardise", "train", "evaluate", "report", "compare", "calibrate"
+        "describe", "statistics", "standardise", "train", "evaluate", "report", "compare", "calibrate", "rivals"
     }  # fmt: skip
 
 
-def test_the_command_writes_it_again(run: Path, tmp_path: Path) -> None:
+def test_command_rewrites_the_report(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "again.html"
     told = CliRunner().invoke(app, ["report", str(run), "--out", str(out)])
     assert told.exit_code == 0, told.output
@@ -99,7 +102,7 @@ def test_the_command_writes_it_again(run: Path, tmp_path: Path) -> None:
     assert out.read_text() == (run / "report.html").read_text()
 
 
-def test_what_is_no_run_is_told(run: Path, tmp_path: Path) -> None:
+def test_error_for_folder_without_run(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"not a run folder: it holds no run\.toml"):
         write_report(tmp_path)
     assert CliRunner().invoke(app, ["report", str(tmp_path / "nowhere")]).exit_code == 2
@@ -132,7 +135,7 @@ def copied(run: Path, out: Path) -> Path:
     return out
 
 
-def test_a_run_that_goes_on_has_a_report(run: Path, tmp_path: Path) -> None:
+def test_report_of_a_run_in_progress(run: Path, tmp_path: Path) -> None:
     half = copied(run, tmp_path / "half")
     lines = (half / "metrics.jsonl").read_text().splitlines(keepends=True)
     # The last line was being written.
@@ -147,7 +150,7 @@ def test_a_run_that_goes_on_has_a_report(run: Path, tmp_path: Path) -> None:
     check(write_report(half).read_text())
 
 
-def test_a_run_that_failed_says_why(tmp_path: Path) -> None:
+def test_report_of_a_failed_run(tmp_path: Path) -> None:
     class Fails(FedAvg):
         def aggregate_train(self, server_round: int, replies: Any) -> Any:
             if server_round == 2:
@@ -168,7 +171,9 @@ def test_a_run_that_failed_says_why(tmp_path: Path) -> None:
         (RunConfig(rounds=0), 1, "1 site"),
         (RunConfig(rounds=1, holdout=0.0), 3, "no rows are held out"),
         (RunConfig(rounds=2, init="zeros"), 3, "Sites were not diagnosed"),
-        (RunConfig(rounds=1, keep_sums="none"), 3, "keeps only what all sites"),
+        (RunConfig(rounds=2, init="zeros"), 3, "its folder keeps none"),
+        (RunConfig(rounds=1, keep_sums="none"), 3, "no single site"),
+        (RunConfig(rounds=1, keep_sums="total"), 3, "the run folder keeps no sums"),
     ],
 )
 def test_runs_of_every_kind_have_a_report(config: RunConfig, sites: int, words: str, tmp_path: Path) -> None:
@@ -188,8 +193,8 @@ def test_multi_label_runs_have_a_report(tmp_path: Path) -> None:
     simulate(config, data, 3, out=tmp_path / "run")
     page = (tmp_path / "run" / "report.html").read_text()
     check(page)
-    assert "Labels found, missed and wrongly given" in page
-    assert "It has all labels of" in page
+    assert "Labels found, missed and wrongly predicted" in page
+    assert "The share of rows with all labels correct is" in page
 
 
 def large_record(num_sites: int, num_classes: int, rows: int = 20_000) -> RunRecord:
@@ -237,7 +242,7 @@ def large_record(num_sites: int, num_classes: int, rows: int = 20_000) -> RunRec
         ],
         "traffic": {"sites": {name: [1000, 2000] for name in sites}, "actions": {"train": [num_sites, 1000, 2000]}},
     }  # fmt: skip
-    line = {"sites": num_sites, "seconds": 1.0, "bytes_down": 10**9, "bytes_up": 10**9, "loss": 0.5, "accuracy": 0.8}
+    line = {"sites": num_sites, "seconds": 1.0, "bytes_down": 10**9, "bytes_up": 10**9, "loss": 0.5, "score": 0.8}
     dropped = dict.fromkeys(sites[:50], "it holds values that are not finite")
     return RunRecord(
         name="large",
@@ -248,9 +253,9 @@ def large_record(num_sites: int, num_classes: int, rows: int = 20_000) -> RunRec
             "standing": {"ready": len(sites)},
             "sites": {name: {"standing": "ready", "rows": 20} for name in sites},
         },
-        rounds=[{"number": number, "test_accuracy": None, "dropped": dropped, **line} for number in range(501)],
+        rounds=[Round(number=number, dropped=dropped, **line) for number in range(501)],
         evaluation=values,
-        result={"sites": num_sites, "kept_round": 500, "accuracy": 0.8},
+        result=RunSummary(sites=num_sites, kept_round=500, score=0.8),
     )
 
 
@@ -284,7 +289,7 @@ def looks(browser: Any, width: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("make", [lambda run: run, lambda run: None], ids=["digits", "large"])
 @pytest.mark.parametrize("width", [1200, 390])
-def test_a_browser_shows_it(
+def test_report_in_a_browser(
     run: Path, browser: Any, width: int, make: Callable[[Path], Path | None], tmp_path: Path
 ) -> None:
     path = tmp_path / "report.html"
@@ -338,7 +343,7 @@ CONTRAST = """(() => {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_has_contrast_enough(run: Path, browser: Any, scheme: str) -> None:
+def test_text_contrast(run: Path, browser: Any, scheme: str) -> None:
     browser.open((run / "report.html").as_uri())
     browser.scheme(scheme)
     worst, where = browser.evaluate(CONTRAST)

@@ -20,7 +20,7 @@ def test_text_and_attributes_are_escaped() -> None:
     assert root.find(f"{name}rect").get("class") == hostile  # type: ignore[union-attr]
 
 
-def test_markup_is_nested_as_it_is() -> None:
+def test_markup_is_nested_without_escaping() -> None:
     assert element("g", element("a", "x<y"), class_="k", stroke_width=1.0) == Markup(
         '<g class="k" stroke-width="1"><a>x&lt;y</a></g>'
     )
@@ -30,7 +30,7 @@ def test_markup_is_nested_as_it_is() -> None:
 def test_ticks_are_round_and_inside(low: float, span: float, about: int) -> None:
     scale = Scale(low, low + span, 0, 100)
     ticks = scale.ticks(about)
-    assert 1 <= len(ticks) <= about + 1 or about < 3
+    assert 1 <= len(ticks) <= max(about, 3) + 1
     assert all(low - 1e-6 * span <= tick <= low + span * (1 + 1e-6) for tick in ticks)
     steps = {round((b - a) / span, 6) for a, b in pairwise(ticks)}
     assert len(steps) <= 1
@@ -42,6 +42,6 @@ def test_scales_stay_within_their_ends() -> None:
 
 
 @pytest.mark.parametrize("name", ["a", "x" * 200, "ß" * 40])
-def test_names_are_cut_to_their_room(name: str) -> None:
+def test_names_are_truncated_to_their_width(name: str) -> None:
     assert len(shortened(name, 100)) <= 16
     assert shortened(name, 6.4 * len(name) + 10) == name

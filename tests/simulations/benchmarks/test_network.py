@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -8,14 +9,22 @@ from fedhead.simulations.benchmarks.processes import watchable
 from fedhead.simulations.benchmarks.shipping import shipping
 
 
+def rounds_of(home: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (home / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
 @pytest.mark.slow
 def test_every_site_takes_part_in_every_round() -> None:
     with own_home() as home:
-        busy, seconds = with_light_sites(Problem(sites=12, rows=20, features=64, rounds=3), Path(home) / "light", 0.5)
+        busy, seconds = with_light_sites(Problem(sites=12, rows=20, features=64, rounds=3), home / "light", 0.5)
+        rounds = rounds_of(home / "light")
+        assert [(one["number"], one["sites"]) for one in rounds[1:]] == [(1, 12), (2, 12), (3, 12)]
+        assert seconds == pytest.approx(sorted(one["seconds"] for one in rounds[1:])[1], abs=1e-3)
         assert 0 <= busy < 1
-        assert seconds > 0
-        seconds, idle = with_processes(Problem(sites=2, rows=20, features=64, rounds=3), Path(home) / "processes", 0.5)
-        assert seconds > 0
+        seconds, idle = with_processes(Problem(sites=2, rows=20, features=64, rounds=3), home / "processes", 0.5)
+        rounds = rounds_of(home / "processes")
+        assert [(one["number"], one["sites"]) for one in rounds[1:]] == [(1, 2), (2, 2), (3, 2)]
+        assert seconds == pytest.approx(sorted(one["seconds"] for one in rounds[1:])[1], abs=1e-3)
         assert 0 <= idle < 1
 
 

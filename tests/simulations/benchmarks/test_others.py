@@ -18,9 +18,9 @@ def test_growth_is_the_exponent() -> None:
 def test_scaling_times_rounds_of_every_size() -> None:
     base = Problem(sites=2, rows=10, features=16, rounds=3)
     measured = scaling.measure(base, {"sites": (2, 4), "rows": (5, 10), "features": (8, 16)}, 1)
-    assert measured.seconds.keys() >= {"2 sites", "4 sites", "10 rows", "16 features"}
-    assert all(seconds > 0 for seconds in measured.seconds.values())
+    assert measured.seconds.keys() == {"2 sites", "4 sites", "5 rows", "10 rows", "8 features", "16 features"}
     assert measured.ratio.keys() == {"growth with sites", "growth with rows", "growth with features"}
+    assert np.isfinite(list(measured.ratio.values())).all()
 
 
 def test_traffic_of_whole_models_is_the_most() -> None:
@@ -37,7 +37,7 @@ def test_traffic_of_whole_models_is_the_most() -> None:
 
 
 def test_both_reach_the_accuracy_from_raw_images() -> None:
-    train, test = time_to_accuracy._digits()
+    train, test = time_to_accuracy.digits()
     assert (len(train), len(test)) == (1437, 360)
     done = CliRunner().invoke(app, ["time-to-accuracy", "--rounds", "2", "--sites", "3", "--json"])
     assert done.exit_code == 0, done.output

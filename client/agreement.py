@@ -1,0 +1,193 @@
+"""What a run has told a site: manifest, probe, map of features and standardisation, in Flower's `Context`."""
+
+import json
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+from flwr.app import ConfigRecord, Context
+
+from fedhead.errors import FedheadError
+from fedhead.protocol.mapping import MapRequest
+from fedhead.protocol.messages import RECORD, UNDESCRIBED, Manifest, MessageError, Payload, check_arrays
+from fedhead.sums.sums import Arrays
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedhead.heads import FeatureMap, Head
+    from fedhead.protocol.rivals import Level
+    from fedhead.tasks import Task
+
+
+MOST_PROBES = 1024
+"""Rows of a probe that a site takes."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What a site knows of a run; it answers nothing without.
+
+    Attributes:
+        manifest: of the run.
+        probe: the coordinator's features `[PROBES, d]` of the probe; their mean is the origin of all sums.
+        standardisation: mean and scale `[d]` that heads are trained under, once they are known.
+        target_standardisation: the same of real targets, `[C]`.
+        mapping: of the features, before all sums and heads; None for plain ones.
+        map_digest: of the request for the map; empty for plain features.
+        own_origin: `[D]`, of all sums, if it does not follow from the probe.
+    """
+
+    manifest: Manifest
+    probe: "Tensor"
+    standardisation: "tuple[Tensor, Tensor] | None"
+    target_standardisation: "tuple[Tensor, Tensor] | None" = None
+    mapping: "FeatureMap | None" = None
+    map_digest: str = ""
+    own_origin: "Tensor | None" = None
+
+    @property
+    def num_features(self) -> int:
+        """The number of mapped features."""
+        return self.manifest.num_features if self.mapping is None else self.mapping.width
+
+    def at(self, level: "Level") -> "Agreement":
+        """Return what is known of the run on its mapped features, or on simpler ones without standardisation."""
+        from fedhead.heads import FeatureMap, MapForm
+
+        if level == "map":
+            return self
+        mapping = None
+        if level == "basis" and self.mapping is not None:
+            mapping = FeatureMap(MapForm(self.mapping.form.basis), self.mapping.plain)
+        return replace(self, mapping=mapping, standardisation=None, target_standardisation=None)
+
+    @cached_property
+    def origin(self) -> "Tensor":
+        """The origin `[D]` of all sums of the features."""
+        from fedhead.sums.projection import origin_of
+
+        return origin_of(self.probe, self.manifest.seed, self.mapping) if self.own_origin is None else self.own_origin
+
+    @cached_property
+    def task(self) -> "Task":
+        """What the run predicts."""
+        from fedhead.tasks import make_task
+
+        return make_task(self.manifest.task, self.manifest.classes)
+
+
+def agreement(context: Context) -> Agreement:
+    """Return what the run told this site.
+
+    Raises:
+        FedheadError: if the coordinator has not described the run, or this process has lost it.
+    """
+    record = context.state.get(RECORD)
+    if not isinstance(record, ConfigRecord):
+        raise FedheadError(f"{UNDESCRIBED}; the coordinator must describe it again.")
+    manifest = Manifest.model_validate_json(str(record["manifest"]))
+    standardisation = None
+    if "mean" in record:
+        standardisation = (_tensor(record, "mean"), _tensor(record, "scale"))
+    targets = (_tensor(record, "target_mean"), _tensor(record, "target_scale")) if "target_mean" in record else None
+    probe = _tensor(record, "probe").reshape(-1, manifest.num_features)
+    return Agreement(
+        manifest, probe, standardisation, targets, _kept_map(record, manifest), str(record.get("map.digest", ""))
+    )
+
+
+def proposed(manifest: Manifest, payload: Payload) -> Agreement:
+    """Return what a manifest and the probe's features beside it propose; nothing is kept yet.
+
+    Raises:
+        MessageError: if the features are not finite float32 `[n, num_features]`.
+    """
+    import torch
+
+    probe = payload.arrays.get("probe", np.empty(0))
+    rows = len(probe) if probe.ndim == 2 and 0 < len(probe) <= MOST_PROBES else 1
+    if probe.shape != (rows, manifest.num_features):
+        raise MessageError(f"'probe' is {list(probe.shape)} instead of {[rows, manifest.num_features]}")
+    check_arrays(payload.arrays, {"probe": np.zeros_like(probe, np.float32)})
+    return Agreement(manifest, torch.from_numpy(probe.astype("<f4")), None)
+
+
+def keep(agreed: Agreement, context: Context) -> None:
+    """Keep what a run proposed, once the site has accepted it."""
+    probe = agreed.probe.numpy().astype("<f4").tobytes()
+    context.state[RECORD] = ConfigRecord({"manifest": agreed.manifest.model_dump_json(), "probe": probe})
+
+
+def forget(context: Context) -> None:
+    """Forget what a run told this site, which takes no part in it."""
+    context.state.pop(RECORD, None)
+
+
+def keep_map(request: MapRequest, context: Context) -> None:
+    """Keep a map of features that the site has accepted; a standardisation of other features is forgotten."""
+    record = context.state[RECORD]
+    assert isinstance(record, ConfigRecord)
+    for name in ("mean", "scale", "target_mean", "target_scale", "map.mean", "map.covariance"):
+        record.pop(name, None)
+    record["map"], record["map.digest"] = json.dumps(request.values), request.digest
+    for name, array in request.arrays.items():
+        record[f"map.{name}"] = array.tobytes()
+
+
+def map_form(context: Context) -> str:
+    """Return the form of the run's map of features; empty for plain ones."""
+    record = context.state.get(RECORD)
+    if not isinstance(record, ConfigRecord) or "map" not in record:
+        return ""
+    values = json.loads(str(record["map"]))
+    return values["basis"] if values["lift"] == "none" else f"{values['basis']}+{values['lift']}"
+
+
+def _kept_map(record: ConfigRecord, manifest: Manifest) -> "FeatureMap | None":
+    if "map" not in record:
+        return None
+    arrays = {}
+    for name in ("mean", "covariance"):
+        if isinstance(blob := record.get(f"map.{name}"), bytes):
+            arrays[name] = np.frombuffer(blob, "<f8")
+    request = MapRequest.from_values(json.loads(str(record["map"])), arrays, manifest.num_features)
+    return request.build(manifest.num_features, manifest.seed)
+
+
+def keep_standardisation(payload: Payload, context: Context) -> None:
+    """Keep the mean and scale that heads are trained under.
+
+    Raises:
+        MessageError: if they are not of the manifest's form.
+    """
+    agreed = agreement(context)
+    sizes = {"mean": agreed.num_features, "scale": agreed.num_features}
+    if agreed.task.standardises_targets:
+        sizes |= {"target_mean": len(agreed.task.columns), "target_scale": len(agreed.task.columns)}
+    check_arrays(payload.arrays, {name: np.zeros(size, np.float32) for name, size in sizes.items()})
+    record = context.state[RECORD]
+    assert isinstance(record, ConfigRecord)
+    for name, array in payload.arrays.items():
+        record[name] = array.tobytes()
+
+
+def _tensor(record: ConfigRecord, name: str) -> "Tensor":
+    import torch
+
+    blob = record[name]
+    assert isinstance(blob, bytes)
+    return torch.frombuffer(bytearray(blob), dtype=torch.float32)
+
+
+def head_of(agreed: Agreement) -> "Head":
+    """Build the run's head, for mapped features."""
+    from fedhead.heads import make_head
+
+    return make_head(agreed.manifest.head, agreed.num_features, len(agreed.manifest.classes))
+
+
+def empty_head(agreed: Agreement) -> Arrays:
+    """Return arrays of the names, shapes and dtype that the run's head has."""
+    return {name: value.numpy() for name, value in head_of(agreed).trainable().items()}

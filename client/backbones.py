@@ -1,0 +1,153 @@
+"""The backbones that a site accepts: those it has itself, those that its operator lists, and those a person agreed to.
+
+A backbone decides which numbers of a row enter the sums, so a coordinator that may choose any weights can spell rows
+out in them. Weights that neither the package nor a library's cache holds count as unknown, random ones included: a
+coordinator can search seeds for weights that serve it.
+"""
+
+import logging
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from fedhead.backbones import Backbone
+from fedhead.backbones.weights import PACKAGED, find_backbone, own_backbone
+from fedhead.client.isolation import Isolation
+from fedhead.client.settings import DIGEST_PREFIX, MAX_BACKBONE_BYTES
+from fedhead.errors import FedheadError
+from fedhead.protocol.messages import Manifest
+from fedhead.wording import size
+
+logger = logging.getLogger(__name__)
+
+Agree = Callable[[Manifest], bool]
+"""Returns whether a person at the site agrees to an unknown backbone."""
+
+
+def nobody_agrees(manifest: Manifest) -> bool:
+    """Return False: no person is asked."""
+    return False
+
+
+@dataclass(frozen=True)
+class AcceptedBackbones:
+    """A site's own rule.
+
+    Attributes:
+        allow: specs, with any weights, and weights by `sha256:HEX`.
+        max_bytes: the largest file of weights that a coordinator may send.
+        agree: asks a person about any other backbone.
+        check_features: whether features that single rows out are refused; if not, they are logged.
+    """
+
+    allow: frozenset[str] = frozenset()
+    max_bytes: int = MAX_BACKBONE_BYTES
+    agree: Agree = nobody_agrees
+    check_features: bool = True
+
+    def find(self, manifest: Manifest) -> Backbone | None:
+        """Return a run's backbone; None if it is accepted and its weights have yet to be sent.
+
+        Raises:
+            FedheadError: if the site does not accept it.
+            UserError: if there is no such spec or layer.
+        """
+        spec, layer, digest = manifest.backbone, manifest.layer, manifest.weights_digest
+        if not self._lists(manifest):
+            self._refuse_code(spec)
+            _refuse_folder(spec)
+            if (own := own_backbone(spec, layer, digest)) is not None:
+                return own
+            self.require(manifest)
+        return find_backbone(spec, layer, digest)
+
+    def require(self, manifest: Manifest) -> None:
+        """Check that a coordinator may send a run's weights.
+
+        Raises:
+            FedheadError: if not; it says which line of `site.toml` would allow it.
+        """
+        if self._lists(manifest):
+            return
+        self._refuse_code(manifest.backbone)
+        if not self.agree(manifest):
+            raise FedheadError(
+                f"The site does not know these weights of {manifest.backbone}, and takes none from a coordinator "
+                "unless its operator allows them. To allow them, add to [backbones] allow in its site.toml: "
+                f'"{DIGEST_PREFIX}{manifest.weights_digest}".'
+            )
+
+    def require_size(self, spec: str, num_bytes: int) -> None:
+        """Check the size that a coordinator claims of a file of weights.
+
+        Raises:
+            FedheadError: if it is above the site's limit.
+        """
+        if num_bytes > self.max_bytes:
+            raise FedheadError(
+                f"The weights of {spec} have {size(num_bytes)}, and the site takes {size(self.max_bytes)} at most: "
+                "[limits] max_backbone_bytes in its site.toml."
+            )
+
+    def require_features(self, spec: str, found: Isolation) -> None:
+        """Check that a backbone's features of the site's rows do not single rows out.
+
+        The package's own backbones only warn: the coordinator chooses the columns of `identity`, but no weights.
+
+        Raises:
+            FedheadError: if they do; the site's log has the figures, which are about its rows.
+        """
+        if not (fault := found.fault()):
+            return
+        said = f"Sums of the features of {spec} would show single rows of this site: {fault}."
+        if not self.check_features or spec.startswith(PACKAGED):
+            logger.warning("%s", said)
+            return
+        logger.error("%s To take part all the same, set [backbones] check_features = false in site.toml.", said)
+        raise FedheadError(
+            f"Sums of the features of {spec} would show single rows of the site; its own log says how. Take another "
+            "backbone or layer."
+        )
+
+    def _lists(self, manifest: Manifest) -> bool:
+        return is_listed(self.allow, manifest)
+
+    def _refuse_code(self, spec: str) -> None:
+        if _is_code(spec):
+            raise FedheadError(
+                f"The site runs no code that a coordinator names, and {spec} is a function. To allow it, add to "
+                f'[backbones] allow in its site.toml: "{spec}".'
+            )
+
+
+def _refuse_folder(spec: str) -> None:
+    """Refuse a folder that a coordinator names: the answer would tell whether it exists.
+
+    Raises:
+        FedheadError: if the spec is of the source `hf` and no name on the hub.
+    """
+    source, _, name = spec.partition(":")
+    if source == "hf" and not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name.partition("?")[0]):
+        raise FedheadError(
+            f"{spec} names a folder, and the site looks into none that a coordinator names. To allow it, add to "
+            f'[backbones] allow in its site.toml: "{spec}".'
+        )
+
+
+def is_listed(allow: Collection[str], manifest: Manifest) -> bool:
+    """Return whether an operator's list has a run's weights, or any weights of its spec."""
+    by_digest = f"{DIGEST_PREFIX}{manifest.weights_digest}" in allow and not _is_code(manifest.backbone)
+    return by_digest or manifest.backbone in allow
+
+
+def origin_of(allow: Collection[str], manifest: Manifest) -> str:
+    """Return in words where a backbone is from that a site with this list accepts."""
+    if is_listed(allow, manifest):
+        return "listed in site.toml"
+    if manifest.backbone.startswith(PACKAGED):
+        return "part of fedhead"
+    return "from this site's own cache of its library"
+
+
+def _is_code(spec: str) -> bool:
+    return spec.partition(":")[0] == "python"

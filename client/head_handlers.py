@@ -1,0 +1,286 @@
+"""Handlers of the actions about a head: sites train it, evaluate it, calibrate it, or compare it with others."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from flwr.app import Context
+from torch import Tensor
+
+from fedhead.client.agreement import (
+    Agreement,
+    agreement,
+    empty_head,
+    head_of,
+)
+from fedhead.client.answers import Answer, of_several, shared
+from fedhead.client.averaging import average_heads
+from fedhead.client.gradients import sum_gradient
+from fedhead.client.site_data import Holding, Site
+from fedhead.client.training import LabelledFeatures, evaluate_head, train_in_chunks
+from fedhead.config import LocalConfig
+from fedhead.data import BoolArray, IntArray, calibration_half
+from fedhead.evaluation.comparison import HEADS, count_jointly
+from fedhead.heads import Head, LinearHead
+from fedhead.protocol.heads import CalibrateRequest, HeadReply, HeadRequest, ReportRequest
+from fedhead.protocol.messages import (
+    MessageError,
+    Payload,
+    check_arrays,
+)
+from fedhead.protocol.steps import Part
+from fedhead.sums.comparison import ComparisonSums
+from fedhead.sums.heads import (
+    EXAMPLES,
+    HELD_OUT,
+    LOSS_SUM,
+    METRICS,
+    SCORE,
+    TRAIN_LOSS,
+    FloatArray,
+    HeadSums,
+    mean_metrics,
+)
+from fedhead.sums.sums import Arrays, Sums
+
+SCORED_ROWS = 8192
+"""Rows whose features are in memory at a time while a head is evaluated in detail."""
+
+
+def compare(sites: Sequence[Site], payload: Payload, context: Context, merged: bool) -> Iterator[Answer]:
+    """Count on how many held-out rows which of the `HEADS` that arrived are right."""
+    agreed = agreement(context)
+    shape = (len(HEADS), len(agreed.manifest.classes))
+    expected = {
+        "weight": np.zeros((*shape, agreed.num_features), np.float32),
+        "bias": np.zeros(shape, np.float32),
+    }
+    check_arrays(payload.arrays, expected)
+    weight, bias = (torch.from_numpy(np.array(payload.arrays[name])) for name in ("weight", "bias"))
+    heads = {name: LinearHead.from_weights(weight[row], bias[row]) for row, name in enumerate(HEADS)}
+    for positions in shared(sites, merged):
+        joint = torch.zeros(*[2] * len(HEADS), dtype=torch.int64)
+        for position in positions:
+            holding = sites[position].open(agreed.manifest)
+            data = replace(holding.data, mapping=agreed.mapping)
+            for rows in torch.split(torch.from_numpy(holding.held_out.rows), SCORED_ROWS):
+                joint += count_jointly(heads, data.exact(rows).float(), data.labels[rows].cpu())
+        sums = ComparisonSums(joint.numpy())
+        yield Answer(positions, of_several(sums.to_arrays(), len(positions)), agreed.manifest, ("held_out",))
+
+
+def train(sites: Sequence[Site], payload: Payload, context: Context, merged: bool) -> Iterator[Answer]:
+    """Train the head at all sites at once, and evaluate the incoming one on their held-out rows."""
+    agreed = agreement(context)
+    manifest = agreed.manifest
+    request = HeadRequest.from_payload(payload, empty_head(agreed))
+    asked, limits = _asked_settings(agreed, request), sites[0].training
+    limits.check(asked)
+    ready = prepare(sites, agreed, request)
+    local = agreed.task.local(asked, ready.head)
+    parts: tuple[Part, ...] = ("train", "held_out")
+    rows = [holding.train for holding in ready.holdings]
+    min_batch = min(limits.min_batch, local.batch_size)
+    if merged:
+        averaged, evaluation = average_heads(
+            ready.head,
+            ready.parameters,
+            ready.data,
+            rows,
+            local,
+            [holding.held_out for holding in ready.holdings],
+            seed=manifest.seed,
+            round_number=request.server_round,
+            repeated=request.everyone,
+            min_batch=min_batch,
+        )
+        metrics = np.stack(
+            [averaged.rows, averaged.losses, evaluation.rows, evaluation.losses, evaluation.scores], axis=1
+        ).astype(np.float64)
+        arrays = {name: value.cpu().numpy() for name, value in averaged.parameters.items()}
+        yield Answer(range(len(sites)), _merged(sites, metrics, averaged.usable, arrays), manifest, parts)
+        return
+    metrics = evaluate_sites(ready)
+    for positions, trained in train_in_chunks(
+        ready.head,
+        ready.parameters,
+        ready.data,
+        rows,
+        local,
+        seed=manifest.seed,
+        round_number=request.server_round,
+        min_batch=min_batch,
+    ):
+        table = metrics[positions]
+        table[:, EXAMPLES] = trained.rows
+        table[:, TRAIN_LOSS] = trained.losses
+        heads = {name: value.cpu().numpy() for name, value in trained.parameters.items()}
+        for row, position in enumerate(positions.tolist()):
+            sums = HeadSums({name: value[row] for name, value in heads.items()}, table[row])
+            yield Answer([position], Payload({}, sums.to_arrays()), manifest, parts)
+
+
+def _asked_settings(agreed: Agreement, request: HeadRequest) -> LocalConfig:
+    local = agreed.manifest.local
+    return local if request.proximal_mu is None else local.model_copy(update={"proximal_mu": request.proximal_mu})
+
+
+def gradient(sites: Sequence[Site], payload: Payload, context: Context, merged: bool) -> Iterator[Answer]:
+    """Sum the gradient of the head's loss over the training rows, and evaluate the head on the held-out ones.
+
+    Raises:
+        MessageError: if the head is not linear.
+        FedheadError: if a single row makes up too much of the gradient.
+    """
+    agreed = agreement(context)
+    form = empty_head(agreed)
+    ready = prepare(sites, agreed, HeadRequest.from_payload(payload, form))
+    if not isinstance(ready.head, LinearHead):
+        raise MessageError("Full gradients are summed of linear heads only.")
+    metrics = evaluate_sites(ready)
+    for positions in shared(sites, merged):
+        chosen = [ready.holdings[position].train for position in positions]
+        summed = sum_gradient(ready.head, ready.parameters, ready.data, chosen)
+        sites[positions[0]].training.check_share(summed.largest)
+        table, rows = metrics[positions], max(summed.rows, 1)
+        table[:, EXAMPLES] = [len(site.rows) for site in chosen]
+        table[:, TRAIN_LOSS] = summed.loss / rows
+        means = {"weight": (summed.weight / rows).numpy(), "bias": (summed.bias / rows).numpy()}
+        if merged:
+            usable = np.ones(len(sites), np.bool_)
+            yield Answer(positions, _merged(sites, table, usable, means), agreed.manifest, ("train", "held_out"))
+        else:
+            alone = Payload({}, HeadSums(means, table[0]).to_arrays())
+            yield Answer(positions, alone, agreed.manifest, ("train", "held_out"))
+
+
+def evaluate(sites: Sequence[Site], payload: Payload, context: Context, merged: bool) -> Iterator[Answer]:
+    """Evaluate the head on the held-out rows of all sites at once."""
+    agreed = agreement(context)
+    request = HeadRequest.from_payload(payload, empty_head(agreed))
+    metrics = evaluate_sites(prepare(sites, agreed, request))
+    if merged:
+        finite: BoolArray = np.isfinite(metrics.sum(1))
+        yield Answer(range(len(sites)), _merged(sites, metrics, finite, {}), agreed.manifest, ("held_out",))
+        return
+    for position, row in enumerate(metrics):
+        yield Answer([position], Payload({}, HeadSums({}, row).to_arrays()), agreed.manifest, ("held_out",))
+
+
+def _merged(sites: Sequence[Site], metrics: FloatArray, usable: BoolArray, arrays: Arrays) -> Payload:
+    """Return one reply of several sites, without those whose results are not usable."""
+    reason = "its head or its metrics hold values that are not finite"
+    return HeadReply(
+        HeadSums(arrays, mean_metrics(metrics[usable])),
+        metrics[usable],
+        tuple(site.name for site, use in zip(sites, usable.tolist(), strict=True) if use),
+        {site.name: reason for site, use in zip(sites, usable.tolist(), strict=True) if not use},
+    ).payload()
+
+
+def report(sites: Sequence[Site], payload: Payload, context: Context, merged: bool) -> Iterator[Answer]:
+    """Count in detail how the head does on each site's held-out rows."""
+    agreed = agreement(context)
+    request = ReportRequest.from_payload(payload, empty_head(agreed))
+    ready = prepare(sites, agreed, request.head)
+    owners = np.repeat(np.arange(len(sites)), [len(holding.held_out.rows) for holding in ready.holdings])
+    outputs, targets = outputs_of(held_out_rows(ready), ready, agreed)
+    if merged:
+        owners[:] = 0
+    counted = agreed.task.count(outputs, targets, owners, 1 if merged else len(sites), request.bins)
+    for positions, sums in zip(shared(sites, merged), counted, strict=True):
+        count = len(positions)
+        yield Answer(positions, of_several(sums.to_arrays(), count), agreed.manifest, ("held_out",))
+
+
+def calibrate(sites: Sequence[Site], payload: Payload, context: Context, merged: bool) -> Iterator[Answer]:
+    """Sum over one half of the held-out rows what chooses a temperature, or over the other half what judges it."""
+    agreed = agreement(context)
+    request = CalibrateRequest.from_payload(payload, empty_head(agreed))
+    for positions in shared(sites, merged):
+        sums = calibration_sums(
+            prepare([sites[position] for position in positions], agreed, request.head), agreed, request
+        )
+        yield Answer(positions, of_several(sums.to_arrays(), len(positions)), agreed.manifest, ("held_out",))
+
+
+def calibration_sums(ready: "Prepared", agreed: Agreement, request: CalibrateRequest) -> Sums:
+    """Return the sums that choose or judge a temperature, over all sites that are prepared."""
+    rows = held_out_rows(ready)
+    choosing = calibration_half(ready.holdings[0].keys[rows])
+    wanted = rows[~choosing if request.temperature else choosing]
+    outputs, targets = outputs_of(wanted, ready, agreed)
+    task = agreed.task
+    bins = request.bins or task.bins()
+    sums: Sums = (
+        task.judging(outputs, targets, request.temperature, bins)
+        if request.temperature
+        else task.choosing(outputs, targets, bins)
+    )
+    return sums
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Sites that are ready to train or evaluate a head.
+
+    Attributes:
+        holdings: the rows of each.
+        data: the features that they share, standardised as the run says.
+        head: gives the form.
+        parameters: the head's, on the sites' device.
+    """
+
+    holdings: Sequence[Holding]
+    data: LabelledFeatures
+    head: Head
+    parameters: Mapping[str, Tensor]
+
+
+def prepare(sites: Sequence[Site], agreed: Agreement, request: HeadRequest) -> Prepared:
+    """Open the sites' data, and move the head that arrived to their device."""
+    holdings = [site.open(agreed.manifest) for site in sites]
+    data = replace(
+        holdings[0].data,
+        mapping=agreed.mapping,
+        standardisation=agreed.standardisation,
+        target_standardisation=agreed.target_standardisation,
+    )
+    device = data.features.device
+    head = head_of(agreed).to(device)
+    parameters = {name: torch.from_numpy(value.copy()).to(device) for name, value in request.arrays.items()}
+    return Prepared(holdings, data, head, parameters)
+
+
+def evaluate_sites(ready: Prepared) -> FloatArray:
+    """Evaluate the head on the held-out rows of all sites at once; return metrics `[S, len(METRICS)]`."""
+    held = [holding.held_out for holding in ready.holdings]
+    evaluation = evaluate_head(ready.head, ready.parameters, ready.data, held)
+    metrics = np.zeros((len(held), len(METRICS)))
+    metrics[:, HELD_OUT] = evaluation.rows
+    metrics[:, LOSS_SUM] = evaluation.losses
+    metrics[:, SCORE] = evaluation.scores
+    return metrics
+
+
+def held_out_rows(ready: Prepared) -> IntArray:
+    """Return the held-out rows of all sites."""
+    return np.concatenate([holding.held_out.rows for holding in ready.holdings])
+
+
+def outputs_of(rows: IntArray, ready: Prepared, agreed: Agreement) -> tuple[Tensor, Tensor]:
+    """Return outputs `[n, C]` and targets of some rows, as they are without standardisation, on the CPU."""
+    data = replace(ready.data, target_standardisation=None)
+    parts, targets = [torch.empty(0, len(agreed.manifest.classes))], [data.labels[:0].cpu()]
+    like = next(iter(ready.parameters.values()))
+    with torch.inference_mode():
+        for start in range(0, len(rows), SCORED_ROWS):
+            features, truth = data.gather(rows[start : start + SCORED_ROWS], like)
+            parts.append(ready.head.outputs(ready.parameters, features).cpu())
+            targets.append(truth.cpu())
+    outputs = torch.cat(parts)
+    if agreed.target_standardisation is not None:
+        mean, scale = (part.double() for part in agreed.target_standardisation)
+        outputs = outputs.double() * scale + mean
+    return outputs, torch.cat(targets)

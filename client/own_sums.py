@@ -1,0 +1,141 @@
+"""A site's sums for a run that it joins or leaves after its end, computed on this machine."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fedhead.backbones import Backbone
+from fedhead.client.agreement import Agreement
+from fedhead.client.handlers import sum_rows
+from fedhead.client.release.atoms import Atoms, Population
+from fedhead.client.release.guard import Guard
+from fedhead.client.release.ledger import Ledger, ledger_path
+from fedhead.client.release.step import release
+from fedhead.client.site_data import Holding, hold
+from fedhead.client.training import LabelledFeatures
+from fedhead.data import Samples
+from fedhead.errors import FedheadError, UserError
+from fedhead.features.store import FeatureStore
+from fedhead.heads import FeatureMap
+from fedhead.protocol.actions import STATISTICS
+from fedhead.protocol.messages import Manifest, StatisticsRequest
+from fedhead.protocol.steps import Part, Step
+from fedhead.sums.features import FeatureStatistics
+from fedhead.tasks import Targets, Task, make_task
+
+
+@dataclass(frozen=True)
+class OwnSums:
+    """A site's rows under a run's backbone, and their sums.
+
+    Attributes:
+        parts: the sums that leave.
+        holding: the rows that the guard allows.
+        withheld: the number of rows that it withholds.
+        skipped: the number of unreadable rows.
+    """
+
+    parts: Mapping[Part, FeatureStatistics]
+    holding: Holding
+    withheld: int
+    skipped: int
+
+
+@dataclass(frozen=True)
+class _OneSite:
+    """A site that is open already."""
+
+    name: str
+    holding: Holding
+    steps: Sequence[Step]
+
+    def open(self, manifest: Manifest) -> Holding:
+        return self.holding
+
+
+def require_rows(guard: Guard, targets: Targets, task: Task) -> None:
+    """Check that the guard does not withhold a site as a whole, before its features are extracted.
+
+    Raises:
+        UserError: if it does.
+    """
+    every = np.arange(len(targets))
+    _refuse(guard.allowed_rows(every, targets, np.zeros(len(every), np.bool_), task).refusal)
+
+
+def sum_own_rows(
+    site: str,
+    samples: Samples,
+    store: FeatureStore,
+    targets: Targets,
+    backbone: Backbone,
+    manifest: Manifest,
+    probe: torch.Tensor,
+    guard: Guard,
+    parts: Sequence[Part],
+    mapping: FeatureMap | None = None,
+    origin: torch.Tensor | None = None,
+) -> OwnSums:
+    """Sum a site's rows as it does in a run: its guard, atoms and ledger apply.
+
+    Args:
+        site: its name.
+        samples: its data.
+        store: the features of its rows.
+        targets: of all rows.
+        backbone: the run's, checked, on the device to compute on.
+        manifest: of the run.
+        probe: `[1, d]`, the mean of the coordinator's probe features.
+        guard: the site's.
+        parts: which rows to sum.
+        mapping: of the features, under which the run's head was solved.
+        origin: `[D]`, of the run's sums, if there is a map.
+
+    Raises:
+        UserError: if the guard withholds the site as a whole.
+        FedheadError: if nothing may leave.
+    """
+    task = make_task(manifest.task, manifest.classes)
+    rows = store.readable()
+    data = LabelledFeatures(
+        store.features.to(backbone.device), torch.from_numpy(targets).to(backbone.device), loss=task.loss
+    )
+    ledger = Ledger(ledger_path(site), guard.min_class_count)
+    population = Population.of(samples, rows, store.keys, store.contents)
+    admitted = Atoms(ledger.atoms).admit(population, targets[rows], task, guard, manifest.holdout)
+    holding = hold(
+        site,
+        rows[admitted.rows],
+        admitted.held_out,
+        data,
+        targets,
+        store.keys,
+        task,
+        guard,
+        share=manifest.holdout,
+        contents=store.contents,
+    )
+    _refuse(holding.guarded.refusal if holding.guarded.num_rows else guard.refusal)
+    if mapping is not None:
+        try:
+            guard.require_rows_for(mapping.width, mapping.plain, holding.guarded.num_rows)
+        except FedheadError as error:
+            raise UserError(str(error)) from None
+    agreed = Agreement(manifest, probe, None, mapping=mapping, own_origin=origin)
+    present = _OneSite(site, holding, (guard, ledger))
+    form = "" if mapping is None else str(mapping.form)
+    sums: dict[Part, FeatureStatistics] = {}
+    for part in parts:
+        payload = sum_rows([present], agreed, StatisticsRequest(rows=part))
+        arrays = release(payload, present, STATISTICS, manifest=manifest, parts=(part,), features=form).arrays
+        sums[part] = FeatureStatistics.from_tensors(
+            {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+        )
+    return OwnSums(sums, holding, len(rows) - holding.guarded.num_rows, len(store.skipped))
+
+
+def _refuse(refusal: str) -> None:
+    if refusal:
+        raise UserError(refusal)

@@ -1,0 +1,33 @@
+"""The handler that compares several heads on the same held-out rows."""
+
+from collections.abc import Iterator, Sequence
+from typing import get_args
+
+import torch
+from flwr.app import Context
+
+from fedhead.client.agreement import agreement, empty_head
+from fedhead.client.answers import Answer, of_several, shared
+from fedhead.client.head_handlers import held_out_rows, outputs_of, prepare
+from fedhead.client.site_data import Site
+from fedhead.protocol.heads import HeadRequest
+from fedhead.protocol.messages import Payload
+from fedhead.protocol.rivals import Level, RivalsRequest
+from fedhead.sums.rivals import RivalSums
+
+
+def rivals(sites: Sequence[Site], payload: Payload, context: Context, merged: bool) -> Iterator[Answer]:
+    """Sum the losses of several heads over the same held-out rows."""
+    agreed = agreement(context)
+    levels = {level: agreed.at(level) for level in get_args(Level)}
+    request = RivalsRequest.from_payload(payload, {level: empty_head(one) for level, one in levels.items()})
+    for positions in shared(sites, merged):
+        chosen = [sites[position] for position in positions]
+        logits, right, targets = [], [], torch.empty(0)
+        for head, level in zip(request.heads, request.levels, strict=True):
+            ready = prepare(chosen, levels[level], HeadRequest(head, server_round=0))
+            outputs, targets = outputs_of(held_out_rows(ready), ready, levels[level])
+            logits.append(outputs)
+            right.append(int(agreed.task.loss.score(outputs, targets).sum()))
+        sums = RivalSums.from_logits(logits, targets, right, request.temperatures, kind=agreed.task.kind)
+        yield Answer(positions, of_several(sums.to_arrays(), len(positions)), agreed.manifest, ("held_out",))

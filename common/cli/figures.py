@@ -1,0 +1,47 @@
+"""Tables of a model's figures on the terminal."""
+
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from fedhead.wording import interval, number_interval
+
+
+def figure_table(report: Any, title: str = "") -> Table:
+    """Return a table of a task's report: a line for each class, or for each real target.
+
+    Args:
+        report: an `EvaluationReport` or a `RegressionReport`.
+        title: what the figures are of.
+    """
+    targets = getattr(report, "targets", None)
+    if targets is not None:
+        columns = ("rows", "R2", "MAE", "RMSE", "bias")
+        table = _table(f"{title}95 % intervals in brackets", "target", columns)
+        for one in targets:
+            figures = (number_interval(one.r2, 3), *map(number_interval, (one.mae, one.rmse, one.bias)))
+            table.add_row(one.name, str(one.rows), *figures)
+        return table
+    table = _table(f"{title}% with 95 % intervals", "class", ("rows", "sensitivity", "specificity", "AUROC"))
+    for one in report.classes:
+        table.add_row(one.name, str(one.rows), *map(interval, (one.sensitivity, one.specificity, one.auroc)))
+    return table
+
+
+def figure_lines(report: Any) -> list[tuple[str, str]]:
+    """Return a report's figures over all classes or targets, by name."""
+    if hasattr(report, "targets"):
+        return [("R2", f"{number_interval(report.r2, 3)} on {report.rows} rows")]
+    return [
+        ("Accuracy", f"{interval(report.accuracy)} on {report.rows} rows"),
+        ("Balanced", interval(report.balanced_accuracy)),
+    ]
+
+
+def _table(title: str, subject: str, columns: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column(subject)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table

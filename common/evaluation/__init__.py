@@ -1,0 +1,1 @@
+"""Metrics with intervals, and comparison of each site with the pool."""

@@ -1,0 +1,378 @@
+"""FeatureStore: run the backbone over a data set once, then memory-map its features.
+
+A store's content, and so its key, is determined by the backbone's digest (spec, weights, layer, pooling,
+preprocessing), the precision, and the fingerprint of the data (content or stamps of all files, labels, groups, and
+options that select rows). Possibly temporary failures, such as a permission or a missing decoder, are not part of the
+key: their rows are retried whenever the store is opened.
+"""
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedhead.backbones import Backbone
+from fedhead.data import KeyArray, Samples, UnreadableSampleError, require_kind
+from fedhead.data.samples import Former
+from fedhead.devices import Precision, multiplying
+from fedhead.errors import FedheadError, UserError
+from fedhead.features.extraction import arranged, batch_size_for, read_ahead
+from fedhead.files import disk_errors, home, locked, write_atomically
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "fedhead-features-1"
+BLOCK = 1024
+"""Rows per checkpoint of an extraction; batches never span blocks, so that resuming changes no bit."""
+
+Progress = Callable[[int, int], None]
+"""Called with the number of rows done and the total."""
+
+
+@dataclass(frozen=True)
+class FeatureStore:
+    """The features of a data set under a backbone, in the order of the data set's rows.
+
+    Attributes:
+        path: the store's folder.
+        features: `[n, d]` float32, mapped from disk; zeros for skipped rows.
+        keys: `[n]`, the keys that decide which rows are held out.
+        contents: `[n]`, the identity of each row's content, which rows of one group do not share.
+        skipped: the reason for each unreadable row.
+        extracted: the number of rows extracted by this call; 0 if all were cached.
+        digest: of the features, the keys and the numbers of skipped rows.
+    """
+
+    path: Path
+    features: Tensor
+    keys: KeyArray
+    contents: KeyArray
+    skipped: dict[int, str]
+    extracted: int
+    digest: str
+
+    @classmethod
+    def open(
+        cls,
+        backbone: Backbone,
+        samples: Samples,
+        *,
+        strict: bool = False,
+        batch_size: int | None = None,
+        precision: Precision = "float32",
+        root: Path | None = None,
+        progress: Progress = lambda done, total: None,
+    ) -> Self:
+        """Return the features of `samples` under `backbone`, extracting missing ones first.
+
+        An interrupted extraction is resumed and a damaged store rebuilt; concurrent processes take turns on one store.
+        Memory does not grow with the data.
+
+        Args:
+            backbone: the backbone, on the device for extraction.
+            samples: the data set.
+            strict: whether unreadable rows are an error instead of being skipped.
+            batch_size: rows per forward pass; None chooses by backbone and device.
+            precision: `mixed` is faster on CUDA and accurate to two or three digits; its features are stored apart.
+            root: the folder of all stores; by default in `fedhead.files.home()`.
+            progress: called as rows are completed.
+
+        Raises:
+            UserError: under `strict`, naming the first unreadable row; if the folder cannot be written; or if the
+                backbone and the data are of different kinds, such as images and texts.
+            FedheadError: if no row can be read or the disk is full.
+        """
+        require_kind(backbone.spec, backbone.kind, samples.kind)
+        path = (root or home() / "features") / store_key(backbone, samples.fingerprint, precision)
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with locked(path.with_suffix(".lock")):
+                if samples.former is not None and not path.exists():
+                    before = path.with_name(store_key(backbone, samples.former.fingerprint, precision))
+                    _adopt(before, path, samples.former, samples.spec)
+                if _is_whole(path):
+                    _fill_contents(samples, path)
+                    extracted = _retry(backbone, samples, path, precision)
+                else:
+                    extracted = _extract(backbone, samples, path, strict, batch_size, precision, progress)
+        store = cls._map(path, extracted)
+        if len(store.skipped) == len(samples):
+            raise FedheadError(f"None of the rows of {samples.spec} can be read. The first: {store.skipped[0]}")
+        if strict and store.skipped:
+            raise UserError(f"{store.skipped[min(store.skipped)]} {len(store.skipped)} rows are unreadable.")
+        return store
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Map a store that another process has just validated."""
+        return cls._map(path, 0)
+
+    @classmethod
+    def _map(cls, path: Path, extracted: int) -> Self:
+        meta = json.loads((path / "meta.json").read_text())
+        shape = (meta["rows"], meta["features"])
+        # Copy-on-write, because torch warns about tensors over read-only memory.
+        mapped = np.memmap(path / "features.bin", dtype="<f4", mode="c", shape=shape)
+        return cls(
+            path=path,
+            features=torch.from_numpy(mapped),
+            keys=np.fromfile(path / "keys.bin", dtype="<u8"),
+            contents=np.fromfile(path / "contents.bin", dtype="<u8"),
+            skipped={int(row): reason for row, reason in meta["skipped"].items()},
+            extracted=extracted,
+            digest=hashlib.sha256(repr((meta["checksums"], sorted(meta["skipped"]))).encode()).hexdigest(),
+        )
+
+    def readable(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Return the numbers of the rows that were not skipped."""
+        mask = np.ones(len(self.keys), dtype=bool)
+        mask[list(self.skipped)] = False
+        return np.flatnonzero(mask)
+
+
+def store_key(backbone: Backbone, fingerprint: str, precision: Precision) -> str:
+    """Return the name of a store's folder, a hash of everything that determines its content."""
+    made_by = backbone.digest if precision == "float32" else f"{backbone.digest} {precision}"
+    return hashlib.sha256(f"{made_by} {fingerprint}".encode()).hexdigest()[:32]
+
+
+def _adopt(before: Path, path: Path, former: Former, spec: str) -> None:
+    """Migrate a store of the previous version if it is certainly of the same data; otherwise log the reason."""
+    if not (before / "meta.json").is_file():
+        return
+    finished = (before / "meta.json").stat().st_mtime_ns
+    changed = "files have changed, were renamed or got other permissions since" if former.changed >= finished else ""
+    if fault := former.fault() or changed:
+        logger.warning("The cached features for %s are extracted again: %s.", spec, fault)
+        return
+    with locked(before.with_suffix(".lock")):
+        if _is_whole(before):
+            before.rename(path)
+
+
+def _is_whole(path: Path) -> bool:
+    """Return whether a finished store exists; delete it if its content is corrupt."""
+    if not path.exists():
+        return False
+    try:
+        meta = json.loads((path / "meta.json").read_text())
+        whole = bool(meta["format"] == FORMAT and list(_checksums(path, meta)) == meta["checksums"])
+    except (OSError, ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        logger.warning("The features in %s are damaged; they are extracted again.", path)
+        shutil.rmtree(path)
+    return whole
+
+
+def _fill_contents(samples: Samples, path: Path) -> None:
+    """Add the content identities of rows to a store of the previous version if it lacks them."""
+    file = path / "contents.bin"
+    if file.exists() and file.stat().st_size == 8 * len(samples):
+        return
+    contents = np.zeros(len(samples), dtype="<u8")
+    for row in range(len(samples)):
+        with suppress(UnreadableSampleError):
+            contents[row] = samples.keys(row, samples.read(row))[1]
+    write_atomically(file, contents.tobytes())
+
+
+def _checksums(path: Path, meta: dict[str, Any]) -> Iterator[int]:
+    """Yield the CRC-32 of each block's features and keys; nothing for truncated blocks."""
+    with (path / "features.bin").open("rb") as features, (path / "keys.bin").open("rb") as keys:
+        for start in range(0, meta["rows"], BLOCK):
+            rows = min(BLOCK, meta["rows"] - start)
+            block = features.read(rows * meta["features"] * 4)
+            if len(block) < rows * meta["features"] * 4:
+                return
+            yield zlib.crc32(keys.read(rows * 8), zlib.crc32(block))
+
+
+def _extract(
+    backbone: Backbone,
+    samples: Samples,
+    path: Path,
+    strict: bool,
+    batch_size: int | None,
+    precision: Precision,
+    progress: Progress,
+) -> int:
+    """Fill a partial folder block by block, then rename it to `path`; return the number of rows done."""
+    partial = path.with_suffix(".partial")
+    partial.mkdir(exist_ok=True)
+    meta = _resume(partial, samples, backbone)
+    needed = (len(samples) - meta["done"]) * (backbone.num_features * 4 + 8)
+    if shutil.disk_usage(partial).free < needed:
+        raise FedheadError(
+            f"The features of {samples.spec} need {needed / 1e6:.0f} MB more in {path.parent}, which has less free "
+            "space. Free some space, or set FEDHEAD_HOME to a folder on another disk."
+        )
+    begun = int(meta["done"])
+    forward = arranged(backbone, len(samples))
+    with multiplying(precision, backbone.device):
+        batch_size = min(batch_size or batch_size_for(forward), BLOCK)
+    # Texts are small: a whole block is read at once, so that texts of similar length share a batch.
+    chunk = batch_size if backbone.kind == "image" else BLOCK
+    prepare = functools.partial(_prepare, samples, backbone)
+    with (
+        (partial / "features.bin").open("ab") as features,
+        (partial / "keys.bin").open("ab") as keys,
+        (partial / "contents.bin").open("ab") as contents,
+        multiplying(precision, backbone.device),
+        closing(read_ahead(prepare, range(begun, len(samples)), ahead=2 * chunk)) as prepared,
+    ):
+        for start in range(begun, len(samples), BLOCK):
+            block, block_keys = [], []
+            stop = min(start + BLOCK, len(samples))
+            for first in range(start, stop, chunk):
+                rows = range(first, min(first + chunk, stop))
+                read = dict(zip(rows, islice(prepared, len(rows)), strict=True))
+                extracted, row_keys = _extract_rows(forward, read, samples, batch_size)
+                _note_unreadable(read, meta, strict)
+                block.append(extracted)
+                block_keys.append(row_keys)
+                progress(rows.stop, len(samples))
+            features_bytes, both = np.concatenate(block).tobytes(), np.concatenate(block_keys)
+            keys_bytes, contents_bytes = both[:, 0].tobytes(), both[:, 1].tobytes()
+            for file, written in ((features, features_bytes), (keys, keys_bytes), (contents, contents_bytes)):
+                file.write(written)
+                file.flush()
+                os.fsync(file.fileno())
+            meta["checksums"].append(zlib.crc32(keys_bytes, zlib.crc32(features_bytes)))
+            meta["done"] = stop
+            write_atomically(partial / "meta.json", json.dumps(meta))
+    partial.rename(path)
+    return len(samples) - begun
+
+
+Prepared = tuple[tuple[int, int], Tensor] | UnreadableSampleError
+"""A row's two keys and prepared input, or the reason why it cannot be read."""
+
+
+def _prepare(samples: Samples, backbone: Backbone, row: int) -> Prepared:
+    try:
+        item = samples.read(row)
+    except UnreadableSampleError as error:
+        return error
+    return samples.keys(row, item), backbone.preprocessing(item)
+
+
+def _note_unreadable(read: dict[int, Prepared], meta: dict[str, Any], strict: bool) -> None:
+    for row, prepared in read.items():
+        if isinstance(prepared, UnreadableSampleError):
+            if strict:
+                raise UserError(f"{prepared} With strict data, one unreadable row stops the run.") from None
+            logger.warning("%s It is skipped.", prepared)
+            meta["skipped"][str(row)] = str(prepared)
+            if not prepared.lasting:
+                meta["passing"].append(row)
+
+
+def _retry(backbone: Backbone, samples: Samples, path: Path, precision: Precision) -> int:
+    """Retry rows that failed for possibly temporary reasons; return the number of extracted rows.
+
+    A store of the previous version does not record these reasons: all rows that it skipped, and rows with features that
+    are not finite, are retried once.
+    """
+    meta = json.loads((path / "meta.json").read_text())
+    again = meta["passing"] if "passing" in meta else _doubtful(path, meta)
+    if "passing" in meta and not again:
+        return 0
+    meta["passing"] = []
+    if not again:
+        write_atomically(path / "meta.json", json.dumps(meta))
+        return 0
+    for row in again:
+        meta["skipped"].pop(str(row), None)
+    read: dict[int, Prepared] = {row: _prepare(samples, backbone, row) for row in again}
+    forward = arranged(backbone, len(read))
+    with multiplying(precision, backbone.device):
+        features, keys = _extract_rows(forward, read, samples, batch_size_for(forward))
+    _note_unreadable(read, meta, strict=False)
+    done = [not isinstance(prepared, UnreadableSampleError) for prepared in read.values()]
+    if any(done):
+        for name, values in (("features.bin", features), ("keys.bin", keys[:, 0]), ("contents.bin", keys[:, 1])):
+            with (path / name).open("r+b") as file:
+                for position, row in enumerate(read):
+                    if done[position]:
+                        file.seek(row * values[position].nbytes)
+                        file.write(values[position].tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+        meta["checksums"] = list(_checksums(path, meta))
+    write_atomically(path / "meta.json", json.dumps(meta))
+    return sum(done)
+
+
+def _doubtful(path: Path, meta: dict[str, Any]) -> list[int]:
+    """Return the rows of a store that were skipped or have features that are not finite."""
+    width = meta["features"] * 4
+    rows = {int(row) for row in meta["skipped"]}
+    with (path / "features.bin").open("rb") as file:
+        for start in range(0, meta["rows"], BLOCK):
+            block = np.frombuffer(file.read(BLOCK * width), dtype="<f4").reshape(-1, meta["features"])
+            rows.update((start + np.flatnonzero(~np.isfinite(block).all(1))).tolist())
+    return sorted(rows)
+
+
+def _extract_rows(
+    backbone: Backbone, read: dict[int, Prepared], samples: Samples, batch_size: int
+) -> tuple[np.ndarray[Any, np.dtype[np.float32]], KeyArray]:
+    """Return features and keys `[n, 2]` of prepared rows; rows with features that are not finite become unreadable."""
+    numbers, rows = list(read), list(read.values())
+    readable = {position: row for position, row in enumerate(rows) if not isinstance(row, UnreadableSampleError)}
+    keys = np.zeros((len(rows), 2), dtype="<u8")
+    features = np.zeros((len(rows), backbone.num_features), dtype="<f4")
+    # Images have one size; texts are padded to the longest of their batch.
+    ordered = sorted(readable, key=lambda position: len(readable[position][1]))
+    for start in range(0, len(ordered), batch_size):
+        positions = ordered[start : start + batch_size]
+        batch = backbone.preprocessing.collate([readable[position][1] for position in positions])
+        features[positions] = backbone.features(batch).cpu().numpy()
+        keys[positions] = [readable[position][0] for position in positions]
+    for position in np.flatnonzero(~np.isfinite(features).all(1)).tolist():
+        features[position], keys[position] = 0, 0
+        name = samples.name(numbers[position])
+        read[numbers[position]] = UnreadableSampleError(
+            f"{name}: {backbone.spec} produces features that are not finite (NaN or infinity)."
+        )
+    return features, keys
+
+
+def _resume(partial: Path, samples: Samples, backbone: Backbone) -> dict[str, Any]:
+    """Return the state of a partial folder, with its files truncated to that state."""
+    fresh = {
+        "format": FORMAT,
+        "rows": len(samples),
+        "features": backbone.num_features,
+        "done": 0,
+        "checksums": [],
+        "skipped": {},
+        "passing": [],
+    }
+    try:
+        meta: dict[str, Any] = json.loads((partial / "meta.json").read_text())
+        done = {**meta, "rows": meta["done"]}
+        meta.setdefault("passing", [int(row) for row in meta["skipped"]])
+        whole = (partial / "contents.bin").stat().st_size >= 8 * meta["done"]
+        if meta["format"] != FORMAT or not whole or list(_checksums(partial, done)) != meta["checksums"]:
+            meta = fresh
+    except (OSError, ValueError, KeyError, TypeError):
+        meta = fresh
+    for name, width in (("features.bin", meta["features"] * 4), ("keys.bin", 8), ("contents.bin", 8)):
+        with (partial / name).open("ab") as file:
+            file.truncate(meta["done"] * width)
+    return meta

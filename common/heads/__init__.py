@@ -1,0 +1,23 @@
+"""Heads: the trainable part of a model, on top of frozen features."""
+
+from fedhead.heads.feature_map import FeatureMap, MapForm, MappedHead, behind, delivered_spec, make_delivered, unmapped
+from fedhead.heads.head import CosineHead, Head, LinearHead, MLPHead, Solutions, heads, make_head
+from fedhead.heads.unit import UnitHead
+
+__all__ = [
+    "CosineHead",
+    "FeatureMap",
+    "Head",
+    "LinearHead",
+    "MLPHead",
+    "MapForm",
+    "MappedHead",
+    "Solutions",
+    "UnitHead",
+    "behind",
+    "delivered_spec",
+    "heads",
+    "make_delivered",
+    "make_head",
+    "unmapped",
+]

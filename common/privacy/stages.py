@@ -1,0 +1,94 @@
+"""The releases of a private run: the sums of each, their shares of its `mu^2`, and their sensitivities.
+
+Site and coordinator both derive a release's noise from here, so that a request names no noise: only its `mu`.
+"""
+
+import math
+from typing import Literal
+
+from fedhead.privacy.mechanism import Mechanism
+from fedhead.privacy.noise import FloatArray
+
+Stage = Literal["centre", "lda", "nearest-mean", "evaluation"]
+"""`centre`: the mean of the rows. `lda`: counts, class sums and Gram matrix. `nearest-mean`: counts and class sums.
+`evaluation`: of a head, on held-out rows."""
+
+LOSS_LIMIT = 8.0
+"""Losses of rows count as at most this many nats."""
+
+CENTRE_SHARE = 0.1
+"""Share of the training rows' `mu^2` that their centre spends; the sums about it spend the rest."""
+
+BINS = 10
+"""Bins of equal width of the predicted class's probability."""
+
+Form = tuple[float, tuple[int, ...], float]
+"""A share of `mu^2`, a shape and a sensitivity."""
+
+
+def forms(stage: Stage, classes: int, features: int) -> dict[str, Form]:
+    """Return the arrays of a release.
+
+    Rows have norm at most 1, and each row, or all rows of a group together, weigh 1. A row adds to one class, one
+    cell and one bin.
+
+    Args:
+        stage: the release.
+        classes: `C`.
+        features: `d`.
+    """
+    if stage == "centre":
+        return {"count": (0.1, (1,), 1.0), "total": (0.9, (features,), 1.0)}
+    if stage == "evaluation":
+        return {
+            "outcomes": (0.6, (2,), 1.0),
+            "loss": (0.1, (1,), LOSS_LIMIT),
+            "confusion": (0.2, (classes, classes), 1.0),
+            "reliability": (0.1, (2, BINS), 1.0),
+        }
+    if stage == "nearest-mean":
+        return {"counts": (0.02, (classes,), 1.0), "sums": (0.98, (classes, features), 1.0)}
+    return {
+        "counts": (0.02, (classes,), 1.0),
+        "sums": (0.63, (classes, features), 1.0),
+        "gram": (0.35, (features * (features + 1) // 2,), 1.0),
+    }
+
+
+def mechanism(stage: Stage, mu: float, classes: int, features: int) -> Mechanism:
+    """Return the mechanism that spends `mu` on a release.
+
+    Raises:
+        ValueError: if `mu` is too small for noise of the lattice's fineness.
+    """
+    return Mechanism.split(mu, forms(stage, classes, features))
+
+
+def better_solver(rows: float, classes: int, mu: float) -> Literal["lda", "nearest-mean"]:
+    """Return which sums to ask for, from public figures alone.
+
+    Where the noise on counts exceeds half the rows of a class, the noise on the Gram matrix would hide more than the
+    covariance tells, and all of the budget goes to class sums.
+
+    Args:
+        rows: about how many rows there are, as far as it is public.
+        classes: `C`.
+        mu: that the sums may spend.
+    """
+    share = forms("lda", classes, 1)["counts"][0]
+    return "nearest-mean" if 1 / (mu * math.sqrt(share)) > rows / (2 * classes) else "lda"
+
+
+def centre_of(count: float, total: FloatArray, sigma: float) -> FloatArray:
+    """Return the mean `[d]` of rows from a noisy count and sum, shrunk by the share of its length that is noise.
+
+    Args:
+        count: of rows.
+        total: `[d]`, their sum.
+        sigma: the standard deviation of the noise on each entry of `total`.
+    """
+    length = float(total @ total)
+    kept = max(0.0, 1 - len(total) * sigma**2 / length) if length else 0.0
+    mean: FloatArray = total * (kept / max(count, 1.0))
+    # A mean of rows of norm 1 is no longer than 1.
+    return mean / max(1.0, math.sqrt(float(mean @ mean)))

@@ -1,0 +1,1 @@
+"""Sums: the one kind of thing that leaves a site."""

@@ -1,0 +1,74 @@
+"""Losses of outputs against targets: cross entropy, binary cross entropy of labels, and squared error."""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+from torch.nn import functional
+
+
+class Loss(ABC):
+    """A loss of outputs against targets, per row, with the per-row term of the task's score."""
+
+    @abstractmethod
+    def values(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return `[..., n]`, each row's loss at outputs `[..., n, C]`."""
+
+    @abstractmethod
+    def slopes(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return values `[..., n]` and gradients `[..., C, n]` at outputs `[..., C, n]`: columns before rows."""
+
+    @abstractmethod
+    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return `[..., n]`, each row's term of the score at outputs `[..., n, C]`, such as 1 for a correct row."""
+
+
+class CrossEntropy(Loss):
+    """Softmax cross entropy, for rows with exactly one class: targets are class numbers `[..., n]`, int64."""
+
+    def values(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return functional.cross_entropy(outputs.movedim(-1, 1), targets, reduction="none")
+
+    def slopes(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        # Softmax minus one-hot; torch's softmax over a short last dimension is slow.
+        logs = functional.log_softmax(outputs, dim=-2)
+        targets = targets.unsqueeze(-2)
+        values = -logs.gather(-2, targets).squeeze(-2)
+        return values, logs.exp_().scatter_add_(-2, targets, logs.new_full((1,), -1.0).expand_as(targets))
+
+    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return outputs.argmax(-1) == targets
+
+
+class BinaryCrossEntropy(Loss):
+    """Binary cross entropy with a sigmoid per class, averaged over classes: targets are `[..., n, C]`, 0 and 1.
+
+    A row is correct if all its labels are: if exactly the outputs of its classes are above 0.
+    """
+
+    def values(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return functional.binary_cross_entropy_with_logits(outputs, targets.to(outputs), reduction="none").mean(-1)
+
+    def slopes(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        wanted = targets.mT.to(outputs)
+        values = functional.binary_cross_entropy_with_logits(outputs, wanted, reduction="none").mean(-2)
+        return values, outputs.sigmoid().sub_(wanted).div_(outputs.shape[-2])
+
+    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return ((outputs > 0) == (targets == 1)).all(-1)
+
+
+class SquaredError(Loss):
+    """Half the squared error, averaged over targets: targets are `[..., n, C]`, real.
+
+    The score is the loss of predicting 0, the mean of standardised targets: `1 - loss / score` is R2.
+    """
+
+    def values(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets).square().mean(-1) / 2
+
+    def slopes(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        residuals = outputs - targets.mT
+        return residuals.square().mean(-2) / 2, residuals.div_(outputs.shape[-2])
+
+    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return targets.square().mean(-1) / 2

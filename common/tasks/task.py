@@ -1,0 +1,398 @@
+"""The interface of a task: everything that depends on the kind of prediction, from the targets to the report."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from fedhead.config import LocalConfig
+from fedhead.data import IntArray, Samples
+from fedhead.data.labels import name_of
+from fedhead.errors import UserError
+from fedhead.registry import Registry
+from fedhead.sums.evaluation import ScoreBins
+from fedhead.sums.features import FeatureStatistics
+from fedhead.sums.targets import TargetKind
+from fedhead.tasks.losses import Loss
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedhead.heads import Head
+    from fedhead.sums.calibration import Calibration
+
+Targets = npt.NDArray[Any]
+"""Targets of `n` rows, `[n]` or `[n, C]`; only the task's own methods interpret them."""
+
+tasks: Registry["type[Task]"] = Registry(
+    "task",
+    {
+        "classification": "fedhead.tasks.classification",
+        "multi-label": "fedhead.tasks.multi_label",
+        "regression": "fedhead.tasks.regression",
+    },
+)
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """Calibration of a head, with the figures that evaluate it.
+
+    Attributes:
+        calibration: the calibration of the model.
+        rows: the number of held-out rows that it was fitted on.
+        figures: results on the other held-out rows, as JSON types.
+    """
+
+    calibration: "Calibration"
+    rows: int
+    figures: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON types."""
+        return {**self.figures, "rows_chosen_on": self.rows}
+
+
+class Task(ABC):
+    """The kind of prediction of a run, and everything that depends on it.
+
+    Args:
+        columns: the names of the head's `C` outputs: classes, or real targets.
+
+    Raises:
+        UserError: if the columns do not fit the task.
+    """
+
+    name: ClassVar[str]
+
+    score_name: ClassVar[str]
+    """Name of the metric that models are judged by, in JSON."""
+
+    score_title: ClassVar[str]
+    """Name of this metric for readers."""
+
+    loss: ClassVar[Loss]
+
+    kind: ClassVar[TargetKind]
+    """Kind of the targets in feature statistics."""
+
+    answer_name: ClassVar[str]
+    """Kind of a model's output for each column: `probabilities` or `values`."""
+
+    answer_meaning: ClassVar[str]
+    """Description of these outputs in a sentence."""
+
+    family: ClassVar[str]
+    """Family of the task, as the suffix of the Hugging Face hub's task names: `classification` or `regression`."""
+
+    misfit: ClassVar[str]
+    """Message to the coordinator if `encode` rejects a site's data; the original message may contain a file name."""
+
+    scales_outputs: ClassVar[bool] = True
+    """Whether outputs are temperature-scaled, with a temperature chosen on held-out rows."""
+
+    pairs_losses: ClassVar[bool] = True
+    """Whether heads can be compared by the losses of rows at a temperature."""
+
+    counts_scores: ClassVar[bool] = True
+    """Whether each row adds 0 or 1 to the score, so that a score is a number of rows."""
+
+    standardises_targets: ClassVar[bool] = False
+    """Whether heads are trained on standardised targets."""
+
+    compares_classes: ClassVar[bool] = False
+    """Whether sites can be compared with the pool class by class."""
+
+    solvers: ClassVar[tuple[str, ...]] = ("ridge",)
+    """Allowed closed-form initialisations of a head; the first that the head supports is the default."""
+
+    baseline_solver: ClassVar[str] = "ridge"
+    """Solver for comparing backbones."""
+
+    def __init__(self, columns: Sequence[str]) -> None:
+        self.columns = tuple(columns)
+        self.check_columns()
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Names of the groups numbered by `memberships`, for the site's own log and ledger; one for each class.
+
+        A run may write a number as a class in several ways.
+        """
+        return tuple(f"of class {name_of(name)!r}" for name in self.columns)
+
+    @property
+    def counted(self) -> tuple[str, ...]:
+        """Names of the leading groups whose rows are counted: the classes."""
+        return self.columns
+
+    def check_columns(self) -> None:
+        """Validate the names of the columns.
+
+        Raises:
+            UserError: if they do not fit the task.
+        """
+        if not self.columns:
+            raise UserError(f"The task {self.name!r} needs the name of at least one output.")
+
+    # Data.
+
+    @classmethod
+    @abstractmethod
+    def columns_of(cls, samples: Samples) -> tuple[str, ...]:
+        """Return the column names given by the data itself."""
+
+    @classmethod
+    @abstractmethod
+    def require(cls, samples: Samples) -> None:
+        """Check that data has the labels that the task needs.
+
+        Raises:
+            UserError: if not. The message contains no file name.
+        """
+
+    @abstractmethod
+    def encode(self, samples: Samples) -> Targets:
+        """Return the targets of labelled data.
+
+        Raises:
+            UserError: if the data has other labels than the task needs, or unknown columns. May name a file.
+        """
+
+    def unknown(self, samples: Samples) -> list[str]:
+        """Return the classes of rows that are unknown to the task, sorted."""
+        return []
+
+    @abstractmethod
+    def memberships(self, targets: Targets) -> tuple[IntArray, IntArray]:
+        """Return pairs of a row's position and one of its groups: the sets of rows that sums distinguish.
+
+        The guard removes small groups, and the ledger compares releases by group.
+        """
+
+    @abstractmethod
+    def strata(self, targets: Targets) -> IntArray:
+        """Return `[n]`, the stratum of each row, for partitions that skew sites."""
+
+    def count_rows(self, targets: Targets, owners: IntArray | None = None, num_sites: int = 1) -> IntArray:
+        """Return `[S, G]`, the rows of each site in each of the `counted` groups."""
+        positions, groups = self.memberships(targets)
+        chosen = groups < len(self.counted)
+        sites = np.zeros(len(positions), np.int64) if owners is None else owners[positions]
+        cells = sites[chosen] * len(self.counted) + groups[chosen]
+        counts = np.bincount(cells, minlength=num_sites * len(self.counted))
+        return counts.reshape(num_sites, len(self.counted)).astype(np.int64)
+
+    # Heads.
+
+    def inits(self, head: "type[Head]") -> tuple[str, ...]:
+        """Return the allowed initialisations of a head, the default first; empty if the head does not fit the task."""
+        allowed = {*self.solvers, "zeros", "random"}
+        return tuple(init for init in head.inits if init in allowed)
+
+    def local(self, settings: LocalConfig, head: "Head") -> LocalConfig:
+        """Return the settings for training this head at a site, given those of the run."""
+        return settings
+
+    def statistics(self, num_features: int, origin: "Tensor | None" = None, device: "str" = "cpu") -> FeatureStatistics:
+        """Return the feature statistics of no rows."""
+        return FeatureStatistics.empty(num_features, len(self.columns), origin, kind=self.kind, device=device)
+
+    def counts_of(self, stats: FeatureStatistics) -> "Tensor":
+        """Return `[G]`, int64, the rows of statistics in each of the `counted` groups."""
+        return stats.counts
+
+    def coverage(self, counts: Mapping[str, "Tensor"]) -> list[Any]:
+        """Return each class's coverage by sites, given rows `[G]` by site; empty for tasks without classes."""
+        return []
+
+    def to_standardise(self, features: "Tensor", targets: "Tensor") -> "Tensor":
+        """Return the columns to standardise `[n, m]`, given features `[n, d]`."""
+        return features
+
+    def origin_to_standardise(self, origin: "Tensor") -> "Tensor":
+        """Return the origin `[m]` of these columns' moments, given that of the features `[d]`; 0 for targets."""
+        import torch
+
+        if not self.standardises_targets:
+            return origin
+        return torch.cat([origin, origin.new_zeros(len(self.columns))])
+
+    def unlearned(self, stats: FeatureStatistics) -> tuple[str, ...]:
+        """Return the columns without rows at any site."""
+        return ()
+
+    # Evaluation.
+
+    @abstractmethod
+    def bins(
+        self,
+        head: "Head | None" = None,
+        stats: FeatureStatistics | None = None,
+        scale: "tuple[Tensor, Tensor] | None" = None,
+    ) -> ScoreBins:
+        """Return the bins in which every site counts the outputs of a head.
+
+        Args:
+            head: for unstandardised features.
+            stats: the pooled statistics, if any.
+            scale: the targets' mean and standard deviation, `[C]` each, if the task standardises targets.
+        """
+
+    @abstractmethod
+    def count(
+        self,
+        outputs: "Tensor",
+        targets: "Tensor",
+        owners: IntArray,
+        num_sites: int,
+        bins: ScoreBins,
+    ) -> Iterator[Any]:
+        """Yield the evaluation sums of sites `0` to `num_sites - 1`.
+
+        Args:
+            outputs: `[n, C]`, in the targets' original units.
+            targets: of the same rows.
+            owners: `[n]`, the site of each row.
+            num_sites: `S`.
+            bins: the bins of outputs.
+
+        Raises:
+            ValueError: if a shape does not fit or an output is not finite.
+        """
+
+    @abstractmethod
+    def no_rows(self, bins: ScoreBins | None = None) -> Any:
+        """Return the evaluation sums over no rows."""
+
+    def pooled(self, sums: Iterable[Any]) -> Any:
+        """Add the evaluation sums of any number of sites."""
+        first, *others = sums or [self.no_rows()]
+        for one in others:
+            first = first + one
+        return first
+
+    @abstractmethod
+    def score(self, score: float, loss: float, rows: float) -> float | None:
+        """Return a head's score, given the sums of `Loss.score` and of the loss over `rows` rows, at least 1."""
+
+    @abstractmethod
+    def score_of(self, sums: Any) -> float | None:
+        """Return the score without an interval; None if it is undefined."""
+
+    @abstractmethod
+    def score_on(self, outputs: "Tensor", targets: "Tensor") -> float | None:
+        """Return the score of outputs `[n, C]`; None if it is undefined."""
+
+    @abstractmethod
+    def report(self, sums: Any) -> Any:
+        """Return metrics with intervals; the attribute `score` is the task's score."""
+
+    @abstractmethod
+    def curves(self, sums: Any) -> dict[str, Any]:
+        """Return the data of the report's plots as JSON types."""
+
+    # Calibration.
+
+    @abstractmethod
+    def choosing(self, outputs: "Tensor | None", targets: "Tensor | None", bins: ScoreBins) -> Any:
+        """Return sums over one half of the held-out rows, for choosing a calibration; over no rows for None."""
+
+    @abstractmethod
+    def judging(self, outputs: "Tensor | None", targets: "Tensor | None", temperature: float, bins: ScoreBins) -> Any:
+        """Return sums over the other half, for evaluating the calibration; over no rows for None."""
+
+    @abstractmethod
+    def temperature(self, chosen: Any) -> float:
+        """Return the best temperature by the sums of `choosing`, above 0."""
+
+    @abstractmethod
+    def calibrated(self, chosen: Any, judged: Any) -> Calibrated:
+        """Return the calibration, given sums over at least one row each."""
+
+    # Predictions.
+
+    @abstractmethod
+    def answers(self, outputs: "Tensor", temperature: float, unlearned: "Tensor") -> "Tensor":
+        """Convert outputs `[n, C]` to answers `[n, C]`, with torch operations only, since exports trace it.
+
+        Args:
+            outputs: of the head.
+            temperature: the divisor of outputs, if the task scales them.
+            unlearned: `[C]`, bool, the columns without rows at any site.
+        """
+
+    @abstractmethod
+    def judged(self, outputs: "Tensor", targets: "Tensor", temperature: float, unlearned: "Tensor") -> Any:
+        """Evaluate a delivered model and return the evaluation sums.
+
+        Args:
+            outputs: `[n, C]`, of the head.
+            targets: of the same rows.
+            temperature: the divisor of outputs, if the task scales them.
+            unlearned: `[C]`, bool, the columns without rows at any site.
+        """
+
+    @abstractmethod
+    def decide(self, answers: "Tensor") -> list[Any]:
+        """Return the prediction of each row: a class, several, or numbers."""
+
+    @abstractmethod
+    def regions(self, answers: "Tensor", calibration: "Calibration", coverage: float) -> list[Any]:
+        """Return a region per row that contains its target with probability `coverage`: classes, or intervals.
+
+        Raises:
+            UserError: if the task has none, the coverage is not between 0 and 1 or the model is not calibrated.
+        """
+
+    @abstractmethod
+    def covers(self, region: Any, target: Any) -> bool:
+        """Return whether a region contains a row's target, given as a number or a list."""
+
+    @abstractmethod
+    def size(self, region: Any) -> float:
+        """Return the size of a region: the number of classes, or the mean width of intervals."""
+
+    # Words.
+
+    @abstractmethod
+    def say_regions(self, held: str, stated: str, size: float) -> tuple[str, str]:
+        """Return a heading and a sentence on the coverage of regions of this mean size."""
+
+    @property
+    @abstractmethod
+    def description(self) -> str:
+        """Description of the model, such as "a classifier of one of 5 classes"."""
+
+    @abstractmethod
+    def header(self, *, every: bool = False, regions: bool = False) -> list[str]:
+        """Return the column names of a table of predictions.
+
+        Args:
+            every: whether to include the answers of all columns, not only the prediction.
+            regions: whether to include regions.
+        """
+
+    @abstractmethod
+    def cells(
+        self, decision: Any, answers: Sequence[float], region: Any, *, every: bool = False, regions: bool = False
+    ) -> list[str]:
+        """Return one prediction's cells in the order of `header`; empty cells for no answers."""
+
+    @abstractmethod
+    def record(
+        self, decision: Any, answers: Sequence[float], region: Any, *, every: bool = False, regions: bool = False
+    ) -> dict[str, Any]:
+        """Return one prediction as JSON types."""
+
+
+def make_task(name: str, columns: Sequence[str]) -> Task:
+    """Return the task `name` for columns of these names.
+
+    Raises:
+        UserError: if there is no such task, or the columns do not fit it.
+    """
+    return tasks[name](columns)

@@ -1,0 +1,86 @@
+"""Plain words on the differential privacy of a run, for the report, the card and the terminal."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fedhead.server.report import charts
+from fedhead.server.report.layout import Figure, Table
+
+
+def promise(privacy: Mapping[str, Any]) -> list[str]:
+    """Return sentences on what a private run promises, and on what it does not.
+
+    Args:
+        privacy: the part `privacy` of `evaluation.json`.
+    """
+    unit, epsilon, delta = str(privacy["unit"]), float(privacy["epsilon"]), float(privacy["delta"])
+    accounts: Mapping[str, Mapping[str, float]] = privacy["accounts"]
+    spent = " and ".join(f"{name} epsilon {one['epsilon']:.2f} (mu {one['mu']:.3f})" for name, one in accounts.items())
+    one = "one row" if unit == "row" else "all rows of one group at a site (a patient, a writer)"
+    who = (
+        "the sum of all sites' replies, and the model"
+        if privacy["noise"] == "shared"
+        else "every reply of a site, and the model"
+    )
+    certainty = 100 / (1 + math.exp(-epsilon))
+    return [
+        f"Differential privacy was on: epsilon {epsilon:g}, delta {delta:g}. It covers {who}.",
+        f"Adding or removing {one} changes the probability of any result by a factor of at most "
+        f"{math.exp(epsilon):.2f}, except with probability {delta:g}. Someone who finds a row's presence as likely "
+        f"as its absence is then at most {certainty:.0f} % certain of it.",
+        f"Spent by this run: {spent}. No row is in both accounts.",
+        "Not protected: the number and names of the sites, the classes, the settings, the sizes of messages, and "
+        "whether a site's data can be read at all. One person's rows at several sites, or in several groups, add up.",
+        "Not protected: the model against a site that sends false sums.",
+    ]
+
+
+def outcome(privacy: Mapping[str, Any]) -> list[str]:
+    """Return sentences on the head and its noisy evaluation."""
+    solver = {"lda": "Discriminant analysis", "nearest-mean": "Nearest class means"}[str(privacy["solver"])]
+    said = [f"{solver} on noisy sums, chosen by public figures."]
+    if evaluation := privacy.get("evaluation"):
+        accuracy, low, high = evaluation["accuracy"]
+        said.append(
+            f"Accuracy {100 * accuracy:.1f} % ({100 * low:.1f} to {100 * high:.1f} % with 95 % confidence, for "
+            f"sampling and noise) on about {max(evaluation['rows'], 0):.0f} held-out rows."
+        )
+    return said
+
+
+def confusion(privacy: Mapping[str, Any], classes: list[str]) -> Table:
+    """Return the noisy confusion counts as a table."""
+    cells = privacy["evaluation"]["confusion"]
+    rows = [[name, *map(str, row)] for name, row in zip(classes, cells, strict=True)]
+    return Table(["true class", *classes], rows)
+
+
+def attack_sentences(attack: Mapping[str, Any]) -> list[str]:
+    """Return the outcome of an attack in plain words, as `fedhead.simulations.attack` measures it."""
+    said = [
+        f"A membership attack (likelihood ratio, {attack['trials']:,} trials) on heads of this kind has area "
+        f"{attack['area']:.3f} under its ROC; 0.5 is guessing."
+    ]
+    for one in attack["at"]:
+        limit = "" if one["bound"] is None else f"; epsilon and delta allow at most {100 * one['bound']:.2f} %"
+        said.append(f"At {100 * one['false']:g} % false alarms it detects {100 * one['true']:.2f} % of rows{limit}.")
+    return said
+
+
+def attack_figure(attack: Mapping[str, Any]) -> Figure:
+    """Return the ROC of a membership attack, beside the bound of epsilon and delta if there is one."""
+    lines = [("attack", [(0.0, 0.0), *map(tuple, attack["roc"]), (1.0, 1.0)])]
+    if attack["bound"]:
+        lines.append(("largest that the budget allows", [(0.0, 0.0), *map(tuple, attack["bound"]), (1.0, 1.0)]))
+    rows = [
+        [
+            f"{100 * one['false']:g} %",
+            f"{100 * one['true']:.2f} %",
+            "" if one["bound"] is None else f"{100 * one['bound']:.2f} %",
+        ]
+        for one in attack["at"]
+    ]
+    table = Table(["false alarms", "detected", "allowed at most"], rows)
+    caption = "Rows of the training data that the attack detects, by the share of other rows that it takes for them."
+    return Figure("Membership attack", charts.curves(lines, []), table, caption)

@@ -1,0 +1,162 @@
+"""Selection of a head by proof: rivals are compared on the sites' held-out rows, each at its own temperature."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fedhead.protocol.actions import RIVALS
+from fedhead.protocol.rivals import Level, RivalsRequest
+from fedhead.server.collect import Question, collect
+from fedhead.server.exchange import Exchange
+from fedhead.server.messenger import Messenger
+from fedhead.sums.rivals import RivalSums
+from fedhead.sums.sums import Arrays
+from fedhead.wording import listed
+
+LIFT_RATIO = 0.98
+"""A lift is taken if its held-out loss is below this share of the best head's without it."""
+FEWEST_ERRORS = 10
+"""Held-out errors that a lifted discriminant head needs for a trustworthy comparison."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rival:
+    """A head in a comparison.
+
+    Attributes:
+        name: for readers.
+        arrays: its parameters.
+        level: its features.
+        lifted: whether these are lifted.
+        counts_errors: whether it is left out with few held-out errors.
+    """
+
+    name: str
+    arrays: Arrays
+    level: Level = "map"
+    lifted: bool = False
+    counts_errors: bool = False
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A comparison of heads, and the one that was taken.
+
+    Attributes:
+        question: what was chosen, as a heading.
+        taken: the name of the head.
+        reason: why, in a sentence.
+        rows: the held-out rows that decided.
+        rivals: for each head its name, loss, score and temperature.
+    """
+
+    question: str
+    taken: str
+    reason: str
+    rows: int
+    rivals: Sequence[Mapping[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON types."""
+        return {
+            "question": self.question,
+            "taken": self.taken,
+            "reason": self.reason,
+            "rows": self.rows,
+            "rivals": [dict(one) for one in self.rivals],
+        }
+
+
+def compare_rivals(
+    messenger: Messenger, nodes: Mapping[str, int], rows: Mapping[str, int], rivals: Sequence[Rival]
+) -> tuple[RivalSums, Exchange]:
+    """Compare heads on held-out rows in two exchanges: the first chooses temperatures, the second uses them.
+
+    Args:
+        messenger: reaches the sites.
+        nodes: the sites to ask, by name.
+        rows: the number of rows of each.
+        rivals: the heads.
+
+    Returns:
+        The sums of the second exchange, and the traffic.
+    """
+    exchange, temperatures = Exchange(), np.ones(len(rivals))
+    sums = RivalSums.zeros(len(rivals))
+    for _ in range(2):
+        request = RivalsRequest([one.arrays for one in rivals], [one.level for one in rivals], temperatures)
+        question = Question(RIVALS, request.payload().to_content(), RivalSums.zeros(len(rivals)))
+        collected = collect(messenger, nodes, question, rows)
+        exchange.include(collected.exchange)
+        sums = collected.total
+        temperatures = sums.temperatures()
+    return sums, exchange
+
+
+def figures(rivals: Sequence[Rival], sums: RivalSums) -> list[dict[str, Any]]:
+    """Return each head's name, mean loss, score and temperature."""
+    rows = max(sums.rows, 1)
+    return [
+        {"name": one.name, "loss": loss / rows, "score": right / rows, "temperature": temperature}
+        for one, loss, right, temperature in zip(
+            rivals, sums.losses.tolist(), sums.right.tolist(), sums.temperatures().tolist(), strict=True
+        )
+    ]
+
+
+def choose_map(rivals: Sequence[Rival], sums: RivalSums, left_out: str = "") -> tuple[int, Choice]:
+    """Choose among heads on plain features, in a basis and lifted; return the position of the one that is taken.
+
+    Args:
+        rivals: the heads; the first is on plain features.
+        sums: their comparison.
+        left_out: why lifted heads are missing; empty if they are not.
+    """
+    question = "Features"
+    if not sums.rows:
+        reason = "No rows are held out, so nothing is proven better than the head on plain features."
+        return 0, Choice(question, rivals[0].name, reason, 0, figures(rivals, sums))
+    losses = sums.losses / sums.rows
+    errors = sums.rows - sums.right
+    trusted = [not one.counts_errors or errors[at] >= FEWEST_ERRORS for at, one in enumerate(rivals)]
+    linear = min((at for at, one in enumerate(rivals) if not one.lifted), key=lambda at: float(losses[at]))
+    lifted = min(
+        (at for at, one in enumerate(rivals) if one.lifted and trusted[at]),
+        key=lambda at: float(losses[at]),
+        default=None,
+    )
+    few = [one.name for at, one in enumerate(rivals) if not trusted[at]]
+    note = f" {left_out}" if left_out else ""
+    if few:
+        note += f" Left out, with fewer than {FEWEST_ERRORS} errors: {listed(few, len(few))}."
+    if lifted is not None and losses[lifted] < LIFT_RATIO * losses[linear]:
+        said = f"Its held-out loss, {losses[lifted]:.4f}, is below {LIFT_RATIO} of the best without a lift"
+        taken, reason = lifted, f"{said} ({rivals[linear].name}: {losses[linear]:.4f}).{note}"
+    else:
+        taken, reason = linear, f"It has the least held-out loss of the heads without a lift, {losses[linear]:.4f}"
+        reason += (
+            f", and no lift is below {LIFT_RATIO} of it ({rivals[lifted].name}: {losses[lifted]:.4f}).{note}"
+            if lifted is not None
+            else f".{note}"
+        )
+    return taken, Choice(question, rivals[taken].name, reason, sums.rows, figures(rivals, sums))
+
+
+def choose_round(rivals: Sequence[Rival], sums: RivalSums) -> tuple[int, Choice]:
+    """Choose between the solved head, first, and one from rounds: the latter if it is better beyond one standard error.
+
+    The solved head is delivered from all rows, held-out ones included, so that rounds must prove to be better.
+    """
+    gain, error = sums.gain(1, 0)
+    proven = gain > error
+    taken = int(proven)
+    compared = (
+        f"The mean held-out loss after rounds is {abs(gain):.4f} {'less' if gain > 0 else 'more'} than before, with a "
+        f"paired standard error of {error:.4f}"
+        if sums.rows > 1
+        else "There are too few held-out rows for a proof"
+    )
+    verdict = "which proves rounds better" if proven else "which does not prove rounds better"
+    return taken, Choice("Kept head", rivals[taken].name, f"{compared}, {verdict}.", sums.rows, figures(rivals, sums))

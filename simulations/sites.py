@@ -1,0 +1,188 @@
+"""Simulated sites: lists of row numbers that share one backbone and one store of features."""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedhead.backbones import Backbone
+from fedhead.backbones.weights import PACKAGED, weights_path
+from fedhead.client.release.guard import Guard
+from fedhead.client.release.masking import Asked
+from fedhead.client.release.noise import Noise
+from fedhead.client.release.secure_sessions import SecureSessions
+from fedhead.client.release.training_limits import TrainingLimits
+from fedhead.client.site_data import Holding, check_backbone, hold, refuse_if_withheld
+from fedhead.client.training import LabelledFeatures
+from fedhead.config import RunConfig
+from fedhead.data import IntArray, held_out
+from fedhead.errors import FedheadError, UserError
+from fedhead.features.store import FeatureStore
+from fedhead.heads import FeatureMap, Head
+from fedhead.protocol.messages import Manifest, MessageError, WeightsChunk
+from fedhead.protocol.steps import Masking, Step
+from fedhead.secure.replies import layout_of
+from fedhead.tasks import Targets, Task
+
+_COUNTED_AT_ONCE = 50_000
+"""Sites per batch when counting allowed rows."""
+
+
+class SharedData:
+    """What all simulated sites of a process share: one backbone, and one store of features.
+
+    Args:
+        backbone: of the run.
+        store: the features of all rows.
+        labels: `[N]` or `[N, C]`, of all rows.
+        guard: every site's.
+        task: of the run.
+        steps: after the guard, the other release steps of every site.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        store: FeatureStore,
+        labels: Targets,
+        guard: Guard,
+        task: Task,
+        steps: Sequence[Step] = (),
+    ) -> None:
+        self.backbone = backbone
+        self.labels = labels
+        self.keys = store.keys
+        self.guard = guard
+        self.task = task
+        self.steps: Sequence[Step] = (guard, Noise(), *steps)
+        # A simulated site's minibatches are those of a real one.
+        self.training = TrainingLimits.off(guard.min_class_count)
+        device = backbone.device
+        self.data = LabelledFeatures(store.features.to(device), torch.from_numpy(labels).to(device), loss=task.loss)
+        self._compared: Tensor | None = None
+
+    @cached_property
+    def probe(self) -> Tensor:
+        """The features of the probe."""
+        return self.backbone.probe()
+
+    def check(self, manifest: Manifest, probe: Tensor) -> None:
+        """Check the backbone against the coordinator's, for all sites once."""
+        if probe is not self._compared:
+            check_backbone(self.backbone, self.probe, manifest, probe)
+            self._compared = probe
+
+    def count_allowed(self, sites: Sequence[IntArray], config: RunConfig) -> IntArray:
+        """Return `[S]`, how many of its rows the guard leaves each site; 0 where it refuses the site as a whole."""
+        out = held_out(self.keys, config.holdout)
+        allowed = [np.empty(0, dtype=np.int64)]
+        for start in range(0, len(sites), _COUNTED_AT_ONCE):
+            part = sites[start : start + _COUNTED_AT_ONCE]
+            owners, rows = np.repeat(np.arange(len(part)), [len(own) for own in part]), np.concatenate(part)
+            allowed.append(self.guard.count_allowed(owners, self.labels[rows], out[rows], len(part), self.task))
+        return np.concatenate(allowed)
+
+    def require_two_classes(self, sites: Sequence[IntArray], config: RunConfig) -> None:
+        """Check that the guards of all sites together leave training rows of more than one class.
+
+        Args:
+            sites: the rows of each site that its guard does not refuse as a whole.
+            config: of the run.
+
+        Raises:
+            UserError: naming the only class that is left.
+        """
+        names = self.task.counted
+        if len(names) < 2 or not sites:
+            return
+        owners, rows = np.repeat(np.arange(len(sites)), [len(own) for own in sites]), np.concatenate(sites)
+        train = ~held_out(self.keys[rows], config.holdout)
+        counts = self.task.count_rows(self.labels[rows[train]], owners[train], len(sites))
+        left = [names[one] for one in np.flatnonzero((counts >= max(self.guard.min_class_count, 1)).any(0))]
+        if len(left) == 1:
+            raise UserError(
+                f"Only the class {left[0]!r} is left to learn: the guards of all sites withhold the others, which have "
+                f"fewer than {self.guard.min_class_count} training rows at each site. Lower --min-class-count, or take "
+                "fewer sites or another partition."
+            )
+
+
+class SimulatedSite:
+    """A site that is a list of row numbers; like a new machine, it lacks every backbone the package does not carry.
+
+    It has no ledger, because nothing leaves this process.
+
+    Args:
+        name: of the site.
+        rows: `[n]`, its rows of the shared data.
+        shared: the same for all sites.
+        allowed: how many of the rows the guard leaves, if that was counted.
+    """
+
+    def __init__(self, name: str, rows: IntArray, shared: SharedData, allowed: int = 0) -> None:
+        self.name = name
+        self.num_rows = len(rows)
+        self.num_allowed = allowed
+        self._rows = rows
+        self._shared = shared
+        self._has_weights = shared.backbone.spec.startswith(PACKAGED) and shared.backbone.trained
+        self._holding: Holding | None = None
+
+    @property
+    def steps(self) -> Sequence[Step]:
+        return self._shared.steps
+
+    @property
+    def training(self) -> TrainingLimits:
+        return self._shared.training
+
+    def has_weights(self, manifest: Manifest) -> bool:
+        return self._has_weights
+
+    def install(self, manifest: Manifest, chunk: WeightsChunk) -> int | None:
+        received = chunk.offset + len(chunk.data)
+        if received < chunk.size:
+            return received
+        # The coordinator of this machine has written the file that a site would keep.
+        if not weights_path(manifest.weights_digest).is_file():
+            raise FedheadError(f"The weights that were sent to {self.name} are not there.")
+        self._has_weights = True
+        return None
+
+    @property
+    def sessions(self) -> SecureSessions:
+        raise FedheadError("Simulated sites send sums without masks.")
+
+    def masking(self, asked: Asked) -> Masking:
+        """Encode sums in the ring of secure summation, without masks: nothing leaves this process."""
+        terms = asked.session.values.get("terms")
+        if not isinstance(terms, int) or terms < 1:
+            raise MessageError("it does not say over how many sites its secure sum is")
+        return lambda arrays: layout_of(arrays).pack(arrays, terms)
+
+    def check_data(self, manifest: Manifest) -> None:
+        """Check nothing: `make_plan` has looked at all sites' data."""
+
+    def check(self, manifest: Manifest, probe: Tensor) -> None:
+        self._shared.check(manifest, probe)
+        if not self.num_allowed:
+            refuse_if_withheld(self.open(manifest).guarded)
+
+    def check_map(self, manifest: Manifest, mapping: FeatureMap | None) -> None:
+        if mapping is not None:
+            rows = self.open(manifest).guarded.num_rows
+            self._shared.guard.require_rows_for(mapping.width, mapping.plain, rows)
+
+    def keep_head(self, manifest: Manifest, head: Head, temperature: float, about: str) -> None:
+        """Keep nothing: a simulated site has no machine of its own."""
+
+    def open(self, manifest: Manifest) -> Holding:
+        if self._holding is None:
+            shared = self._shared
+            out = held_out(shared.keys[self._rows], manifest.holdout)
+            self._holding = hold(
+                self.name, self._rows, out, shared.data, shared.labels, shared.keys, shared.task, shared.guard
+            )
+        return self._holding

@@ -1,0 +1,177 @@
+import threading
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from fedhead.backbones import Backbone, load_backbone
+from fedhead.features import extraction
+from fedhead.features.extraction import CPU_BATCH, arranged, batch_size_for, fastest_batch, read_ahead
+
+
+def with_moved_norms(backbone: Backbone) -> Backbone:
+    """Give batch norms statistics other than 0 and 1, which folding would get right by leaving them out."""
+    generator = torch.Generator().manual_seed(0)
+    for module in backbone.module.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None and module.running_var is not None:
+            module.running_mean.copy_(torch.randn(module.num_features, generator=generator) * 0.1)
+            module.running_var.copy_(torch.rand(module.num_features, generator=generator) + 0.5)
+    return backbone
+
+
+def images(backbone: Backbone, rows: int = 3) -> torch.Tensor:
+    shape = backbone.preprocessing(backbone.preprocessing.probes()[0]).shape
+    return torch.randn(rows, *shape, generator=torch.Generator().manual_seed(1))
+
+
+def relative_difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).abs().max() / other.abs().max())
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "bundled:pixels",
+        "bundled:glyphnet",
+        "torchvision:resnet18",
+        "torchvision:squeezenet1_1",
+        "torchvision:mobilenet_v2",
+        "torchvision:shufflenet_v2_x0_5",
+        pytest.param("torchvision:densenet121", marks=pytest.mark.slow),
+        pytest.param("torchvision:vit_b_32", marks=pytest.mark.slow),
+    ],
+)
+def test_arranged_backbone_has_equal_features_and_digests(spec: str) -> None:
+    plain = with_moved_norms(load_backbone(spec, weights="random"))
+    weights = {name: tensor.clone() for name, tensor in plain.tensors().items()}
+    faster = arranged(plain, rows=1000)
+    batch = images(plain)
+    assert relative_difference(faster.features(batch), plain.features(batch)) < 1e-4
+    assert (faster.digest, faster.weights_digest) == (plain.digest, plain.weights_digest)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in plain.tensors().items())
+
+
+def test_norms_after_convolutions_are_folded_away() -> None:
+    backbone = load_backbone("torchvision:resnet18", weights="random")
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in arranged(backbone, 10).module.modules())
+
+
+def test_untraceable_module_is_unchanged() -> None:
+    class Untraceable(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
+
+        def forward(self, batch: torch.Tensor) -> torch.Tensor:
+            output: torch.Tensor = self.inner(batch)
+            return output if output.sum() > 0 else -output
+
+    glyphnet = load_backbone("bundled:glyphnet")
+    plain = with_moved_norms(Backbone("test:untraceable", Untraceable(), glyphnet.preprocessing))
+    batch = images(plain)
+    assert relative_difference(arranged(plain, 10).features(batch), plain.features(batch)) < 1e-4
+
+
+@pytest.mark.slow
+def test_compiled_features_and_short_last_batch() -> None:
+    plain = with_moved_norms(load_backbone("bundled:glyphnet"))
+    faster = arranged(plain, 10, compiled=True)
+    for rows in (8, 8, 3):
+        batch = images(plain, rows)
+        features = faster.features(batch)
+        assert features.shape == (rows, plain.num_features)
+        assert relative_difference(features, plain.features(batch)) < 1e-4
+
+
+def test_fallback_without_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def compile_nothing(module: nn.Module, **options: object) -> object:
+        def fail(batch: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("no C++ compiler")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    monkeypatch.setattr(extraction, "COMPILED_FROM", 10)
+    plain = load_backbone("bundled:glyphnet")
+    faster = arranged(plain, 10)
+    batch = images(plain)
+    for _ in range(2):
+        assert relative_difference(faster.features(batch), plain.features(batch)) < 1e-4
+    assert caplog.text.count("no C++ compiler") == 1
+
+
+def test_batch_size_is_fixed_on_cpu() -> None:
+    assert batch_size_for(load_backbone("bundled:glyphnet")) == CPU_BATCH
+
+
+@pytest.mark.parametrize(
+    ("memory", "saturated", "expected"), [(1024, 256, 256), (128, 1024, 128), (1024, 1024, 1024), (32, 64, 1)]
+)
+def test_batch_grows_while_it_gains_and_fits(memory: int, saturated: int, expected: int) -> None:
+    def seconds(rows: int) -> float:
+        if rows > memory:
+            raise torch.OutOfMemoryError
+        return max(rows, saturated) / 1000
+
+    assert fastest_batch(seconds, (64, 128, 256, 512, 1024)) == expected
+
+
+def test_read_ahead_is_ordered_and_bounded() -> None:
+    furthest = 0
+    lock = threading.Lock()
+
+    def read(row: int) -> int:
+        nonlocal furthest
+        time.sleep(0.002 if row % 3 else 0.006)
+        with lock:
+            furthest = max(furthest, row)
+        return row * row
+
+    for row, value in enumerate(read_ahead(read, range(40), ahead=5)):
+        assert value == row * row
+        with lock:
+            assert furthest <= row + 5
+    assert furthest == 39
+
+
+def test_failure_is_raised_at_its_own_row() -> None:
+    def read(row: int) -> int:
+        if row == 3:
+            raise OSError("row 3")
+        return row
+
+    rows = read_ahead(read, range(10), ahead=8)
+    assert [next(rows) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(OSError, match="row 3"):
+        next(rows)
+
+
+def test_closing_early_stops_threads_and_reading() -> None:
+    read: list[int] = []
+    rows = read_ahead(lambda row: read.append(row), range(10_000), ahead=4)
+    next(rows)
+    readers = [thread for thread in threading.enumerate() if thread.name == "read-ahead"]
+    rows.close()
+    for reader in readers:
+        reader.join(10)
+        assert not reader.is_alive()
+    assert readers
+    assert len(read) <= 5
+
+
+def test_hanging_read_does_not_delay_closing() -> None:
+    go_on, hangs = threading.Event(), threading.Event()
+
+    def read(row: int) -> int:
+        if row == 1:
+            hangs.set()
+            go_on.wait(60)
+        return row
+
+    rows = read_ahead(read, range(10), ahead=4)
+    assert next(rows) == 0
+    assert hangs.wait(10)
+    rows.close()
+    assert not go_on.is_set()
+    go_on.set()

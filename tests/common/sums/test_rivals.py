@@ -1,0 +1,74 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedhead.sums.calibration import losses_of
+from fedhead.sums.rivals import MOST_LOSS, RivalSums
+from fedhead.sums.targets import CLASSES
+
+TEMPERATURES = np.array([1.0, 0.7, 2.0])
+
+
+def rows_of(seed: int, count: int) -> tuple[list[Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(0, 4, (count,), generator=generator)
+    noise = [torch.randn(count, 4, generator=generator) * scale for scale in (1, 3, 40)]
+    return [one + torch.nn.functional.one_hot(targets, 4) * 2 for one in noise], targets
+
+
+def summed(logits: list[Tensor], targets: Tensor) -> RivalSums:
+    right = [int((one.argmax(1) == targets).sum()) for one in logits]
+    return RivalSums.from_logits(logits, targets, right, TEMPERATURES)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**31), st.lists(st.integers(0, 2), min_size=2, max_size=40))
+def test_sums_of_sites_are_those_of_all_rows(seed: int, owners: list[int]) -> None:
+    logits, targets = rows_of(seed, len(owners))
+    sites = [torch.tensor(owners) == site for site in range(3)]
+    total = RivalSums.zeros(3)
+    for own in sites:
+        total += summed([one[own] for one in logits], targets[own])
+    expected = summed(logits, targets).to_arrays()
+    for name, array in total.to_arrays().items():
+        np.testing.assert_allclose(array, expected[name], rtol=1e-11, atol=1e-11)
+    again = RivalSums.from_arrays(total.to_arrays(), RivalSums.zeros(3))
+    assert again.rows == len(owners)
+
+
+def test_a_gain_is_that_of_paired_rows() -> None:
+    logits, targets = rows_of(3, 200)
+    losses = [
+        losses_of(one.double() / float(at), targets, CLASSES).clamp(max=MOST_LOSS).numpy()
+        for one, at in zip(logits, TEMPERATURES, strict=True)
+    ]
+    difference = losses[1] - losses[0]
+    mean, error = summed(logits, targets).gain(0, 1)
+    assert mean == pytest.approx(difference.mean())
+    assert error == pytest.approx(difference.std(ddof=1) / 200**0.5)
+    assert summed(logits, targets).gain(1, 0)[0] == pytest.approx(-mean)
+    assert RivalSums.zeros(3).gain(0, 1) == (0.0, np.inf)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rows", -1),
+        ("right", 300),
+        ("right", -1),
+        ("losses", np.nan),
+        ("losses", 1e12),
+        ("losses", -1.0),
+        ("curves", 1e12),
+        ("products", 0.0),
+        ("products", 1e12),
+    ],
+)
+def test_what_no_rows_can_have_is_refused(name: str, value: float) -> None:
+    arrays = {key: array.copy() for key, array in summed(*rows_of(1, 50)).to_arrays().items()}
+    arrays[name][..., 0] = value
+    with pytest.raises(ValueError, match=name if name not in ("rows", "right") else "rows"):
+        RivalSums.from_arrays(arrays, RivalSums.zeros(3))

@@ -1,0 +1,130 @@
+"""Heads that are chosen by comparison on held-out rows."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedhead.config import RunConfig
+from fedhead.data import Samples, load_samples, samples_from_arrays
+from fedhead.errors import UserError
+from fedhead.membership import join, leave
+from fedhead.model import TransferModel
+from fedhead.server.selection import Rival, choose_map, choose_round
+from fedhead.simulations import simulate
+from fedhead.sums.calibration import TEMPERATURES
+from fedhead.sums.rivals import RivalSums
+
+OFF = {"min_class_count": 0, "min_rows": 0}
+ROWS = 400
+SITES = [np.arange(start, ROWS, 4) for start in range(4)]
+
+RIVALS = [
+    Rival("lda on plain features", {}, "plain"),
+    Rival("lda-gcv on unit", {}, "basis"),
+    Rival("lda-gcv on landmarks", {}, lifted=True, counts_errors=True),
+    Rival("ridge on landmarks", {}, lifted=True),
+]
+
+
+def sums_of(losses: list[float], errors: list[int], rows: int = 100) -> RivalSums:
+    """Sums over rows with constant losses."""
+    each = np.array(losses)
+    curves = np.repeat(each[:, None] * rows, len(TEMPERATURES), axis=1)
+    return RivalSums(rows, curves, each * rows, np.outer(each, each) * rows, rows - np.array(errors))
+
+
+@pytest.mark.parametrize(
+    ("losses", "errors", "taken"),
+    [
+        ([0.40, 0.35, 0.30, 0.33], [20, 20, 20, 20], 2),
+        ([0.40, 0.35, 0.34, 0.345], [20, 20, 20, 20], 2),
+        # Within 2 % of the best without a lift.
+        ([0.40, 0.35, 0.346, 0.345], [20, 20, 20, 20], 1),
+        ([0.34, 0.35, 0.346, 0.345], [20, 20, 20, 20], 0),
+        # A lifted discriminant with few errors is not trusted; ridge is.
+        ([0.40, 0.35, 0.10, 0.33], [20, 20, 9, 9], 3),
+        ([0.40, 0.35, 0.10, 0.35], [20, 20, 9, 9], 1),
+    ],
+)
+def test_a_lift_must_be_clearly_better(losses: list[float], errors: list[int], taken: int) -> None:
+    chosen, choice = choose_map(RIVALS, sums_of(losses, errors))
+    assert chosen == taken
+    assert choice.taken == RIVALS[taken].name
+    assert f"{losses[taken]:.4f}" in choice.reason
+    assert json.loads(json.dumps(choice.to_dict()))["rivals"][taken]["loss"] == pytest.approx(losses[taken])
+
+
+def test_nothing_is_taken_without_held_out_rows() -> None:
+    assert choose_map(RIVALS, RivalSums.zeros(4))[0] == 0
+    assert choose_round(RIVALS[:2], RivalSums.zeros(2))[0] == 0
+
+
+def test_rounds_must_be_better_by_a_standard_error() -> None:
+    generator = np.random.default_rng(0)
+    solved = generator.uniform(0, 1, 400)
+    for gain, taken in ((0.1, 1), (0.002, 0), (-0.1, 0)):
+        noise = generator.normal(0, 0.2, 400)
+        trained = solved - gain + noise - noise.mean()
+        both = np.stack([solved, trained])
+        sums = RivalSums(400, np.zeros((2, len(TEMPERATURES))), both.sum(1), both @ both.T, np.array([300, 300]))
+        assert choose_round(RIVALS[:2], sums)[0] == taken
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def digits(rows: Any) -> Samples:
+    whole = load_samples("digits")
+    chosen = [int(row) for row in rows]
+    return samples_from_arrays([whole.read(row) for row in chosen], [str(whole.labels[row]) for row in chosen])
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_run_takes_the_best_features_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedhead.server.maps.AUTO_LIFT", "landmarks:96")
+    samples = digits(range(ROWS))
+    result = simulate(RunConfig(rounds=0, lift="auto", simulation=OFF), samples, list(SITES), out="run")
+    (choice,) = result.outcome.choices
+    names = [one["name"] for one in choice["rivals"]]
+    assert names[0] == "lda on plain features"
+    assert {"lda-gcv on landmarks:96", "ridge on landmarks:96"} < set(names)
+    losses = {one["name"]: one["loss"] for one in choice["rivals"]}
+    linear = min(losses[name] for name in names[:2])
+    assert losses[choice["taken"]] <= linear
+    # What was measured of the taken head is what the run reports of it.
+    assert result.history[0].score == pytest.approx(
+        next(one["score"] for one in choice["rivals"] if one["name"] == choice["taken"])
+    )
+    saved = RunConfig.from_toml(Path("run/run.toml"))
+    assert (saved.lift, saved.init) == (result.config.lift, result.config.init)
+    assert saved.lift != "auto"
+    assert json.loads(Path("run/result.json").read_text())["choices"] == [choice]
+    assert not [path.name for path in Path("run").iterdir() if path.name.startswith("sums.")]
+    # Sites leave and join on the features that were taken.
+    leave("run", "site-2")
+    join("run", "site-2", digits(SITES[2]), **OFF)
+    items = [samples.read(row) for row in range(30)]
+    again = TransferModel.load("run", result.model.backbone)
+    torch.testing.assert_close(again.answers(items), result.model.answers(items), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_lifts_are_left_out_if_a_site_has_too_few_rows() -> None:
+    guard = {"min_class_count": 0, "min_rows": 20}
+    # 1,024 of 192 features ask for 107 rows, and each site has 100.
+    result = simulate(RunConfig(rounds=0, lift="auto", simulation=guard), digits(range(ROWS)), list(SITES), out="run")
+    (choice,) = result.outcome.choices
+    assert "Lifts are left out: 4 sites cannot take part." in choice["reason"]
+    assert [one["name"].rpartition(" on ")[2] for one in choice["rivals"]] == ["plain features", "unit"]
+    assert len(result.outcome.participants) == 4
+
+
+def test_a_lift_is_chosen_for_linear_classifiers_only() -> None:
+    with pytest.raises(UserError, match="linear classifiers only"):
+        simulate(RunConfig(rounds=0, lift="auto", head="cosine"), digits(range(60)), 2)
