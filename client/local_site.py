@@ -63,7 +63,8 @@ def site_of(
         receiver=receiver,
         noise=Noise(
             Accounts(accounts_path(ledger), settings.privacy.epsilon, settings.privacy.delta),
-            own=True,
+            own=settings.privacy.noise == "own",
+            max_colluding=settings.privacy.max_colluding,
             unit=settings.privacy.unit,
             required=settings.privacy.require in ("dp", "both"),
         ),

@@ -161,6 +161,11 @@ class Privacy(_Table):
         description="Privacy budget of the site's rows for their lifetime, by account; 0 refuses private runs.",
     )
     delta: float = Field(1e-5, gt=0, lt=1, description="Delta of the privacy budget; below 1 / rows.")
+    noise: Literal["shared", "own"] = Field(
+        "shared",
+        description="Whether the sites of a secure sum may share the noise ('shared'), or this site takes part only "
+        "where each site adds all of it ('own').",
+    )
     unit: Literal["row", "group"] = Field(
         "row", description="What differential privacy protects at least: a 'row', or a 'group' such as a patient."
     )

@@ -286,7 +286,7 @@ class LocalSite:
         self.summation.check(manifest)
         require_kind(manifest.backbone, manifest.kind, self.samples.kind)
         self.training.check(manifest.local)
-        self.noise.check(manifest.privacy, manifest.run)
+        self.noise.check(manifest)
         task = make_task(manifest.task, manifest.classes)
         targets = self._targets(task)
         every = np.arange(len(targets))

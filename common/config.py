@@ -110,7 +110,14 @@ class PrivacyConfig(_Table):
     )
     noise: Literal["shared", "own"] = Field(
         "shared",
-        description="Noise: 'shared' by all sites (secure summation, simulation), or each site's 'own'.",
+        description="Noise: 'shared' by all sites, which needs secure_sum at real sites, or each site's 'own'.",
+    )
+    max_colluding: int = Field(
+        1,
+        ge=0,
+        le=100_000,
+        description="Sites that may collude with the coordinator: secure sums hide the others' values from them, and "
+        "shared noise is enough without theirs.",
     )
     clip: Literal["unit"] = Field("unit", description="Bound of a row's features: 'unit', every row has norm 1.")
     evaluate: float = Field(

@@ -58,6 +58,11 @@ def prepare(config: RunConfig) -> Preparation:
     config = with_classes(config).settled()
     strategy = build_strategy(config.strategy)
     config = private_settings(config, strategy)
+    if config.privacy.on and config.privacy.noise == "shared" and not config.privacy.secure_sum:
+        raise UserError(
+            "Real sites share the noise of a private run under secure summation only: set secure_sum = true under "
+            '[privacy] (--secure-sum), or noise = "own" (--noise own), which is more noise.'
+        )
     backbone = load_backbone(config.backbone, weights=config.weights, layer=config.layer, seed=config.seed)
     return Preparation(config, backbone, strategy)
 

@@ -114,7 +114,14 @@ class Coordinator:
             self._messenger.summation = (
                 RingSum(self._messenger)
                 if members is None
-                else MaskedSum(self._messenger, members, self.manifest, self.observer, config.min_sites)
+                else MaskedSum(
+                    self._messenger,
+                    members,
+                    self.manifest,
+                    self.observer,
+                    config.min_sites,
+                    config.privacy.max_colluding,
+                )
             )
         # Taken once: sites sum about the mean of the very features that they are sent.
         self._probe = probe = backbone.probe()

@@ -14,7 +14,7 @@ from fedhead.secure.layout import Layout
 from fedhead.secure.messages import Opening, sealed_to_array, shares_from_arrays, signature_from_arrays
 from fedhead.secure.replies import layout_of, purpose_of, with_session
 from fedhead.secure.roster import Roster
-from fedhead.secure.session import MIN_SITES, Context
+from fedhead.secure.session import MIN_SITES, Context, threshold_for
 from fedhead.server.exchange import Exchange
 from fedhead.server.messenger import Addresses, Messenger, Reply
 from fedhead.server.observer import Observer
@@ -38,13 +38,21 @@ class MaskedSum:
         manifest: of the run.
         observer: is told of each exchange.
         min_sites: of the run; a sum that fails is tried again at once only with so many of the sites asked.
+        max_colluding: the number of sites that may collude with the coordinator.
     """
 
     def __init__(
-        self, messenger: Messenger, roster: Roster, manifest: Manifest, observer: Observer, min_sites: int = MIN_SITES
+        self,
+        messenger: Messenger,
+        roster: Roster,
+        manifest: Manifest,
+        observer: Observer,
+        min_sites: int = MIN_SITES,
+        max_colluding: int = 0,
     ) -> None:
         self._messenger = messenger
         self._min_sites = max(min_sites, MIN_SITES)
+        self._max_colluding = max_colluding
         self._roster = roster
         self._manifest = manifest
         self._observer = observer
@@ -58,6 +66,8 @@ class MaskedSum:
         for _ in range(ATTEMPTS):
             left = {site: node for site, node in nodes.items() if site not in exchange.dropped}
             if len(left) < max(MIN_SITES, min(self._min_sites, len(nodes))):
+                break
+            if self._threshold(len(left), payload) > len(left):
                 break
             try:
                 session = self._propose(left, action, payload, layout)
@@ -77,7 +87,14 @@ class MaskedSum:
 
     def _propose(self, nodes: Mapping[str, int], action: str, payload: Payload, layout: Layout) -> SecureSum:
         purpose = purpose_of(self._manifest, action, payload)
-        return SecureSum(Context.propose(self._roster, list(nodes), layout, purpose), self._roster)
+        threshold = self._threshold(len(nodes), payload)
+        return SecureSum(Context.propose(self._roster, list(nodes), layout, purpose, threshold), self._roster)
+
+    def _threshold(self, sites: int, payload: Payload) -> int:
+        """Return the threshold of a sum; that of noisy sums is such that enough of the noise is in them."""
+        terms = self._manifest.privacy
+        noises = int(payload.values.get("parties", 0)) if terms is not None and terms.noise == "shared" else 0
+        return threshold_for(sites, self._max_colluding, noises)
 
 
 class _Session:

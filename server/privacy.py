@@ -7,13 +7,19 @@ from flwr.serverapp.strategy import Strategy
 
 from fedhead.config import RunConfig
 from fedhead.errors import UserError
+from fedhead.secure.session import MIN_SITES
 from fedhead.server.strategies import averages
 from fedhead.wording import listed
 
 logger = logging.getLogger(__name__)
 
-LEAST_SITES = 3
-"""Of two sites, each learns the other's sums by subtracting its own from the total."""
+
+def least_sites(max_colluding: int) -> int:
+    """Return the least number of sites of a secure sum: two others than those that collude, and three in all.
+
+    Of two sites, each learns the other's sums by subtracting its own from the total.
+    """
+    return max(MIN_SITES, max_colluding + 2)
 
 
 def private_settings(config: RunConfig, strategy: Strategy) -> RunConfig:
@@ -44,22 +50,25 @@ def private_settings(config: RunConfig, strategy: Strategy) -> RunConfig:
         "Secure summation is on: the coordinator learns sums over all sites only. The run keeps no site's sums, so "
         "sites cannot join or leave it later; the report has no figures of single sites and no diagnosis."
     )
-    return config.changed({"keep_sums": "total", "diagnose": False, "min_sites": max(config.min_sites, LEAST_SITES)})
+    least = max(config.min_sites, least_sites(config.privacy.max_colluding))
+    return config.changed({"keep_sums": "total", "diagnose": False, "min_sites": least})
 
 
 def require_enough_sites(config: RunConfig, sites: int, strategy: Strategy) -> None:
     """Check that every exchange of a run with a known number of sites sums over enough of them.
 
     Raises:
-        UserError: if secure summation is on and a round would have fewer than `LEAST_SITES` sites.
+        UserError: if secure summation is on and a round would have too few sites.
     """
     if not config.privacy.secure_sum:
         return
     share = float(getattr(strategy, "fraction_train", 1.0))
     trained = max(int(sites * share), int(getattr(strategy, "min_train_nodes", 0)))
-    if min(sites, trained) < LEAST_SITES:
+    least = least_sites(config.privacy.max_colluding)
+    if min(sites, trained) < least:
+        against = f" to hold against {config.privacy.max_colluding} that collude" if least > MIN_SITES else ""
         raise UserError(
-            f"Secure summation needs {LEAST_SITES} sites or more in every exchange, and a round of this run has "
+            f"Secure summation needs {least} sites or more in every exchange{against}, and a round of this run has "
             f"{min(sites, trained)}: add sites, or leave secure_sum off."
         )
 

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,8 @@ from fedhead.privacy.heads import NoisySums, solve_noisy, temperature_of
 from fedhead.privacy.mechanism import Mechanism
 from fedhead.privacy.stages import BINS, CENTRE_SHARE, LOSS_LIMIT, better_solver, centre_of
 from fedhead.protocol.actions import PRIVATE
-from fedhead.protocol.private import LARGEST_WEIGHT, NoisyReply, PrivateRequest
+from fedhead.protocol.private import LARGEST_WEIGHT, NoisyReply, PrivacyTerms, PrivateRequest
+from fedhead.secure.session import threshold_for
 from fedhead.server.collect import Question, collect
 from fedhead.server.coordinator import Coordinator
 from fedhead.server.exchange import Exchange
@@ -27,6 +28,9 @@ from fedhead.sums.sums import Arrays
 logger = logging.getLogger(__name__)
 
 _NORMAL = 1.96
+
+_SETTLED = "settled"
+"""In a checkpoint, the entry that says how many sites' noises add up."""
 
 
 class PrivateCoordinator(Coordinator):
@@ -38,7 +42,7 @@ class PrivateCoordinator(Coordinator):
     """
 
     def run(self) -> Outcome:
-        """Run to the end. A run that failed starts again: sites answer equal requests by their stored replies.
+        """Run to the end, or from the first release that the checkpoint lacks.
 
         Raises:
             FedheadError: if too few sites can take part, or replies of an exchange are missing.
@@ -47,10 +51,9 @@ class PrivateCoordinator(Coordinator):
         self._exchange.add_traffic(self._await_sites(0))
         terms = self.manifest.privacy
         assert terms is not None
-        self._parties = len(self._roster.nodes)
-        self._deviations = math.sqrt(self._parties) if terms.noise == "own" else 1.0
+        self._parties = self._settle_parties(terms)
         self.observer.on_step("statistics", 0)
-        solved = solve_private(self._ask, terms.mu, len(self.config.classes), self._deviations)
+        solved = solve_private(self._ask, terms.mu, len(self.config.classes))
         self.observer.on_step("evaluate", 0)
         evaluation = self._evaluate(terms.spends("held_out"), solved) if terms.evaluate else {}
         spent = {
@@ -58,6 +61,9 @@ class PrivateCoordinator(Coordinator):
             "delta": terms.delta,
             "unit": terms.unit,
             "noise": terms.noise,
+            "secure_sum": self.config.privacy.secure_sum,
+            "parties": self._parties,
+            "max_colluding": terms.max_colluding,
             "solver": solved.solver,
             "accounts": {
                 "training rows": _account(terms.mu, terms.delta),
@@ -68,30 +74,64 @@ class PrivateCoordinator(Coordinator):
             solved.head(self.backbone.probe()), {**spent, **({"evaluation": evaluation} if evaluation else {})}
         )
 
+    def _settle_parties(self, terms: PrivacyTerms) -> int:
+        """Return the number of sites whose noises add up to the variance; a resumed run keeps it.
+
+        Under secure summation these are the sites that are in every sum and do not collude.
+        """
+        saved = self.checkpoint.releases if self.checkpoint is not None else {}
+        if _SETTLED in saved:
+            return int(saved[_SETTLED][0]["parties"])
+        sites = len(self._roster.nodes)
+        if terms.noise == "own":
+            parties = 1
+        elif self._messenger.summation is None:
+            parties = sites
+        else:
+            least = sites if self._messenger.in_process else min(sites, self.config.min_sites)
+            parties = threshold_for(least, terms.max_colluding) - terms.max_colluding
+        self._keep(_SETTLED, {"parties": parties}, {})
+        return parties
+
+    def _keep(self, name: str, values: Mapping[str, Any], arrays: Arrays) -> None:
+        if self.checkpoint is not None and not self._messenger.in_process:
+            self.checkpoint.record_release(name, values, arrays)
+
     def _evaluate(self, mu: float, solved: "Solved") -> dict[str, Any]:
         arrays = {"shift": solved.shift, "weight": solved.weight, "bias": solved.bias}
-        request = PrivateRequest("evaluation", mu, {name: array.numpy() for name, array in arrays.items()})
-        mechanism, sums = self._ask(request)
-        return evaluation_of(sums, {name: self._deviations * mechanism.sigma(name) for name in mechanism.arrays})
+        released = self._ask(PrivateRequest("evaluation", mu, {name: array.numpy() for name, array in arrays.items()}))
+        return evaluation_of(released.sums, {name: released.sigma(name) for name in released.mechanism.arrays})
 
-    def _ask(self, request: PrivateRequest) -> tuple[Mechanism, Arrays]:
-        """Return the mechanism of a release, and the noisy sums over all sites.
+    def _ask(self, request: PrivateRequest) -> "Released":
+        """Return the noisy sums over all sites, from the checkpoint if it has them.
 
         Raises:
-            FedheadError: if a site's reply is missing.
+            FedheadError: if a site's reply is missing, or under secure summation too many are.
         """
         mechanism = request.mechanism(len(self.config.classes), self.backbone.num_features)
-        content = PrivateRequest(request.stage, request.mu, request.arrays, request.step, self._parties).to_content()
-        question = Question(PRIVATE, content, NoisyReply.zeros(mechanism))
+        asked = replace(request, parties=self._parties)
+        key = asked.key(self.manifest.model_dump_json(), self._parties)
+        if self.checkpoint is not None and key in self.checkpoint.releases:
+            known, sums = self.checkpoint.releases[key]
+            return Released(mechanism, sums, float(known["deviations"]))
+        self._exchange.add_traffic(self._await_sites(0))
+        question = Question(PRIVATE, asked.to_content(), NoisyReply.zeros(mechanism))
         collected = collect(self._messenger, self._roster.nodes, question, self._roster.rows)
         self._exchange.include(collected.exchange)
-        if collected.exchange.dropped:
+        secure, missing = self._messenger.summation is not None, collected.exchange.dropped
+        if not collected.replies or (missing and not secure):
             # Without one site's noise the others' would be too little, or the sums of other rows than before.
+            hint = f" {self.checkpoint.hint}" if self.checkpoint is not None else ""
             raise FedheadError(
-                f"A private run needs every site's reply, and some are missing.{collected.exchange.first_reasons()} "
-                "Start it again: sites repeat the replies that they have given, and spend nothing for them."
+                f"A private run needs {'enough sites' if secure else 'every site'} in a sum, and some are missing."
+                f"{collected.exchange.first_reasons()} Sites repeat the replies that they have given, and spend "
+                f"nothing for them.{hint}"
             )
-        return mechanism, collected.total.arrays
+        self._skip_late(collected.exchange)
+        sites = len(self._roster.nodes) if not secure else len(collected.sites)
+        released = Released(mechanism, collected.total.arrays, math.sqrt(sites / self._parties))
+        self._keep(key, {"deviations": released.deviations}, released.sums)
+        return released
 
     def _outcome(self, head: UnitHead, privacy: Mapping[str, Any]) -> Outcome:
         evaluation = privacy.get("evaluation", {})
@@ -146,26 +186,45 @@ class Solved:
         return UnitHead.from_parts(self.weight, self.bias, probe.cpu().double().mean(0).float(), self.shift)
 
 
-Ask = Callable[[PrivateRequest], tuple[Mechanism, Arrays]]
-"""Returns the mechanism of a release, and the noisy sums over all sites."""
+@dataclass(frozen=True)
+class Released:
+    """Noisy sums over all sites.
+
+    Attributes:
+        mechanism: that the account is charged for.
+        sums: by name.
+        deviations: how many times the mechanism's noise is in the sums: more than once if sites add more than their
+            part of it, because others could be lost or collude, or because each adds all of it.
+    """
+
+    mechanism: Mechanism
+    sums: Arrays
+    deviations: float = 1.0
+
+    def sigma(self, name: str) -> float:
+        """Return the standard deviation of the noise in one array."""
+        return self.deviations * self.mechanism.sigma(name)
 
 
-def solve_private(ask: Ask, mu: float, classes: int, deviations: float = 1.0) -> Solved:
+Ask = Callable[[PrivateRequest], Released]
+"""Makes a release."""
+
+
+def solve_private(ask: Ask, mu: float, classes: int) -> Solved:
     """Solve a head from two releases: the centre of the rows, and sums about it.
 
     Args:
         ask: makes the releases.
         mu: that both may spend.
         classes: `C`.
-        deviations: how many times a mechanism's own noise is in the sums: more than once if each site adds all of it.
     """
-    mechanism, sums = ask(PrivateRequest("centre", mu * math.sqrt(CENTRE_SHARE)))
-    count = float(sums["count"][0])
-    shift = centre_of(count, sums["total"], deviations * mechanism.sigma("total")).astype(np.float32)
+    released = ask(PrivateRequest("centre", mu * math.sqrt(CENTRE_SHARE)))
+    count = float(released.sums["count"][0])
+    shift = centre_of(count, released.sums["total"], released.sigma("total")).astype(np.float32)
     rest = mu * math.sqrt(1 - CENTRE_SHARE)
-    solver = better_solver(count, classes, rest / deviations)
-    mechanism, sums = ask(PrivateRequest(solver, rest, {"shift": shift}))
-    sigmas = [deviations * mechanism.sigma(name) for name in mechanism.arrays]
+    solver = better_solver(count, classes, rest / released.deviations)
+    released = ask(PrivateRequest(solver, rest, {"shift": shift}))
+    sums, sigmas = released.sums, [released.sigma(name) for name in released.mechanism.arrays]
     gram = torch.from_numpy(sums["gram"]) if "gram" in sums else None
     noisy = NoisySums(torch.from_numpy(sums["counts"]), torch.from_numpy(sums["sums"]), gram, *sigmas)
     head = solve_noisy(noisy)

@@ -445,6 +445,13 @@ releases_per_day = 5000
 require = "none"
 min_sites = 3
 max_colluding = 1
+# Differential privacy: require = "dp", or "both", takes part in runs with calibrated noise only. epsilon is the budget
+# of this site's rows for their lifetime; 0 refuses such runs. unit = "group" protects patients instead of rows.
+epsilon = 0.0
+delta = 1e-5
+unit = "row"
+# "shared": the sites of a secure sum may share the noise. "own": only runs in which each site adds all of it.
+noise = "shared"
 
 [permit]
 # What the coordinator may ask of this site. Without a line, the site refuses that and says so.

@@ -25,14 +25,12 @@ from fedhead.config import RunConfig
 from fedhead.data import IntArray
 from fedhead.errors import UserError
 from fedhead.heads import Head
-from fedhead.privacy.mechanism import Mechanism
 from fedhead.protocol.messages import Manifest
 from fedhead.protocol.private import PrivateRequest
-from fedhead.server.private_run import solve_private
+from fedhead.server.private_run import Released, solve_private
 from fedhead.simulations.sites import SharedData
 from fedhead.solvers import solve_head
 from fedhead.sums.features import FeatureStatistics
-from fedhead.sums.sums import Arrays
 
 SHADOWS, ATTACKED = 48, 8
 """Heads that the attacker solves, and heads that are attacked."""
@@ -136,9 +134,9 @@ def attack_membership(config: RunConfig, backbone: Backbone, shared: SharedData,
             "", own, np.zeros(len(own), np.bool_), shared.data, shared.labels, shared.keys, shared.task, Guard.off()
         )
 
-        def ask(request: PrivateRequest) -> tuple[Mechanism, Arrays]:
+        def ask(request: PrivateRequest) -> Released:
             mechanism = request.mechanism(len(config.classes), backbone.num_features)
-            return mechanism, mechanism.add_noise(private_sums([holding], agreed, request))
+            return Released(mechanism, mechanism.add_noise(private_sums([holding], agreed, request)))
 
         return solve_private(ask, terms.mu, len(config.classes)).head(shared.probe)
 

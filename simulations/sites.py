@@ -160,7 +160,7 @@ class SimulatedSite:
         terms = asked.session.values.get("terms")
         if not isinstance(terms, int) or terms < 1:
             raise MessageError("it does not say over how many sites its secure sum is")
-        return lambda arrays: layout_of(arrays).pack(arrays, terms)
+        return Masking(lambda arrays: layout_of(arrays).pack(arrays, terms), terms)
 
     def check_data(self, manifest: Manifest) -> None:
         """Check nothing: `make_plan` has looked at all sites' data."""

@@ -1,6 +1,6 @@
 """Secure summation, the last release step: sums leave as ring elements under masks, or not at all."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -61,8 +61,8 @@ def masking_of(site: "Site", asked: Asked) -> Masking:
     Raises:
         FedheadError: if it does not take part in the session.
     """
-    mask = site.masking(asked)
-    return lambda arrays: mask(asked.sums(arrays))
+    own = site.masking(asked)
+    return replace(own, encode=lambda arrays: own.encode(asked.sums(arrays)))
 
 
 class _Session(BaseModel):
@@ -137,7 +137,7 @@ class SecureSum(Step):
             masked: npt.NDArray[np.uint64] = reply["masked"]
             return masked
 
-        return mask
+        return Masking(mask, sessions.threshold(values.session))
 
     def leave(self, payload: Payload, release: Release) -> Payload:
         """Return a payload with the masked vector only; other replies pass unchanged.
@@ -152,7 +152,7 @@ class SecureSum(Step):
             if self.required:
                 raise FedheadError(f"{release.site} {_PLAIN}")
             return payload
-        return Payload({}, {SUM: release.masking(payload.arrays)})
+        return Payload({}, {SUM: release.masking.encode(payload.arrays)})
 
     def applies(self, manifest: Manifest) -> bool:
         return manifest.secure_sum

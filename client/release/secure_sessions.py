@@ -145,6 +145,16 @@ class SecureSessions:
             self._keep(database, state)
         return {"masked": state.masked(state.context.layout.pack(values(), len(state.context.sites)))}
 
+    def threshold(self, session: str) -> int:
+        """Return the least number of sites whose sum is opened in a session.
+
+        Raises:
+            SecureSumError: if the session is unknown, or has ended.
+            FedheadError: as `open` does.
+        """
+        with self._transaction() as database:
+            return self._state(database, session).context.threshold
+
     def agree(self, session: str, survivors: tuple[str, ...]) -> Reply:
         """Sign a set of survivors: `signature`.
 

@@ -38,6 +38,7 @@ class PrivacyTerms(BaseModel):
         delta: of each account.
         unit: whether single rows or groups of rows are protected.
         noise: whether the noises of all sites add up to the variance, or each site adds all of it.
+        max_colluding: the number of sites whose noise may be known to the coordinator, if it is shared.
         evaluate: the share of the held-out rows' `mu^2` that the evaluation spends.
     """
 
@@ -48,6 +49,7 @@ class PrivacyTerms(BaseModel):
     unit: Literal["row", "group"]
     noise: Literal["shared", "own"]
     evaluate: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+    max_colluding: Annotated[int, Field(ge=0, le=MOST_PARTIES, strict=True)] = 1
 
     @property
     def mu(self) -> float:
@@ -84,7 +86,7 @@ class PrivateRequest:
         mu: that the release spends.
         arrays: `shift` `[d]`, except for the centre; for an evaluation also `weight` `[C, d]`, `bias` `[C]`.
         step: tells repeated releases of one stage apart.
-        parties: the number of sites whose noises add up, for simulated sites; a real site decides by itself.
+        parties: the number of sites whose noises add up to the variance, where sites share it; a real site checks it.
     """
 
     stage: Stage
@@ -110,9 +112,14 @@ class PrivateRequest:
         """
         return mechanism(self.stage, self.mu, classes, features)
 
-    def key(self, manifest: str) -> str:
-        """Return the digest of a run's manifest, as JSON, and this request: equal requests get equal replies."""
-        digest = hashlib.sha256(json.dumps([manifest, self.stage, self.mu, self.step]).encode())
+    def key(self, manifest: str, parties: int) -> str:
+        """Return the digest of a run's manifest, as JSON, and this request: equal requests get equal replies.
+
+        Args:
+            manifest: of the run.
+            parties: the number of sites whose noises add up, as the site found it: one reply has noise for it alone.
+        """
+        digest = hashlib.sha256(json.dumps([manifest, self.stage, self.mu, self.step, parties]).encode())
         for name in sorted(self.arrays):
             digest.update(name.encode() + np.ascontiguousarray(self.arrays[name], "<f4").tobytes())
         return digest.hexdigest()

@@ -12,8 +12,19 @@ from fedhead.protocol.messages import Manifest, Payload
 from fedhead.protocol.private import PrivateRequest
 from fedhead.sums.sums import Arrays
 
-Masking = Callable[[Arrays], npt.NDArray[np.uint64]]
-"""Encodes one site's arrays for a secure sum, and masks them; raises a `FedheadError` if it may or can not."""
+
+@dataclass(frozen=True)
+class Masking:
+    """One site's part in a secure sum.
+
+    Attributes:
+        encode: encodes the site's arrays, and masks them; raises a `FedheadError` if it may or can not.
+        threshold: the least number of sites whose sum is opened.
+    """
+
+    encode: Callable[[Arrays], npt.NDArray[np.uint64]]
+    threshold: int
+
 
 Part = Literal["train", "held_out"]
 """The rows behind a reply: the site's training rows or its held-out rows."""

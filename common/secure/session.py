@@ -42,6 +42,17 @@ def most_colluding(count: int, threshold: int) -> int:
     return min(2 * threshold - count - 1, threshold - 2)
 
 
+def threshold_for(count: int, colluding: int = 0, noises: int = 0) -> int:
+    """Return the least threshold of `count` sites that is safe against some of them; it may be more than `count`.
+
+    Args:
+        count: the number of sites.
+        colluding: see `most_colluding`.
+        noises: the least number of survivors that do not collude, whose noises must add up.
+    """
+    return max(smallest_threshold(count), (count + colluding) // 2 + 1, colluding + 2, noises + colluding)
+
+
 @dataclass(frozen=True)
 class Purpose:
     """The values that a secure sum is about, as a site understands a request or a coordinator proposes it.

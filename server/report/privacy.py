@@ -6,6 +6,7 @@ from typing import Any
 
 from fedhead.server.report import charts
 from fedhead.server.report.layout import Figure, Table
+from fedhead.wording import counted
 
 
 def promise(privacy: Mapping[str, Any]) -> list[str]:
@@ -23,9 +24,17 @@ def promise(privacy: Mapping[str, Any]) -> list[str]:
         if privacy["noise"] == "shared"
         else "every reply of a site, and the model"
     )
+    shared = privacy["noise"] == "shared" and privacy.get("secure_sum")
+    covered = (
+        f" Each site added its part of the noise before its sums were masked: {privacy['parties']} parts are the "
+        f"stated noise, and so many are in every sum even if {counted(int(privacy['max_colluding']), 'site')} colluded "
+        "and left theirs out."
+        if shared
+        else ""
+    )
     certainty = 100 / (1 + math.exp(-epsilon))
     return [
-        f"Differential privacy was on: epsilon {epsilon:g}, delta {delta:g}. It covers {who}.",
+        f"Differential privacy was on: epsilon {epsilon:g}, delta {delta:g}. It covers {who}.{covered}",
         f"Adding or removing {one} changes the probability of any result by a factor of at most "
         f"{math.exp(epsilon):.2f}, except with probability {delta:g}. Someone who finds a row's presence as likely "
         f"as its absence is then at most {certainty:.0f} % certain of it.",

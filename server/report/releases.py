@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from fedhead.protocol.actions import ACTIONS
-from fedhead.secure.session import MIN_SITES, most_colluding, smallest_threshold
+from fedhead.secure.session import MIN_SITES, most_colluding, threshold_for
 from fedhead.server.report.layout import Section, Table
 from fedhead.server.report.privacy import attack_figure, attack_sentences, confusion, outcome, promise
 from fedhead.server.runs.record import RunRecord
@@ -27,8 +27,10 @@ _PLAIN = (
 
 def secure_sentences(record: RunRecord) -> list[str]:
     """Return sentences on secure summation: what it protected, and what it does not."""
-    sites = record.num_sites
-    colluding = most_colluding(sites, smallest_threshold(sites)) if sites >= MIN_SITES else 0
+    sites, privacy = record.num_sites, record.config.get("privacy", {})
+    threshold = threshold_for(sites, int(privacy.get("max_colluding", 0)))
+    colluding = most_colluding(sites, min(threshold, sites)) if sites >= MIN_SITES else 0
+    hides = "" if privacy.get("epsilon") else " (no noise was added)"
     protected = (
         "Secure summation was simulated: sums were added in its fixed-point arithmetic, and no masks were needed "
         "because nothing left the process. At real sites the same run shows the coordinator only totals over all sites."
@@ -39,7 +41,7 @@ def secure_sentences(record: RunRecord) -> list[str]:
     )
     return [
         protected,
-        "Not protected: what the totals and the final head reveal about rows (no noise was added), which sites took "
+        f"Not protected: what the totals and the final head reveal about rows{hides}, which sites took "
         "part, and the correctness of the totals. One site can falsify them within the bounds that the total is "
         "checked against, and cannot be identified.",
     ]

@@ -33,6 +33,9 @@ from fedhead.sums.heads import METRICS
 from fedhead.sums.sums import Arrays
 
 FORMAT = "fedhead-checkpoint-1"
+RELEASES = "releases.safetensors"
+"""The file of the noisy totals of a private run."""
+
 SECONDS = 1.0
 """At most so often is a run in one process written: its rounds take less than flushing a file to the disk."""
 
@@ -97,6 +100,7 @@ class Checkpoint:
     Attributes:
         run: by which sites know the run; the same when it is resumed.
         data: a digest of all features and targets, where the coordinator's process holds them; else empty.
+        releases: of a private run, the noisy totals so far with what is known of them, by name.
     """
 
     def __init__(
@@ -119,6 +123,7 @@ class Checkpoint:
             "backbone": backbone.digest,
         }
         self.data = ""
+        self.releases: dict[str, tuple[Mapping[str, Any], Arrays]] = {}
         self._heads: dict[int, str] = {}
         self._statistics_written = False
         self._next = 0.0
@@ -133,6 +138,7 @@ class Checkpoint:
             UserError: if the checkpoint is damaged, or of another configuration, strategy or backbone.
         """
         if not (self._path / "state.safetensors").is_file():
+            self._load_releases()
             self._folder.sums.clear()
             self._folder.rewind(0)
             return None
@@ -173,6 +179,41 @@ class Checkpoint:
         self._sweep()
         ended = time.monotonic()
         self._next = ended + max(SECONDS, (ended - started) / SHARE)
+
+    def record_release(self, name: str, values: Mapping[str, Any], arrays: Arrays) -> None:
+        """Write a noisy total of a private run: its sites' budgets do not allow another one.
+
+        Args:
+            name: of the release; the run is resumed under its id once one was written.
+            values: JSON types.
+            arrays: the total.
+
+        Raises:
+            UserError: if it may not be written.
+            FedheadError: if the disk is full.
+        """
+        self.releases[name] = (values, arrays)
+        about = {one: dict(known) for one, (known, _) in self.releases.items()}
+        packed = {f"{one}/{key}": array for one, (_, total) in self.releases.items() for key, array in total.items()}
+        write_atomically(
+            self._path / RELEASES, _pack({"identity": self._identity, "run": self.run, "releases": about}, packed)
+        )
+
+    def _load_releases(self) -> None:
+        """Read the noisy totals of a private run, if there are any, and go on under its id.
+
+        Raises:
+            UserError: if the file is damaged, or of another configuration, strategy or backbone.
+        """
+        if not (self._path / RELEASES).is_file():
+            return
+        values, arrays = _read(self._path / RELEASES)
+        self._require_same(values["identity"])
+        self.run = values["run"]
+        for name, known in values["releases"].items():
+            prefix = f"{name}/"
+            total = {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
+            self.releases[name] = (known, total)
 
     @property
     def hint(self) -> str:

@@ -86,7 +86,15 @@ def test_a_site_reads_its_settings_and_may_be_asked_everything(kits: Path) -> No
         "holdout": 0.2,
         "limits": {"min_class_count": 5, "min_rows": 20, "max_backbone_bytes": 2**32},
         "budget": {"releases_per_day": 5000},
-        "privacy": {"require": "none", "min_sites": 3, "max_colluding": 1},
+        "privacy": {
+            "require": "none",
+            "min_sites": 3,
+            "max_colluding": 1,
+            "epsilon": 0.0,
+            "delta": 1e-5,
+            "unit": "row",
+            "noise": "shared",
+        },
         "permit": {"actions": list(ACTIONS)},
         "backbones": {"allow": []},
     }

@@ -16,7 +16,7 @@ from fedhead.config import LocalConfig, RunConfig
 from fedhead.errors import FedheadError, UserError
 from fedhead.protocol.actions import DESCRIBE, STATISTICS, TRAIN
 from fedhead.protocol.messages import Manifest, Payload, StatisticsRequest
-from fedhead.protocol.steps import Release
+from fedhead.protocol.steps import Masking, Release
 from fedhead.secure.fixed_point import add
 from fedhead.secure.replies import additive, layout_of, purpose_of, restored, with_session, without_session
 from fedhead.secure.session import Purpose
@@ -167,7 +167,7 @@ def test_a_site_that_demands_masks_sends_nothing_in_the_clear() -> None:
     assert SecureSum().leave(sums, Release(STATISTICS, "here")) is sums
     description = Payload({"rows": 3})
     assert step.leave(description, Release(DESCRIBE, "here")) is description
-    left = step.leave(sums, Release(TRAIN, "here", masking=lambda arrays: np.zeros((2, 2), np.uint64)))
+    left = step.leave(sums, Release(TRAIN, "here", masking=Masking(lambda arrays: np.zeros((2, 2), np.uint64), 3)))
     assert set(left.arrays) == {"sum"}
     assert not left.values
 
