@@ -42,6 +42,6 @@ def test_a_killed_run_goes_on_with_the_features_that_were_taken(
     resumed = simulate(None, samples, list(SITES), out="killed", resume=True)
     assert resumed.config == undisturbed.config
     assert resumed.outcome.choices == undisturbed.outcome.choices
-    assert resumed.outcome.choices[0]["question"] == "Which features?"
+    assert resumed.outcome.choices[0]["question"] == "Features"
     first, second = resumed.model.head.state_dict(), undisturbed.model.head.state_dict()
     assert all(torch.equal(first[name], second[name]) for name in second)
