@@ -121,7 +121,7 @@ class TransferModel:
         Raises:
             UnreadableSampleError: naming the item that cannot be read.
         """
-        remaining = items_of(items, self.backbone.kind)
+        remaining = items_of(items, self.backbone.kind, getattr(self.backbone.preprocessing, "columns", ()))
         parts = []
         while batch := list(islice(remaining, batch_size)):
             features = self.backbone.features_of(batch)

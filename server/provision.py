@@ -198,7 +198,9 @@ def backbones_of(config: RunConfig) -> dict[str, str]:
 
     if config.backbone.startswith("python:"):
         return {config.backbone: "a function that the site calls"}
-    if config.backbone == "identity" or (config.backbone.startswith(PACKAGED) and config.weights == "default"):
+    if config.backbone in ("identity", "features") or (
+        config.backbone.startswith(PACKAGED) and config.weights == "default"
+    ):
         return {}
     backbone = load_backbone(config.backbone, weights=config.weights, layer=config.layer, seed=config.seed)
     weights = "" if backbone.trained else ", random weights"

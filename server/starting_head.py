@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedhead.backbones.identity import flags_of
 from fedhead.config import RunConfig
 from fedhead.errors import UserError
 from fedhead.heads import FeatureMap, Head, LinearHead, behind, make_head
@@ -106,7 +107,9 @@ class HeadForm:
         """
         head = self.make().double()
         project = projection_for(self.num_features, self.config.seed)
-        head.initial(self.init, self._generator(), PooledSolutions(stats, project, self.task.columns))
+        # Maps and projections mix numbers with flags.
+        flags = flags_of(self.config.backbone) if self.mapping is None and project is None else ()
+        head.initial(self.init, self._generator(), PooledSolutions(stats, project, self.task.columns, flags))
         return head
 
     def _generator(self) -> torch.Generator:

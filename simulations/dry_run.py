@@ -60,7 +60,7 @@ def _require_weights(config: RunConfig) -> None:
     Raises:
         UserError: if it does.
     """
-    if config.weights != "default" or config.backbone.startswith((*PACKAGED, "identity")):
+    if config.weights != "default" or config.backbone.startswith((*PACKAGED, "identity", "features")):
         return
     entry = entry_of(config.backbone)
     if entry is not None and entry.weights is None:

@@ -166,7 +166,8 @@ def make_plan(config: RunConfig, inputs: Inputs = Inputs()) -> Plan:
         tasks[given.task].require(one)
     named = load_samples(given.classes_from) if given.classes_from and not given.classes else samples
     task = make_task(given.task, given.classes or tasks[given.task].columns_of(named))
-    spec = identity_for(given.backbone, samples)
+    own = samples.spec.startswith("features:") and "backbone" not in given.model_fields_set
+    spec = identity_for("features" if own else given.backbone, samples)
     backbone = load_backbone(spec, weights=given.weights, layer=given.layer, seed=given.seed).to(device)
     for one in loaded:
         require_kind(backbone.spec, backbone.kind, one.kind)

@@ -30,7 +30,7 @@ backbone_sources: Registry[BackboneSource] = Registry(
     "backbone source",
     {
         name: f"fedhead.backbones.{name}"
-        for name in ("bundled", "hf", "identity", "python", "timm", "torchvision", "vectors")
+        for name in ("bundled", "features", "hf", "identity", "python", "timm", "torchvision", "vectors")
     },
 )
 
@@ -267,6 +267,11 @@ def split_spec(spec: str) -> tuple[str, str]:
         UserError: if a part is missing, or there is no such source.
     """
     source, colon, name = spec.partition(":")
+    if spec == "features":
+        raise UserError(
+            "The backbone features takes the number of embeddings in a row, and optionally the name of their encoder, "
+            "as in 'features:1024' or 'features:1024:uni'."
+        )
     if spec == "identity":
         raise UserError(
             "The backbone identity takes the columns of a table, but there is no table here: name the columns, "

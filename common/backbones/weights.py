@@ -15,7 +15,7 @@ from fedhead.backbones.catalogue import entry_of
 from fedhead.errors import FedheadError
 from fedhead.files import digest_file, disk_errors, flush, home, safe_name
 
-PACKAGED = ("bundled:", "identity:")
+PACKAGED = ("bundled:", "features:", "identity:")
 """Prefixes of specs whose weights, if any, come with the package."""
 
 _NO_ROOM = (

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +165,8 @@ def samples_from_numbers(
     by_name = {name: table[:, position].tolist() for position, name in enumerate(names)}
     numbers = NumberRows.of(by_name, lambda row: f"{spec}[{row}]")
     values = [numbers.read(row) for row in range(len(table))]
-    return _samples(values, "table", labels, classes, groups, sites, targets, spec, numbers.columns)
+    samples = _samples(values, "table", labels, classes, groups, sites, targets, spec, numbers.columns)
+    return replace(samples, incomplete=numbers.incomplete)
 
 
 def _samples(

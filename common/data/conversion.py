@@ -10,6 +10,7 @@ import numpy as np
 from fedhead.data.images import decode_image, read_image, to_image
 from fedhead.data.items import Columns, Item, Kind, TableRow, UnreadableSampleError
 from fedhead.data.labels import is_missing
+from fedhead.data.number_rows import expand, require_columns
 from fedhead.data.numbers import to_number
 from fedhead.data.positions import by_position, column_names
 from fedhead.data.texts import plain_text, read_text
@@ -51,12 +52,13 @@ def to_item(value: Any, kind: Kind, name: str, columns: Columns | None = None, *
 _WORDS: dict[Kind, str] = {"image": "an image", "text": "a text", "table": "a row of numbers"}
 
 
-def items_of(values: Any, kind: Kind) -> Iterator[Item]:
+def items_of(values: Any, kind: Kind, needed: Sequence[str] = ()) -> Iterator[Item]:
     """Yield items from values by position; a frame's rows are rows of numbers, or its single column holds the items.
 
     Args:
         values: any input of `by_position`, or any iterable, which is read lazily.
         kind: the kind of the items.
+        needed: the names of the numbers that a model needs, and of the levels of categorical columns.
 
     Raises:
         UnreadableSampleError: naming the value that is not such an item.
@@ -74,7 +76,36 @@ def items_of(values: Any, kind: Kind) -> Iterator[Item]:
     elif hasattr(values, "__len__") or isinstance(values, str | bytes | dict | set):
         values = by_position(values, "The items")
     for position, value in enumerate(values):
+        if kind == "table" and needed and (columns or isinstance(value, Mapping)):
+            row = (
+                value if isinstance(value, Mapping) else dict(zip(columns.names if columns else (), value, strict=True))
+            )
+            yield row_of(row, needed, f"item {position}")
+            continue
         yield to_item(value, kind, f"item {position}", columns)
+
+
+def row_of(values: Mapping[Any, Any], needed: Sequence[str], name: str) -> TableRow:
+    """Return a row of numbers from the values of its columns.
+
+    Args:
+        values: by column; other columns than the needed ones are ignored.
+        needed: the names of the numbers that a model needs, and of the levels of categorical columns.
+        name: the name of the row in messages.
+
+    Raises:
+        UnreadableSampleError: if a value is not a number.
+        UserError: if a column is missing.
+    """
+    named = {str(column): value for column, value in values.items()}
+    row, categories = expand(named, needed)
+    starts = tuple(f"{column}=" for column in categories)
+    kept = {
+        column: value for column, value in row.items() if column in needed or (starts and column.startswith(starts))
+    }
+    require_columns(list(named), [column for column in needed if not (starts and column.startswith(starts))])
+    read = _to_row(kept, name, None)
+    return TableRow(Columns(read.columns.names, categories), read.values)
 
 
 def is_frame(value: Any) -> bool:
@@ -147,7 +178,7 @@ def _to_row(value: Any, name: str, columns: Columns | None) -> TableRow:
             number = to_number(one)
         except (ValueError, OverflowError):
             raise UnreadableSampleError(f"{name} has {one!r} in the column {column!r}; expected a number.") from None
-        if number is None or not np.isfinite(number):
+        if number is not None and not np.isfinite(number):
             raise UnreadableSampleError(f"{name} has no finite number in the column {column!r}.")
-        row[position] = number
+        row[position] = np.nan if number is None else number
     return TableRow(columns, row)

@@ -2,17 +2,17 @@
 
 import glob
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedhead.data.conversion import to_item
+from fedhead.data.conversion import row_of, to_item
 from fedhead.data.images import read_image
 from fedhead.data.items import Item, Kind, UnreadableSampleError
 from fedhead.data.labels import is_missing
-from fedhead.data.number_rows import require_columns
+from fedhead.data.number_rows import require_columns, without_codes
 from fedhead.data.specs import decode_path, exists, split_options, to_path
 from fedhead.data.table_columns import Table, content_column, find_columns
 from fedhead.data.tables import OPTIONS, open_table
@@ -101,7 +101,7 @@ def _in_table(source: str, path: Path, options: dict[str, str], kind: Kind, colu
         raise UserError(f"There is no file {path}.")
     table = open_table(source, path, options)
     if kind == "table":
-        return _rows_of_numbers(table, columns)
+        return _rows_of_numbers(table, columns, options)
     content, column = content_column(table, _with_content(table, options, kind), str(path))
     if content not in ("path", kind):
         raise UserError(
@@ -137,10 +137,16 @@ def _cell(cell: Callable[[int], Any], row: int, kind: Kind, place: str, root: Pa
     return to_item(cell(row), kind, place, root=root)
 
 
-def _rows_of_numbers(table: Table, columns: Sequence[str]) -> list[Input]:
-    require_columns(table.columns, columns)
-    values = table.values(columns)
+def _rows_of_numbers(table: Table, columns: Sequence[str], options: Mapping[str, str]) -> list[Input]:
+    held = set(table.columns)
+    names = {column if column in held else column.partition("=")[0] for column in columns}
+    missing = [column for column in columns if column not in held and column.partition("=")[0] not in held]
+    require_columns(table.columns, missing)
+    named = sorted(names)
+    values: Mapping[str, Sequence[Any]] = dict(zip(named, table.values(named), strict=True))
+    if "missing" in options:
+        values = without_codes(values, options["missing"], table.columns)
     return [
-        Input(table.place(row), partial(to_item, dict(zip(columns, numbers, strict=True)), "table", table.place(row)))
-        for row, numbers in enumerate(zip(*values, strict=True))
+        Input(table.place(row), partial(row_of, dict(zip(named, cells, strict=True)), columns, table.place(row)))
+        for row, cells in enumerate(zip(*values.values(), strict=True))
     ]

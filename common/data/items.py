@@ -27,11 +27,15 @@ MODE = "fedhead.mode"
 class Columns:
     """Names of the numbers in a `TableRow`, shared by all rows of a table.
 
+    A categorical column `c` has a number for each of its levels `l`, named `c=l`: 1 in rows of the level, else 0.
+
     Attributes:
         names: `[d]`, distinct.
+        categories: the categorical columns.
     """
 
     names: tuple[str, ...]
+    categories: tuple[str, ...] = ()
 
     @cached_property
     def positions(self) -> dict[str, int]:
@@ -39,14 +43,23 @@ class Columns:
         return {name: position for position, name in enumerate(self.names)}
 
     @cached_property
+    def levels(self) -> IntArray:
+        """The positions of the levels of categorical columns."""
+        starts = tuple(f"{name}=" for name in self.categories)
+        found = [position for position, name in enumerate(self.names) if starts and name.startswith(starts)]
+        return np.array(found, dtype=np.int64)
+
+    @cached_property
     def by_name(self) -> IntArray:
-        """The positions in the order of the names, independent of the order of the columns."""
-        return np.array(sorted(range(len(self.names)), key=self.names.__getitem__), dtype=np.int64)
+        """The positions of the numbers in the order of their names, independent of the order of the columns."""
+        numbers = set(range(len(self.names))) - set(self.levels.tolist())
+        return np.array(sorted(numbers, key=self.names.__getitem__), dtype=np.int64)
 
     @cached_property
     def digest(self) -> bytes:
-        """SHA-256 of the sorted names."""
-        return hashlib.sha256(repr(sorted(self.names)).encode(errors="surrogatepass")).digest()
+        """SHA-256 of the sorted names of the numbers and of the categorical columns, but not of their levels."""
+        names = [self.names[position] for position in self.by_name] + sorted(self.categories)
+        return hashlib.sha256(repr(names).encode(errors="surrogatepass")).digest()
 
 
 @dataclass(frozen=True)
@@ -55,7 +68,7 @@ class TableRow:
 
     Attributes:
         columns: the names of the numbers.
-        values: `[d]` float64.
+        values: `[d]` float64; NaN for a missing number.
     """
 
     columns: Columns
@@ -89,8 +102,12 @@ def content_key(item: Item) -> int:
     elif isinstance(item, TableRow):
         digest.update(b"table ")
         digest.update(item.columns.digest)
+        numbers = item.values[item.columns.by_name]
         # Adding 0 turns -0 into 0.
-        digest.update((item.values[item.columns.by_name] + 0.0).tobytes())
+        digest.update(np.where(np.isnan(numbers), np.nan, numbers + 0.0).tobytes())
+        # Sites may have different levels, so only those of the row itself count.
+        active = [item.columns.names[position] for position in item.columns.levels if item.values[position] == 1]
+        digest.update(repr(sorted(active)).encode(errors="surrogatepass") if item.columns.categories else b"")
     else:
         digest.update(f"{item.mode} {item.size}".encode())
         digest.update(item.tobytes())

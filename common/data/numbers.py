@@ -55,13 +55,16 @@ def is_numeric(values: Sequence[Any]) -> bool:
     return found
 
 
-def column_of_numbers(values: Sequence[Any], column: str, place: Callable[[int], str]) -> FloatArray:
+def column_of_numbers(
+    values: Sequence[Any], column: str, place: Callable[[int], str], *, incomplete: bool = False
+) -> FloatArray:
     """Return a column as finite numbers `[n]`.
 
     Args:
         values: the values of the rows.
         column: the name of the column, for messages.
         place: the position of a row for readers, in messages.
+        incomplete: whether values may be missing; they become NaN.
 
     Raises:
         UserError: naming the first row whose value is missing, not a number, or not finite.
@@ -75,13 +78,15 @@ def column_of_numbers(values: Sequence[Any], column: str, place: Callable[[int],
                 f"{place(row)} has {value!r} in the column {column!r}; expected a number. Omit the column or "
                 "correct the value."
             ) from None
-        if number is None:
+        if number is None and incomplete:
+            number = np.nan
+        elif number is None:
             missing = sum(_is_none(one) for one in values)
             raise UserError(
                 f"{place(row)} has no value in the column {column!r} ({missing} of {len(values)} rows have none). Fill "
-                "in the values or remove these rows; missing numbers are not imputed."
+                "in the values or remove these rows."
             )
-        if not np.isfinite(number):
+        elif not np.isfinite(number):
             raise UserError(
                 f"{place(row)} has {value!r} in the column {column!r}, which is not a finite number; correct the value."
             )

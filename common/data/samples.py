@@ -19,6 +19,7 @@ sources: Registry[Callable[[str], "Samples"]] = Registry(
     {
         "csv": "fedhead.data.tables",
         "digits": "fedhead.data.arrays",
+        "features": "fedhead.data.features_file",
         "folder": "fedhead.data.folder",
         "hf": "fedhead.data.hub",
         "jsonl": "fedhead.data.tables",
@@ -88,6 +89,7 @@ class Samples:
         targets: `[n, K]` float64, finite real targets for regression; None for classes.
         target_names: `[K]`, the names of the targets; empty for classes.
         columns: `[d]`, the names of the numbers in each row, for the kind "table"; otherwise empty.
+        incomplete: the columns with missing numbers.
         former: the fingerprint of the previous version, if it differs.
         left_out: unused parts of the data.
         cautions: sentences on ambiguous data and its interpretation.
@@ -106,6 +108,7 @@ class Samples:
     targets: FloatArray | None = None
     target_names: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
+    incomplete: tuple[str, ...] = ()
     former: Former | None = None
     left_out: tuple[LeftOut, ...] = ()
     cautions: tuple[str, ...] = ()

@@ -65,9 +65,10 @@ def content_column(table: Table, options: Mapping[str, str], spec: str) -> tuple
     wanted = options.get("kind")
     if wanted not in (None, "image", "text", "table"):
         raise UserError(f"{spec} has the kind {wanted!r}; expected image, text or table.")
-    if (wanted == "table" or "features" in options) and named:
+    of_numbers = wanted == "table" or bool({"features", "categories"} & options.keys())
+    if of_numbers and named:
         raise UserError(f"{spec} names a column for {named[0]}, and rows of numbers; expected one of them.")
-    if wanted == "table" or "features" in options:
+    if of_numbers:
         return "table", ""
     if wanted is not None:
         kinds = ("text",) if wanted == "text" else ("path", "image")

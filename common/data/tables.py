@@ -5,7 +5,8 @@ files), and a column `label`; perhaps `group`, `site` and `split`. Options name 
 `csv:all.csv?label=diagnosis&group=patient&split=train`.
 
 A table without any of the first three holds rows of numbers: `csv:heart.csv?label=disease&features=age,pulse`; without
-`features` all other columns of numbers are used. `target=COLUMN` or `target=A,B` selects real targets for regression
+`features` all other columns of numbers are used. `categories=sex,stage` adds columns with a few levels, and
+`missing=pulse:0` names codes of missing values. `target=COLUMN` or `target=A,B` selects real targets for regression
 instead of classes.
 """
 
@@ -25,7 +26,7 @@ from fedhead.data.files import Files
 from fedhead.data.items import FloatArray, IntArray, Item, Kind, UnreadableSampleError
 from fedhead.data.jsonl_file import open_jsonl
 from fedhead.data.labels import index_labels, index_names, is_missing, mark_names, name_of, names_of
-from fedhead.data.number_rows import NumberRows, find_features
+from fedhead.data.number_rows import NumberRows, find_features, without_codes
 from fedhead.data.numbers import column_of_numbers, split_names, warn_of_constants
 from fedhead.data.parquet_file import open_parquet
 from fedhead.data.samples import Former, LeftOut, Samples, choose_split, sources
@@ -35,7 +36,7 @@ from fedhead.data.texts import plain_text
 from fedhead.errors import UserError
 from fedhead.wording import quoted
 
-OPTIONS = frozenset({*COLUMNS, "target", "features", "kind", "root", "separator"})
+OPTIONS = frozenset({*COLUMNS, "target", "features", "categories", "missing", "kind", "root", "separator"})
 """Options of every source that reads a table."""
 
 
@@ -120,6 +121,7 @@ def samples_of_table(table: Table, options: dict[str, str], spec: str) -> Sample
     former = table.former
     content, column = content_column(table, options, spec)
     columns: tuple[str, ...] = ()
+    incomplete: tuple[str, ...] = ()
     left_out: list[LeftOut] = []
     read: Callable[[int], Item]
     if content == "path":
@@ -149,7 +151,7 @@ def samples_of_table(table: Table, options: dict[str, str], spec: str) -> Sample
         others = {name for name in named if name}
         others.update(*(find_named(table, COLUMNS[purpose]) for purpose in ("path", "image", "text", "split")))
         numbers, left_out = _number_rows(table, rows, options, annotations.columns, others)
-        columns, read = numbers.columns.names, numbers.read
+        columns, incomplete, read = numbers.columns.names, numbers.incomplete, numbers.read
     groups = names_of(_chosen(table, group, rows)) if group else None
     if groups and groups != _former_names(_chosen(table, group, rows)):
         described[0] += repr(groups)
@@ -168,6 +170,7 @@ def samples_of_table(table: Table, options: dict[str, str], spec: str) -> Sample
         targets=annotations.targets,
         target_names=annotations.target_names,
         columns=columns,
+        incomplete=incomplete,
         former=None if fingerprint == before else replace(former, fingerprint=before),
         left_out=tuple(left_out),
     )
@@ -232,17 +235,25 @@ def _annotations(table: Table, rows: IntArray, options: dict[str, str], spec: st
 def _number_rows(
     table: Table, rows: IntArray, options: dict[str, str], predicted: Sequence[str], others: Collection[str]
 ) -> tuple[NumberRows, list[LeftOut]]:
-    """Return the columns named in the option, or else all numeric columns except `others`; and the unused columns."""
+    """Return the columns named in options, or else all numeric columns except `others`; and the unused columns."""
     asked = _columns_of_option(table, options, "features") if "features" in options else None
-    if both := [name for name in asked or () if name in predicted]:
+    categories = _columns_of_option(table, options, "categories") if "categories" in options else []
+    if both := [name for name in (*(asked or ()), *categories) if name in predicted]:
         raise UserError(f"The column {both[0]!r} is to be predicted, so it cannot be a feature as well.")
-    names = asked or [column for column in table.columns if column not in others]
-    columns = zip(names, table.values(names), strict=True)
+    names = [name for name in asked or table.columns if name in (asked or ()) or name not in others]
+    names = [name for name in names if name not in categories]
+    columns = zip((*names, *categories), table.values([*names, *categories]), strict=True)
     values: Mapping[str, Sequence[Any]] = {name: [column[row] for row in rows] for name, column in columns}
+    if "missing" in options:
+        values = without_codes(values, options["missing"], table.columns)
     left: list[LeftOut] = []
     if asked is None:
-        values, left = find_features(values, str(table.path))
-    return NumberRows.of(values, lambda row: table.place(int(rows[row]))), left
+        numeric = {name: column for name, column in values.items() if name not in categories}
+        found: Mapping[str, Sequence[Any]] = {}
+        if numeric or not categories:
+            found, left = find_features(numeric, str(table.path), required=not categories)
+        values = {**found, **{name: values[name] for name in categories}}
+    return NumberRows.of(values, lambda row: table.place(int(rows[row])), categories), left
 
 
 def _columns_of_option(table: Table, options: dict[str, str], option: str) -> list[str]:

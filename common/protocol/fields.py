@@ -32,6 +32,9 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Text = Annotated[str, Field(max_length=512), AfterValidator(_is_printable)]
 """A short text of one line, without control characters."""
 
+BackboneSpec = Annotated[str, Field(max_length=65_536), AfterValidator(_is_printable)]
+"""The spec of a backbone of one line; that of `identity` names every column."""
+
 Sentence = Annotated[str, AfterValidator(one_line)]
 """A message for people, reduced to one line of a few hundred characters without control characters."""
 

@@ -20,6 +20,7 @@ from safetensors.numpy import load, save
 from fedhead.config import LocalConfig, RunConfig
 from fedhead.errors import FedheadError
 from fedhead.protocol.fields import (
+    BackboneSpec,
     Count,
     Digest,
     FileSize,
@@ -123,7 +124,7 @@ class Manifest(BaseModel):
 
     protocol: int = PROTOCOL
     run: Text
-    backbone: Text
+    backbone: BackboneSpec
     kind: Literal["image", "text", "table"] = "image"
     layer: Text
     backbone_digest: Digest

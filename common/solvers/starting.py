@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fedhead.solvers.closed_form import ConstantTargetError, solve_head, solve_prototypes
+from fedhead.solvers.filling import Filling
 from fedhead.sums.features import FeatureStatistics
 from fedhead.sums.projection import RandomProjection
 
@@ -18,11 +19,13 @@ class PooledSolutions:
         stats: the pooled statistics of all sites.
         projection: the projection from the features to those of the statistics, if any.
         columns: the names of the classes or targets, for errors.
+        flags: the positions of each feature that may be missing and of its flag; see `fedhead.solvers.filling`.
     """
 
     stats: FeatureStatistics
     projection: RandomProjection | None = None
     columns: Sequence[str] = ()
+    flags: Sequence[tuple[int, int]] = ()
 
     def affine(self, solver: str) -> tuple[Tensor, Tensor]:
         """Return the weight `[C, d]` and bias `[C]` of `solver`, float64, for the original features.
@@ -30,13 +33,16 @@ class PooledSolutions:
         Raises:
             UserError: if the statistics do not determine them.
         """
+        filling = Filling.of(self.stats, self.flags) if self.flags and self.stats.rows else None
+        stats = self.stats if filling is None else filling.filled(self.stats)
         try:
-            solved = solve_head(self.stats, solver)
+            solved = solve_head(stats, solver)
         except ConstantTargetError as error:
             name = self.columns[error.column] if self.columns else ""
             raise ConstantTargetError(error.column, error.rows, name) from None
         head = solved if self.projection is None else self.projection.widen(solved)
-        return head.affine()
+        weight, bias = head.affine()
+        return (weight if filling is None else filling.unfilled(weight)), bias
 
     def prototypes(self) -> Tensor:
         """Return unit vectors `[C, d]`, the class means of standardised features.

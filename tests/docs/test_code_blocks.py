@@ -139,6 +139,14 @@ def data_page(folder: Path) -> None:
         "path,finding,patient,split",
         lambda number: f"{pictures[number]},{pictures[number].parent.name},p{number % 40},train",
     )
+    table(
+        folder / "wards.csv",
+        "age,pulse,stage,disease",
+        lambda n: f"{40 + n % 30},{0 if n % 7 == 0 else 60 + 30 * (n % 2)},{'I' * (1 + n % 3 // 2)},{'ny'[n % 2]}",
+    )
+    labels, bags = np.array(["low", "high"] * 60), np.array([f"slide {n // 4 * 2 + n % 2}" for n in range(120)])
+    embeddings = np.random.default_rng(0).normal(size=(120, 4)) + (np.arange(120) % 2)[:, None]
+    np.savez(folder / "slides.npz", features=embeddings, labels=labels, bags=bags)
     table(folder / "heart.csv", "age,pulse,disease", lambda n: f"{40 + n % 30},{60 + 30 * (n % 2)},{'ny'[n % 2]}")
 
 

@@ -103,7 +103,6 @@ def test_names_with_commas(tmp_path: Path) -> None:
         ("risk", "inf", "line 4 has 'inf' in the column 'risk', which is not a finite number"),
         ("risk", "NaN", "line 4 has no value in the column 'risk'"),
         ("risk", "high", "line 4 has 'high' in the column 'risk'; expected a number"),
-        ("age", "n/a", "line 4 has no value in the column 'age'"),
         ("age", "-inf", "line 4 has '-inf' in the column 'age'"),
     ],
 )
@@ -159,3 +158,63 @@ def test_an_archive_of_numbers_with_labels_and_gaps(tmp_path: Path) -> None:
         load_samples(f"npz:{tmp_path / 'e.npz'}")
     targets = load_samples(f"npz:{path}?target=risk")
     assert targets.target_names == ("risk[0]", "risk[1]")
+
+
+MIXED: list[dict[str, Any]] = [
+    {"age": 40 + row, "pulse": [70, 0, ""][row % 3], "stage": ["I", "II", "III", ""][row % 4], "ill": "ny"[row % 2]}
+    for row in range(24)
+]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_missing_numbers_and_levels_of_categories(tmp_path: Path, kind: str) -> None:
+    rows = [{**row, "pulse": row["pulse"] if kind == "csv" else row["pulse"] or None} for row in MIXED]
+    samples = load_samples(save_rows(tmp_path, kind, rows) + "?label=ill&categories=stage&missing=pulse:0")
+    assert samples.columns == ("age", "pulse", "stage=I", "stage=II", "stage=III", "stage=")
+    assert samples.incomplete == ("pulse",)
+    read = np.array(numbers_of(samples))
+    assert np.isnan(read[:, 1]).tolist() == [row % 3 > 0 for row in range(24)]
+    assert read[:, 2:].argmax(1).tolist() == [row % 4 for row in range(24)]
+    assert (read[:, 2:].sum(1) == 1).all()
+
+
+def test_levels_of_other_rows_do_not_change_a_rows_key(tmp_path: Path) -> None:
+    whole = load_samples(save_rows(tmp_path, "csv", MIXED) + "?label=ill&categories=stage")
+    keys = [content_key(whole.read(row)) for row in range(24)]
+    (tmp_path / "part").mkdir()
+    part = load_samples(save_rows(tmp_path / "part", "csv", MIXED[1::4]) + "?label=ill&categories=stage")
+    assert part.columns == ("age", "pulse", "stage=II")
+    assert [content_key(part.read(row)) for row in range(6)] == keys[1::4]
+    assert len(set(keys)) == 24
+
+
+def test_a_site_may_lack_levels_but_not_have_others(tmp_path: Path) -> None:
+    from fedhead.backbones import load_backbone
+
+    part = load_samples(save_rows(tmp_path, "csv", MIXED[1::4]) + "?label=ill&categories=stage&features=age")
+    backbone = load_backbone("identity:age,stage=I,stage=II,stage=")
+    assert backbone.features_of([part.read(0)]).tolist() == [[41, 0, 1, 0]]
+    with pytest.raises(UserError, match=r"has 'II' in the categorical column 'stage', and the model knows .* 'I'"):
+        load_backbone("identity:age,stage=I").features_of([part.read(0)])
+    with pytest.raises(UserError, match=r"lacks 1 of the 2 columns .* 'grade=I'"):
+        load_backbone("identity:age,grade=I").features_of([part.read(0)])
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("missing=pulse", "expected COLUMN:CODE"),
+        ("missing=puls:0", "expected COLUMN:CODE"),
+        ("categories=stag", "no column 'stag'"),
+        ("categories=ill", "'ill' is to be predicted"),
+    ],
+)
+def test_wrong_options_of_mixed_tables_are_rejected(tmp_path: Path, option: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        load_samples(save_rows(tmp_path, "csv", MIXED) + f"?label=ill&{option}")
+
+
+def test_names_and_free_text_are_no_categories(tmp_path: Path) -> None:
+    rows = [{"name": f"person {row}", "ill": row % 2} for row in range(300)]
+    with pytest.raises(UserError, match="'name' has 300 different values; a categorical column has at most 200"):
+        load_samples(save_rows(tmp_path, "csv", rows) + "?label=ill&categories=name")
