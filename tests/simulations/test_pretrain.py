@@ -105,7 +105,7 @@ def test_a_short_training_beats_pixels_and_folds(bank: GlyphBank) -> None:
     inputs = (draw(bank, rows, seeded(4), [16]) - pretrain.MEAN) / pretrain.STD
     with torch.no_grad():
         features = net(inputs)
-    assert features.mean(0).abs().max() < 0.6
+    assert features.mean(0).abs().max() < 1
     assert 0.8 < features.std() < 1.2
     learnt, raw = (few_shot(rows_of, bank.labels[rows], 10, splits=1) for rows_of in (features, inputs.flatten(1)))
     assert all(learnt[head] > raw[head] for head in raw)
