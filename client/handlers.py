@@ -105,7 +105,11 @@ def answer(
         FedheadError: if the message cannot be answered; a sentence that may leave the site.
         UserError: if the site's own data or settings forbid it; not for others' eyes.
     """
-    about = agreement(context).manifest if action in ABOUT_ROWS and len(sites) == 1 else None
+    about = None
+    if action in ABOUT_ROWS:
+        manifest = agreement(context).manifest
+        _admit(action, sites, manifest, masked=SECURE in payload.values)
+        about = manifest if len(sites) == 1 else None
     payload, maskings = _maskings(action, sites, payload, context)
     made = HANDLERS[action](sites, payload, context, merged)
     while True:
@@ -135,6 +139,19 @@ def answer(
         yield one.positions, left
 
 
+def _admit(action: str, sites: Sequence[Site], manifest: Manifest, *, masked: bool) -> None:
+    """Check with the release steps of all sites that they answer a request about rows.
+
+    The manifest may have been accepted under other settings of the site, before it was restarted.
+
+    Raises:
+        FedheadError: if a site does not answer it.
+    """
+    for steps in {id(site.steps): site.steps for site in sites}.values():
+        for step in steps:
+            step.admit(action, manifest, masked=masked)
+
+
 def _maskings(
     action: str, sites: Sequence[Site], payload: Payload, context: Context
 ) -> tuple[Payload, Sequence[Masking]]:
@@ -148,10 +165,7 @@ def _maskings(
     if not ACTIONS[action].sums:
         raise MessageError(f"it asks for a secure sum of {action}, whose replies do not add")
     request, session = without_session(payload)
-    agreed = agreement(context)
-    # A coordinator that leaves the map out is answered on the one that the site has.
-    mapped = Payload({**request.values, "map": agreed.map_digest}, request.arrays) if agreed.map_digest else request
-    asked = Asked(action, mapped if action == STATISTICS else request, session, agreed.manifest)
+    asked = Asked(action, request, session, agreement(context).manifest)
     return request, [masking_of(site, asked) for site in sites]
 
 

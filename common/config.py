@@ -1,5 +1,6 @@
 """RunConfig: the one description of a run, from a TOML file, from flags over it, or from Python."""
 
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -128,6 +129,12 @@ class PrivacyConfig(_Table):
     def on(self) -> bool:
         """Whether the run is differentially private."""
         return self.epsilon > 0
+
+
+def lifted_width(text: str) -> int | None:
+    """Return the width of `landmarks:WIDTH` or `relu:WIDTH`; None for other texts and widths above `MOST_LIFTED`."""
+    found = re.fullmatch("(?:landmarks|relu):([1-9][0-9]{0,5})", text)
+    return int(found[1]) if found is not None and int(found[1]) <= MOST_LIFTED else None
 
 
 class RunConfig(_Table):
@@ -259,10 +266,7 @@ class RunConfig(_Table):
     @field_validator("lift")
     @classmethod
     def _a_lift_is_known(cls, lift: str) -> str:
-        name, _, width = lift.partition(":")
-        if lift not in ("none", "auto") and not (
-            name in ("landmarks", "relu") and width.isdecimal() and 0 < int(width[:6]) <= MOST_LIFTED
-        ):
+        if lift not in ("none", "auto") and lifted_width(lift) is None:
             raise ValueError(f"expected 'none', 'auto', 'landmarks:WIDTH' or 'relu:WIDTH', up to {MOST_LIFTED} wide")
         return lift
 

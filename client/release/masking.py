@@ -113,10 +113,18 @@ class SecureSum(Step):
         Raises:
             FedheadError: if not.
         """
-        if self.required and not manifest.secure_sum:
-            raise FedheadError(f"This site {_PLAIN}")
+        self._require(manifest)
         if manifest.secure_sum:
             _ = self.sessions
+
+    def _require(self, manifest: Manifest) -> None:
+        if self.required and not manifest.secure_sum:
+            raise FedheadError(f"This site {_PLAIN}")
+
+    def admit(self, action: str, manifest: Manifest, *, masked: bool) -> None:
+        self._require(manifest)
+        if manifest.secure_sum and ACTIONS[action].sums and not masked:
+            raise FedheadError("This run uses secure summation, but the request for sums belongs to no secure sum.")
 
     def masking(self, asked: Asked) -> Masking:
         """Return how the site's own sums are masked for the session of a request.

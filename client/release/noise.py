@@ -7,6 +7,7 @@ from typing import Literal
 from fedhead.client.release.accounts import Account, Accounts
 from fedhead.errors import FedheadError
 from fedhead.privacy.noise import Entropy, FloatArray
+from fedhead.protocol.actions import PRIVATE
 from fedhead.protocol.messages import Manifest, Payload
 from fedhead.protocol.private import PrivacyTerms, PrivateRequest
 from fedhead.protocol.steps import Masking, Release, Step
@@ -44,19 +45,14 @@ class Noise(Step):
             FedheadError: why the site takes no part under them.
         """
         terms = manifest.privacy
+        self._require(terms)
         if terms is None:
-            if self.required:
-                raise FedheadError(
-                    'This site takes part in differentially private runs only ([privacy] require = "dp" in site.toml).'
-                )
             return
         if self.accounts is None or not self.accounts.epsilon:
             raise FedheadError(
                 "This site has no privacy budget: set epsilon and delta in [privacy] of its site.toml to take part in "
                 "differentially private runs."
             )
-        if self.unit == "group" and terms.unit == "row":
-            raise FedheadError('This site protects groups of rows; set unit = "group" in [privacy] of the run.')
         if terms.noise == "shared":
             self._check_shared(terms, manifest.secure_sum)
         needs: dict[Account, float] = {"train": terms.spends("train"), "held_out": terms.spends("held_out")}
@@ -98,6 +94,25 @@ class Noise(Step):
                 "do not collude are certain to be in the sum."
             )
         return request.parties
+
+    def _require(self, terms: PrivacyTerms | None) -> None:
+        """Check the terms of a run against the site's own rules.
+
+        Raises:
+            FedheadError: if they protect less.
+        """
+        if terms is None and self.required:
+            raise FedheadError(
+                'This site takes part in differentially private runs only ([privacy] require = "dp" in site.toml).'
+            )
+        if terms is not None and self.unit == "group" and terms.unit == "row":
+            raise FedheadError('This site protects groups of rows; set unit = "group" in [privacy] of the run.')
+
+    def admit(self, action: str, manifest: Manifest, *, masked: bool) -> None:
+        self._require(manifest.privacy)
+        # Whether another request about rows succeeds is an exact answer about them.
+        if manifest.privacy is not None and action != PRIVATE:
+            raise FedheadError("This run is differentially private: this site answers requests for noisy sums only.")
 
     def leave(self, payload: Payload, release: Release) -> Payload:
         terms = None if release.manifest is None else release.manifest.privacy

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedhead.config import MOST_LIFTED
+from fedhead.config import MOST_LIFTED, lifted_width
 from fedhead.errors import UserError
 from fedhead.heads.head import Head, make_head
 
@@ -75,13 +75,13 @@ def parse_lift(text: str) -> tuple[LiftName, int]:
     """
     if text == "none":
         return "", 0
-    name, _, width = text.partition(":")
-    if name not in ("landmarks", "relu") or not width.isdecimal() or not 0 < int(width[:6]) <= MOST_LIFTED:
+    width = lifted_width(text)
+    if width is None:
         raise UserError(
             f"A lift is 'none', 'landmarks:WIDTH' or 'relu:WIDTH' with a width from 1 to {MOST_LIFTED}, as in "
             f"'landmarks:1024', not {text!r}."
         )
-    return ("landmarks" if name == "landmarks" else "relu"), int(width)
+    return ("landmarks" if text.startswith("landmarks") else "relu"), width
 
 
 class FeatureMap(nn.Module):

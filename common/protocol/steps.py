@@ -91,6 +91,20 @@ class Step:
 
     per_site: ClassVar[bool] = False
 
+    def admit(self, action: str, manifest: Manifest, *, masked: bool) -> None:
+        """Check a request about rows before anything is computed; the base class admits everything.
+
+        Whether a request is admitted must not depend on the site's rows.
+
+        Args:
+            action: the action.
+            manifest: of the run, as the site has accepted it.
+            masked: whether the request asks for a masked reply.
+
+        Raises:
+            FedheadError: if the site does not answer it.
+        """
+
     def leave(self, payload: Payload, release: Release) -> Payload:
         """Return the payload to send in place of `payload`.
 

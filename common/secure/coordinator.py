@@ -55,6 +55,7 @@ class SecureSum:
         self.roster = roster
         self.faults: list[tuple[str, str]] = []
         self._digest = context.digest
+        self._private = masks.new_private_key()
         self._opened: dict[str, Opening] = {}
         self._openings: Openings | None = None
         self._vectors: set[str] = set()
@@ -67,7 +68,8 @@ class SecureSum:
         """Take a site's reply to `open`.
 
         Raises:
-            SecureSumError: if it is not signed by the site, or repeats a key, or the exchange has ended.
+            SecureSumError: if it is not signed by the site, has an invalid key, or repeats one, or the exchange has
+                ended.
         """
         keys = opening.keys
         self._require_from(site, self.context.sites, self._opened, self._openings is None)
@@ -75,6 +77,12 @@ class SecureSum:
             raise SecureSumError(f"The opening of {site} has another digest than its sealed shares.")
         if not self.roster.sites[site].verify(opening.signature, keys.text(self._digest, site)):
             raise SecureSumError(f"The opening of {site} is not signed by it.")
+        for key in (keys.ephemeral, keys.mask):
+            try:
+                masks.agree(self._private, key, self._digest, "check", (site, ""))
+            except SecureSumError:
+                # Otherwise every other site would refuse all openings, because of this one.
+                raise SecureSumError(f"The opening of {site} has a key that is no valid X25519 key.") from None
         known = {
             key for one in self._opened.values() for key in (one.keys.ephemeral, one.keys.mask, one.keys.commitment)
         }

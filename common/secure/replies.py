@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from fedhead.protocol.actions import GRADIENT, STATISTICS, TRAIN
+from fedhead.protocol.actions import DISTANCES, GRADIENT, STATISTICS, TRAIN
 from fedhead.protocol.messages import Manifest, MessageError, Payload
 from fedhead.secure.layout import Layout
 from fedhead.secure.roster import MOST_SITES, SiteName
@@ -111,21 +111,24 @@ def _rows_of(action: str, payload: Payload) -> str:
     """Return the rows that the reply to a request rests on, as contexts name them."""
     if action == STATISTICS:
         return str(payload.values.get("rows", "train"))
-    return "train" if action in (TRAIN, GRADIENT) else "held_out"
+    return "train" if action in (TRAIN, GRADIENT) or _is_of_features(action, payload) else "held_out"
+
+
+def _is_of_features(action: str, payload: Payload) -> bool:
+    """Return whether a request is for sums of features, rather than about a head or about distances."""
+    return action == STATISTICS or (action == DISTANCES and not payload.arrays)
 
 
 def _subject_of(manifest: Manifest, action: str, payload: Payload) -> str:
     """Return the digest of everything that decides the values of a reply, apart from the rows.
 
     The number of a round is no part of it, because it only seeds the minibatches; nor are settings of the run that a
-    coordinator could change a little, such as the learning rate or the proximal term, to be answered again. Statistics
-    are about features alone: moments are part of the Gram matrix, and classes in another order give the same sums in
-    another order.
+    coordinator could change a little, such as the learning rate or the proximal term, to be answered again. Sums of
+    features are about the backbone alone: moments are part of the Gram matrix, classes in another order give the same
+    sums in another order, and sums of mapped features have the same counts.
     """
-    if action == STATISTICS:
-        return hashlib.sha256(
-            json.dumps([manifest.backbone_digest, payload.values.get("map", "")]).encode()
-        ).hexdigest()
+    if _is_of_features(action, payload):
+        return hashlib.sha256(manifest.backbone_digest.encode()).hexdigest()
     about = [manifest.backbone_digest, list(manifest.classes), manifest.task]
     values = {name: value for name, value in payload.values.items() if name not in _NOT_OF_THE_SUBJECT}
     digest = hashlib.sha256(json.dumps([action, about, values], sort_keys=True).encode())

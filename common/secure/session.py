@@ -18,6 +18,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from fedhead.protocol.actions import DISTANCES, STATISTICS
 from fedhead.protocol.fields import Digest, Text
 from fedhead.secure import SecureSumError
 from fedhead.secure.layout import Layout
@@ -71,8 +72,12 @@ class Purpose:
 
     @property
     def topic(self) -> str:
-        """Digest of everything but the run, which the coordinator can name as it likes."""
-        return hashlib.sha256(json.dumps([self.what, self.rows, self.subject]).encode()).hexdigest()
+        """Digest of everything but the run, which the coordinator can name as it likes.
+
+        Several actions return sums of features, so these have one name.
+        """
+        what = "sums of features" if self.what in (STATISTICS, DISTANCES) else self.what
+        return hashlib.sha256(json.dumps([what, self.rows, self.subject]).encode()).hexdigest()
 
 
 class Context(BaseModel):

@@ -7,23 +7,36 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message
 
 from fedhead.backbones import Backbone, load_backbone
 from fedhead.client.connection import Connection
 from fedhead.client.local_site import site_of
 from fedhead.client.release.ledger import Entry, ledger_path, read_ledger
-from fedhead.client.settings import SiteSettings
+from fedhead.client.settings import SecureKeys, SiteSettings
 from fedhead.client.site import SiteProcess
 from fedhead.config import LocalConfig, RunConfig
 from fedhead.flower import in_process_identity
 from fedhead.heads.head import MOST_PARAMETERS
-from fedhead.protocol.actions import DESCRIBE, GRADIENT, REPORT, STANDARDISE, STATISTICS, TRAIN
+from fedhead.protocol.actions import (
+    ACTIONS,
+    DESCRIBE,
+    EVALUATE,
+    GRADIENT,
+    MAP,
+    REPORT,
+    STANDARDISE,
+    STATISTICS,
+    TRAIN,
+)
 from fedhead.protocol.heads import HeadRequest, ReportRequest
+from fedhead.protocol.mapping import MapRequest
 from fedhead.protocol.messages import (
     Manifest,
     Payload,
 )
+from fedhead.secure.keys import SiteKeys, signed_roster
 from fedhead.sums.evaluation import ScoreBins
 from fedhead.sums.features import FeatureStatistics
 from fedhead.sums.sums import Arrays
@@ -43,8 +56,9 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 class Attack:
     """A site's real process with a table of numbers, and a coordinator that asks it whatever it likes."""
 
-    def __init__(self, folder: Path, **settings: Any) -> None:
+    def __init__(self, folder: Path, keys: SecureKeys | None = None, **settings: Any) -> None:
         self.folder = folder
+        self.keys = keys
         self.table = folder / "rows.csv"
         generator = np.random.default_rng(0)
         self.rows = [(generator.normal(size=FEATURES).round(4).tolist(), CLASSES[number % 2]) for number in range(ROWS)]
@@ -62,8 +76,10 @@ class Attack:
         lines = [",".join([*map(str, values), label]) for values, label in self.rows]
         self.table.write_text("\n".join([head, *lines, ""]))
 
-    def restart(self) -> None:
-        site = site_of(self.settings, ledger_path("ward"))
+    def restart(self, **changes: Any) -> None:
+        """Restart the site's process, with other settings if there are changes."""
+        self.settings = SiteSettings(**{**self.settings.model_dump(), **changes})
+        site = site_of(self.settings, ledger_path("ward"), keys=self.keys)
         self.process = SiteProcess(self.settings, site, Connection.__new__(Connection), self.folder / "site")
 
     def ask(self, action: str, payload: Payload) -> Payload:
@@ -362,3 +378,54 @@ def test_the_ledger_knows_a_class_by_any_spelling(tmp_path: Path) -> None:
     for classes in (("0", "1"), ("0.0", "1."), ("0.00", "1.0")):
         attack.sums(classes=classes)
     assert len({entry.row_set for entry in attack.entries() if entry.rows}) == 1
+
+
+ABOUT_A_HEAD = {"weight": np.zeros((2, FEATURES), np.float32), "bias": np.zeros(2, np.float32)}
+SCALE = {"mean": np.zeros(FEATURES, np.float32), "scale": np.ones(FEATURES, np.float32)}
+REQUESTS = [
+    (STATISTICS, Payload({"rows": "train"})),
+    (STANDARDISE, Payload({}, SCALE)),
+    (MAP, MapRequest("unit", "relu:8").payload()),
+    (TRAIN, Payload({"server_round": 1}, ABOUT_A_HEAD)),
+    (EVALUATE, Payload({"server_round": 1}, ABOUT_A_HEAD)),
+]
+
+
+def refusals(attack: Attack) -> set[str]:
+    """Return how the site refuses each request about rows."""
+    replies = [attack.process.answer(Message(asked.to_content(), 5, action)) for action, asked in REQUESTS]
+    assert all(reply.has_error() for reply in replies)
+    return {reply.error.reason for reply in replies}
+
+
+@pytest.fixture
+def keys() -> SecureKeys:
+    names = ("ward", "unit", "clinic")
+    own = {name: SiteKeys.generate() for name in names}
+    members = {name: one.member for name, one in own.items()}
+    return SecureKeys(own["ward"], signed_roster(ec.generate_private_key(ec.SECP256R1()), members))
+
+
+@pytest.mark.parametrize(
+    ("require", "reason"),
+    [("dp", "differentially private runs only"), ("secure-sum", "sends sums only under secure summation")],
+)
+def test_a_run_described_under_other_settings_gets_nothing(
+    tmp_path: Path, keys: SecureKeys, require: str, reason: str
+) -> None:
+    attack = Attack(tmp_path, keys)
+    attack.sums()
+    attack.restart(privacy={"require": require, "epsilon": 3.0})
+    (said,) = refusals(attack)
+    assert reason in said
+
+
+def test_a_run_under_secure_summation_gets_no_plain_sums(tmp_path: Path, keys: SecureKeys) -> None:
+    attack = Attack(tmp_path, keys)
+    attack.describe(secure_sum=True)
+    for action, asked in REQUESTS:
+        if ACTIONS[action].sums:
+            with pytest.raises(AssertionError, match="belongs to no secure sum"):
+                attack.ask(action, asked)
+    assert not [entry for entry in attack.entries() if entry.rows]
+    attack.ask(STANDARDISE, Payload({}, SCALE))

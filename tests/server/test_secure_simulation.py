@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fedhead.client.release.masking import SecureSum
 from fedhead.config import LocalConfig, RunConfig
 from fedhead.errors import FedheadError, UserError
-from fedhead.protocol.actions import DESCRIBE, STATISTICS, TRAIN
+from fedhead.protocol.actions import DESCRIBE, DISTANCES, STATISTICS, TRAIN
 from fedhead.protocol.messages import Manifest, Payload, StatisticsRequest
 from fedhead.protocol.steps import Masking, Release
 from fedhead.secure.fixed_point import add
@@ -202,9 +202,22 @@ def test_the_purpose_of_a_request_does_not_depend_on_the_round() -> None:
     moments = Payload(StatisticsRequest(what="moments", rows="held_out").model_dump())
     assert purpose_of(manifest(), STATISTICS, plain) == purpose_of(manifest(classes=("b", "a")), STATISTICS, moments)
     lifted = Payload(StatisticsRequest(rows="held_out", map="2" * 64).model_dump())
-    assert purpose_of(manifest(), STATISTICS, plain) != purpose_of(manifest(), STATISTICS, lifted)
+    assert purpose_of(manifest(), STATISTICS, plain) == purpose_of(manifest(), STATISTICS, lifted)
     request, session = without_session(with_session(plain, {"terms": 3}, {"keys": np.zeros(2, np.uint8)}))
     assert (request.values, dict(session.values), list(session.arrays)) == (plain.values, {"terms": 3}, ["keys"])
+
+
+def test_all_sums_of_features_have_one_topic() -> None:
+    plain = purpose_of(manifest(), STATISTICS, Payload(StatisticsRequest().model_dump()))
+    lifted = purpose_of(manifest(seed=1), STATISTICS, Payload(StatisticsRequest(map="2" * 64).model_dump()))
+    unit = purpose_of(manifest(classes=("a", "b", "c")), DISTANCES, Payload({"form": "unit"}))
+    assert (unit.rows, unit.subject) == ("train", plain.subject)
+    assert plain.topic == lifted.topic == unit.topic
+    counts = purpose_of(manifest(), DISTANCES, Payload({"form": "unit"}, {"mean": np.zeros(3)}))
+    assert counts.rows == "held_out"
+    held_out = purpose_of(manifest(), STATISTICS, Payload(StatisticsRequest(rows="held_out").model_dump()))
+    other = purpose_of(manifest(backbone_digest="1" * 64), STATISTICS, Payload(StatisticsRequest().model_dump()))
+    assert len({plain.topic, counts.topic, held_out.topic, other.topic}) == 4
 
 
 def test_the_manifest_names_secure_summation_only_where_it_is_on() -> None:

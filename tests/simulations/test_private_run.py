@@ -13,6 +13,7 @@ from flwr.clientapp import ClientApp
 
 from fedhead.client.agreement import agreement
 from fedhead.client.app import make_app
+from fedhead.client.handlers import ABOUT_ROWS
 from fedhead.client.local_site import site_of
 from fedhead.client.private_sums import private_sums
 from fedhead.client.release.accounts import accounts_path, read_charges
@@ -25,7 +26,8 @@ from fedhead.flower import in_process_identity
 from fedhead.model import TransferModel
 from fedhead.privacy.accountant import compose, epsilon_for, mu_for
 from fedhead.privacy.noise import Lattice
-from fedhead.protocol.actions import DESCRIBE, EVALUATE, PRIVATE, REPORT, STATISTICS
+from fedhead.protocol.actions import DESCRIBE, EVALUATE, MAP, PRIVATE, STANDARDISE, STATISTICS
+from fedhead.protocol.mapping import MapRequest
 from fedhead.protocol.messages import Description, Payload
 from fedhead.protocol.private import PrivateRequest
 from fedhead.server.private_run import evaluation_of
@@ -245,7 +247,15 @@ def test_a_hostile_coordinator_gets_nothing_exact_and_nothing_beyond_the_budget(
     about_a_head = Payload({"server_round": 1}, head).to_content()
     for action, content in ((STATISTICS, exact), (EVALUATE, about_a_head)):
         assert "differentially private" in asked.refusal(action, content)
-    assert asked.refusal(REPORT, about_a_head)
+    assert asked.context is not None
+    before = dict(asked.context.state)
+    for action in ABOUT_ROWS - {PRIVATE}:
+        assert "requests for noisy sums only" in asked.refusal(action, about_a_head)
+    # Whether a standardisation or a map is accepted would tell of rows, and nothing of it is kept.
+    scaled = {"mean": np.zeros(192, np.float32), "scale": np.full(192, 1e-5, np.float32)}
+    assert "requests for noisy sums only" in asked.refusal(STANDARDISE, Payload({}, scaled).to_content())
+    assert "requests for noisy sums only" in asked.refusal(MAP, MapRequest("unit", "relu:4096").payload().to_content())
+    assert dict(asked.context.state) == before
     more = asked.refusal(PRIVATE, PrivateRequest("centre", 1.0).to_content())
     assert more == "The run has spent the privacy budget that its manifest states."
     # Asking for less noise by claiming that many sites share it changes nothing.

@@ -635,6 +635,22 @@ class TestHostileSites:
         with refused("key of another site"):
             session.take_opening("site-001", replace(other, keys=copied, signature=signature))
 
+    @pytest.mark.parametrize("part", ["ephemeral", "mask"])
+    def test_keys_of_low_order(self, federation: MakeFederation, part: str) -> None:
+        """They would make every other site refuse all openings, and none of them would name the site at fault."""
+        sites = federation(4)
+        session = sites.begin()
+        *others, liar = sites.keys
+        sites.open(session, others)
+        own = open_session(session.context, liar, sites.keys[liar], sites.roster)[1]
+        keys = replace(own.keys, **{part: bytes(32)})
+        signature = sites.keys[liar].sign(keys.text(session.context.digest, liar))
+        with refused(f"{liar} has a key that is no valid X25519 key"):
+            session.take_opening(liar, replace(own, keys=keys, signature=signature))
+        for name in others:
+            session.take_vector(name, sites.mask(session, name))
+        assert session.survivors() == tuple(others)
+
     def test_vectors(self, federation: MakeFederation) -> None:
         sites = federation(3)
         session = sites.begin()

@@ -117,7 +117,11 @@ def test_a_mapped_head_is_saved_with_its_map(form: str, tmp_path: Path) -> None:
     assert torch.equal(loaded.head(features), head(features))
 
 
-@pytest.mark.parametrize("text", ["landmarks", "landmarks:0", "landmarks:5000", "relu:x", "fourier:9", "", "none:3"])
+UNKNOWN = ["landmarks", "landmarks:0", "landmarks:5000", "relu:x", "fourier:9", "", "none:3"]
+ZEROS_AND_DIGITS = ["relu:06", "relu:000009999", "relu:1000000001", "relu:\u0663", "relu:8\n"]
+
+
+@pytest.mark.parametrize("text", [*UNKNOWN, *ZEROS_AND_DIGITS])
 def test_unknown_lifts_are_rejected(text: str) -> None:
     with pytest.raises(UserError):
         parse_lift(text)
