@@ -19,7 +19,7 @@ from fedhead.client.release.training_limits import (
     MAX_SHARE,
     TrainingLimits,
 )
-from fedhead.config import NonNegative, Positive
+from fedhead.config import Epsilon, NonNegative, Positive
 from fedhead.errors import UserError
 from fedhead.files import require_private, safe_name, write_atomically
 from fedhead.protocol.actions import ACTIONS
@@ -156,7 +156,7 @@ class Privacy(_Table):
         ge=0,
         description="Number of other sites that may collude with the coordinator without it learning this site's sums.",
     )
-    epsilon: NonNegative = Field(
+    epsilon: Epsilon = Field(
         0.0,
         description="Privacy budget of the site's rows for their lifetime, by account; 0 refuses private runs.",
     )

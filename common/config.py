@@ -18,6 +18,9 @@ MOST_LIFTED = 4096
 Scalar = bool | int | float | str
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+MOST_EPSILON = 100.0
+"""Bar on epsilon: beyond it the bound, a factor of exp(epsilon), says nothing."""
+Epsilon = Annotated[float, Field(ge=0, le=MOST_EPSILON, allow_inf_nan=False)]
 
 
 class _Table(BaseModel):
@@ -102,7 +105,7 @@ class PrivacyConfig(_Table):
     secure_sum: bool = Field(
         False, description="Mask each site's replies, so that the coordinator learns only the sum over all sites."
     )
-    epsilon: NonNegative = Field(
+    epsilon: Epsilon = Field(
         0.0, description="Differential privacy: the run's epsilon for each row or group of a site. 0 for none."
     )
     delta: float = Field(1e-5, gt=0, lt=1, description="Delta of differential privacy; below 1 / rows.")

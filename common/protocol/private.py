@@ -12,7 +12,7 @@ import numpy.typing as npt
 from flwr.app import RecordDict
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fedhead.config import PrivacyConfig
+from fedhead.config import MOST_EPSILON, PrivacyConfig
 from fedhead.privacy.accountant import MOST_MU, mu_for
 from fedhead.privacy.mechanism import Mechanism
 from fedhead.privacy.stages import Stage, mechanism
@@ -44,7 +44,7 @@ class PrivacyTerms(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    epsilon: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+    epsilon: Annotated[float, Field(gt=0, le=MOST_EPSILON, allow_inf_nan=False)]
     delta: Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
     unit: Literal["row", "group"]
     noise: Literal["shared", "own"]

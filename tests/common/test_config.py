@@ -41,6 +41,7 @@ def test_a_value_that_is_not_toml_is_text() -> None:
         ({"local": {"lr": float("nan")}}, ["local.lr"]),
         ({"rounds": -1}, ["rounds", "-1"]),
         ({"holdout": 1.0}, ["holdout"]),
+        ({"privacy": {"epsilon": 1000}}, ["privacy.epsilon", "1000"]),
         ({"simulation": {"sites": 0}}, ["simulation.sites", "0"]),
         ({"classes": ["a"]}, ["two classes"]),
         ({"classes": ["a", "b", "a"]}, ["'a'", "twice"]),
