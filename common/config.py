@@ -180,7 +180,8 @@ class RunConfig(_Table):
     classes: tuple[str, ...] = Field((), description="Class names; by default those of the data.")
     classes_from: str = Field("", description="Data spec that supplies the class names.")
     task: str = Field(
-        "classification", description="Task: 'classification', 'multi-label', 'regression', or one of your own."
+        "classification",
+        description="Task: 'classification', 'multi-label', 'ordinal', 'regression', or one of your own.",
     )
     rounds: int = Field(20, ge=0, description="Training rounds; 0 solves the head from one exchange and stops.")
     holdout: float = Field(
@@ -278,8 +279,8 @@ class RunConfig(_Table):
         if self.strategy.name == "pooled-lbfgs":
             if self.head != "linear":
                 raise ValueError(f"pooled-lbfgs trains a 'linear' head, not {self.head!r}")
-            if self.task == "regression":
-                raise ValueError("pooled-lbfgs is for classes; ridge already solves a regression in one exchange")
+            if self.task in ("regression", "ordinal", "survival"):
+                raise ValueError(f"pooled-lbfgs is for classes; one exchange already solves the task {self.task!r}")
         return self
 
     @model_validator(mode="after")

@@ -33,10 +33,14 @@ def figure_lines(report: Any) -> list[tuple[str, str]]:
     """Return a report's figures over all classes or targets, by name."""
     if hasattr(report, "targets"):
         return [("R2", f"{number_interval(report.r2, 3)} on {report.rows} rows")]
-    return [
+    lines = [
         ("Accuracy", f"{interval(report.accuracy)} on {report.rows} rows"),
         ("Balanced", interval(report.balanced_accuracy)),
     ]
+    if hasattr(report, "quadratic_kappa"):
+        lines.append(("Kappa", f"{number_interval(report.quadratic_kappa, 3)}, with quadratic weights"))
+        lines.append(("Distance", f"{number_interval(report.mae, 3)} levels on average"))
+    return lines
 
 
 def _table(title: str, subject: str, columns: tuple[str, ...]) -> Table:

@@ -306,6 +306,7 @@ def sums_by_site(
     bins: ScoreBins | None = None,
     *,
     kind: TargetKind = CLASSES,
+    decided: IntArray | None = None,
 ) -> Iterator[EvaluationSums]:
     """Count the rows of many sites at once, with a few array operations for hundreds of sites.
 
@@ -316,6 +317,7 @@ def sums_by_site(
         num_sites: `S`; `owners` are below it.
         bins: the bins of scores; the default ones if not given.
         kind: of the labels.
+        decided: `[n]`, the predicted classes of single-label rows; by default those of the largest logits.
 
     Yields:
         The sums of sites `0` to `S - 1`, in bounded memory if they are consumed one by one.
@@ -338,7 +340,7 @@ def sums_by_site(
         count = min(together, num_sites - first)
         start, stop = np.searchsorted(owners[order], [first, first + count])
         chosen = order[start:stop]
-        yield from _count(logits, labels[chosen], owners[chosen] - first, chosen, count, bins, kind)
+        yield from _count(logits, labels[chosen], owners[chosen] - first, chosen, count, bins, kind, decided)
 
 
 def _count(
@@ -349,6 +351,7 @@ def _count(
     num_sites: int,
     bins: ScoreBins,
     kind: TargetKind,
+    decided: IntArray | None,
 ) -> Iterator[EvaluationSums]:
     """Count the given rows of `logits`, as many at a time as fit the working memory."""
     classes = logits.shape[1]
@@ -364,6 +367,8 @@ def _count(
         label, owner = labels[block], owners[block]
         counted = _count_classes if kind.exclusive else _count_labels
         own, cell, log_odds, loss = counted(as_float64(logits[rows[block]]), label)
+        if decided is not None:
+            cell = (label * classes + decided[rows[block]])[:, None]
         losses += np.bincount(owner, weights=loss, minlength=num_sites)
         confusion += np.bincount((owner[:, None] * math.prod(shape) + cell).ravel(), minlength=len(confusion))
         if not kind.exclusive:

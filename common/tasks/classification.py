@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from fedhead.sums.calibration import Calibration, CalibrationSums, TemperatureSu
 from fedhead.sums.evaluation import EvaluationSums, ScoreBins, sums_by_site
 from fedhead.sums.features import FeatureStatistics
 from fedhead.sums.targets import CLASSES
-from fedhead.tasks.losses import CrossEntropy
+from fedhead.tasks.losses import CrossEntropy, Loss
 from fedhead.tasks.task import Calibrated, Targets, Task, tasks
 from fedhead.wording import counted
 
@@ -197,12 +197,12 @@ class Classification(ClassTask):
     name = "classification"
     score_name = "accuracy"
     score_title = "Accuracy"
-    loss = CrossEntropy()
+    loss: ClassVar[Loss] = CrossEntropy()
     kind = CLASSES
     answer_name = "probabilities"
     answer_meaning = "Calibrated class probabilities that sum to 1; unlearned classes have 0."
     compares_classes = True
-    solvers = ("lda", "lda-gcv", "ridge", "nearest-mean")
+    solvers: ClassVar[tuple[str, ...]] = ("lda", "lda-gcv", "ridge", "nearest-mean")
     baseline_solver = "lda"
 
     def memberships(self, targets: Targets) -> tuple[IntArray, IntArray]:

@@ -1,7 +1,8 @@
-"""Losses of outputs against targets: cross entropy, binary cross entropy of labels, and squared error."""
+"""Losses of outputs against targets: (binary) cross entropy, squared error and the ranked probability score."""
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -72,3 +73,31 @@ class SquaredError(Loss):
 
     def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return targets.square().mean(-1) / 2
+
+
+class RankedProbability(Loss):
+    """The ranked probability score of ordered classes (Epstein, Journal of Applied Meteorology, 1969).
+
+    The squared error of the cumulative probabilities `P(y > k)`, averaged over `k`; outputs `[..., n, C]` estimate the
+    classes' probabilities, and targets are class numbers `[..., n]`, int64. A row is correct if its median class is.
+    """
+
+    def values(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self._errors(outputs, targets).square().mean(-1)
+
+    def slopes(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        errors = self._errors(outputs.mT, targets)
+        steps = (2 / errors.shape[-1]) * errors.cumsum(-1)
+        # The lowest class is in no cumulative probability.
+        return errors.square().mean(-1), torch.cat([torch.zeros_like(steps[..., :1]), steps], -1).mT
+
+    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return (self._above(outputs) > 0.5).sum(-1) == targets
+
+    def _errors(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return `[..., n, C - 1]`, the cumulative probabilities minus their targets."""
+        above = self._above(outputs)
+        return above - (targets.unsqueeze(-1) > torch.arange(above.shape[-1], device=targets.device)).to(above)
+
+    def _above(self, outputs: Tensor) -> Tensor:
+        return outputs.flip(-1).cumsum(-1).flip(-1)[..., 1:]

@@ -32,6 +32,7 @@ tasks: Registry["type[Task]"] = Registry(
     {
         "classification": "fedhead.tasks.classification",
         "multi-label": "fedhead.tasks.multi_label",
+        "ordinal": "fedhead.tasks.ordinal",
         "regression": "fedhead.tasks.regression",
     },
 )

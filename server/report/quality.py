@@ -5,7 +5,7 @@ from typing import Any
 
 from fedhead.server.report import charts
 from fedhead.server.report.layout import DASH, Figure, Section, Table
-from fedhead.server.report.regression import interval_sentences, regression_quality
+from fedhead.server.report.regression import interval_sentences, number_interval, regression_quality
 from fedhead.server.runs.record import RunRecord, Values
 from fedhead.wording import counted, listed, percent
 
@@ -83,6 +83,11 @@ def _sentences(record: RunRecord) -> list[str]:
     if record.one_class:
         means.append(f"the balanced accuracy {interval(pooled['balanced_accuracy'])}")
     said.append(", ".join(means) + ".")
+    if "quadratic_kappa" in pooled:
+        said.append(
+            f"Predicted levels are {number_interval(pooled['mae'])} levels from the true ones on average. Cohen's "
+            f"kappa with quadratic weights is {number_interval(pooled['quadratic_kappa'])}."
+        )
     if record.sites:
         name, worst = min(record.sites.items(), key=lambda pair: (pair[1]["accuracy"][0], -pair[1]["rows"]))
         said.append(

@@ -159,6 +159,7 @@ def tasks_page(folder: Path) -> None:
         "path,label",
         lambda n: f"pictures/{files[n].relative_to(pictures)},{('a', 'b', 'a;b')[n % 3]}",
     )
+    table(folder / "grades.csv", "age,grade", lambda n: f"{30 + n % 40},{n % 40 // 14}")
     generator = np.random.default_rng(0)
     table(
         folder / "patients.csv",

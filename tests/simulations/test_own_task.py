@@ -19,11 +19,11 @@ from fedhead.tasks.multi_label import MultiLabel
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@tasks.register("ordinal")
+@tasks.register("graded")
 class Ordinal(MultiLabel):
     """Ordered classes, as cumulative targets "above NAME": one column less than classes, all from one Gram matrix."""
 
-    name = "ordinal"
+    name = "graded"
     score_title = "Level right"
 
     @classmethod
@@ -62,7 +62,7 @@ def grades() -> Samples:
 
 @pytest.mark.parametrize("rounds", [0, 3])
 def test_a_task_of_ones_own_runs_to_the_report(grades: Samples, rounds: int, tmp_path: Path) -> None:
-    config = RunConfig(task="ordinal", rounds=rounds, simulation={"partition": "dirichlet:1"})
+    config = RunConfig(task="graded", rounds=rounds, simulation={"partition": "dirichlet:1"})
     result = simulate(config, grades, 4, out=tmp_path / "run")
     assert result.config.classes == ("above low", "above middle")
     assert result.score_held_out is not None
@@ -71,7 +71,7 @@ def test_a_task_of_ones_own_runs_to_the_report(grades: Samples, rounds: int, tmp
     assert "Level right" in page
     assert "above middle" in page and "above middle" in card
     model = TransferModel.load(tmp_path / "run")
-    assert model.task.name == "ordinal"
+    assert model.task.name == "graded"
     predicted = model.predict([grades.read(row) for row in range(200)])
     expected = [(f"level {('low', 'middle', 'top').index(grades.classes[label])}",) for label in grades.labels[:200]]
     assert np.mean([one == other for one, other in zip(predicted, expected, strict=True)]) > 0.8
