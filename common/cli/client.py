@@ -17,10 +17,88 @@ from fedhead.logs import configure_logging
 from fedhead.wording import size
 
 if TYPE_CHECKING:
-    from fedhead.client.settings import SiteSettings
+    from fedhead.client.settings import Kit, SiteSettings
 
-CONNECTION = "The connection"
 DEFAULT_COORDINATOR = "127.0.0.1:9092"
+
+_Kit = Annotated[
+    Path | None,
+    typer.Option(help="This site's kit, made by fedhead provision.", rich_help_panel=options.CONNECTION),
+]
+_Coordinator = Annotated[
+    str | None,
+    typer.Option(help="Coordinator's host:port; by default the kit's.", rich_help_panel=options.CONNECTION),
+]
+_CaBundle = Annotated[
+    str | None,
+    typer.Option(
+        help="PEM file of further authorities, such as that of a reverse proxy before the coordinator.",
+        rich_help_panel=options.CONNECTION,
+    ),
+]
+_Site = Annotated[str | None, typer.Option(help="Site's name; by default the kit's.", rich_help_panel=options.SITE)]
+_Data = Annotated[
+    str | None,
+    typer.Option(
+        help="Data spec: folder:PATH, csv:FILE, python:MODULE:FUNCTION or another; by default the kit's.",
+        rich_help_panel=options.SITE,
+    ),
+]
+_Device = Annotated[
+    str | None, typer.Option(help="Device: 'auto', 'cpu', 'cuda' or 'mps'.", rich_help_panel=options.SITE)
+]
+_StrictData = Annotated[
+    bool | None,
+    typer.Option(
+        "--strict-data", help="Stop at unreadable rows instead of skipping them.", rich_help_panel=options.SITE
+    ),
+]
+_MinClassCount = Annotated[
+    int | None,
+    typer.Option(
+        help="Minimum training rows of a class; the site withholds classes with fewer. 0 for no limit.",
+        rich_help_panel=options.SITE,
+    ),
+]
+_MinRows = Annotated[
+    int | None,
+    typer.Option(
+        help="Minimum rows; with fewer, the site takes no part. 0 for no limit.", rich_help_panel=options.SITE
+    ),
+]
+_AllowBackbone = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Accept these weights (sha256:HEX) or any weights of this spec; repeatable. Adds to the kit's list.",
+        metavar="BACKBONE",
+        rich_help_panel=options.SITE,
+    ),
+]
+_Approve = Annotated[
+    bool,
+    typer.Option(
+        "--approve",
+        help="Ask at the terminal before each kind of release of a run, and before unknown weights are taken.",
+        rich_help_panel=options.SITE,
+    ),
+]
+_Payloads = Annotated[
+    Path | None,
+    typer.Option(
+        help="Write each reply to this folder before it leaves, with a readable summary.",
+        metavar="FOLDER",
+        rich_help_panel=options.SITE,
+    ),
+]
+_DryRun = Annotated[
+    Path | None,
+    typer.Option(
+        help="Run this TOML file with this site alone: write its replies to --payloads (by default dry-run), and "
+        "connect to nothing.",
+        metavar="FILE",
+        rich_help_panel=options.SITE,
+    ),
+]
 
 
 @app.command(
@@ -29,95 +107,21 @@ DEFAULT_COORDINATOR = "127.0.0.1:9092"
 )
 @in_sentences
 def client(
-    kit: Annotated[
-        Path | None,
-        typer.Option(help="This site's kit, made by fedhead provision.", rich_help_panel=CONNECTION),
-    ] = None,
-    insecure: Annotated[
-        bool,
-        typer.Option("--insecure", help="Run without TLS or keys, on this machine only.", rich_help_panel=CONNECTION),
-    ] = False,
-    coordinator: Annotated[
-        str | None, typer.Option(help="Coordinator's host:port; by default the kit's.", rich_help_panel=CONNECTION)
-    ] = None,
-    ca_bundle: Annotated[
-        str | None,
-        typer.Option(
-            help="PEM file of further authorities, such as that of a reverse proxy before the coordinator.",
-            rich_help_panel=CONNECTION,
-        ),
-    ] = None,
-    health: Annotated[
-        str,
-        typer.Option(
-            help="Serve gRPC's health service at this address.", metavar="HOST:PORT", rich_help_panel=CONNECTION
-        ),
-    ] = "",
-    site: Annotated[
-        str | None, typer.Option(help="Site's name; by default the kit's.", rich_help_panel=options.SITE)
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Data spec: folder:PATH, csv:FILE, python:MODULE:FUNCTION or another; by default the kit's.",
-            rich_help_panel=options.SITE,
-        ),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Device: 'auto', 'cpu', 'cuda' or 'mps'.", rich_help_panel=options.SITE)
-    ] = None,
-    strict_data: Annotated[
-        bool | None,
-        typer.Option(
-            "--strict-data", help="Stop at unreadable rows instead of skipping them.", rich_help_panel=options.SITE
-        ),
-    ] = None,
-    min_class_count: Annotated[
-        int | None,
-        typer.Option(
-            help="Minimum training rows of a class; the site withholds classes with fewer. 0 for no limit.",
-            rich_help_panel=options.SITE,
-        ),
-    ] = None,
-    min_rows: Annotated[
-        int | None,
-        typer.Option(
-            help="Minimum rows; with fewer, the site takes no part. 0 for no limit.", rich_help_panel=options.SITE
-        ),
-    ] = None,
-    allow_backbone: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Accept these weights (sha256:HEX) or any weights of this spec; repeatable. Adds to the kit's list.",
-            metavar="BACKBONE",
-            rich_help_panel=options.SITE,
-        ),
-    ] = None,
-    approve: Annotated[
-        bool,
-        typer.Option(
-            "--approve",
-            help="Ask at the terminal before each kind of release of a run, and before unknown weights are taken.",
-            rich_help_panel=options.SITE,
-        ),
-    ] = False,
-    payloads: Annotated[
-        Path | None,
-        typer.Option(
-            help="Write each reply to this folder before it leaves, with a readable summary.",
-            metavar="FOLDER",
-            rich_help_panel=options.SITE,
-        ),
-    ] = None,
-    dry_run: Annotated[
-        Path | None,
-        typer.Option(
-            help="Run this TOML file with this site alone: write its replies to --payloads (by default dry-run), and "
-            "connect to nothing.",
-            metavar="FILE",
-            rich_help_panel=options.SITE,
-        ),
-    ] = None,
+    kit: _Kit = None,
+    insecure: options.Insecure = False,
+    coordinator: _Coordinator = None,
+    ca_bundle: _CaBundle = None,
+    health: options.Health = "",
+    site: _Site = None,
+    data: _Data = None,
+    device: _Device = None,
+    strict_data: _StrictData = None,
+    min_class_count: _MinClassCount = None,
+    min_rows: _MinRows = None,
+    allow_backbone: _AllowBackbone = None,
+    approve: _Approve = False,
+    payloads: _Payloads = None,
+    dry_run: _DryRun = None,
     log_format: options.LogFormat = "text",
     log_file: options.LogFile = None,
     metrics: options.Metrics = "",
@@ -125,30 +129,17 @@ def client(
     debug: options.Debug = False,
 ) -> None:
     """Take part in every run of a coordinator with this site's data, until stopped."""
-    from fedhead.client.settings import Kit
-
     configure_logging(log_format, log_file)
-    changes: dict[str, Any] = {
-        key: value
-        for key, value in {
-            "coordinator": coordinator,
-            "ca_bundle": ca_bundle,
-            "data": data,
-            "device": device,
-            "strict_data": strict_data,
-        }.items()
-        if value is not None
+    given = {
+        "coordinator": coordinator,
+        "ca_bundle": ca_bundle,
+        "data": data,
+        "device": device,
+        "strict_data": strict_data,
+        "limits": _given({"min_class_count": min_class_count, "min_rows": min_rows}),
+        "backbones": {"allow": allow_backbone} if allow_backbone else None,
     }
-    limits = {"min_class_count": min_class_count, "min_rows": min_rows}
-    changes["limits"] = {key: value for key, value in limits.items() if value is not None}
-    if allow_backbone:
-        changes["backbones"] = {"allow": allow_backbone}
-    if insecure == (kit is not None):
-        raise UserError("A client needs --kit FOLDER, or on one machine --insecure: one of the two.")
-    if kit is not None and site is not None:
-        raise UserError("A kit has its site's name: leave --site away, or ask for a kit of that name.")
-    opened = None if kit is None else Kit(kit)
-    settings = _insecure_settings(site, changes) if opened is None else opened.settings(changes)
+    opened, settings = _settings(kit, site, _given(given), insecure=insecure)
     if dry_run is not None:
         _dry_run(settings, dry_run, payloads or Path("dry-run"))
         return
@@ -159,6 +150,30 @@ def client(
         ask = _ask if sys.stdin.isatty() else None
         monitoring = Monitoring(health, metrics, metrics_anywhere)
         serve(settings, opened, approve=approve, ask=ask, payloads=payloads, monitoring=monitoring)
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _settings(
+    kit: Path | None, site: str | None, changes: dict[str, Any], *, insecure: bool
+) -> tuple["Kit | None", "SiteSettings"]:
+    """Return the kit, if any, and the settings of the site: the kit's with changes, or those of flags alone.
+
+    Raises:
+        UserError: if the flags contradict each other, or the settings are invalid.
+    """
+    from fedhead.client.settings import Kit
+
+    if insecure == (kit is not None):
+        raise UserError("A client needs --kit FOLDER, or on one machine --insecure: one of the two.")
+    if kit is None:
+        return None, _insecure_settings(site, changes)
+    if site is not None:
+        raise UserError("A kit has its site's name: leave --site away, or ask for a kit of that name.")
+    opened = Kit(kit)
+    return opened, opened.settings(changes)
 
 
 def _dry_run(settings: "SiteSettings", run: Path, folder: Path) -> None:

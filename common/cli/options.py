@@ -9,7 +9,19 @@ if TYPE_CHECKING:
     from fedhead.config import RunConfig
 
 RUN, SIMULATION, STUDY, SITE, OUTPUT = "The run", "The simulation", "A study of many runs", "The site", "Output"
-LOG, PRIVACY = "Log and metrics", "Privacy"
+LOG, PRIVACY, CONNECTION = "Log and metrics", "Privacy", "The connection"
+
+ConfigFile = Annotated[Path | None, typer.Argument(help="TOML file; flags override it.", show_default=False)]
+RunFolder = Annotated[
+    Path | None, typer.Option(help="Run folder; by default a new one under runs/.", rich_help_panel=OUTPUT)
+]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="Run without TLS or keys, on this machine only.", rich_help_panel=CONNECTION)
+]
+Health = Annotated[
+    str,
+    typer.Option(help="Serve gRPC's health service at this address.", metavar="HOST:PORT", rich_help_panel=CONNECTION),
+]
 
 Assignments = Annotated[
     list[str] | None,

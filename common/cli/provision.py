@@ -15,6 +15,48 @@ if TYPE_CHECKING:
 
 KIT = "The kit"
 
+_Coordinator = Annotated[
+    str | None, typer.Option(help="Address that sites connect to.", metavar="HOST:PORT", rich_help_panel=KIT)
+]
+_Sites = Annotated[
+    list[str] | None, typer.Option(help="Name of a site; repeatable.", metavar="NAME", rich_help_panel=KIT)
+]
+_Also = Annotated[
+    list[str] | None,
+    typer.Option(help="Another name or address of the coordinator; repeatable.", metavar="HOST", rich_help_panel=KIT),
+]
+_Out = Annotated[Path, typer.Option(help="Folder of kits.", rich_help_panel=KIT)]
+_Run = Annotated[
+    Path | None,
+    typer.Option(
+        help="TOML file of a run, whose backbone the new kits allow. Its weights are loaded for their digest.",
+        metavar="FILE",
+        rich_help_panel=KIT,
+    ),
+]
+_Days = Annotated[
+    int,
+    typer.Option(min=1, max=3650, help="Validity of the coordinator's certificate, in days.", rich_help_panel=KIT),
+]
+_AddSites = Annotated[
+    list[str] | None, typer.Option(help="Site to add; repeatable.", metavar="NAME", rich_help_panel=KIT)
+]
+_Sign = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Request of a site that made its own key with fedhead site init; repeatable.", rich_help_panel=KIT
+    ),
+]
+_Revoke = Annotated[
+    list[str] | None,
+    typer.Option(help="Site to refuse from now on; repeatable.", metavar="NAME", rich_help_panel=KIT),
+]
+_Renew = Annotated[bool, typer.Option("--renew", help="Renew the coordinator's certificate.", rich_help_panel=KIT)]
+_Show = Annotated[
+    Path | None,
+    typer.Option(help="Folder of kits to show, with its sites and expiry dates.", rich_help_panel=KIT),
+]
+
 
 @app.command(
     epilog="Example: [bold]fedhead provision --coordinator coord.example.org:9092 --site hospital-a --site hospital-b "
@@ -22,61 +64,25 @@ KIT = "The kit"
 )
 @in_sentences
 def provision(
-    coordinator: Annotated[
-        str | None, typer.Option(help="Address that sites connect to.", metavar="HOST:PORT", rich_help_panel=KIT)
-    ] = None,
-    site: Annotated[
-        list[str] | None, typer.Option(help="Name of a site; repeatable.", metavar="NAME", rich_help_panel=KIT)
-    ] = None,
-    also: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Another name or address of the coordinator; repeatable.", metavar="HOST", rich_help_panel=KIT
-        ),
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of kits.", rich_help_panel=KIT)] = Path("kit"),
-    run: Annotated[
-        Path | None,
-        typer.Option(
-            help="TOML file of a run, whose backbone the new kits allow. Its weights are loaded for their digest.",
-            metavar="FILE",
-            rich_help_panel=KIT,
-        ),
-    ] = None,
-    days: Annotated[
-        int,
-        typer.Option(min=1, max=3650, help="Validity of the coordinator's certificate, in days.", rich_help_panel=KIT),
-    ] = 730,
-    add_site: Annotated[
-        list[str] | None, typer.Option(help="Site to add; repeatable.", metavar="NAME", rich_help_panel=KIT)
-    ] = None,
-    sign: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="Request of a site that made its own key with fedhead site init; repeatable.", rich_help_panel=KIT
-        ),
-    ] = None,
-    revoke: Annotated[
-        list[str] | None,
-        typer.Option(help="Site to refuse from now on; repeatable.", metavar="NAME", rich_help_panel=KIT),
-    ] = None,
-    renew: Annotated[
-        bool, typer.Option("--renew", help="Renew the coordinator's certificate.", rich_help_panel=KIT)
-    ] = False,
-    show: Annotated[
-        Path | None,
-        typer.Option(help="Folder of kits to show, with its sites and expiry dates.", rich_help_panel=KIT),
-    ] = None,
+    coordinator: _Coordinator = None,
+    site: _Sites = None,
+    also: _Also = None,
+    out: _Out = Path("kit"),
+    run: _Run = None,
+    days: _Days = 730,
+    add_site: _AddSites = None,
+    sign: _Sign = None,
+    revoke: _Revoke = None,
+    renew: _Renew = False,
+    show: _Show = None,
     debug: options.Debug = False,
 ) -> None:
     """Make a private certificate authority, and a folder of keys for the coordinator and each site."""
-    from fedhead.certificates import fingerprint, read_request
+    from fedhead.certificates import read_request
     from fedhead.config import RunConfig
     from fedhead.errors import UserError
     from fedhead.server import provision as kits
-    from fedhead.server.site_requests import sign_requests
 
-    console = output()
     if show is not None:
         _show(show)
         return
@@ -101,16 +107,32 @@ def provision(
                 "A new kit takes --coordinator HOST:PORT and --site NAME; --add-site, --revoke and --renew change one."
             )
         kits.provision(out, coordinator, site or [], also or [], days, backbones)
-        console.print(
-            f"Made {out}. Copy {out / 'coordinator'} to the coordinator, and each site's folder to that site alone. "
-            f"Keep {out / 'ca.key'} and {out / 'roster.key'} secret: whoever has the first can pretend to be the "
-            "coordinator, and whoever has the second decides whom the sites of a secure sum trust.",
-            highlight=False,
-        )
+        _say_made(out)
     elif not changes and not sign:
         raise UserError(
             "Nothing to do: --coordinator HOST:PORT --site NAME, --add-site, --sign, --revoke, --renew or --show."
         )
+    _change(out, backbones, add_site or [], sign or [], revoke or [], also or [], days, renew=renew)
+    _warn(kits.CoordinatorKit.read(out / "coordinator"))
+
+
+def _change(
+    out: Path,
+    backbones: dict[str, str],
+    add_site: list[str],
+    sign: list[Path],
+    revoke: list[str],
+    also: list[str],
+    days: int,
+    *,
+    renew: bool,
+) -> None:
+    """Change the kits in a folder as `fedhead provision` was told to, and print what is to be copied."""
+    from fedhead.certificates import fingerprint
+    from fedhead.server import provision as kits
+    from fedhead.server.site_requests import sign_requests
+
+    console = output()
     if add_site:
         kits.add_sites(out, add_site, backbones)
         folders = ", ".join(str(out / name) for name in add_site)
@@ -125,25 +147,37 @@ def provision(
         kits.revoke(out, revoke)
         console.print(f"Revoked {', '.join(revoke)}.", highlight=False)
     if renew:
-        kits.renew(out, also or [], days)
+        kits.renew(out, also, days)
         console.print(
             f"Renewed {out / 'coordinator' / 'server.pem'}; copy it and server.key to the coordinator, and start "
             "it again.",
             highlight=False,
         )
     if add_site or sign or revoke:
-        console.print(
-            f"Copy {out / 'coordinator' / 'sites.toml'} to the coordinator, if it is another machine; one that runs "
-            "reads it within seconds.",
+        _say_changed(out)
+
+
+def _say_made(out: Path) -> None:
+    output().print(
+        f"Made {out}. Copy {out / 'coordinator'} to the coordinator, and each site's folder to that site alone. "
+        f"Keep {out / 'ca.key'} and {out / 'roster.key'} secret: whoever has the first can pretend to be the "
+        "coordinator, and whoever has the second decides whom the sites of a secure sum trust.",
+        highlight=False,
+    )
+
+
+def _say_changed(out: Path) -> None:
+    output().print(
+        f"Copy {out / 'coordinator' / 'sites.toml'} to the coordinator, if it is another machine; one that runs "
+        "reads it within seconds.",
+        highlight=False,
+    )
+    if (out / "coordinator" / "roster.toml").is_file():
+        output().print(
+            f"The roster of secure sums has changed. Copy {out / 'coordinator' / 'roster.toml'} to the coordinator "
+            "and to every site, which must accept it: fedhead roster verify KIT --accept WORDS.",
             highlight=False,
         )
-        if (out / "coordinator" / "roster.toml").is_file():
-            console.print(
-                f"The roster of secure sums has changed. Copy {out / 'coordinator' / 'roster.toml'} to the coordinator "
-                "and to every site, which must accept it: fedhead roster verify KIT --accept WORDS.",
-                highlight=False,
-            )
-    _warn(kits.CoordinatorKit.read(out / "coordinator"))
 
 
 def _warn(kit: "CoordinatorKit") -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 from rich.live import Live
@@ -28,9 +28,39 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CONNECTION = "The connection"
 DEFAULT_PORT = 9092
 TERMINATED = 143
+
+_Kit = Annotated[
+    Path | None,
+    typer.Option(help="Coordinator's kit, made by fedhead provision.", rich_help_panel=options.CONNECTION),
+]
+_Port = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        max=65535,
+        help="Port to listen on; by default the kit's, or 9092.",
+        rich_help_panel=options.CONNECTION,
+    ),
+]
+_Queue = Annotated[
+    Path | None,
+    typer.Option(
+        help="Run the TOML files of this folder one after another, also those that come later; --out holds the run "
+        "folders.",
+        metavar="DIR",
+        rich_help_panel=options.OUTPUT,
+    ),
+]
+_StoppedOk = Annotated[
+    bool,
+    typer.Option(
+        "--stopped-ok",
+        help="Exit 0, not 143, after fedhead stop, so that a service manager does not start the run again.",
+        rich_help_panel=options.CONNECTION,
+    ),
+]
 
 
 @app.command(
@@ -42,50 +72,16 @@ TERMINATED = 143
 @with_settings()
 def server(
     settings: dict[str, Any],
-    config: Annotated[Path | None, typer.Argument(help="TOML file; flags override it.", show_default=False)] = None,
-    kit: Annotated[
-        Path | None,
-        typer.Option(help="Coordinator's kit, made by fedhead provision.", rich_help_panel=CONNECTION),
-    ] = None,
-    insecure: Annotated[
-        bool,
-        typer.Option("--insecure", help="Run without TLS or keys, on this machine only.", rich_help_panel=CONNECTION),
-    ] = False,
-    port: Annotated[
-        int | None,
-        typer.Option(
-            min=0, max=65535, help="Port to listen on; by default the kit's, or 9092.", rich_help_panel=CONNECTION
-        ),
-    ] = None,
-    health: Annotated[
-        str,
-        typer.Option(
-            help="Serve gRPC's health service at this address.", metavar="HOST:PORT", rich_help_panel=CONNECTION
-        ),
-    ] = "",
+    config: options.ConfigFile = None,
+    kit: _Kit = None,
+    insecure: options.Insecure = False,
+    port: _Port = None,
+    health: options.Health = "",
     set_: options.Assignments = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Run folder; by default a new one under runs/.", rich_help_panel=options.OUTPUT),
-    ] = None,
+    out: options.RunFolder = None,
     resume: options.Resume = None,
-    queue: Annotated[
-        Path | None,
-        typer.Option(
-            help="Run the TOML files of this folder one after another, also those that come later; --out holds the run "
-            "folders.",
-            metavar="DIR",
-            rich_help_panel=options.OUTPUT,
-        ),
-    ] = None,
-    stopped_ok: Annotated[
-        bool,
-        typer.Option(
-            "--stopped-ok",
-            help="Exit 0, not 143, after fedhead stop, so that a service manager does not start the run again.",
-            rich_help_panel=CONNECTION,
-        ),
-    ] = False,
+    queue: _Queue = None,
+    stopped_ok: _StoppedOk = False,
     dashboard: options.Dashboard = "",
     dashboard_anywhere: options.DashboardAnywhere = False,
     track: options.Track = None,
@@ -116,47 +112,66 @@ def server(
     link = SuperLink(host, kit_port if port is None else port, keys)
     quiet = as_json or log_format == "json" or not sys.stdout.isatty()
     configure_logging(log_format, log_file, terminal=None if quiet else terminal_handler())
-    shown: list[RunStatus] = []
+    signal.signal(signal.SIGTERM, _terminate)
+    monitoring = Monitoring(health, metrics, metrics_anywhere)
+    watched = watching(dashboard, anywhere=dashboard_anywhere, track=track)
+    with _Terminal(quiet=quiet, tables=not as_json, stopped_ok=stopped_ok) as terminal, watched as observers:
+        if queue is not None:
+            with NetworkRuns(link, keys, monitoring) as runs:
+                runs.run_queue(RunQueue(queue, out), read, shown=terminal.show, observers=observers)
+            return
+        result = serve(
+            run,
+            link,
+            kit=keys,
+            out=out,
+            resume=resume is not None,
+            monitoring=monitoring,
+            shown=terminal.show,
+            observers=observers,
+        )
+    if as_json:
+        typer.echo(json.dumps(result.summary()))
+    else:
+        output().print(f"Run folder  {result.run_dir}", highlight=False)
+
+
+class _Terminal:
+    """Shows runs at the terminal while it is entered, and the last one's final tables when it is left.
+
+    Args:
+        quiet: whether to show nothing during a run.
+        tables: whether to print the final tables.
+        stopped_ok: whether to exit 0 if the run was stopped by `fedhead stop`.
+    """
+
+    def __init__(self, *, quiet: bool, tables: bool, stopped_ok: bool) -> None:
+        self._quiet = quiet
+        self._tables = tables
+        self._stopped_ok = stopped_ok
+        self._status: RunStatus | None = None
 
     @contextmanager
-    def show(status: "RunStatus") -> Iterator[None]:
-        shown[:] = [status]
-        if quiet:
+    def show(self, status: "RunStatus") -> Iterator[None]:
+        """Show a run while it is entered."""
+        self._status = status
+        if self._quiet:
             yield
             return
         tables = LiveTables(status.snapshot)
         with Live(tables, console=output(), refresh_per_second=2, redirect_stdout=False, transient=True):
             yield
 
-    signal.signal(signal.SIGTERM, _terminate)
-    monitoring = Monitoring(health, metrics, metrics_anywhere)
-    try:
-        with watching(dashboard, anywhere=dashboard_anywhere, track=track) as observers:
-            if queue is not None:
-                with NetworkRuns(link, keys, monitoring) as runs:
-                    runs.run_queue(RunQueue(queue, out), read, shown=show, observers=observers)
-                return
-            result = serve(
-                run,
-                link,
-                kit=keys,
-                out=out,
-                resume=resume is not None,
-                monitoring=monitoring,
-                shown=show,
-                observers=observers,
-            )
-    except SystemExit:
-        if stopped_ok and shown and shown[-1].stop_asked:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if self._status is None:
+            return
+        if self._tables and self._status.snapshot()["run"]:
+            output().print(run_tables(self._status.snapshot()), highlight=False)
+        if self._stopped_ok and isinstance(error, SystemExit) and self._status.stop_asked:
             raise typer.Exit from None
-        raise
-    finally:
-        if shown and shown[-1].snapshot()["run"] and not as_json:
-            output().print(run_tables(shown[-1].snapshot()), highlight=False)
-    if as_json:
-        typer.echo(json.dumps(result.summary()))
-    else:
-        output().print(f"Run folder  {result.run_dir}", highlight=False)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
