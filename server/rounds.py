@@ -34,7 +34,6 @@ from fedhead.server.strategy_state import restore, state_of
 from fedhead.sums.features import FeatureStatistics
 from fedhead.sums.heads import EXAMPLES, HELD_OUT, FloatArray, HeadSums
 from fedhead.sums.sums import Arrays
-from fedhead.sums.updates import HeadUpdates
 from fedhead.tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -99,7 +98,7 @@ class Rounds:
         if isinstance(self._strategy, PooledLBFGS):
             action, base = GRADIENT, {name: np.zeros(value.shape) for name, value in head.items()}
         if self._messenger.summation is not None:
-            return self._sum(messages, action, base, base)
+            return self._sum(messages, action, base)
         return self._heads(messages, addresses, base)
 
     def aggregate(self, number: int, head: Arrays, exchange: Exchange) -> Arrays:
@@ -136,17 +135,17 @@ class Rounds:
         addresses = self._messenger.addresses(self._roster.nodes, together=together)
         messages = {name: Message(content, node_id, EVALUATE) for name, node_id in sorted(addresses.nodes.items())}
         if self._messenger.summation is not None:
-            return self._sum(messages, EVALUATE, head, {})
+            return self._sum(messages, EVALUATE, {})
         return self._heads(messages, addresses, {})
 
-    def _sum(self, messages: Mapping[str, Message], action: str, head: Arrays, trained: Arrays) -> Exchange:
+    def _sum(self, messages: Mapping[str, Message], action: str, base: Arrays) -> Exchange:
         """Have sites train or evaluate a head, all by one message, and learn only the sum of their updates.
 
         Args:
             messages: by site name, of one content.
             action: `TRAIN`, `GRADIENT` or `EVALUATE`.
-            head: that replies are relative to: the head that is sent; of gradients, zeros.
-            trained: `head` if it is trained; else empty.
+            base: the head that updates are relative to: the one that is sent, or zeros for gradients; empty if it is
+                only evaluated.
 
         Raises:
             FedheadError: if the sum cannot be used.
@@ -156,18 +155,18 @@ class Rounds:
         if any(message.content is not first.content for message in messages.values()):
             raise FedheadError("Secure summation needs a strategy that sends every site the same head and settings.")
         nodes = {name: message.metadata.dst_node_id for name, message in messages.items()}
-        nothing = HeadUpdates.zeros(trained)
+        nothing = HeadSums.unchanged(base)
         summed = self._messenger.summation.total(nodes, action, Payload.from_content(first.content), nothing)
-        exchange, update = summed.exchange, summed.total
+        exchange, total = summed.exchange, summed.total
         if not summed.sites:
             return exchange
-        row, made = update.metrics(), update.applied(head)
-        wrong = outlying_losses({POOL: row}) | (outlying_updates(head, {POOL: made}) if trained else {})
+        row, made = total.metrics, total.heads
+        wrong = outlying_losses({POOL: row}) | (outlying_updates(base, {POOL: made}) if base else {})
         if wrong:
             raise unusable(wrong[POOL])
         exchange.summed = summed.sites
         exchange.metrics = {pool_of(summed.sites): row}
-        if trained and update.examples:
+        if base and total.examples:
             exchange.replies = [(first, HeadReply(HeadSums(made, row, self._task.counts_scores), row[None]))]
         return exchange
 

@@ -14,9 +14,8 @@ from fedhead.protocol.fields import Digest, wrong_fields
 from fedhead.protocol.messages import Manifest, MessageError, Payload
 from fedhead.protocol.steps import Masking, Release, Step
 from fedhead.secure.replies import SUM, SiteNames, additive, purpose_of
-from fedhead.sums.heads import TABLE
+from fedhead.sums.heads import TABLE, HeadSums
 from fedhead.sums.sums import Arrays
-from fedhead.sums.updates import HeadUpdates
 
 if TYPE_CHECKING:
     from fedhead.client.site_data import Site
@@ -52,7 +51,7 @@ class Asked:
         base = self.request.arrays
         if self.action == GRADIENT:
             base = {name: np.zeros_like(array) for name, array in made.items()}
-        return HeadUpdates.of(base, made, arrays[TABLE][0]).to_arrays()
+        return HeadSums(made, arrays[TABLE][0], base=base).to_arrays()
 
 
 def masking_of(site: "Site", asked: Asked) -> Masking:

@@ -18,25 +18,38 @@ received head, the summed loss and the summed score (for classes, the number of 
 EXAMPLES, TRAIN_LOSS, HELD_OUT, LOSS_SUM, SCORE = range(len(METRICS))
 
 TABLE = "metrics"
-"""Name of the metrics on the wire, `[k, len(METRICS)]`."""
+"""Name of the metrics on the wire, `[k, len(METRICS)]`; `[len(METRICS)]` if they add as arrays."""
+
+LARGEST = 1e15
+"""Limit on the magnitude of a summed change of a parameter, or of a summed metric."""
+
+_CHANGE = "update."
 
 
 @dataclass(frozen=True, eq=False)
 class HeadSums:
     """Sums over sites of trained heads times their `n` training rows, and of metrics, stored as means of the heads.
 
-    A mean of float32 heads takes half the bytes of a sum, and no bit of a single site's head is lost.
+    A mean of float32 heads takes half the bytes of a sum, and no bit of a single site's head is lost. For secure
+    summation, which adds arrays, `base` is set: then heads leave as sums of their changes times their training rows.
 
     Attributes:
         heads: by name, the mean of the trained heads, weighted by training rows, in float64 after an addition; empty
             after an evaluation.
         metrics: `[len(METRICS)]` float64; the training loss is a mean over training rows, all others are sums.
         counted: whether scores are numbers of rows.
+        base: the head that changes are relative to, if arrays have to add; None for means.
     """
 
     heads: Arrays = field(default_factory=dict)
     metrics: FloatArray = field(default_factory=lambda: np.zeros(len(METRICS)))
     counted: bool = True
+    base: Arrays | None = None
+
+    @classmethod
+    def unchanged(cls, base: Arrays) -> Self:
+        """Return results over no rows whose arrays add; `base` is empty if heads are only evaluated."""
+        return cls(dict(base), base=base)
 
     @property
     def examples(self) -> int:
@@ -57,22 +70,35 @@ class HeadSums:
         return total_metrics(self.metrics[None])
 
     @classmethod
-    def from_sums(cls, weighted: Mapping[str, FloatArray], totals: FloatArray, *, counted: bool = True) -> Self:
+    def from_sums(
+        cls,
+        weighted: Mapping[str, FloatArray],
+        totals: FloatArray,
+        *,
+        counted: bool = True,
+        base: Arrays | None = None,
+    ) -> Self:
         """Return the results with the given `weighted()` and `totals()`; heads are 0 without training rows."""
         examples = max(float(totals[EXAMPLES]), 1.0)
-        return cls({name: value / examples for name, value in weighted.items()}, mean_loss(totals), counted)
+        return cls({name: value / examples for name, value in weighted.items()}, mean_loss(totals), counted, base)
 
     def __add__(self, other: Self) -> Self:
         if self.heads.keys() != other.heads.keys() or self.counted != other.counted:
             raise ValueError("Results of heads of different forms cannot be added.")
         own, others = self.weighted(), other.weighted()
-        return self.from_sums(
-            {name: own[name] + others[name] for name in own}, self.totals() + other.totals(), counted=self.counted
-        )
+        weighted, totals = {name: own[name] + others[name] for name in own}, self.totals() + other.totals()
+        return self.from_sums(weighted, totals, counted=self.counted, base=self.base)
 
     def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """Return the heads, and the metrics as `[1, len(METRICS)]`."""
-        return {**self.heads, TABLE: self.metrics[None]}
+        """Return the heads, and the metrics as `[1, len(METRICS)]`; with `base`, arrays that add."""
+        if self.base is None:
+            return {**self.heads, TABLE: self.metrics[None]}
+        rows = float(self.metrics[EXAMPLES])
+        changes = {
+            f"{_CHANGE}{name}": rows * (head.astype(np.float64) - self.base[name].astype(np.float64))
+            for name, head in self.heads.items()
+        }
+        return {**changes, TABLE: self.totals()}
 
     @classmethod
     def from_arrays(cls, arrays: Arrays, like: Self) -> Self:
@@ -80,16 +106,38 @@ class HeadSums:
 
         Args:
             arrays: the received arrays.
-            like: results with a head of the expected form, and the expected kind of scores.
+            like: results with a head of the expected form, the expected kind of scores, and the same base if any.
 
         Raises:
             ValueError: for other names, shapes or types, for values that are not finite, and for impossible counts.
         """
+        if like.base is not None:
+            return cls._from_changes(arrays, like, like.base)
         heads = dict(arrays)
         table = heads.pop(TABLE, np.empty(0))
         check_form(heads, like.heads)
         check_metrics(table, 1, counted=like.counted)
         return cls(heads, np.array(table[0]), like.counted)
+
+    @classmethod
+    def _from_changes(cls, arrays: Arrays, like: Self, base: Arrays) -> Self:
+        """Return results from arrays that add, whose heads have the number types of `base`; `base` without rows."""
+        check_form(arrays, like.to_arrays(), LARGEST)
+        totals = np.array(arrays[TABLE])
+        counts = totals[[EXAMPLES, HELD_OUT]]
+        if (totals < 0).any() or (counts != np.rint(counts)).any():
+            raise ValueError("its metrics are negative, or its rows are not whole numbers")
+        if (not totals[EXAMPLES] and totals[TRAIN_LOSS]) or (not totals[HELD_OUT] and totals[LOSS_SUM:].any()):
+            raise ValueError("it has losses or scores without rows")
+        examples = float(totals[EXAMPLES])
+        changes = {name: arrays[f"{_CHANGE}{name}"] for name in base}
+        if not examples and any(value.any() for value in changes.values()):
+            raise ValueError("it changes the head without training rows")
+        heads = {
+            name: (value.astype(np.float64) + changes[name] / examples).astype(value.dtype) if examples else value
+            for name, value in base.items()
+        }
+        return cls(heads, mean_loss(totals), like.counted, base)
 
 
 def total_metrics(table: FloatArray) -> FloatArray:

@@ -25,7 +25,7 @@ from fedhead.server.report.page import render
 from fedhead.server.runs.record import RunRecord
 from fedhead.simulations import simulate
 from fedhead.sums.features import FeatureStatistics
-from fedhead.sums.updates import HeadUpdates
+from fedhead.sums.heads import HeadSums
 
 SECURE = {"privacy": {"secure_sum": True}}
 
@@ -243,10 +243,14 @@ HEAD = {"weight": np.zeros((2, 3), np.float32)}
     ],
 )
 def test_impossible_updates_are_rejected(changes: dict[str, Any], said: str) -> None:
-    good = HeadUpdates.of(HEAD, {"weight": np.ones((2, 3), np.float32)}, np.array([4.0, 0.5, 2.0, 1.0, 1.0]))
-    nothing = HeadUpdates.zeros(HEAD)
-    read = HeadUpdates.from_arrays(good.to_arrays(), nothing)
-    assert read.metrics().tolist() == [4.0, 0.5, 2.0, 1.0, 1.0]
-    np.testing.assert_array_equal((read + read).applied(HEAD)["weight"], np.ones((2, 3)))
+    nothing = HeadSums.unchanged(HEAD)
+    made = {"weight": np.ones((2, 3), np.float32)}
+    good = HeadSums(made, np.array([4.0, 0.5, 2.0, 1.0, 1.0]), base=HEAD).to_arrays()
+    read = HeadSums.from_arrays(good, nothing)
+    assert read.metrics.tolist() == [4.0, 0.5, 2.0, 1.0, 1.0]
+    twice = HeadSums.from_arrays({name: 2 * array for name, array in good.items()}, nothing)
+    for one in (read, twice, read + read):
+        np.testing.assert_array_equal(one.heads["weight"], made["weight"])
+    assert (read + read).to_arrays()["update.weight"].tolist() == twice.to_arrays()["update.weight"].tolist()
     with pytest.raises(ValueError, match=said):
-        HeadUpdates.from_arrays({**good.to_arrays(), **changes}, nothing)
+        HeadSums.from_arrays({**good, **changes}, nothing)
