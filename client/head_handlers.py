@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from flwr.app import Context
 from torch import Tensor
@@ -21,7 +23,7 @@ from fedhead.client.site_data import Holding, Site
 from fedhead.client.training import LabelledFeatures, evaluate_head, train_in_chunks
 from fedhead.config import LocalConfig
 from fedhead.data import BoolArray, IntArray, calibration_half
-from fedhead.evaluation.comparison import HEADS, count_jointly
+from fedhead.evaluation.comparison import HEADS
 from fedhead.heads import Head, LinearHead
 from fedhead.protocol.heads import CalibrateRequest, HeadReply, HeadRequest, ReportRequest
 from fedhead.protocol.messages import (
@@ -30,7 +32,6 @@ from fedhead.protocol.messages import (
     check_arrays,
 )
 from fedhead.protocol.steps import Part
-from fedhead.sums.comparison import ComparisonSums
 from fedhead.sums.heads import (
     EXAMPLES,
     HELD_OUT,
@@ -49,24 +50,38 @@ SCORED_ROWS = 8192
 
 
 def compare(sites: Sequence[Site], payload: Payload, context: Context, merged: bool) -> Iterator[Answer]:
-    """Count on how many held-out rows which of the `HEADS` that arrived are right."""
+    """Compare the `HEADS` that arrived on held-out rows."""
     agreed = agreement(context)
     shape = (len(HEADS), len(agreed.manifest.classes))
-    expected = {
+    expected: dict[str, npt.NDArray[Any]] = {
         "weight": np.zeros((*shape, agreed.num_features), np.float32),
         "bias": np.zeros(shape, np.float32),
     }
+    if agreed.task.compares_losses:
+        expected["scale"] = np.zeros(shape[1])
     check_arrays(payload.arrays, expected)
-    weight, bias = (torch.from_numpy(np.array(payload.arrays[name])) for name in ("weight", "bias"))
-    heads = {name: LinearHead.from_weights(weight[row], bias[row]) for row, name in enumerate(HEADS)}
+    received = {name: torch.from_numpy(np.array(array)) for name, array in payload.arrays.items()}
+    scale = received.get("scale")
+    if scale is not None and not bool((scale > 0).all()):
+        raise MessageError("its scale is not positive")
+    number = torch.float32 if scale is None else torch.float64
+    heads = [
+        LinearHead.from_weights(weight, bias).to(number)
+        for weight, bias in zip(received["weight"], received["bias"], strict=True)
+    ]
     for positions in shared(sites, merged):
-        joint = torch.zeros(*[2] * len(HEADS), dtype=torch.int64)
+        sums: Sums | None = None
         for position in positions:
             holding = sites[position].open(agreed.manifest)
             data = replace(holding.data, mapping=agreed.mapping)
-            for rows in torch.split(torch.from_numpy(holding.held_out.rows), SCORED_ROWS):
-                joint += count_jointly(heads, data.exact(rows).float(), data.labels[rows].cpu())
-        sums = ComparisonSums(joint.numpy())
+            rows = torch.from_numpy(holding.held_out.rows)
+            for some in torch.split(rows, SCORED_ROWS):
+                features = data.exact(some).to(number)
+                with torch.inference_mode():
+                    outputs = [head(features) for head in heads]
+                own = agreed.task.compare_heads(outputs, data.labels[some].cpu(), scale)
+                sums = own if sums is None else sums + own
+        assert sums is not None
         yield Answer(positions, of_several(sums.to_arrays(), len(positions)), agreed.manifest, ("held_out",))
 
 

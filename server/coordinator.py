@@ -489,12 +489,13 @@ class Coordinator:
             foreign, asking = foreign_test(self._messenger, asked, self._roster.rows, self._probe, self.task)
             exchange.include(asking)
         diagnoses: list[SiteDiagnosis] = []
-        if stats is not None and self.sums is not None and self.config.diagnose and self.task.compares_classes:
+        if stats is not None and self.sums is not None and self.config.diagnose:
             diagnoses, asking = diagnose_sites(
                 self._messenger,
                 self._roster.nodes,
                 self._roster.rows,
                 self.manifest,
+                self.task,
                 self.sums,
                 stats,
                 self.form.num_features,

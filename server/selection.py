@@ -149,7 +149,7 @@ def choose_round(rivals: Sequence[Rival], sums: RivalSums) -> tuple[int, Choice]
 
     The solved head is delivered from all rows, held-out ones included, so that rounds must prove to be better.
     """
-    gain, error = sums.gain(1, 0)
+    gain, error = sums.paired.gain(1, 0)
     proven = gain > error
     taken = int(proven)
     compared = (

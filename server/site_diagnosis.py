@@ -1,21 +1,24 @@
 """Compares heads on the held-out rows of each site, and diagnoses how the site relates to the pool."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 
-from fedhead.evaluation.comparison import HEADS, compare, heads_to_compare
-from fedhead.evaluation.diagnosis import SiteDiagnosis, diagnose
-from fedhead.evaluation.shift import shifts
+from fedhead.evaluation.comparison import HEADS
+from fedhead.evaluation.diagnosis import SiteDiagnosis
 from fedhead.protocol.actions import COMPARE
 from fedhead.protocol.messages import Manifest, Payload
 from fedhead.server.collect import Question, collect
 from fedhead.server.exchange import Exchange
 from fedhead.server.messenger import Messenger
 from fedhead.server.site_sums import SiteSums
-from fedhead.sums.comparison import ComparisonSums
 from fedhead.sums.features import FeatureStatistics
 from fedhead.sums.projection import projection_for
+from fedhead.sums.sums import Sums
+from fedhead.tasks import Task
+
+MOST_SUSPECTS = 8
+"""Largest number of sites whose effect on the other sites is measured: each takes an exchange with all of them."""
 
 
 class _Training(Mapping[str, FeatureStatistics]):
@@ -43,17 +46,19 @@ def diagnose_sites(
     nodes: Mapping[str, int],
     rows: Mapping[str, int],
     manifest: Manifest,
+    task: Task,
     sums: SiteSums,
     pool: FeatureStatistics,
     num_features: int,
 ) -> tuple[list[SiteDiagnosis], Exchange]:
-    """Diagnose every site, in the order of names; none, where their own statistics are not kept.
+    """Diagnose every site, in the order of names; none if the sites' own statistics are not kept.
 
     Args:
         messenger: reaches the sites.
         nodes: the sites, by name.
         rows: the number of rows of each.
         manifest: of the run.
+        task: of the run.
         sums: keeps each site's statistics.
         pool: the sum of all of them.
         num_features: the number of mapped features.
@@ -65,20 +70,36 @@ def diagnose_sites(
     if sums.keep != "folder":
         return [], exchange
     sites = _Training(sums, sorted(nodes.keys() & set(sums.sites())))
-    shifted = shifts(sites, pool)
+    diagnostics = task.diagnostics(sites, pool)
+    if diagnostics is None:
+        return [], exchange
     project = projection_for(num_features, manifest.seed)
-    diagnoses = []
-    for name, stats in sites.items():
-        heads = heads_to_compare(stats, pool - stats)
+
+    def ask(stats: FeatureStatistics, asked: Collection[str], *, together: bool) -> Sums | None:
+        heads = diagnostics.heads(stats)
         if project is not None:
             heads = {key: project.widen(head) for key, head in heads.items()}
         arrays = {
             "weight": torch.stack([heads[key].weight.detach() for key in HEADS]).float().numpy(),
             "bias": torch.stack([heads[key].bias.detach() for key in HEADS]).float().numpy(),
         }
-        question = Question(COMPARE, Payload({}, arrays).to_content(), ComparisonSums.zeros(), together=False)
-        collected = collect(messenger, {name: nodes[name]}, question, rows)
+        if diagnostics.scale is not None:
+            arrays["scale"] = diagnostics.scale
+        content = Payload({}, arrays).to_content()
+        question = Question(COMPARE, content, diagnostics.nothing, together=together)
+        collected = collect(messenger, {name: nodes[name] for name in asked}, question, rows)
         exchange.include(collected.exchange)
-        comparison = compare(torch.from_numpy(collected.total.joint)) if collected.replies else None
-        diagnoses.append(diagnose(name, shifted[name], comparison, stats.counts, manifest.classes))
+        return collected.total if collected.replies else None
+
+    diagnoses = []
+    for name, stats in sites.items():
+        diagnoses.append(diagnostics.diagnose(name, stats, ask(stats, [name], together=False)))
+    if diagnostics.measures_harm:
+        suspects = [one for one in diagnoses if one.finding != "alike"]
+        suspects.sort(key=lambda one: (not one.unlike, -one.rows, one.site))
+        for suspect in suspects[:MOST_SUSPECTS]:
+            others = [name for name in sites if name != suspect.site]
+            elsewhere = ask(sites[suspect.site], others, together=True) if others else None
+            if elsewhere is not None:
+                diagnoses[diagnoses.index(suspect)] = diagnostics.with_harm(suspect, elsewhere)
     return diagnoses, exchange

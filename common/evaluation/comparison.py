@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,21 +58,6 @@ def head_under(stats: FeatureStatistics, priors: Tensor) -> LinearHead:
     return solve_head(stats, "lda", priors=priors)
 
 
-@torch.no_grad()
-def count_jointly(heads: Mapping[str, LinearHead], features: Tensor, labels: Tensor) -> Tensor:
-    """Count the rows that each combination of heads predicts correctly, the only result that leaves a site.
-
-    Args:
-        heads: the `HEADS` by name.
-        features: `[n, d]`.
-        labels: `[n]`.
-
-    Returns:
-        `[2, 2, 2]`, int64, counts by right (1) or wrong (0) along one axis for each of the `HEADS`.
-    """
-    return joint_counts([heads[name](features.to(heads[name].weight.dtype)).argmax(1) for name in HEADS], labels)
-
-
 def joint_counts(predictions: Sequence[Tensor], labels: Tensor) -> Tensor:
     """Count the rows that each combination of `k` heads predicts correctly.
 
@@ -110,12 +96,21 @@ class Comparison:
         """Accuracy of each of the `HEADS`; that of `others` is leave-one-site-out."""
         return {name: right / self.rows for name, right in self.right.items()}
 
+    @property
+    def own_is_worse(self) -> bool:
+        """Whether the own head does worse than the pooled one."""
+        return self.right["own"] < self.right["pooled"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields and the accuracies as JSON types."""
+        return {**asdict(self), "accuracies": self.accuracies}
+
 
 def compare(joint: Tensor | Sequence[Sequence[Sequence[int]]]) -> Comparison | None:
     """Compare heads by joint counts of correct predictions.
 
     Args:
-        joint: `[2, 2, 2]`, as `count_jointly` returns it.
+        joint: `[2, 2, 2]`, as `joint_counts` returns it.
 
     Returns:
         None if there are no rows.

@@ -5,8 +5,8 @@ Sites that differ only in their labels, however much, count as alike.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import NamedTuple, Self
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -78,6 +78,10 @@ class Shift:
     def inseparable(self) -> bool:
         """Whether the site's rows of different classes are significantly alike."""
         return self.contrast_p_value < _SHIFT_LEVEL
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields as JSON types."""
+        return {**asdict(self), "look_like": {str(mine): theirs for mine, theirs in self.look_like.items()}}
 
 
 def shifts(sites: Mapping[str, FeatureStatistics], pool: FeatureStatistics) -> dict[str, Shift | None]:

@@ -110,7 +110,8 @@ ACTIONS: Mapping[str, Action] = {
         Action(
             COMPARE,
             "compare three heads on held-out rows, for the diagnosis",
-            "the number of held-out rows that each combination of three heads predicts correctly",
+            "the number of held-out rows that each combination of three heads predicts correctly, or for targets and "
+            "labels their squared errors, summed and multiplied in pairs",
             sums=True,
         ),
         Action(

@@ -11,6 +11,7 @@ from fedhead.errors import UserError
 from fedhead.evaluation.coverage import ClassCoverage, coverage
 from fedhead.evaluation.metrics import EvaluationReport, reliability, report, roc_points
 from fedhead.sums.calibration import Calibration, CalibrationSums, TemperatureSums
+from fedhead.sums.comparison import ComparisonSums
 from fedhead.sums.evaluation import EvaluationSums, ScoreBins, sums_by_site
 from fedhead.sums.features import FeatureStatistics
 from fedhead.sums.targets import CLASSES
@@ -21,6 +22,7 @@ from fedhead.wording import counted
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fedhead.evaluation.diagnosis import Diagnostics
     from fedhead.heads import Head
 
 
@@ -213,6 +215,17 @@ class Classification(ClassTask):
 
     def answers(self, outputs: "Tensor", temperature: float, unlearned: "Tensor") -> "Tensor":
         return (outputs / temperature).masked_fill(unlearned, -float("inf")).softmax(-1)
+
+    def diagnostics(self, sites: Mapping[str, FeatureStatistics], pool: FeatureStatistics) -> "Diagnostics | None":
+        from fedhead.evaluation.class_diagnosis import ClassDiagnostics
+
+        return ClassDiagnostics(sites, pool, self.columns) if self.compares_classes else None
+
+    def compare_heads(self, outputs: "Sequence[Tensor]", targets: "Tensor", scale: "Tensor | None") -> ComparisonSums:
+        """Count the rows that each combination of heads predicts correctly."""
+        from fedhead.evaluation.comparison import joint_counts
+
+        return ComparisonSums(joint_counts([one.argmax(1) for one in outputs], targets).numpy())
 
     @property
     def description(self) -> str:

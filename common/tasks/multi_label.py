@@ -30,6 +30,7 @@ class MultiLabel(ClassTask):
     score_title = "All labels correct"
     loss = BinaryCrossEntropy()
     kind = LABELS
+    compares_losses = True
     answer_name = "probabilities"
     answer_meaning = (
         "Calibrated probabilities of each class separately; those above 0.5 are predicted; unlearned classes have 0."

@@ -56,6 +56,7 @@ class Regression(Task):
     pairs_losses = False
     counts_scores = False
     standardises_targets = True
+    compares_losses = True
 
     @property
     def groups(self) -> tuple[str, ...]:

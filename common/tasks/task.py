@@ -15,12 +15,14 @@ from fedhead.errors import UserError
 from fedhead.registry import Registry
 from fedhead.sums.evaluation import ScoreBins
 from fedhead.sums.features import FeatureStatistics
+from fedhead.sums.sums import Sums
 from fedhead.sums.targets import TargetKind
 from fedhead.tasks.losses import Loss
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fedhead.evaluation.diagnosis import Diagnostics
     from fedhead.heads import Head
     from fedhead.sums.calibration import Calibration
 
@@ -106,6 +108,9 @@ class Task(ABC):
 
     compares_classes: ClassVar[bool] = False
     """Whether sites can be compared with the pool class by class."""
+
+    compares_losses: ClassVar[bool] = False
+    """Whether sites can be compared with the pool by squared errors."""
 
     solvers: ClassVar[tuple[str, ...]] = ("ridge",)
     """Allowed closed-form initialisations of a head; the first that the head supports is the default."""
@@ -295,6 +300,33 @@ class Task(ABC):
     @abstractmethod
     def curves(self, sums: Any) -> dict[str, Any]:
         """Return the data of the report's plots as JSON types."""
+
+    # Sites against the pool.
+
+    def diagnostics(self, sites: "Mapping[str, FeatureStatistics]", pool: FeatureStatistics) -> "Diagnostics | None":
+        """Return how sites with these training sums are compared with their pool; None if they cannot be."""
+        from fedhead.evaluation.target_diagnosis import TargetDiagnostics
+
+        if not self.compares_losses or not pool.rows or not bool((pool.target_scatter() > 0).any()):
+            return None
+        return TargetDiagnostics(sites, pool, self.columns)
+
+    def compare_heads(self, outputs: "Sequence[Tensor]", targets: "Tensor", scale: "Tensor | None") -> Sums:
+        """Return the sums over rows that compare heads.
+
+        Args:
+            outputs: `[n, C]`, of each head of `Diagnostics.heads`.
+            targets: of the same rows.
+            scale: `[C]`, of `Diagnostics`; None if it has none.
+
+        Raises:
+            UserError: if the task does not compare sites.
+        """
+        from fedhead.evaluation.loss_comparison import scaled_losses
+
+        if not self.compares_losses or scale is None:
+            raise UserError(f"Sites of the task {self.name!r} are not compared.")
+        return scaled_losses(outputs, targets, scale)
 
     # Calibration.
 

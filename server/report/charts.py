@@ -234,7 +234,7 @@ def progress(
 
 @dataclass(frozen=True)
 class Choice:
-    """Accuracy of a site's own head, the shared head and the other sites' head on the site's held-out rows."""
+    """Share that a site's own head, the shared head and the other sites' head reach on the site's held-out rows."""
 
     name: str
     own: float
@@ -246,13 +246,13 @@ class Choice:
 CHOICES = (("the site's own head", "c1"), ("the shared head", "c0"), ("the head without the site", "c2"))
 
 
-def choices(sites: Sequence[Choice]) -> Markup:
+def choices(sites: Sequence[Choice], measure: str = "accuracy") -> Markup:
     """Draw a line for each site, from its own head to the shared one."""
     names = _name_width([one.name for one in sites])
     least = min(min(one.own, one.pooled, one.others) for one in sites)
     scale = Scale(_share_floor(least), 1.0, names + 10, WIDTH - 10)
     bottom = 8 + ROW * len(sites)
-    parts = [bottom_axis(scale, 4, bottom, _whole_percent, "accuracy on the site's held-out rows")]
+    parts = [bottom_axis(scale, 4, bottom, _whole_percent, f"{measure} on the site's held-out rows")]
     for row, one in enumerate(sites):
         y = 8 + ROW * (row + 0.5)
         tip = f"{one.name}, {one.rows} rows: own {percent(one.own)}, shared {percent(one.pooled)}, "
@@ -264,14 +264,14 @@ def choices(sites: Sequence[Choice]) -> Markup:
     return drawing(height, "Each site's own head beside the shared head", *parts, legend)
 
 
-def own_against_shared(sites: Sequence[Choice]) -> Markup:
+def own_against_shared(sites: Sequence[Choice], measure: str = "accuracy") -> Markup:
     """Draw a dot for each of many sites: above the line the shared head is better, below it the site's own."""
     left, bottom = 46.0, 318.0
     least = _share_floor(min(min(one.own, one.pooled) for one in sites))
     across, up = Scale(least, 1, left, WIDTH - 12), Scale(least, 1, bottom, 26)
     parts = [
-        bottom_axis(across, 26, bottom, _whole_percent, "accuracy of the site's own head"),
-        left_axis(up, left, WIDTH - 12, _whole_percent, "accuracy of the shared head"),
+        bottom_axis(across, 26, bottom, _whole_percent, f"{measure}, site's own head"),
+        left_axis(up, left, WIDTH - 12, _whole_percent, f"{measure}, shared head"),
         line(across(least), up(least), across(1), up(1), "reference"),
     ]
     parts += [dot(across(one.own), up(one.pooled), "mark faint", "", 3.0) for one in sites]

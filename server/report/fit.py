@@ -17,8 +17,8 @@ def fit(record: RunRecord) -> Section:
     diagnoses = record.diagnoses
     if not diagnoses:
         reason = (
-            f"The diagnosis compares sites class by class; the task {record.task.name!r} does not support it."
-            if not record.task.compares_classes
+            f"The task {record.task.name!r} has no way of comparing sites with the pool."
+            if not record.compares_sites
             else "Secure summation hides each site's sums, so no site is compared with the pool here."
             if record.secure
             else "Sites were not diagnosed: this needs a head solved from sums, each site's own sums, and --diagnose."
@@ -34,8 +34,27 @@ def fit(record: RunRecord) -> Section:
     sentences = [one["sentence"] for one in odd[:12]]
     if len(odd) > 12:
         sentences.append(f"{len(odd) - 12} more sites have advice other than to join: see the table.")
-    table = Table(
-        ["site", "rows", "classes", "advice", "its rows", "distance", "shared head", "without the site", "reason"],
+    table = _sites(record)
+    figures = _distances(record, table)
+    answer = f"Of {counted(len(diagnoses), 'site')}: {summary}."
+    rest = [] if figures else [("Sites", table)]
+    return Section(
+        "fit",
+        question,
+        answer,
+        [*sentences, *_coverage_sentences(record)],
+        [*figures, *_coverage(record)],
+        tables=[*rest, *_distributions(diagnoses)],
+    )
+
+
+def _sites(record: RunRecord) -> Table:
+    """Return the table of all diagnoses."""
+    diagnoses = record.diagnoses
+    share = "accuracy" if record.task.compares_classes else "share of the variance explained"
+    columns = "targets" if record.real else "classes"
+    return Table(
+        ["site", "rows", columns, "advice", "its rows", "distance", "shared head", "without the site", "reason"],
         [
             [
                 one["site"],
@@ -49,30 +68,54 @@ def fit(record: RunRecord) -> Section:
             ]
             for one in diagnoses
         ],
-        note="Without the site: accuracy of a head from all other sites on its held-out rows (leave-one-site-out).",
+        note=f"Without the site: {share} of a head from all other sites on its held-out rows (leave-one-site-out).",
         words=(0, 3, 4, 8),
     )
+
+
+def _distances(record: RunRecord, table: Table) -> list[Figure]:
+    """Return the figure of the sites' distances from the others; sites with several labels per row have none."""
+    if not (record.task.compares_classes or record.real):
+        return []
     measured = sorted(
-        ((one["site"], (float(one["shift"]["distance"]),)) for one in diagnoses if one.get("shift")),
+        ((one["site"], (float(one["shift"]["distance"]),)) for one in record.diagnoses if one.get("shift")),
         key=lambda pair: (-pair[1][0], pair[0]),
     )
-    figures = []
-    if measured:
-        farthest = f", the {MOST_LINES} farthest" if len(measured) > MOST_LINES else ""
-        figures.append(
-            Figure(
-                f"Distance between a site's rows and the others' of the same classes{farthest}",
-                charts.bars(measured[:MOST_LINES], ("",), lambda distance: f"{distance:.2f}", MIN_DISTANCE),
-                table,
-                f"In units of the distance between two classes; above the dashed line, {MIN_DISTANCE}, it matters. "
-                "The distance does not depend on which classes a site holds.",
-            )
+    if not measured:
+        return []
+    columns, unit = ("classes", "units of the distance between two classes")
+    if record.real:
+        columns, unit = ("targets", "standard deviations of the target")
+    farthest = f", the {MOST_LINES} farthest" if len(measured) > MOST_LINES else ""
+    return [
+        Figure(
+            f"Distance between a site's rows and the others' of the same {columns}{farthest}",
+            charts.bars(measured[:MOST_LINES], ("",), lambda distance: f"{distance:.2f}", MIN_DISTANCE),
+            table,
+            f"In {unit}; above the dashed line, {MIN_DISTANCE}, it matters. The distance does not depend on which "
+            f"{columns} a site holds.",
         )
-    answer = f"Of {counted(len(diagnoses), 'site')}: {summary}."
-    rest = [] if figures else [("Sites", table)]
-    return Section(
-        "fit", question, answer, [*sentences, *_coverage_sentences(record)], [*figures, *_coverage(record)], tables=rest
-    )
+    ]
+
+
+def _distributions(diagnoses: Sequence[Values]) -> list[tuple[str, Table]]:
+    """Return a table of the real targets' distributions by site, if there are any."""
+    lines = [
+        [
+            one["site"],
+            target["name"],
+            f"{target['mean']:.4g}",
+            f"{target['deviation']:.4g}",
+            f"{target['mean_elsewhere']:.4g}",
+            f"{target['deviation_elsewhere']:.4g}",
+        ]
+        for one in diagnoses
+        for target in (one.get("shift") or {}).get("distributions", ())
+    ]
+    if not lines:
+        return []
+    names = ["site", "target", "mean", "deviation", "mean elsewhere", "deviation elsewhere"]
+    return [("Targets by site", Table(names, lines, words=(0, 1)))]
 
 
 def _standing(record: RunRecord) -> Table:
@@ -95,7 +138,15 @@ def _leave_one_out(diagnosis: Values) -> tuple[str, str]:
     found = diagnosis.get("comparison")
     if not found:
         return DASH, DASH
-    return percent(found["right"]["pooled"] / found["rows"]), percent(found["right"]["others"] / found["rows"])
+    shares = shares_of(found)
+    return percent(shares["pooled"]), percent(shares["others"])
+
+
+def shares_of(comparison: Values) -> dict[str, float]:
+    """Return each head's share of correct rows, or of explained variance, in the comparison of a diagnosis."""
+    if "explained" in comparison:
+        return dict(comparison["explained"])
+    return {name: right / comparison["rows"] for name, right in comparison["right"].items()}
 
 
 def _coverage_sentences(record: RunRecord) -> list[str]:

@@ -1,11 +1,11 @@
 """The section on the benefit of joining: the shared head against each site's own, and accuracy over traffic."""
 
-from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 
 from fedhead.evaluation.comparison import HEADS
 from fedhead.server.report import charts
+from fedhead.server.report.fit import shares_of
 from fedhead.server.report.layout import Figure, Section, Table
 from fedhead.server.report.quality import MOST_LINES, interval
 from fedhead.server.report.regression import number_interval
@@ -20,7 +20,7 @@ def worth(record: RunRecord) -> Section:
     figures = []
     answer = "Sites' own heads were not compared with the shared one" + (
         f", because sites of the task {record.task.name!r} are not diagnosed."
-        if not record.task.compares_classes
+        if not record.compares_sites
         else ": secure summation hides each site's sums."
         if record.secure
         else "."
@@ -28,28 +28,43 @@ def worth(record: RunRecord) -> Section:
         else " so far."
     )
     if compared:
-        rows = sum(one["comparison"]["rows"] for one in compared)
-        right = Counter[str]()
-        for one in compared:
-            right.update(one["comparison"]["right"])
-        gain = 100 * (right["pooled"] - right["own"]) / rows
-        answer = (
-            f"The shared head's accuracy is {percent(right['pooled'] / rows)} on {counted(rows, 'held-out row')}, and "
-            f"that of the sites' own heads {percent(right['own'] / rows)}: joining {'gains' if gain >= 0 else 'loses'} "
-            f"{abs(gain):.1f} points."
-        )
-        better = sum(one["comparison"]["right"]["pooled"] > one["comparison"]["right"]["own"] for one in compared)
-        worse = sum(one["comparison"]["right"]["pooled"] < one["comparison"]["right"]["own"] for one in compared)
-        sentences.insert(
-            0,
-            f"It is better at {counted(better, 'site')}, worse at {worse}, and equal at "
-            f"{len(compared) - better - worse}. Heads from all other sites reach {percent(right['others'] / rows)} "
-            "(leave-one-site-out). All heads are solved from the sites' sums, with each site's own class priors. A "
-            "site's own head knows only the site's classes.",
-        )
-        figures.append(_choices(compared))
+        answer, sentence = _benefit(compared, classes=record.task.compares_classes)
+        sentences.insert(0, sentence)
+        figures.append(_choices(compared, classes=record.task.compares_classes))
     figures += _progress(record)
     return Section("worth", "Was it worth joining?", answer, sentences, figures)
+
+
+def _benefit(compared: Sequence[Values], *, classes: bool) -> tuple[str, str]:
+    """Return two sentences on the benefit of joining over all compared sites."""
+    rows = sum(one["comparison"]["rows"] for one in compared)
+    shares = [shares_of(one["comparison"]) for one in compared]
+    totals = {
+        name: sum(own[name] * one["comparison"]["rows"] for own, one in zip(shares, compared, strict=True)) / rows
+        for name in HEADS
+    }
+    gain = 100 * (totals["pooled"] - totals["own"])
+    changes = f"{'gains' if gain >= 0 else 'loses'} {abs(gain):.1f} points"
+    held = counted(rows, "held-out row")
+    pooled, own = percent(totals["pooled"]), percent(totals["own"])
+    answer = (
+        f"The shared head's accuracy is {pooled} on {held}, and that of the sites' own heads {own}: joining {changes}."
+        if classes
+        else f"The shared head explains {pooled} of the variance on {held}, and the sites' own heads {own}: joining "
+        f"{changes}."
+    )
+    better = sum(one["pooled"] > one["own"] for one in shares)
+    worse = sum(one["pooled"] < one["own"] for one in shares)
+    own_heads = (
+        "All heads are solved from the sites' sums, with each site's own class priors. A site's own head knows only "
+        "the site's classes."
+        if classes
+        else "All heads are ridge heads, solved from the sites' sums with the same penalty."
+    )
+    return answer, (
+        f"It is better at {counted(better, 'site')}, worse at {worse}, and equal at {len(compared) - better - worse}. "
+        f"Heads from all other sites reach {percent(totals['others'])} (leave-one-site-out). {own_heads}"
+    )
 
 
 def _baseline_sentences(record: RunRecord) -> list[str]:
@@ -64,12 +79,13 @@ def _baseline_sentences(record: RunRecord) -> list[str]:
     ]
 
 
-def _choices(compared: Sequence[Values]) -> Figure:
+def _choices(compared: Sequence[Values], *, classes: bool) -> Figure:
     sites = []
     for one in compared:
-        found = one["comparison"]
-        shares = {name: right / found["rows"] for name, right in found["right"].items()}
-        sites.append(charts.Choice(one["site"], shares["own"], shares["pooled"], shares["others"], found["rows"]))
+        shares = {name: max(share, 0.0) for name, share in shares_of(one["comparison"]).items()}
+        sites.append(
+            charts.Choice(one["site"], shares["own"], shares["pooled"], shares["others"], one["comparison"]["rows"])
+        )
     sites.sort(key=lambda one: (one.pooled - one.own, one.name))
     table = Table(
         ["site", "rows", "own head", "shared head", "without the site", "own head better by (95 %)", "p"],
@@ -77,19 +93,21 @@ def _choices(compared: Sequence[Values]) -> Figure:
             [
                 one["site"],
                 str(one["comparison"]["rows"]),
-                *(percent(one["comparison"]["right"][name] / one["comparison"]["rows"]) for name in HEADS),
+                *(percent(shares_of(one["comparison"])[name]) for name in HEADS),
                 "{:+.1f} to {:+.1f} points".format(*(100 * limit for limit in one["comparison"]["gain"])),
                 f"{one['comparison']['p_value']:.3f}",
             ]
             for one in compared
         ],
-        note="p: an exact McNemar test of the own head against the shared one.",
+        note=f"p: {'an exact McNemar test' if classes else 'a paired t test'} of the own head against the shared one.",
     )
+    below = "" if classes else " Shares below 0 are drawn at 0."
     title = "Own head, shared head, and head without the site"
+    measure = "accuracy" if classes else "share of the variance explained"
     if len(sites) <= MOST_LINES:
-        return Figure(title, charts.choices(sites), table, "Sorted by the shared head's gain.")
-    caption = "A dot for each site: above the line the shared head is better, below it the site's own."
-    return Figure(title, charts.own_against_shared(sites), table, caption)
+        return Figure(title, charts.choices(sites, measure), table, f"Sorted by the shared head's gain.{below}")
+    caption = f"A dot for each site: above the line the shared head is better, below it the site's own.{below}"
+    return Figure(title, charts.own_against_shared(sites, measure), table, caption)
 
 
 def _progress(record: RunRecord) -> list[Figure]:

@@ -199,6 +199,11 @@ class RunRecord(BaseModel):
         return self.journal.sites
 
     @property
+    def compares_sites(self) -> bool:
+        """Whether the task compares sites with the pool."""
+        return self.task.compares_classes or self.task.compares_losses
+
+    @property
     def diagnoses(self) -> Sequence[Values]:
         """How each site stands to the pool."""
         diagnoses: Sequence[Values] = self.evaluation.get("diagnosis", ())

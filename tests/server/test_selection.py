@@ -16,6 +16,7 @@ from fedhead.model import TransferModel
 from fedhead.server.selection import Rival, choose_map, choose_round
 from fedhead.simulations import simulate
 from fedhead.sums.calibration import TEMPERATURES
+from fedhead.sums.paired import PairedLosses
 from fedhead.sums.rivals import RivalSums
 
 OFF = {"min_class_count": 0, "min_rows": 0}
@@ -34,7 +35,8 @@ def sums_of(losses: list[float], errors: list[int], rows: int = 100) -> RivalSum
     """Sums over rows with constant losses."""
     each = np.array(losses)
     curves = np.repeat(each[:, None] * rows, len(TEMPERATURES), axis=1)
-    return RivalSums(rows, curves, each * rows, np.outer(each, each) * rows, rows - np.array(errors))
+    paired = PairedLosses(rows, each * rows, np.outer(each, each) * rows)
+    return RivalSums(paired, curves, rows - np.array(errors))
 
 
 @pytest.mark.parametrize(
@@ -69,8 +71,8 @@ def test_rounds_must_be_better_by_a_standard_error() -> None:
     for gain, taken in ((0.1, 1), (0.002, 0), (-0.1, 0)):
         noise = generator.normal(0, 0.2, 400)
         trained = solved - gain + noise - noise.mean()
-        both = np.stack([solved, trained])
-        sums = RivalSums(400, np.zeros((2, len(TEMPERATURES))), both.sum(1), both @ both.T, np.array([300, 300]))
+        paired = PairedLosses.of(np.stack([solved, trained]))
+        sums = RivalSums(paired, np.zeros((2, len(TEMPERATURES))), np.array([300, 300]))
         assert choose_round(RIVALS[:2], sums)[0] == taken
 
 

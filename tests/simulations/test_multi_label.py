@@ -19,7 +19,17 @@ from fedhead.config import RunConfig
 from fedhead.data import Samples, load_samples, samples_from_arrays
 from fedhead.errors import FedheadError, UserError
 from fedhead.model import TransferModel
-from fedhead.protocol.actions import CALIBRATE, DESCRIBE, EVALUATE, REPORT, RIVALS, STANDARDISE, STATISTICS, TRAIN
+from fedhead.protocol.actions import (
+    CALIBRATE,
+    COMPARE,
+    DESCRIBE,
+    EVALUATE,
+    REPORT,
+    RIVALS,
+    STANDARDISE,
+    STATISTICS,
+    TRAIN,
+)
 from fedhead.protocol.messages import Manifest
 from fedhead.simulations import RunResult, rank, simulate
 
@@ -101,7 +111,10 @@ def test_a_test_set_and_the_report_say_how_many_rows_have_all_labels_right(attri
     assert [one["name"] for one in evaluation["pooled"]["classes"]] == list(ATTRIBUTES)
     assert evaluation["pooled"]["accuracy"] == result.evaluation.accuracy.to_list()
     assert evaluation["pooled"]["auroc"][0] > 0.97
-    assert evaluation["diagnosis"] == []
+    advice = {one["recommendation"] for one in evaluation["diagnosis"]}
+    assert advice <= {"join", "not enough rows to tell"}
+    assert {one["finding"] for one in evaluation["diagnosis"]} <= {"alike", "unknown"}
+    assert all(one["comparison"]["explained"]["pooled"] > 0.3 for one in evaluation["diagnosis"])
     assert [one["name"] for one in evaluation["coverage"]] == list(ATTRIBUTES)
 
 
@@ -249,7 +262,9 @@ def test_a_real_site_gives_what_a_simulated_one_does(module: str, own_folder: Pa
     assert evaluations[0] == evaluations[1]
     entries = read_ledger(ledger.path)
     resting_on_rows = [entry for entry in entries if entry.rows]
-    assert {entry.action for entry in resting_on_rows} == {STATISTICS, TRAIN, EVALUATE, CALIBRATE, REPORT, RIVALS}
+    assert {entry.action for entry in resting_on_rows} == {
+        *(STATISTICS, TRAIN, EVALUATE, CALIBRATE, REPORT, RIVALS, COMPARE)
+    }
     assert {entry.action for entry in entries if not entry.rows} == {DESCRIBE, STANDARDISE}
     assert set(resting_on_rows[0].classes) == set(ATTRIBUTES)
 

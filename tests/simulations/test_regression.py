@@ -423,3 +423,27 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(table: Path, tmp_pat
     for name, value in whole.model.head.state_dict().items():
         assert torch.equal(resumed.model.head.state_dict()[name], value)
     assert [line.score for line in resumed.history] == [line.score for line in whole.history]
+
+
+def test_a_site_with_another_unit_is_diagnosed(table: Path, tmp_path: Path) -> None:
+    parts = [np.arange(442)[number::6] for number in range(6)]
+    header, *lines = table.read_text().splitlines()
+    rows = [line.split(",") for line in lines]
+    for row in parts[2]:
+        rows[row][10] = repr(float(rows[row][10]) / 18)
+    spoilt = tmp_path / "spoilt.csv"
+    spoilt.write_text("\n".join([header, *(",".join(row) for row in rows)]) + "\n")
+    folder = tmp_path / "run"
+    simulate(config(simulation=UNGUARDED), one(spoilt), parts, out=folder)
+    told = json.loads((folder / "evaluation.json").read_text())["diagnosis"]
+    bad = told.pop(2)
+    assert (bad["finding"], bad["recommendation"]) == ("targets look rescaled", "stay local")
+    assert "Its values of 'progression' look 0.0" in bad["reason"]
+    assert "for such values, the shared head depends on this site" in bad["reason"]
+    assert "Its rows make the shared head worse at the other sites" in bad["reason"]
+    assert all(other["recommendation"] != "stay local" for other in told)
+    page = (folder / "report.html").read_text()
+    assert "Targets by site" in page
+    assert "Targets look rescaled" in page or "targets look rescaled" in page
+    assert "of the same targets" in page
+    assert "ccuracy" not in page

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedhead.sums.calibration import losses_of
-from fedhead.sums.rivals import MOST_LOSS, RivalSums
+from fedhead.sums.paired import MOST_LOSS
+from fedhead.sums.rivals import RivalSums
 from fedhead.sums.targets import CLASSES
 
 TEMPERATURES = np.array([1.0, 0.7, 2.0])
@@ -46,11 +47,11 @@ def test_a_gain_is_that_of_paired_rows() -> None:
         for one, at in zip(logits, TEMPERATURES, strict=True)
     ]
     difference = losses[1] - losses[0]
-    mean, error = summed(logits, targets).gain(0, 1)
+    mean, error = summed(logits, targets).paired.gain(0, 1)
     assert mean == pytest.approx(difference.mean())
     assert error == pytest.approx(difference.std(ddof=1) / 200**0.5)
-    assert summed(logits, targets).gain(1, 0)[0] == pytest.approx(-mean)
-    assert RivalSums.zeros(3).gain(0, 1) == (0.0, np.inf)
+    assert summed(logits, targets).paired.gain(1, 0)[0] == pytest.approx(-mean)
+    assert RivalSums.zeros(3).paired.gain(0, 1) == (0.0, np.inf)
 
 
 @pytest.mark.parametrize(

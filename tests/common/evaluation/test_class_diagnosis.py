@@ -1,5 +1,5 @@
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -13,10 +13,12 @@ from torch import Tensor
 from fedhead.backbones import load_backbone
 from fedhead.data import KeyArray, held_out, load_samples
 from fedhead.errors import UserError
-from fedhead.evaluation.comparison import HEADS, compare, count_jointly, heads_to_compare
-from fedhead.evaluation.diagnosis import SiteDiagnosis, diagnose
+from fedhead.evaluation.class_diagnosis import diagnose
+from fedhead.evaluation.comparison import HEADS, compare, heads_to_compare, joint_counts
+from fedhead.evaluation.diagnosis import SiteDiagnosis
 from fedhead.evaluation.shift import MIN_CLASS_ROWS, MIN_DISTANCE, shift, shifts
 from fedhead.features.store import FeatureStore
+from fedhead.heads import LinearHead
 from fedhead.simulations.partition import divide
 from fedhead.solvers import solve_head
 from fedhead.sums.features import FeatureStatistics
@@ -76,6 +78,12 @@ def keep(digits: Digits, rows: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     return digits.features, digits.labels
 
 
+def count(heads: Mapping[str, LinearHead], features: Tensor, labels: Tensor) -> Tensor:
+    with torch.inference_mode():
+        outputs = [heads[name](features.to(heads[name].weight.dtype)) for name in HEADS]
+    return joint_counts([one.argmax(1) for one in outputs], labels)
+
+
 def diagnoses(
     digits: Digits, partition: str, seed: int, spoil: Spoil = keep, spoilt: tuple[int, ...] = ()
 ) -> list[SiteDiagnosis]:
@@ -95,7 +103,7 @@ def diagnoses(
     told = []
     for name, rows in parts.items():
         rows = rows[out[rows]]
-        joint = count_jointly(heads_to_compare(sites[name], pool - sites[name]), features[rows], labels[rows])
+        joint = count(heads_to_compare(sites[name], pool - sites[name]), features[rows], labels[rows])
         told.append(diagnose(name, found[name], compare(joint), sites[name].counts, CLASSES))
     return told
 
@@ -341,24 +349,24 @@ def test_joint_counts_of_correct_predictions() -> None:
     heads = heads_to_compare(stats_of([9, 2, 0]), stats_of([3, 9, 9], seed=1))
     generator = torch.Generator().manual_seed(0)
     rows, labels = 2 * torch.randn(200, 4, generator=generator), torch.randint(3, (200,), generator=generator)
-    joint = count_jointly(heads, rows, labels)
+    joint = count(heads, rows, labels)
     right = [heads[name](rows.double()).argmax(1) == labels for name in HEADS]
     for own in (0, 1):
         for pooled in (0, 1):
             for others in (0, 1):
                 both = (right[0] == own) & (right[1] == pooled) & (right[2] == others)
                 assert joint[own, pooled, others] == both.sum()
-    assert count_jointly(heads, rows[:0], labels[:0]).sum() == 0
+    assert count(heads, rows[:0], labels[:0]).sum() == 0
 
 
-def joint_counts(own_only: int, pooled_only: int, both: int, neither: int = 0) -> list[list[list[int]]]:
+def joint_of(own_only: int, pooled_only: int, both: int, neither: int = 0) -> list[list[list[int]]]:
     """Joint counts of heads of which the others' is as the pooled one."""
     return [[[neither, 0], [0, pooled_only]], [[own_only, 0], [0, both]]]
 
 
 @pytest.mark.parametrize(("own", "pooled"), [(0, 0), (1, 0), (3, 9), (9, 3), (40, 40), (700, 600)])
 def test_p_value_equals_mcnemar(own: int, pooled: int) -> None:
-    found = compare(joint_counts(own, pooled, 50, 7))
+    found = compare(joint_of(own, pooled, 50, 7))
     assert found is not None
     expected = binomtest(own, own + pooled).pvalue if own + pooled else 1.0
     assert found.p_value == pytest.approx(expected, rel=1e-9)
@@ -372,7 +380,7 @@ def test_gain_interval_covers_the_gain() -> None:
     generator = numpy.random.default_rng(0)
     for _ in range(1000):
         neither, pooled_only, own_only, both = generator.multinomial(40, [0.1, 0.05, 0.15, 0.7])
-        found = compare(joint_counts(int(own_only), int(pooled_only), int(both), int(neither)))
+        found = compare(joint_of(int(own_only), int(pooled_only), int(both), int(neither)))
         assert found is not None
         covered += found.gain[0] <= 0.1 <= found.gain[1]
     assert 930 <= covered <= 985
@@ -392,13 +400,13 @@ OFFSETS = ([4.0, 0.0, 0.0, 0.0], [2.0, 2.0, 0.0, 0.0])
 @pytest.mark.parametrize(
     ("counts", "joint", "expected", "words"),
     [
-        (MANY, joint_counts(12, 1, 37), "join with a local head", "needs a head of its own"),
-        (MANY, joint_counts(1, 12, 37), "join", "benefits from the other sites"),
-        (MANY, joint_counts(1, 1, 98), "join", "at most 4% better"),
-        (MANY, joint_counts(1, 1, 8), "not enough rows to tell", "might still be"),
-        (MANY, joint_counts(0, 0, 0), "not enough rows to tell", "no held-out rows"),
-        (torch.tensor([100, 0]), joint_counts(12, 1, 37), "not enough rows to tell", "might still be"),
-        (torch.tensor([100, 0]), joint_counts(0, 1, 99), "join", "knows only one class"),
+        (MANY, joint_of(12, 1, 37), "join with a local head", "needs a head of its own"),
+        (MANY, joint_of(1, 12, 37), "join", "benefits from the other sites"),
+        (MANY, joint_of(1, 1, 98), "join", "at most 4% better"),
+        (MANY, joint_of(1, 1, 8), "not enough rows to tell", "might still be"),
+        (MANY, joint_of(0, 0, 0), "not enough rows to tell", "no held-out rows"),
+        (torch.tensor([100, 0]), joint_of(12, 1, 37), "not enough rows to tell", "might still be"),
+        (torch.tensor([100, 0]), joint_of(0, 1, 99), "join", "knows only one class"),
     ],
 )
 def test_recommendations_to_sites_without_shift(
