@@ -21,11 +21,13 @@ from torch import Tensor, nn
 
 from fedhead import __version__
 from fedhead.backbones import Backbone
+from fedhead.backbones.audio import SHORTEST, WINDOW, AudioPreprocessing
 from fedhead.backbones.backbone import digest_tensors
 from fedhead.backbones.catalogue import entry_of
+from fedhead.backbones.hf_audio import AudioEncoder
 from fedhead.backbones.pooling import pool
-from fedhead.backbones.preprocessing import Batch, ImagePreprocessing, TextPreprocessing
-from fedhead.data import Item, TableRow
+from fedhead.backbones.preprocessing import ImagePreprocessing, TextPreprocessing
+from fedhead.data import Clip, Item, Kind, TableRow
 from fedhead.errors import FedheadError, UserError
 from fedhead.evaluation.foreign import UNLIKE, Distances, Foreign
 from fedhead.extras import require
@@ -121,7 +123,10 @@ def describe_export(model: TransferModel) -> dict[str, Any]:
     backbone, text = model.backbone, model.backbone.kind == "text"
     entry = entry_of(backbone.spec)
     shapes: dict[str, Any] = {name: ["batch", "length"] for name in ("input_ids", "attention_mask")}
-    if not text:
+    if backbone.kind == "audio":
+        first, *others = sample_inputs(backbone, 1)
+        shapes = {"clips": ["batch", "length", *first.shape[2:]], **({"lengths": ["batch"]} if others else {})}
+    elif not text:
         shapes = {_input_names(backbone)[0]: ["batch", *sample_inputs(backbone, 1)[0].shape[1:]]}
     return {
         "format": "fedhead-export-1",
@@ -168,6 +173,8 @@ def describe_preprocessing(backbone: Backbone) -> dict[str, Any]:
         return {"kind": "image", **asdict(own), "steps": _image_steps(own)}
     if isinstance(own, TextPreprocessing):
         return {"kind": "text", **_text_values(own, backbone.files), "steps": _text_steps(own, backbone.files)}
+    if isinstance(own, AudioPreprocessing):
+        return {"kind": "audio", **own.describe(), "steps": _audio_steps(own, backbone)}
     return {"kind": own.kind, **own.describe(), "steps": [f"As in {type(own).__name__} of {backbone.spec}."]}
 
 
@@ -218,6 +225,27 @@ def _text_steps(own: TextPreprocessing, files: Mapping[str, str]) -> list[str]:
         f"Pad the shorter texts of a batch at the end with the id {own.pad}, to at least one id.",
         "attention_mask is 1 for ids of the text and 0 for padding; both are int64.",
     ]
+
+
+def _audio_steps(own: AudioPreprocessing, backbone: Backbone) -> list[str]:
+    steps = [
+        "Decode the sound to floats in -1..1, and average its channels.",
+        f"Keep the first {own.max_seconds:g} s, resample to {own.rate} Hz with scipy.signal.resample_poly in float64, "
+        f"and pad with zeros to {int(SHORTEST * own.rate)} samples if it is shorter.",
+    ]
+    if not isinstance(backbone.module, AudioEncoder):
+        return [*steps, "Pad the shorter clips of a batch with zeros; lengths are the samples of each clip, int64."]
+    extractor = own.settings["extractor"]
+    if backbone.module.form == "waveform":
+        steps.append(f"Apply transformers' {extractor} with the settings above; clips are its input_values.")
+    else:
+        padded = " to whole seconds" if own.settings["cut"] else f" to {own.max_seconds:g} s"
+        padded = padded if backbone.module.form == "mel" else ""
+        steps.append(
+            f"Apply transformers' {extractor} with the settings above, padding{padded}; clips are its frames, each "
+            "with its values and then 1 if the frame begins within the sound, else 0."
+        )
+    return [*steps, "All clips of a batch have one length; do not pad shorter ones."]
 
 
 # The model as one module, and its inputs.
@@ -271,19 +299,31 @@ class _TextClassifier(_Classifier):
         return self.finish(self.backbone(input_ids=input_ids, attention_mask=attention_mask), attention_mask)
 
 
+class _AudioClassifier(_Classifier):
+    def forward(self, clips: Tensor, lengths: Tensor | None = None) -> Outputs:
+        return self.finish(self.backbone(clips, lengths), None)
+
+
 def _classifier(model: TransferModel) -> _Classifier:
-    modules = {"text": _TextClassifier, "table": _TableClassifier, "image": _ImageClassifier}
+    modules: dict[Kind, type[_Classifier]] = {
+        "text": _TextClassifier,
+        "table": _TableClassifier,
+        "image": _ImageClassifier,
+        "audio": _AudioClassifier,
+    }
     return modules[model.backbone.kind](model).eval()
 
 
 def _input_names(backbone: Backbone) -> list[str]:
     """Return the input names of an exported program."""
+    if backbone.kind == "audio":
+        return ["clips"] if isinstance(backbone.module, AudioEncoder) else ["clips", "lengths"]
     names = {"text": ["input_ids", "attention_mask"], "table": ["features"], "image": ["pixels"]}
     return names[backbone.kind]
 
 
 def sample_inputs(backbone: Backbone, rows: int) -> tuple[Tensor, ...]:
-    """Return a prepared batch of `rows` images or texts, which depend on `rows`, as a program's input."""
+    """Return a prepared batch of `rows` items, which depend on `rows`, as a program's input."""
     items: list[Item] = list(backbone.preprocessing.probes())
     if backbone.kind == "text":
         # Word vectors may lack all of the probes' words.
@@ -293,15 +333,25 @@ def sample_inputs(backbone: Backbone, rows: int) -> tuple[Tensor, ...]:
         probe = next(item for item in items if isinstance(item, TableRow))
         numbers = np.random.default_rng(rows).normal(size=(rows, len(probe.values)))
         items = [TableRow(probe.columns, values) for values in numbers]
+    elif backbone.kind == "audio":
+        items = _sample_clips(backbone, rows)
     else:
         size = max(getattr(backbone.preprocessing, "size", (64, 64)))
         noise = np.random.default_rng(rows).integers(0, 256, (rows, size, size, 3), dtype=np.uint8)
         items = [Image.fromarray(image) for image in noise]
-    return _as_arguments(backbone.preprocessing.collate([backbone.preprocessing(item) for item in items]))
+    batch = backbone.preprocessing.collate([backbone.preprocessing(item) for item in items])
+    return (batch,) if isinstance(batch, Tensor) else tuple(batch[name] for name in _input_names(backbone))
 
 
-def _as_arguments(batch: Batch) -> tuple[Tensor, ...]:
-    return (batch,) if isinstance(batch, Tensor) else (batch["input_ids"], batch["attention_mask"])
+def _sample_clips(backbone: Backbone, rows: int) -> list[Item]:
+    """Return clips of noise: of one length for an encoder, which takes only these, else of several."""
+    random = np.random.default_rng(rows)
+    rate = getattr(backbone.preprocessing, "rate", 16_000)
+    lengths = [
+        int(rate * (0.5 + rows / 4)) + (0 if isinstance(backbone.module, AudioEncoder) else 997 * row)
+        for row in range(rows)
+    ]
+    return [Clip((0.1 * random.standard_normal(length)).astype(np.float32), rate) for length in lengths]
 
 
 @torch.no_grad()
@@ -354,6 +404,8 @@ def _traced(model: TransferModel, file_format: str) -> torch.export.ExportedProg
         longest = getattr(model.backbone.preprocessing, "max_length", None)
         free = {0: dim("batch"), 1: dim("length", max=longest)}
         shapes = {"input_ids": free, "attention_mask": free}
+    elif model.backbone.kind == "audio":
+        shapes = _audio_shapes(model.backbone)
     inputs = sample_inputs(model.backbone, _TRACED)
     with torch.no_grad(), _quiet(), _as_a_sentence(model, file_format):
         program = torch.export.export(_classifier(model), inputs, dynamic_shapes=shapes, strict=False)
@@ -361,6 +413,16 @@ def _traced(model: TransferModel, file_format: str) -> torch.export.ExportedProg
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
     return program
+
+
+def _audio_shapes(backbone: Backbone) -> dict[str, dict[int, Any]]:
+    """Return the free dimensions of clips: their length too, except for models of one length."""
+    dim = torch.export.Dim
+    if not isinstance(backbone.module, AudioEncoder):
+        return {"clips": {0: dim("batch"), 1: dim("length", min=2 * WINDOW)}, "lengths": {0: dim("batch")}}
+    if backbone.module.form == "image":
+        return {"clips": {0: dim("batch")}}
+    return {"clips": {0: dim("batch"), 1: dim.AUTO}}
 
 
 def _torch_export(model: TransferModel) -> tuple[bytes, Callable[..., Outputs]]:

@@ -19,6 +19,7 @@ from fedhead.backbones.pooling import pool, poolings
 from fedhead.backbones.preprocessing import Batch, Preprocessing
 from fedhead.backbones.state_dict import require_finite
 from fedhead.data import Item, Kind
+from fedhead.data.items import ITEMS
 from fedhead.errors import UserError
 from fedhead.files import replaced
 from fedhead.registry import Registry
@@ -38,15 +39,16 @@ FORMAT = "fedhead-backbone-1"
 
 
 class Backbone:
-    """A frozen map from images, texts or rows of numbers to features `[n, d]`.
+    """A frozen map from images, texts, clips or rows of numbers to features `[n, d]`.
 
     Frozen means: no gradients, eval mode, constant buffers, and reproducible features.
 
     Args:
         spec: `source:name`.
-        module: takes a batch `[n, channels, height, width]`, or for texts `input_ids` and `attention_mask`, both
-            `[n, length]`, by name; returns `[n, d]`, or maps or sequences for pooling.
-        preprocessing: converts images or texts to a batch.
+        module: takes a batch `[n, channels, height, width]`, or by name: for texts `input_ids` and `attention_mask`,
+            both `[n, length]`, for clips `clips` `[n, length, ...]` and `lengths` `[n]`; returns `[n, d]`, or maps or
+            sequences for pooling.
+        preprocessing: converts items to a batch.
         layer: the name of the layer whose output `module` returns.
         pooling: the conversion of maps and sequences to vectors, a name in `fedhead.backbones.pooling.poolings`; of
             several layers, a name for each, joined by `+`.
@@ -92,7 +94,7 @@ class Backbone:
 
     @property
     def kind(self) -> Kind:
-        """The kind of its items: "image", "text" or "table"."""
+        """The kind of its items: "image", "text", "table" or "audio"."""
         return self.preprocessing.kind
 
     @property
@@ -163,22 +165,22 @@ class Backbone:
             output = self.module(batch.to(self.device))
         else:
             moved = {name: tensor.to(self.device) for name, tensor in batch.items()}
-            rows, mask = len(moved["input_ids"]), moved["attention_mask"]
+            rows, mask = len(next(iter(moved.values()))), moved.get("attention_mask")
             output = self.module(**moved)
         output = pool(output, self.pooling, mask)
         if output.ndim != 2 or len(output) != rows:
             raise UserError(
-                f"Layer {self.layer!r} of {self.spec} returns {list(output.shape)} for {rows} {self.kind}s; "
+                f"Layer {self.layer!r} of {self.spec} returns {list(output.shape)} for {rows} {ITEMS[self.kind]}; "
                 "expected a vector, a map or a sequence for each."
             )
         return output.to(torch.float32)
 
     def features_of(self, items: Sequence[Item]) -> Tensor:
-        """Return float32 features `[n, d]` of images or texts, on the backbone's device."""
+        """Return float32 features `[n, d]` of items, on the backbone's device."""
         return self.features(self.preprocessing.collate([self.preprocessing(item) for item in items]))
 
     def probe(self) -> Tensor:
-        """Return the features `[PROBES, d]` of fixed images or texts, for comparing two machines."""
+        """Return the features `[PROBES, d]` of fixed items, for comparing two machines."""
         return self.features_of(self.preprocessing.probes()).cpu()
 
     def to_bytes(self) -> bytes:

@@ -1,4 +1,4 @@
-"""`bundled:glyphnet` and `bundled:pixels`: the backbones included in the package."""
+"""`bundled:glyphnet`, `bundled:pixels` and `bundled:logmel`: the backbones included in the package."""
 
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fedhead.backbones.audio import RATE, LogMel, logmel_preprocessing
 from fedhead.backbones.backbone import Backbone, backbone_sources
 from fedhead.backbones.catalogue import Catalogue, Entry, catalogues, image_input
 from fedhead.backbones.glyphnet import INPUT_SIZE, MEAN, STD, GlyphNet
@@ -19,7 +20,9 @@ PIXELS = 32
 
 @backbone_sources.register("bundled")
 def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
-    """Build `glyphnet`, pretrained on machine-rendered letters, or `pixels`, a baseline without transfer.
+    """Build `glyphnet`, pretrained on machine-rendered letters, or a baseline without transfer.
+
+    `pixels` is an image itself, `logmel` statistics of a clip's spectrogram.
 
     Raises:
         UserError: for another name or layer, and for weights that do not fit.
@@ -28,19 +31,21 @@ def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
         raise UserError(f"bundled:{name} has only the layer 'penultimate', not {layer!r}.")
     if name == "glyphnet":
         return _glyphnet(weights, seed)
-    if name == "pixels":
-        module = nn.Flatten()
+    if name in ("pixels", "logmel"):
+        module = nn.Flatten() if name == "pixels" else LogMel()
         if weights not in ("default", "random"):
             # A saved model's own backbone is a file, even if it has no weights.
-            assign_weights(module, read_weights(weights), set(), "bundled:pixels", weights)
+            assign_weights(module, read_weights(weights), set(), f"bundled:{name}", weights)
+        if name == "logmel":
+            return Backbone("bundled:logmel", module, logmel_preprocessing())
         square = (PIXELS, PIXELS)
         return Backbone("bundled:pixels", module, ImagePreprocessing(3, square, None, (0.5,) * 3, (0.5,) * 3))
     raise UserError(f"There is no bundled backbone {name!r}. {suggest(name, names())}")
 
 
 def names() -> list[str]:
-    """Return the two names."""
-    return ["glyphnet", "pixels"]
+    """Return the names."""
+    return ["glyphnet", "logmel", "pixels"]
 
 
 def entry(name: str) -> Entry:
@@ -49,6 +54,8 @@ def entry(name: str) -> Entry:
     Raises:
         UserError: for another name.
     """
+    if name == "logmel":
+        return Entry("bundled:logmel", f"sound, {RATE // 1000} kHz", parameters=0, licence="Apache-2.0")
     if name == "pixels":
         return Entry("bundled:pixels", image_input(3, PIXELS, PIXELS), parameters=0, licence="Apache-2.0")
     if name == "glyphnet":

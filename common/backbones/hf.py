@@ -1,7 +1,8 @@
-"""`hf:NAME`: text and vision models from the Hugging Face hub, or from a folder in its format, as frozen encoders.
+"""`hf:NAME`: models of texts, images and sounds from the Hugging Face hub, or from a folder, as frozen encoders.
 
 `hf:NAME?max_length=128&revision=main` truncates texts to 128 tokens and selects the version `main`; `dense=no` omits
-the layers that sentence-transformers applies after the pooling. Only safetensors are read, and code from the hub is
+the layers that sentence-transformers applies after the pooling. `max_seconds=10` cuts clips, and `cut=no` pads them to
+30 s for Whisper, as in its training. Only safetensors are read, and code from the hub is
 never executed.
 """
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from fedhead.backbones.backbone import Backbone, backbone_sources, read_files
 from fedhead.backbones.catalogue import Catalogue, Entry, catalogues, image_input
 from fedhead.backbones.downloads import not_to_be_had
+from fedhead.backbones.hf_audio import AudioEncoder, form_of, limit_of, max_seconds_of
 from fedhead.backbones.hf_recipe import (
     Recipe,
     configure,
@@ -32,6 +34,7 @@ from fedhead.backbones.hf_recipe import (
     without_pooler,
 )
 from fedhead.backbones.state_dict import assign_weights, read_weights
+from fedhead.data.items import ITEMS
 from fedhead.data.specs import to_path
 from fedhead.errors import UserError
 from fedhead.extras import require
@@ -49,6 +52,8 @@ class _Settings:
     """Settings in a spec, after its name."""
 
     max_length: int | None = None
+    max_seconds: float | None = None
+    cut: str | None = None
     revision: str | None = None
     dense: str | None = None
 
@@ -94,13 +99,15 @@ def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
             model = _random(config, seed)
     # A model's own pooling applies to its last layer.
     pooled = chosen.pooling == "pooler" and hidden is None
-    encoder = _Encoder(model, pooled, hidden)
+    encoder: nn.Module = _Encoder(model, pooled, hidden)
+    if recipe.audio is not None:
+        encoder = AudioEncoder(model, form_of(config, spec), pooled, hidden)
     if weights not in ("default", "random"):
         assign_weights(encoder, read_weights(weights), set(), spec, weights)
     return Backbone(
         spec,
         encoder,
-        preprocessing_of(chosen),
+        preprocessing_of(chosen, config),
         layer=layer,
         pooling="mean" if chosen.pooling == "pooler" else chosen.pooling,
         trained=weights != "random",
@@ -116,23 +123,33 @@ def parse_name(name: str) -> tuple[str, _Settings]:
     """
     name, _, query = name.partition("?")
     values = dict(parse_qsl(query, keep_blank_values=True))
-    known = ["dense", "max_length", "revision"]
+    known = ["cut", "dense", "max_length", "max_seconds", "revision"]
     for key, value in values.items():
         if key not in known:
             raise UserError(f"hf:{name} has no setting {key!r}. {suggest(key, known)}")
-        if key == "dense" and value != "no":
-            raise UserError(f"The setting dense of hf:{name} can only be no, not {value!r}.")
+        if key in ("cut", "dense") and value != "no":
+            raise UserError(f"The setting {key} of hf:{name} can only be no, not {value!r}.")
         if key == "max_length" and not (value.isascii() and value.isdigit() and int(value) > 0):
             raise UserError(f"The max_length of hf:{name} is a number of tokens, as in max_length=128, not {value!r}.")
     if query and not values:
         raise UserError(f"Expected settings as in hf:{name}?max_length=128, not {query!r}.")
-    length = values.get("max_length")
-    return name, _Settings(int(length) if length else None, values.get("revision"), values.get("dense"))
+    length, seconds = values.get("max_length"), values.get("max_seconds")
+    return name, _Settings(
+        int(length) if length else None,
+        None if seconds is None else max_seconds_of(seconds, f"hf:{name}"),
+        values.get("cut"),
+        values.get("revision"),
+        values.get("dense"),
+    )
 
 
 def _query(settings: _Settings) -> str:
     given = {key: value for key, value in sorted(asdict(settings).items()) if value is not None}
-    return "?" + "&".join(f"{key}={value}" for key, value in given.items()) if given else ""
+    return "?" + "&".join(f"{key}={_written(value)}" for key, value in given.items()) if given else ""
+
+
+def _written(value: float | str) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def names() -> list[str]:
@@ -221,10 +238,20 @@ class _Encoder(nn.Module):
 
 def _choose(recipe: Recipe, settings: _Settings, config: "PreTrainedConfig", spec: str) -> Recipe:
     """Return the recipe with the spec's settings in place of the folder's."""
+    for_sounds = settings.max_seconds is not None or settings.cut is not None
+    if recipe.audio is None and for_sounds:
+        raise UserError(f"{spec} takes {ITEMS[recipe.kind]}, so max_seconds and cut do not apply.")
+    if recipe.audio is not None and for_sounds:
+        limit = limit_of(recipe.audio, config)
+        if settings.max_seconds is not None and settings.max_seconds > limit:
+            raise UserError(f"{spec} takes clips of at most {limit:g} s, not {settings.max_seconds:g}.")
+        if settings.cut and config.model_type != "whisper":
+            raise UserError(f"{spec} is not a Whisper, so cut does not apply.")
+        recipe = replace(recipe, audio={**recipe.audio, "max_seconds": settings.max_seconds, "cut": not settings.cut})
     if settings.max_length is None:
         return recipe
-    if recipe.kind == "image":
-        raise UserError(f"{spec} takes images, so max_length does not apply.")
+    if recipe.kind != "text":
+        raise UserError(f"{spec} takes {ITEMS[recipe.kind]}, so max_length does not apply.")
     longest = longest_text(10**9, config)
     if settings.max_length > longest:
         raise UserError(f"{spec} takes at most {longest} tokens, not {settings.max_length}.")
@@ -261,9 +288,11 @@ def _pretrained(folder: Path, config: "PreTrainedConfig", spec: str) -> "PreTrai
     # Damaged files and wrong shapes raise many kinds of errors.
     except Exception as error:
         raise UserError(f"The weights of {spec} in {folder} cannot be read: {first_line(error)}") from None
-    if missing := sorted(found["missing_keys"]):
+    # Of Whisper only the encoder is used.
+    whole = config.model_type != "whisper"
+    if missing := sorted(name for name in found["missing_keys"] if whole or name.startswith("encoder.")):
         raise UserError(f"The weights of {spec} in {folder} lack {listed(missing, 4)}.")
-    loaded: PreTrainedModel = model
+    loaded: PreTrainedModel = model if whole else model.encoder
     return loaded
 
 
@@ -272,7 +301,7 @@ def _random(config: "PreTrainedConfig", seed: int) -> "PreTrainedModel":
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: PreTrainedModel = cls(config, **without_pooler(cls))
-    return model
+    return model.encoder if config.model_type == "whisper" else model
 
 
 def _require_safetensors(folder: Path, spec: str) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from fedhead.backbones.hf_audio import FORMS, INPUTS, audio_arguments, audio_preprocessing, form_of, own_vector
 from fedhead.backbones.preprocessing import ImagePreprocessing, Preprocessing, TextPreprocessing
 from fedhead.data import Kind
 from fedhead.errors import UserError
@@ -61,7 +62,8 @@ class Recipe:
         max_length: the limit of tokens per text.
         pad: the padding id.
         empty: the id for a text without tokens.
-        image: the arguments of `ImagePreprocessing`; empty for text models.
+        image: the arguments of `ImagePreprocessing`; None for other models.
+        audio: the arguments of `audio_preprocessing`; None for other models.
     """
 
     config: Mapping[str, Any]
@@ -71,14 +73,18 @@ class Recipe:
     pad: int = 0
     empty: int = 0
     image: Mapping[str, Any] | None = None
+    audio: Mapping[str, Any] | None = None
 
     @property
     def kind(self) -> Kind:
-        return "text" if self.image is None else "image"
+        return "audio" if self.audio is not None else "text" if self.image is None else "image"
 
     def to_files(self) -> dict[str, str]:
         """Return texts for `from_files`."""
         features = {key: value for key, value in asdict(self).items() if key not in ("config", "tokenizer")}
+        # Files are part of a backbone's digest, so those of other kinds must not change.
+        if self.audio is None:
+            del features["audio"]
         files = {"config.json": self.config, "features.json": features}
         written = {name: json.dumps(values, sort_keys=True) for name, values in files.items()}
         return {**written, "tokenizer.json": self.tokenizer} if self.tokenizer else written
@@ -107,11 +113,17 @@ def read_recipe(folder: Path, spec: str) -> Recipe:
     with quiet():
         config = configure(values, spec)
         cls = model_class(config, spec)
+        if config.model_type in FORMS:
+            values = {key: value for key, value in config.to_dict().items() if key not in _UNREAD}
+            pooling: PoolingName = "pooler" if own_vector(config) else "mean"
+            return Recipe(values, pooling, audio=audio_arguments(folder, config, spec))
         # The used part, such as the vision tower of an image-text model.
         kept = {key: value for key, value in config.to_dict().items() if key not in _UNREAD}
         if getattr(cls, "main_input_name", "input_ids") == "pixel_values":
             image = _image_arguments(folder, config, spec)
             return Recipe(kept, _vision_pooling(config, spec), image=image)
+        if getattr(cls, "main_input_name", "input_ids") in INPUTS:
+            form_of(config, spec)
         return _text_recipe(folder, kept, config, spec)
 
 
@@ -132,7 +144,7 @@ def configure(values: Mapping[str, Any], spec: str) -> "PreTrainedConfig":
     vision = getattr(config, "vision_config", None)
     if vision is not None and not isinstance(vision, dict):
         config = vision
-    if getattr(config, "is_encoder_decoder", False):
+    if getattr(config, "is_encoder_decoder", False) and config.model_type not in FORMS:
         raise UserError(f"{spec} translates texts to texts ({model_type}); use an encoder or a decoder alone.")
     config.use_cache = False
     return config
@@ -322,8 +334,10 @@ def _noise(height: int, width: int) -> Any:
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def preprocessing_of(recipe: Recipe) -> Preprocessing:
+def preprocessing_of(recipe: Recipe, config: "PreTrainedConfig") -> Preprocessing:
     """Build the preprocessing; the tokenizer truncates at the recipe's length."""
+    if recipe.audio is not None:
+        return audio_preprocessing(recipe.audio, config)
     if recipe.image is not None:
         return ImagePreprocessing(**recipe.image)
     from tokenizers import Tokenizer

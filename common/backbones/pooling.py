@@ -1,6 +1,7 @@
 """Pooling of a map or a sequence per row to one vector."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,18 +18,33 @@ OF_SEQUENCES = ("cls", "last")
 """Poolings that depend on positions in a sequence."""
 
 
+class Sequences(NamedTuple):
+    """Sequences with their own mask, from a module whose output has another length than its input.
+
+    Attributes:
+        values: `[n, length, d]`.
+        mask: `[n, length]`, 0 for padding.
+    """
+
+    values: Tensor
+    mask: Tensor
+
+
 def pool(output: Tensor | Sequence[Tensor], pooling: str, mask: Tensor | None = None) -> Tensor:
     """Return one vector per row; of several outputs, their vectors joined.
 
     Args:
         output: vectors `[n, d]`, returned unchanged; sequences `[n, length, d]`; or maps, `[n, d, height, width]` or
-            `[n, height, width, d]`: the two equal dimensions are spatial, otherwise the last two.
+            `[n, height, width, d]`: the two equal dimensions are spatial, otherwise the last two. `Sequences` bring
+            their own mask.
         pooling: a name in `poolings`; of several outputs, a name for each, joined by `+`.
         mask: `[n, length]`, 0 for padding.
 
     Raises:
         UserError: if there is no such pooling, or a pooling by position is applied to maps.
     """
+    if isinstance(output, Sequences):
+        output, mask = output
     if not isinstance(output, Tensor):
         parts = zip(output, pooling.split("+"), strict=True)
         return torch.cat([pool(one, name, mask) for one, name in parts], dim=1)

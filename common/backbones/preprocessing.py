@@ -14,7 +14,7 @@ from fedhead.data import Item, Kind
 from fedhead.errors import UserError
 
 Batch = Tensor | Mapping[str, Tensor]
-"""A backbone's input: a tensor of images, or `input_ids` and `attention_mask` of texts."""
+"""A backbone's input: a tensor of images, or `input_ids` and `attention_mask` of texts, `clips` and `lengths`."""
 
 PROBES = 2
 LONGEST = 32
@@ -33,7 +33,7 @@ class Preprocessing(Protocol):
         """The kind of the items."""
 
     def __call__(self, item: Item) -> Tensor:
-        """Return an image's tensor, or a text's token ids `[length]` int64.
+        """Return an image's tensor, a text's token ids `[length]` int64, or a clip's samples or frames.
 
         Raises:
             UserError: for an item of another kind.

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from fedhead.data.summary import Spread, Summary
 
 MOST_LINES = 25
-AHEAD = 64
+AHEAD = {"audio": 8}
+"""Number of items read ahead by kind; 64 of the others."""
 EXAMPLES = 8
-ITEMS = {"image": "images", "text": "texts", "table": "rows of numbers"}
 
 
 @app.command(epilog="Example: [bold]fedhead data 'csv:scans.csv?label=finding&group=patient' --html scans.html[/bold]")
@@ -57,7 +57,7 @@ def data(
     look = Look(samples)
     with progress_bars() as progress:
         task = progress.add_task("Rows", total=len(numbers))
-        items = read_ahead(lambda row: _read(samples, row), numbers.tolist(), ahead=AHEAD)
+        items = read_ahead(lambda row: _read(samples, row), numbers.tolist(), ahead=AHEAD.get(samples.kind, 64))
         for row, item in zip(numbers.tolist(), items, strict=True):
             look.show(row, item)
             if row in chosen and not isinstance(item, Exception):
@@ -126,6 +126,8 @@ def _visible(name: str) -> str:
 
 def _facts(summary: "Summary") -> list[tuple[str, str]]:
     """Return what is said of the data, beside its classes."""
+    from fedhead.data.items import ITEMS
+
     looked = "" if summary.looked_at == summary.rows else f"; {summary.looked_at} of them were read"
     several = ", any number of them per row" if summary.multi_label else ""
     predicted = f"in {len(summary.classes)} classes{several}" if summary.classes else "with real targets"
@@ -146,6 +148,11 @@ def _facts(summary: "Summary") -> list[tuple[str, str]]:
         facts.append(("Stored as", _counts(summary.modes)))
     if summary.characters and summary.words:
         facts.append(("Lengths", f"{_span(summary.words)} words, {_span(summary.characters)} characters"))
+    if summary.seconds:
+        spread = summary.seconds
+        mean = f"mean {spread.mean:.3g}, half up to {spread.median:.3g}"
+        facts.append(("Lengths", f"{spread.least:.3g} to {spread.greatest:.3g} s ({mean})"))
+        facts.append(("Rates", _counts({f"{rate} Hz": rows for rate, rows in summary.rates.items()})))
     if summary.groups:
         facts.append(("Groups", f"{summary.groups}; the largest has {summary.largest_group} rows"))
     if summary.sites:

@@ -12,12 +12,13 @@ from PIL import Image
 from fedhead.data.conversion import to_item
 from fedhead.data.files import stamp
 from fedhead.data.images import White, has_wide_integers, to_image, white_of
-from fedhead.data.items import Columns, FloatArray, IntArray, Item, Kind, TableRow, UnreadableSampleError
+from fedhead.data.items import ITEMS, Clip, Columns, FloatArray, IntArray, Item, Kind, TableRow, UnreadableSampleError
 from fedhead.data.labels import index_labels, names_of
 from fedhead.data.number_rows import NumberRows
 from fedhead.data.numbers import column_of_numbers, warn_of_constants
 from fedhead.data.positions import as_plain, by_position, column_names
 from fedhead.data.samples import Samples, sources
+from fedhead.data.sounds import to_clip
 from fedhead.errors import UserError
 
 
@@ -127,6 +128,54 @@ def samples_from_texts(
     return _samples(values, "text", labels, classes, groups, sites, targets, spec)
 
 
+def samples_from_clips(
+    clips: Any,
+    labels: Any = None,
+    *,
+    rate: int | None = None,
+    classes: Sequence[str] | None = None,
+    groups: Any = None,
+    sites: Any = None,
+    targets: Any = None,
+    spec: str = "clips",
+) -> Samples:
+    """Wrap in-memory sounds with their labels or targets; see `samples_from_arrays`.
+
+    Args:
+        clips: `n` `Clip`s, paths of files, `{array, sampling_rate}` as in data sets of Hugging Face, or, with `rate`,
+            arrays of samples as in `fedhead.data.to_clip`, possibly of different lengths.
+        labels: see `samples_from_arrays`.
+        rate: samples per second of all arrays.
+        classes: see `samples_from_arrays`.
+        groups: see `samples_from_arrays`.
+        sites: see `samples_from_arrays`.
+        targets: see `samples_from_arrays`.
+        spec: the name of the data in messages.
+
+    Raises:
+        UserError: if there are no rows, the lengths differ, arrays have no rate, or a label is missing or not a class.
+    """
+    given = by_position(clips, f"The clips of {spec}")
+    values = [_sound(given[row], rate, f"{spec}[{row}]") for row in range(len(given))]
+    return _samples(values, "audio", labels, classes, groups, sites, targets, spec)
+
+
+def _sound(value: Any, rate: int | None, name: str) -> Any:
+    """Return a clip, the path or the bytes of a file, or the error of samples that are not a sound."""
+    try:
+        if isinstance(value, dict) and value.get("array") is not None:
+            return to_clip(value["array"], value.get("sampling_rate"), name)
+        if isinstance(value, str | Path | bytes | dict | None):
+            return value
+        if isinstance(value, Clip):
+            return to_clip(value.samples, value.rate, name)
+        if rate is None:
+            raise UserError(f"{name} has no sampling rate; give rate=, or clips as Clip(samples, rate).")
+        return to_clip(value, rate, name)
+    except UnreadableSampleError as error:
+        return error
+
+
 def samples_from_numbers(
     rows: Any,
     labels: Any = None,
@@ -181,7 +230,7 @@ def _samples(
     columns: Columns | None = None,
 ) -> Samples:
     """Make samples from items by position and their annotations."""
-    words = {"image": "images", "text": "texts", "table": "rows"}[kind]
+    words = "rows" if kind == "table" else ITEMS[kind]
     if (labels is None) == (targets is None):
         raise UserError(f"{spec} has {'no labels' if labels is None else 'labels and targets'}; expected one of them.")
     given = {"labels": labels, "targets": targets, "groups": groups, "sites": sites}
@@ -262,6 +311,10 @@ class ContentDigest:
         """Add a value, and return the value to keep: a plain image in place of a PIL image with an open file."""
         if isinstance(value, str) and kind == "text":
             self._text(value)
+        elif isinstance(value, Clip):
+            self._digest.update(f"clip {value.rate} {len(value.samples)} ".encode() + value.samples.tobytes())
+        elif isinstance(value, UnreadableSampleError):
+            self._digest.update(f"unreadable {value}".encode(errors="surrogatepass"))
         elif isinstance(value, TableRow):
             self._digest.update(repr(value.columns.names).encode(errors="surrogatepass") + value.values.tobytes())
         elif isinstance(value, str | Path):

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 
 from fedhead.data.images import decode_image, read_image, to_image
-from fedhead.data.items import Columns, Item, Kind, TableRow, UnreadableSampleError
+from fedhead.data.items import ITEMS, Clip, Columns, Item, Kind, TableRow, UnreadableSampleError
 from fedhead.data.labels import is_missing
 from fedhead.data.number_rows import expand, require_columns
 from fedhead.data.numbers import to_number
 from fedhead.data.positions import by_position, column_names
+from fedhead.data.sounds import decode_clip, read_clip, to_clip
 from fedhead.data.texts import plain_text, read_text
+from fedhead.data.walk import AUDIO_SUFFIXES
 from fedhead.errors import UserError
 
 
@@ -23,7 +25,8 @@ def to_item(value: Any, kind: Kind, name: str, columns: Columns | None = None, *
     Args:
         value: for an image, a PIL image, an array, a tensor, the path or the bytes of a file, or both by name as in
             data sets of Hugging Face; for a text, a string or the `Path` of a file; for a row of numbers, a sequence of
-            numbers or numbers by column.
+            numbers or numbers by column; for a clip, a `Clip`, the path or the bytes of a file, or `{array,
+            sampling_rate}`.
         kind: the kind of the item.
         name: the name of the value in messages.
         columns: the names of a sequence of numbers.
@@ -32,24 +35,33 @@ def to_item(value: Any, kind: Kind, name: str, columns: Columns | None = None, *
     Raises:
         UnreadableSampleError: if the value is missing or not such an item.
     """
-    if isinstance(value, TableRow):
+    if isinstance(value, TableRow | Clip):
         item: Item = value
     elif kind == "table":
         return _to_row(value, name, columns)
     elif value is None or isinstance(value, numbers.Number):
         if value is None or is_missing(value):
-            raise UnreadableSampleError(f"{name} {'has no text' if kind == 'text' else 'holds no image'}.")
+            raise UnreadableSampleError(f"{name} {_NOTHING[kind]}.")
         raise UnreadableSampleError(f"{name} is a number; expected {_WORDS[kind]}.")
     elif kind == "text":
         return _to_text(value, name, root)
+    elif kind == "audio":
+        return _to_sound(value, name, root)
     else:
         return _to_picture(value, name, root)
-    if kind != "table":
-        raise UnreadableSampleError(f"{name} is a row of numbers; expected {_WORDS[kind]}.")
-    return item
+    held: Kind = "audio" if isinstance(item, Clip) else "table"
+    if kind != held:
+        raise UnreadableSampleError(f"{name} is {_WORDS[held]}; expected {_WORDS[kind]}.")
+    return to_clip(item.samples, item.rate, name) if isinstance(item, Clip) else item
 
 
-_WORDS: dict[Kind, str] = {"image": "an image", "text": "a text", "table": "a row of numbers"}
+_WORDS: dict[Kind, str] = {"image": "an image", "text": "a text", "table": "a row of numbers", "audio": "a clip"}
+_NOTHING: dict[Kind, str] = {
+    "image": "holds no image",
+    "text": "has no text",
+    "table": "has no numbers",
+    "audio": "holds no sound",
+}
 
 
 def items_of(values: Any, kind: Kind, needed: Sequence[str] = ()) -> Iterator[Item]:
@@ -70,7 +82,7 @@ def items_of(values: Any, kind: Kind, needed: Sequence[str] = ()) -> Iterator[It
         if kind == "table":
             columns = Columns(names)
         elif len(names) != 1:
-            raise UserError(f"A frame of {len(names)} columns is not a list of {kind}s; give one of its columns.")
+            raise UserError(f"A frame of {len(names)} columns is not a list of {ITEMS[kind]}; give one of its columns.")
         rows = by_position(values, "The items")
         values = rows if kind == "table" else [row[0] for row in rows]
     elif hasattr(values, "__len__") or isinstance(values, str | bytes | dict | set):
@@ -114,7 +126,7 @@ def is_frame(value: Any) -> bool:
 
 
 def files_named(values: Iterable[Any]) -> dict[int, str]:
-    """Return the paths of image files that are given by name instead of their bytes, by position."""
+    """Return the paths of files that are given by name instead of their bytes, by position."""
     named = {}
     for row, value in enumerate(values):
         if isinstance(value, Mapping) and value.get("bytes") is None and value.get("path"):
@@ -128,6 +140,10 @@ def kind_of(value: Any) -> Kind:
     """Return the kind of item of a value: a string is a text, and numbers in one dimension are a row."""
     if isinstance(value, str):
         return "text"
+    if isinstance(value, Clip) or (isinstance(value, Mapping) and "sampling_rate" in value):
+        return "audio"
+    if isinstance(value, Path) and value.suffix.lower() in AUDIO_SUFFIXES:
+        return "audio"
     if isinstance(value, TableRow) or (isinstance(value, Mapping) and not {"bytes", "path"} & value.keys()):
         return "table"
     return "table" if _is_vector(value) else "image"
@@ -152,6 +168,24 @@ def _to_picture(value: Any, name: str, root: Path | None) -> Item:
     if value is None:
         raise UnreadableSampleError(f"{name} holds no image.")
     return to_image(value, name)
+
+
+def _to_sound(value: Any, name: str, root: Path | None) -> Item:
+    if isinstance(value, Mapping):
+        if value.get("array") is not None:
+            return to_clip(value["array"], value.get("sampling_rate"), name)
+        path, value = value.get("path"), value.get("bytes")
+        if value is None and path:
+            return read_clip((root or Path()) / path)
+    if isinstance(value, str | Path):
+        return read_clip((root or Path()) / value)
+    if isinstance(value, bytes | bytearray | memoryview):
+        return decode_clip(bytes(value), name)
+    if value is None:
+        raise UnreadableSampleError(f"{name} holds no sound.")
+    raise UnreadableSampleError(
+        f"{name} is of type {type(value).__name__}; expected a clip: Clip(samples, rate), or the path of a file."
+    )
 
 
 def _to_text(value: Any, name: str, root: Path | None) -> str:

@@ -1,7 +1,7 @@
 """Files by row number, and stamps that change whenever a file does."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,10 +9,15 @@ from pathlib import Path
 from PIL import Image
 
 from fedhead.data.images import read_image
+from fedhead.data.items import Item, Kind
 from fedhead.data.samples import Former
+from fedhead.data.sounds import read_clip
 from fedhead.data.texts import read_text
 
 logger = logging.getLogger(__name__)
+
+READERS: Mapping[Kind, Callable[[Path], Item]] = {"image": read_image, "text": read_text, "audio": read_clip}
+"""Functions that read a file as one item, by kind."""
 
 
 @dataclass(frozen=True)
@@ -63,19 +68,18 @@ class Files:
     Attributes:
         root: the base folder of relative paths.
         paths: `[n]`, with slashes.
+        kind: the kind of their content.
     """
 
     root: Path
     paths: Sequence[str]
+    kind: Kind = "image"
 
     def path(self, row: int) -> Path:
         return self.root / self.paths[row]
 
-    def read_image(self, row: int) -> Image.Image:
-        return read_image(self.path(row))
-
-    def read_text(self, row: int) -> str:
-        return read_text(self.path(row))
+    def read(self, row: int) -> Item:
+        return READERS[self.kind](self.path(row))
 
     def name(self, row: int) -> str:
         return str(self.path(row))

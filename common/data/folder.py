@@ -1,16 +1,19 @@
-"""`folder:PATH`: a sub-folder of images per class, or of text files."""
+"""`folder:PATH`: a sub-folder of images, sounds or text files per class."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from fedhead.data.files import Files
-from fedhead.data.items import Kind
+from fedhead.data.items import ITEMS, Kind
 from fedhead.data.labels import index_names, name_of
 from fedhead.data.samples import LeftOut, Samples, look_up, sources, warn_of
+from fedhead.data.sounds import require_soundfile
 from fedhead.data.specs import join_options, split_options, to_path
 from fedhead.data.walk import (
+    AUDIO_SUFFIXES,
     IMAGE_SUFFIXES,
     TEXT_SUFFIXES,
     files_below,
@@ -22,13 +25,17 @@ from fedhead.data.walk import (
 from fedhead.errors import UserError
 from fedhead.wording import listed
 
+_KINDS: tuple[Literal["image", "audio", "text"], ...] = ("image", "audio", "text")
+"""Kinds of files, in the order of preference."""
+
 
 @sources.register("folder")
 def load_folder(argument: str) -> Samples:
-    """A folder with a sub-folder of images per class, or without images, of text files (.txt).
+    """A folder with a sub-folder per class of images or sounds, or without these, of text files (.txt).
 
-    Files in deeper folders belong to the class of the top-level one, unless `nested=no`. If all files are deeper, the
-    top-level folders may be sites or splits, and only `nested=yes` accepts them as classes.
+    `kind=image`, `audio` or `text` chooses if there are several. Files in deeper folders belong to the class of the
+    top-level one, unless `nested=no`. If all files are deeper, the top-level folders may be sites or splits, and only
+    `nested=yes` accepts them as classes.
     """
     return _load(argument, sites=False)
 
@@ -63,12 +70,17 @@ def look_up_sites(spec: str) -> Samples:
 
 def _load(argument: str, *, sites: bool) -> Samples:
     spec = f"folder:{argument}"
-    given, options = split_options(argument, {"nested"}, spec)
+    given, options = split_options(argument, {"kind", "nested"}, spec)
     nested = options.get("nested")
     if nested not in (None, "yes", "no"):
         raise UserError(f"The option nested of {spec!r} is yes or no, not {nested!r}.")
+    kind = options.get("kind")
+    if kind not in (None, *_KINDS):
+        raise UserError(f"The option kind of {spec!r} is image, audio or text, not {kind!r}.")
     root = _existing_folder(given)
-    found = _find(root, 1 if sites else 0, nested)
+    found = _find(root, 1 if sites else 0, nested, kind)
+    if found.kind == "audio":
+        require_soundfile(f"The data {spec!r}")
     samples = _samples_of_files(root, found.kind, found.paths, depth=1 if sites else 0)
     if sites:
         samples = replace(samples, sites=tuple(name_of(path.relative_to(root).parts[0]) for path in found.paths))
@@ -108,23 +120,32 @@ class _Found:
     cautions: list[str]
 
 
-def _find(root: Path, depth: int, nested: str | None) -> _Found:
+def _find(root: Path, depth: int, nested: str | None, wanted: str | None) -> _Found:
     """Find the files to use; the folder number `depth` of the path below `root` names the class."""
     ignored: list[str] = []
     files = list(files_below(root, ignored))
     kinds = {path: kind_of_file(path) for path in files}
     level = {path: len(path.relative_to(root).parts) - depth - 2 for path in files}
-    for kind in ("image", "text"):
+    both: dict[Kind, tuple[list[Path], list[Path]]] = {}
+    for kind in _KINDS if wanted is None else [one for one in _KINDS if one == wanted]:
         direct = [path for path in files if kinds[path] == kind and level[path] == 0]
         deeper = [path for path in files if kinds[path] == kind and level[path] > 0]
         if direct or (deeper and nested == "yes"):
-            break
-    else:
-        raise UserError(_nothing_found(root, files, [path for path in files if kinds[path] != "other"], depth))
+            both[kind] = direct, deeper
+    if not both:
+        usable = [path for path in files if (kinds[path] == wanted if wanted else kinds[path] != "other")]
+        raise UserError(_nothing_found(root, files, usable, depth, wanted))
+    if {"image", "audio"} <= both.keys():
+        counts = " and ".join(f"{sum(map(len, both[one]))} {ITEMS[one]}" for one in ("image", "audio"))
+        raise UserError(
+            f"The folders of classes in {root} have {counts}; expected one kind. Separate them, or choose one as in "
+            "?kind=audio."
+        )
+    found, (direct, deeper) = next(iter(both.items()))
     taken = set(direct) if nested == "no" else {*direct, *deeper}
     paths = [path for path in files if path in taken]
-    words = f"{kind}s"
-    above = [path for path in files if kinds[path] == kind and level[path] < 0]
+    words = ITEMS[found]
+    above = [path for path in files if kinds[path] == found and level[path] < 0]
     left, cautions = [], []
     if above:
         left.append(left_out(above, "not in a class folder"))
@@ -142,10 +163,10 @@ def _find(root: Path, depth: int, nested: str | None) -> _Found:
                 tuple(map(str, empty[:3])),
             )
         )
-    left += other_files([path for path in files if kinds[path] != kind], words)
+    left += other_files([path for path in files if kinds[path] != found], words)
     if ignored:
         left.append(left_out(ignored, "hidden or of the system", warned=False))
-    return _Found("image" if kind == "image" else "text", paths, left, cautions)
+    return _Found(found, paths, left, cautions)
 
 
 def _class_folders(root: Path, depth: int) -> list[Path]:
@@ -167,36 +188,38 @@ def _nested_caution(root: Path, deeper: Sequence[Path], taken: int, depth: int, 
     )
 
 
-def _nothing_found(root: Path, files: Sequence[Path], usable: Sequence[Path], depth: int) -> str:
+def _nothing_found(root: Path, files: Sequence[Path], usable: Sequence[Path], depth: int, wanted: str | None) -> str:
+    words = next((ITEMS[kind] for kind in _KINDS if kind == wanted), "images")
     deeper = [path for path in usable if len(path.relative_to(root).parts) > depth + 2]
     if deeper:
         example = deeper[0].relative_to(root).as_posix()
         return (
-            f"{root} has no images in a sub-folder per class: all {len(deeper)} files are deeper, such as {example}. "
+            f"{root} has no {words} in a sub-folder per class: all {len(deeper)} files are deeper, such as {example}. "
             "If its sub-folders are sites, use partition = 'folder' (in fedhead data --by-site); if they are splits, "
             f"name one, as in folder:{root / deeper[0].relative_to(root).parts[0]}; if they are classes, ?nested=yes."
         )
     there = ""
     if usable:
-        there = f" Its {len(usable)} images or texts are not in class folders, such as {usable[0].name}."
+        there = f" Its {len(usable)} images, clips or texts are not in class folders, such as {usable[0].name}."
     elif files:
         there = f" It has {len(files)} other files, such as {files[0].relative_to(root).as_posix()}."
     site = "a sub-folder per site with a sub-folder per class" if depth else "a sub-folder per class"
     return (
-        f"{root} has no images in the expected structure: {site}, each with files such as 1.jpg "
-        f"({', '.join(sorted(IMAGE_SUFFIXES))}), or texts ({', '.join(TEXT_SUFFIXES)}).{there}"
+        f"{root} has no {words} in the expected structure: {site}, each with files such as 1.jpg "
+        f"({', '.join(sorted(IMAGE_SUFFIXES))}), sounds ({', '.join(sorted(AUDIO_SUFFIXES))}) or texts "
+        f"({', '.join(TEXT_SUFFIXES)}).{there}"
     )
 
 
 def _samples_of_files(root: Path, kind: Kind, paths: list[Path], *, depth: int) -> Samples:
-    files = Files(root.absolute(), tuple(path.relative_to(root).as_posix() for path in paths))
+    files = Files(root.absolute(), tuple(path.relative_to(root).as_posix() for path in paths), kind)
     stamps = files.stamps()
     classes, labels = index_names([name_of(path.relative_to(root).parts[depth]) for path in paths])
     return Samples(
         spec=f"folder:{root.resolve()}",
         classes=classes,
         labels=labels,
-        read=files.read_text if kind == "text" else files.read_image,
+        read=files.read,
         name=files.name,
         fingerprint=_fingerprint(files.paths, map(str, stamps)),
         kind=kind,

@@ -23,8 +23,8 @@ from fedhead.extras import require
 def load_hub(argument: str) -> Samples:
     """A data set by its name on the hub, or a folder: of `save_to_disk`, or of Parquet, CSV or image files.
 
-    Columns with images, texts and class names are found by type; if there are several, the options of tables name
-    them. `config` names one of several configurations. The hub is contacted only with `download=yes`.
+    Columns with images, sounds, texts and class names are found by type; if there are several, the options of tables
+    name them. `config` names one of several configurations. The hub is contacted only with `download=yes`.
 
     Raises:
         UserError: if it is missing or unreadable, has no suitable columns, or `datasets` is not installed.
@@ -167,21 +167,24 @@ def _quietly(datasets: Any, download: bool) -> Iterator[None]:
 
 
 def _typed_columns(table: HubTable, options: Mapping[str, str]) -> dict[str, str]:
-    """Return the columns found by type: one of images or texts, and one of class names."""
+    """Return the columns found by type: one of images, sounds or texts, and one of class names."""
     import datasets
 
     found: dict[str, str] = {}
     images = [name for name, kind in table.features.items() if isinstance(kind, datasets.Image)]
+    sounds = [name for name, kind in table.features.items() if isinstance(kind, datasets.Audio)]
     classes = [name for name, kind in table.features.items() if _class_label(kind) is not None]
     if not options.keys() & {"label", "target"} and len(classes) == 1:
         found["label"] = classes[0]
-    if options.keys() & {"path", "image", "text", "features", "kind"}:
+    if options.keys() & {"path", "image", "audio", "text", "features", "kind"}:
         return found
     label = options.get("label", found.get("label", "label"))
     texts = [name for name, kind in table.features.items() if getattr(kind, "dtype", "") in ("string", "large_string")]
     texts = [name for name in texts if name not in (label, *COLUMNS["label"], "group", "site", "split")]
     if len(images) == 1:
         found["image"] = images[0]
+    elif not images and len(sounds) == 1:
+        found["audio"] = sounds[0]
     elif not images and len(texts) == 1 and texts[0] not in COLUMNS["path"]:
         found["text"] = texts[0]
     return found
@@ -209,16 +212,19 @@ def _namer(kind: Any) -> Callable[[Any], Any]:
 
 
 def _undecoded(part: Any, column: str) -> Any:
-    """Return one column of a split, with images as file bytes, so that all images are decoded in the same way."""
+    """Return one column of a split, with images and sounds as file bytes, so that all are decoded in the same way."""
     import datasets
 
     part = part.with_format(None).select_columns([column])
     kind = part.features[column]
-    return part.cast_column(column, datasets.Image(decode=False)) if isinstance(kind, datasets.Image) else part
+    for encoded in (datasets.Image, datasets.Audio):
+        if isinstance(kind, encoded):
+            return part.cast_column(column, encoded(decode=False))
+    return part
 
 
 def _has_all_bytes(part: Any, name: str) -> bool:
-    """Return whether every image of a column has its bytes, without reading them."""
+    """Return whether every image or sound of a column has its bytes, without reading them."""
     column = part.data.column(name)
     try:
         return bool(column.combine_chunks().field("bytes").null_count == 0)

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from fedhead.data.conversion import row_of, to_item
-from fedhead.data.images import read_image
-from fedhead.data.items import Item, Kind, UnreadableSampleError
+from fedhead.data.files import READERS
+from fedhead.data.items import ITEMS, Item, Kind, UnreadableSampleError
 from fedhead.data.labels import is_missing
 from fedhead.data.number_rows import require_columns, without_codes
 from fedhead.data.specs import decode_path, exists, split_options, to_path
 from fedhead.data.table_columns import Table, content_column, find_columns
-from fedhead.data.tables import OPTIONS, open_table
-from fedhead.data.texts import read_text
-from fedhead.data.walk import IMAGE_SUFFIXES, TEXT_SUFFIXES, files_below, kind_of_file, other_files
+from fedhead.data.tables import KINDS, OPTIONS, open_table
+from fedhead.data.walk import SUFFIXES, files_below, kind_of_file, other_files
 from fedhead.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -38,8 +37,8 @@ def find_inputs(paths: Sequence[str], kind: Kind, columns: Sequence[str] = ()) -
     """Return the inputs in files, folders (recursively), patterns and tables, in the given order.
 
     Args:
-        paths: a table has a column `path` (files, relative to it), `image` or, for a model of texts, `text`, or the
-            columns of numbers; other names as options, as in `csv:new.csv?path=scan`.
+        paths: a table has a column `path` (files, relative to it), `image`, `audio` or, for a model of texts, `text`,
+            or the columns of numbers; other names as options, as in `csv:new.csv?path=scan`.
         kind: the kind of items that the model takes.
         columns: the names of the numbers, for a model of rows of numbers.
 
@@ -79,7 +78,7 @@ def _matches(pattern: str) -> list[str]:
 
 
 def _file(path: Path, name: str, kind: Kind) -> Input:
-    return Input(name, partial(read_text if kind == "text" else read_image, path))
+    return Input(name, partial(READERS[kind], path))
 
 
 def _in_folder(folder: Path, kind: Kind) -> list[Input]:
@@ -88,11 +87,11 @@ def _in_folder(folder: Path, kind: Kind) -> list[Input]:
     files = list(files_below(folder))
     kinds = {path: kind_of_file(path) for path in files}
     taken = [path for path in files if kinds[path] == kind]
-    for one in other_files([path for path in files if kinds[path] != kind], f"{kind}s"):
+    for one in other_files([path for path in files if kinds[path] != kind], ITEMS[kind]):
         logger.warning("%s: %s.", folder, one)
     if not taken:
-        suffixes = sorted(TEXT_SUFFIXES if kind == "text" else IMAGE_SUFFIXES)
-        raise UserError(f"{folder} contains no {kind}s; expected files with a suffix of {', '.join(suffixes)}.")
+        suffixes = sorted(SUFFIXES[kind])
+        raise UserError(f"{folder} contains no {ITEMS[kind]}; expected files with a suffix of {', '.join(suffixes)}.")
     return [_file(path, str(path), kind) for path in taken]
 
 
@@ -105,7 +104,7 @@ def _in_table(source: str, path: Path, options: dict[str, str], kind: Kind, colu
     content, column = content_column(table, _with_content(table, options, kind), str(path))
     if content not in ("path", kind):
         raise UserError(
-            f"{path} has {'rows of numbers' if content == 'table' else f'{content}s'}, but the model takes {kind}s. "
+            f"{path} has {ITEMS[KINDS[content]]}, but the model takes {ITEMS[kind]}. "
             f"Name a column as in {source}:{path}?{'text' if kind == 'text' else 'path'}={table.columns[0]}."
         )
     root = Path(options.get("root", path.parent))
@@ -118,7 +117,7 @@ def _in_table(source: str, path: Path, options: dict[str, str], kind: Kind, colu
 
 def _with_content(table: Table, options: dict[str, str], kind: Kind) -> dict[str, str]:
     """Return options that select the texts or the files of a table that has both."""
-    if options.keys() & {"path", "image", "text"} or (kind == "text" and not find_columns(table, "text")):
+    if options.keys() & {"path", "image", "audio", "text"} or (kind == "text" and not find_columns(table, "text")):
         return options
     return {**options, "kind": kind}
 

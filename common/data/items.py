@@ -1,4 +1,4 @@
-"""Items: one image, one text or one row of numbers, and the error for unreadable ones."""
+"""Items: one image, text, clip or row of numbers, and the error for unreadable ones."""
 
 import hashlib
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from PIL import Image
 
 from fedhead.errors import FedheadError
 
-Kind = Literal["image", "text", "table"]
+Kind = Literal["image", "text", "table", "audio"]
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 KeyArray = npt.NDArray[np.uint64]
@@ -75,8 +75,29 @@ class TableRow:
     values: FloatArray
 
 
-Item = Image.Image | str | TableRow
-"""An image of mode L or RGB, a text, or a row of numbers."""
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """A piece of sound in one channel; `fedhead.data.to_clip` checks and mixes any other form.
+
+    Attributes:
+        samples: `[length]` float32, finite, usually in -1..1; at least one.
+        rate: samples per second.
+    """
+
+    samples: npt.NDArray[np.float32]
+    rate: int
+
+    @property
+    def seconds(self) -> float:
+        """The duration."""
+        return len(self.samples) / self.rate
+
+
+Item = Image.Image | str | TableRow | Clip
+"""An image of mode L or RGB, a text, a row of numbers, or a clip."""
+
+ITEMS: dict[Kind, str] = {"image": "images", "text": "texts", "table": "rows of numbers", "audio": "clips"}
+"""The kinds in words, in the plural."""
 
 
 class UnreadableSampleError(FedheadError):
@@ -94,7 +115,7 @@ class UnreadableSampleError(FedheadError):
 
 
 def content_key(item: Item) -> int:
-    """Return a 64-bit hash of an image's mode, size and pixels, of a text, or of a row's numbers by name."""
+    """Return a 64-bit hash of an image's mode, size and pixels, a text, a row's numbers by name, or a clip."""
     digest = hashlib.blake2b(digest_size=8)
     if isinstance(item, str):
         digest.update(b"text ")
@@ -108,6 +129,9 @@ def content_key(item: Item) -> int:
         # Sites may have different levels, so only those of the row itself count.
         active = [item.columns.names[position] for position in item.columns.levels if item.values[position] == 1]
         digest.update(repr(sorted(active)).encode(errors="surrogatepass") if item.columns.categories else b"")
+    elif isinstance(item, Clip):
+        digest.update(f"clip {item.rate} ".encode())
+        digest.update((item.samples + np.float32(0)).tobytes())
     else:
         digest.update(f"{item.mode} {item.size}".encode())
         digest.update(item.tobytes())

@@ -5,6 +5,7 @@
 | `images` | `[n, H, W]`, `[n, H, W, C]` or `[n, C, H, W]` with 1, 3 or 4 channels, of any type for `to_image` |
 | `texts` | `[n]` strings, instead of images |
 | `features` | `[n, d]` numbers, instead of images; their names in `columns` |
+| `clips`, `rate` | `[n, length]` samples, instead of images, and samples per second; `lengths` `[n]` cuts padding off |
 | `labels` | `[n]` or `[n, 1]` numbers or names; or `[n, C]` of 0 and 1, multi-label |
 | `targets` | `[n]` or `[n, K]` real targets, instead of labels; another array as in `?target=NAME` |
 | `classes`, `groups`, `sites` | the names of the classes; for each row its group and its site |
@@ -14,7 +15,7 @@
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -26,17 +27,18 @@ import numpy.typing as npt
 from PIL import Image
 
 from fedhead.data.images import White, has_wide_integers, to_image, white_of
-from fedhead.data.items import Columns, FloatArray, IntArray, Item, Kind, TableRow, UnreadableSampleError
+from fedhead.data.items import Clip, Columns, FloatArray, IntArray, Item, Kind, TableRow, UnreadableSampleError
 from fedhead.data.labels import index_labels, names_of
 from fedhead.data.numbers import warn_of_constants
 from fedhead.data.samples import Former, LeftOut, Samples, choose_split, sources
 from fedhead.data.sequential import SequentialRows
+from fedhead.data.sounds import to_clip
 from fedhead.data.specs import join_options, split_options, to_path
 from fedhead.data.texts import plain_text
 from fedhead.errors import UserError
 
-CONTENT = ("images", "texts", "features", "x")
-LABELS = {"images": "labels", "texts": "labels", "features": "labels", "x": "y"}
+CONTENT = ("images", "texts", "features", "clips", "x")
+LABELS = {"images": "labels", "texts": "labels", "features": "labels", "clips": "labels", "x": "y"}
 TARGETS = ("targets", "target")
 
 
@@ -52,7 +54,7 @@ class Rows(Protocol):
 
 @sources.register("npz")
 def load_npz(argument: str) -> Samples:
-    """A NumPy archive of images, texts or rows of numbers, with labels or targets; options `split` and `target`."""
+    """A NumPy archive of images, texts, clips or numbers, with labels or targets; options `split` and `target`."""
     spec = f"npz:{argument}"
     given, options = split_options(argument, {"split", "target"}, spec)
     if not given:
@@ -91,12 +93,16 @@ def load_npz(argument: str) -> Samples:
     classes, labels, targets = _annotated(path, together, "classes" in members, real, spec)
     content = next(iter(parts.values()))[0]
     columns = _columns(path, "columns" in members, rows) if content.endswith("features") else ()
-    archived = ArchivedRows(path, tuple(rows), np.cumsum([0, *lengths]), chosen, tuple(parts), Columns(columns), white)
-    kind: Kind = "text" if content.endswith("texts") else "table" if columns else "image"
+    sound = _sound(path, members, sum(lengths)) if content.endswith("clips") else None
+    archived = ArchivedRows(
+        path, tuple(rows), np.cumsum([0, *lengths]), chosen, tuple(parts), Columns(columns), white, sound
+    )
+    kind: Kind = "text" if content.endswith("texts") else "table" if columns else "audio" if sound else "image"
     readers: dict[Kind, Callable[[int], Item]] = {
         "image": archived.read_image,
         "text": archived.read_text,
         "table": archived.read_numbers,
+        "audio": archived.read_clip,
     }
     sites = named_rows("sites")
     if sites is not None and None in sites:
@@ -105,6 +111,7 @@ def load_npz(argument: str) -> Samples:
     before = sha256(described.encode(errors="surrogatepass")).hexdigest()
     read_otherwise = Former(before, fault=partial(str, "integers of this type are converted differently since"))
     used = {name for pair in parts.values() for name in pair} | {"classes", "groups", "sites", "columns"}
+    used |= {"rate", "lengths"} if sound else set()
     return Samples(
         spec=f"npz:{join_options(str(path), options)}",
         classes=classes,
@@ -189,6 +196,33 @@ def _columns(path: Path, named: bool, rows: list["Rows"]) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
+class Sound:
+    """The arrays that describe clips.
+
+    Attributes:
+        rate: samples per second.
+        lengths: `[all rows]`, the number of samples of each clip; None for the array's own length.
+    """
+
+    rate: int
+    lengths: IntArray | None
+
+
+def _sound(path: Path, members: Collection[str], rows: int) -> Sound:
+    if "rate" not in members:
+        raise UserError(f"{path} has clips but no array 'rate'; add one number, the samples per second.")
+    rate = _load(path, "rate").reshape(-1)
+    if len(rate) != 1 or rate.dtype.kind not in "iuf" or not float(rate[0]).is_integer():
+        raise UserError(f"The array 'rate' of {path} is not one whole number, the samples per second.")
+    if "lengths" not in members:
+        return Sound(int(rate[0]), None)
+    lengths = _load(path, "lengths")
+    if lengths.shape != (rows,) or lengths.dtype.kind not in "iu" or (lengths < 0).any():
+        raise UserError(f"{path} has 'lengths' of shape {list(lengths.shape)}; expected [{rows}] numbers of samples.")
+    return Sound(int(rate[0]), lengths.astype(np.int64))
+
+
+@dataclass(frozen=True)
 class ArchivedRows:
     """Rows of the arrays of an archive, concatenated.
 
@@ -200,6 +234,7 @@ class ArchivedRows:
         splits: the arrays' names.
         columns: the names of the numbers in each row, for rows of numbers.
         white: the value of white in integers whose type does not determine it.
+        sound: the rate and lengths of clips.
     """
 
     path: Path
@@ -209,6 +244,7 @@ class ArchivedRows:
     splits: tuple[str, ...]
     columns: Columns
     white: White | None
+    sound: Sound | None = None
 
     def _find(self, row: int) -> tuple[int, int]:
         number = int(self.chosen[row])
@@ -230,6 +266,14 @@ class ArchivedRows:
             name = self.columns.names[int(np.argmin(np.isfinite(values)))]
             raise UnreadableSampleError(f"{self.name(row)} has no finite number in the column {name!r}.")
         return TableRow(self.columns, values)
+
+    def read_clip(self, row: int) -> Clip:
+        assert self.sound is not None
+        array, number = self._find(row)
+        samples = self.arrays[array].read(number)
+        if self.sound.lengths is not None:
+            samples = samples[: self.sound.lengths[int(self.chosen[row])]]
+        return to_clip(samples, self.sound.rate, self.name(row))
 
     def name(self, row: int) -> str:
         array, number = self._find(row)
@@ -316,13 +360,14 @@ def _open_rows(path: Path, name: str) -> Rows:
             rows = LoadedRows(_load(path, name)) if compressed.fortran else compressed
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
         raise UserError(f"The array {name!r} of {path} cannot be read: {str(error).rstrip('.')}.") from None
-    text, numbers = name.endswith("texts"), name.endswith("features")
+    text, numbers = name.endswith("texts"), name.endswith(("features", "clips"))
     channels = (1, 3, 4)
     is_image = len(rows.shape) == 3 or (
         len(rows.shape) == 4 and (rows.shape[3] in channels or rows.shape[1] in channels)
     )
+    wide = "length" if name.endswith("clips") else "d"
     if numbers and (len(rows.shape) != 2 or rows.shape[1] == 0):
-        raise UserError(f"The array {name!r} of {path} has shape {list(rows.shape)}; expected [n, d] numbers.")
+        raise UserError(f"The array {name!r} of {path} has shape {list(rows.shape)}; expected [n, {wide}] numbers.")
     if not text and not numbers and not is_image:
         raise UserError(
             f"The array {name!r} of {path} has shape {list(rows.shape)}; expected [n, H, W], [n, H, W, C] or "
@@ -358,7 +403,7 @@ def _parts(path: Path, arrays: set[str], target: str | None) -> dict[str, tuple[
                 return found
     wanted = f"{target!r}, as in the option target" if target else "'labels' (or 'targets')"
     raise UserError(
-        f"{path} has no arrays 'images' (or 'texts' or 'features') and {wanted}, nor 'train_images' and "
+        f"{path} has no arrays 'images' (or 'texts', 'features' or 'clips') and {wanted}, nor 'train_images' and "
         f"'train_labels'; it has {', '.join(map(repr, sorted(arrays))) or 'none'}."
     )
 

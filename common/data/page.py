@@ -1,13 +1,15 @@
-"""A data summary with thumbnails as one self-contained HTML page."""
+"""A data summary with thumbnails and short sounds as one self-contained HTML page."""
 
 import base64
 import io
+import wave
 from collections.abc import Mapping, Sequence
 from html import escape
 
+import numpy as np
 from PIL import Image
 
-from fedhead.data.items import Item, TableRow
+from fedhead.data.items import Clip, Item, TableRow
 from fedhead.data.summary import Summary
 from fedhead.wording import without_controls
 
@@ -16,6 +18,12 @@ SIDE = 112
 
 LETTERS = 240
 """Number of characters shown of a text."""
+
+SECONDS = 5
+"""Duration of an audible example."""
+
+PREVIEW_RATE = 16_000
+"""Highest sampling rate of an audible example in Hz."""
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882 }
@@ -26,6 +34,7 @@ td.n { text-align: right; font-variant-numeric: tabular-nums }
 .bar { background: #4a7; height: .7rem; min-width: 1px; border-radius: 2px }
 .caution { border-left: 4px solid #d80; background: var(--soft); padding: .3rem .8rem; margin: .3rem 0 }
 .thumbs { display: flex; flex-wrap: wrap; gap: .4rem } figure { margin: 0 }
+audio { width: 15rem; height: 2rem }
 img { max-width: 7rem; max-height: 7rem; border: 1px solid var(--line); image-rendering: auto }
 blockquote { margin: .3rem 0; padding: .2rem .8rem; border-left: 3px solid var(--line); overflow-wrap: anywhere }
 .broken td { overflow-wrap: anywhere; border-top: 1px solid var(--line) }
@@ -33,13 +42,16 @@ blockquote { margin: .3rem 0; padding: .2rem .8rem; border-left: 3px solid var(-
 
 
 def example(item: Item) -> str:
-    """Return the HTML of a thumbnail, or of the beginning of a text."""
+    """Return the HTML of a thumbnail, or of the beginning of a text or a clip."""
     if isinstance(item, str):
         shown = item if len(item) <= LETTERS else item[:LETTERS] + "…"
         return f"<blockquote>{escape(shown)}</blockquote>"
     if isinstance(item, TableRow):
         shown = ", ".join(f"{name} {value:g}" for name, value in zip(item.columns.names, item.values, strict=True))
         return f"<blockquote>{escape(shown[:LETTERS])}</blockquote>"
+    if isinstance(item, Clip):
+        encoded = base64.b64encode(_wave(item)).decode()
+        return f'<audio controls preload="none" src="data:audio/wav;base64,{encoded}"></audio> {item.seconds:.2g} s'
     small = item.copy()
     small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     content = io.BytesIO()
@@ -48,6 +60,23 @@ def example(item: Item) -> str:
     small.save(content, "jpeg" if photograph else "png", **({"quality": 80} if photograph else {}))
     encoded = base64.b64encode(content.getvalue()).decode()
     return f'<img src="data:image/{"jpeg" if photograph else "png"};base64,{encoded}" alt="">'
+
+
+def _wave(clip: Clip) -> bytes:
+    """Return the beginning of a clip as a WAV file of 16 bits; every browser plays these."""
+    step = -(-clip.rate // PREVIEW_RATE)
+    samples = clip.samples[: SECONDS * clip.rate].astype(np.float64)
+    if step > 1:
+        from scipy.signal import resample_poly
+
+        samples = resample_poly(samples, 1, step)
+    content = io.BytesIO()
+    with wave.open(content, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(clip.rate // step)
+        file.writeframes((np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes())
+    return content.getvalue()
 
 
 def page(summary: Summary, facts: Sequence[tuple[str, str]], shown: Mapping[str, Sequence[tuple[str, str]]]) -> str:
@@ -68,7 +97,7 @@ def page(summary: Summary, facts: Sequence[tuple[str, str]], shown: Mapping[str,
         for name, rows in summary.classes.items()
     )
     pictures = "".join(
-        f"<h2>{escape(name)}</h2><div class={'thumbs' if summary.kind == 'image' else 'texts'}>"
+        f"<h2>{escape(name)}</h2><div class={'thumbs' if summary.kind in ('image', 'audio') else 'texts'}>"
         + "".join(f'<figure title="{escape(row)}">{content}</figure>' for row, content in rows)
         + "</div>"
         for name, rows in shown.items()

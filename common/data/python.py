@@ -7,11 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedhead.data.arrays import ContentDigest, samples_from_arrays, samples_from_numbers, samples_from_texts
+from fedhead.data.arrays import (
+    ContentDigest,
+    samples_from_arrays,
+    samples_from_clips,
+    samples_from_numbers,
+    samples_from_texts,
+)
 from fedhead.data.conversion import is_frame, kind_of, to_item
 from fedhead.data.frames import samples_from_frame
 from fedhead.data.images import White, to_image
-from fedhead.data.items import Columns, Item, Kind, TableRow, UnreadableSampleError
+from fedhead.data.items import ITEMS, Columns, Item, Kind, TableRow, UnreadableSampleError
 from fedhead.data.labels import index_labels, names_of
 from fedhead.data.positions import by_position
 from fedhead.data.samples import Samples, sources
@@ -90,8 +96,9 @@ def load_python(argument: str) -> Samples:
     """The result of a user function: `(items, labels)`, `Samples`, a frame, or a sized data set of pairs.
 
     A data set (such as torchvision's) returns `(item, label)` by index; its `classes` and `groups` are used if present.
-    Images are PIL images, arrays, tensors `[C, H, W]`, or paths; texts are strings; rows of numbers are arrays
-    `[n, d]` or frames. Labels are as in `samples_from_arrays`. A single frame is read like a table.
+    Images are PIL images, arrays, tensors `[C, H, W]`, or paths; sounds are `Clip`s or `Path`s; texts are strings; rows
+    of numbers are arrays `[n, d]` or frames. Labels are as in `samples_from_arrays`. A single frame is read like a
+    table.
     """
     spec = f"python:{argument}"
     loaded = _called(spec)
@@ -104,8 +111,8 @@ def load_python(argument: str) -> Samples:
     if hasattr(loaded, "__getitem__") and hasattr(loaded, "__len__") and not isinstance(loaded, str | dict):
         return samples_of_pairs(loaded, spec)
     raise UserError(
-        f"'{spec}' returned {type(loaded).__name__}; expected (images, labels), (texts, labels), (numbers, labels), a "
-        "frame, or a data set with a length, indexed for (item, label)."
+        f"'{spec}' returned {type(loaded).__name__}; expected (images, labels), (texts, labels), (clips, labels), "
+        "(numbers, labels), a frame, or a data set with a length, indexed for (item, label)."
     )
 
 
@@ -129,6 +136,8 @@ def _of_two(items: Any, labels: Any, spec: str) -> Samples:
         return samples_from_numbers(items, labels, spec=spec)
     if len(values) and kind_of(values[0]) == "text":
         return samples_from_texts(items, labels, spec=spec)
+    if len(values) and kind_of(values[0]) == "audio":
+        return samples_from_clips(items, labels, spec=spec)
     return samples_from_arrays(items, labels, spec=spec)
 
 
@@ -150,13 +159,15 @@ def samples_of_pairs(pairs: Any, spec: str) -> Samples:
         labels.append(label)
         kind = kind_of(item)
         kinds.setdefault(kind)
+        if kind == "audio" and isinstance(item, dict):
+            item = to_item(item, kind, name)
         if kind == "table":
             item = to_item(item, kind, name)
             assert isinstance(item, TableRow)
             columns = item.columns
         content.add(item, kind, name)
     if len(kinds) > 1:
-        raise UserError(f"{spec} contains {' and '.join(f'{kind}s' for kind in sorted(kinds))}; expected one kind.")
+        raise UserError(f"{spec} contains {' and '.join(ITEMS[kind] for kind in sorted(kinds))}; expected one kind.")
     kind = next(iter(kinds), "image")
     classes, indices = index_labels(labels, getattr(pairs, "classes", None), spec)
     groups = getattr(pairs, "groups", None)

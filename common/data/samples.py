@@ -7,7 +7,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedhead.data.items import GROUP, BoolArray, FloatArray, IntArray, Item, KeyArray, Kind, TableRow, content_key
+from fedhead.data.items import (
+    GROUP,
+    ITEMS,
+    BoolArray,
+    Clip,
+    FloatArray,
+    IntArray,
+    Item,
+    KeyArray,
+    Kind,
+    TableRow,
+    content_key,
+)
 from fedhead.data.labels import name_of
 from fedhead.errors import UserError
 from fedhead.registry import Registry, suggest
@@ -71,7 +83,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Samples:
-    """A data set of `n` images, texts or rows of numbers, with a class, several classes or real targets each.
+    """A data set of `n` images, texts, clips or rows of numbers, with a class, several classes or real targets each.
 
     Attributes:
         spec: the data spec.
@@ -142,7 +154,7 @@ class Samples:
         """Return the group of `row`: the one in the data, or else the one in its own file."""
         if self.groups is not None and self.groups[row] is not None:
             return self.groups[row]
-        return None if isinstance(item, str | TableRow) else item.info.get(GROUP)
+        return None if isinstance(item, str | TableRow | Clip) else item.info.get(GROUP)
 
 
 def load_samples(spec: str) -> Samples:
@@ -255,13 +267,13 @@ def require_kind(backbone: str, takes: Kind, held: Kind) -> None:
         UserError: if they differ. The message contains no file name.
     """
     if takes != held:
-        words = {"image": "images", "text": "texts", "table": "rows of numbers"}
         advice = {
             "image": "Use an image backbone, such as torchvision:resnet18.",
             "text": "Use a text backbone, such as hf:NAME or vectors:FILE.",
             "table": "Use the backbone identity, whose features are the numbers themselves.",
+            "audio": "Use a backbone of sounds, such as bundled:logmel or hf:openai/whisper-tiny.",
         }[held]
-        raise UserError(f"The backbone {backbone} takes {words[takes]}, but the data contains {words[held]}. {advice}")
+        raise UserError(f"The backbone {backbone} takes {ITEMS[takes]}, but the data contains {ITEMS[held]}. {advice}")
 
 
 def relabel(samples: Samples, classes: Sequence[str]) -> IntArray:

@@ -7,7 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from fedhead.data.items import MODE, FloatArray, IntArray, Item, Kind, TableRow, UnreadableSampleError, content_key
+from fedhead.data.items import (
+    MODE,
+    Clip,
+    FloatArray,
+    IntArray,
+    Item,
+    Kind,
+    TableRow,
+    UnreadableSampleError,
+    content_key,
+)
 from fedhead.data.samples import Samples, similar_names
 from fedhead.wording import quoted
 
@@ -77,6 +87,8 @@ class Summary:
         modes: images by stored mode.
         characters: of the texts; None for images.
         words: of the texts; None for images.
+        seconds: durations of the clips; None for other kinds.
+        rates: clips by sampling rate in Hz, the most frequent first.
         groups: the number of groups of the readable rows; 0 if the data has none.
         largest_group: the number of rows in the largest group.
         sites: rows by site.
@@ -107,6 +119,8 @@ class Summary:
     modes: dict[str, int]
     characters: Spread | None
     words: Spread | None
+    seconds: RealSpread | None
+    rates: dict[int, int]
     groups: int
     largest_group: int
     sites: dict[str, int]
@@ -173,6 +187,8 @@ class Look:
         self._modes: Counter[str] = Counter()
         self._characters: list[int] = []
         self._words: list[int] = []
+        self._seconds: list[float] = []
+        self._rates: Counter[int] = Counter()
         self._broken: list[Broken] = []
 
     def show(self, row: int, item: Item | UnreadableSampleError) -> None:
@@ -186,6 +202,9 @@ class Look:
         if isinstance(item, str):
             self._characters.append(len(item))
             self._words.append(len(item.split()))
+        elif isinstance(item, Clip):
+            self._seconds.append(item.seconds)
+            self._rates[item.rate] += 1
         elif not isinstance(item, TableRow):
             self._sizes[item.size] += 1
             self._modes[item.info.get(MODE, item.mode)] += 1
@@ -217,6 +236,8 @@ class Look:
             modes=dict(self._modes.most_common()),
             characters=Spread.of(self._characters) if self._characters else None,
             words=Spread.of(self._words) if self._words else None,
+            seconds=RealSpread.of(np.array(self._seconds)) if self._seconds else None,
+            rates=dict(self._rates.most_common()),
             groups=len(groups),
             largest_group=max(groups.values(), default=0),
             sites=_counted(samples.sites),

@@ -14,6 +14,7 @@ from fedhead.wording import quoted
 COLUMNS = {
     "path": ("path", "file", "filename", "file_name", "image_path"),
     "image": ("image", "img"),
+    "audio": ("audio",),
     "text": ("text", "sentence"),
     "label": ("label", "labels", "category", "class", "target"),
     "group": ("group",),
@@ -59,19 +60,19 @@ class Table(Protocol):
 
 
 def content_column(table: Table, options: Mapping[str, str], spec: str) -> tuple[str, str]:
-    """Return the content of the rows (path, image, text or table), and the name of its column except for "table"."""
-    kinds: tuple[str, ...] = ("path", "image", "text")
+    """Return the content of the rows (path, image, audio, text or table), and its column except for "table"."""
+    kinds: tuple[str, ...] = ("path", "image", "audio", "text")
     named = [kind for kind in kinds if kind in options]
     wanted = options.get("kind")
-    if wanted not in (None, "image", "text", "table"):
-        raise UserError(f"{spec} has the kind {wanted!r}; expected image, text or table.")
+    if wanted not in (None, "image", "audio", "text", "table"):
+        raise UserError(f"{spec} has the kind {wanted!r}; expected image, audio, text or table.")
     of_numbers = wanted == "table" or bool({"features", "categories"} & options.keys())
     if of_numbers and named:
         raise UserError(f"{spec} names a column for {named[0]}, and rows of numbers; expected one of them.")
     if of_numbers:
         return "table", ""
     if wanted is not None:
-        kinds = ("text",) if wanted == "text" else ("path", "image")
+        kinds = ("text",) if wanted == "text" else ("path", wanted)
     found = [(kind, column_for(table, kind, options, spec)) for kind in named] or [
         (kind, column) for kind in kinds for column in find_named(table, COLUMNS[kind])
     ]
@@ -79,8 +80,8 @@ def content_column(table: Table, options: Mapping[str, str], spec: str) -> tuple
         return "table", ""
     if not found:
         raise UserError(
-            f"{table.path} has no column 'path', 'image' or 'text'; it has {quoted(table.columns)}. Name another one "
-            f"as in ?path={table.columns[0]} or ?text={table.columns[0]}."
+            f"{table.path} has no column 'path', 'image', 'audio' or 'text'; it has {quoted(table.columns)}. Name "
+            f"another one as in ?path={table.columns[0]} or ?text={table.columns[0]}."
         )
     if len(found) > 1:
         columns = [column for _, column in found]
@@ -89,7 +90,7 @@ def content_column(table: Table, options: Mapping[str, str], spec: str) -> tuple
             f"in ?{found[0][0]}={columns[0]}."
         )
     kind, column = found[0]
-    if kind == "image" and _holds_names(table, column):
+    if kind in ("image", "audio") and _holds_names(table, column):
         return "path", column
     return kind, column
 

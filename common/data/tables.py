@@ -1,10 +1,10 @@
-"""Tables: `csv:FILE`, `jsonl:FILE` and `parquet:FILE`, with a row for each image, text or row of numbers.
+"""Tables: `csv:FILE`, `jsonl:FILE` and `parquet:FILE`, with a row for each image, sound, text or row of numbers.
 
-A table has a column `path` (image files, relative to the table's folder), `text` or, in Parquet, `image` (encoded
-files), and a column `label`; perhaps `group`, `site` and `split`. Options name other columns and choose rows:
-`csv:all.csv?label=diagnosis&group=patient&split=train`.
+A table has a column `path` (files of images or sounds, relative to the table's folder), `text` or, in Parquet, `image`
+or `audio` (encoded files), and a column `label`; perhaps `group`, `site` and `split`. Options name other columns and
+choose rows: `csv:all.csv?label=diagnosis&group=patient&split=train`.
 
-A table without any of the first three holds rows of numbers: `csv:heart.csv?label=disease&features=age,pulse`; without
+A table without any of the first four holds rows of numbers: `csv:heart.csv?label=disease&features=age,pulse`; without
 `features` all other columns of numbers are used. `categories=sex,stage` adds columns with a few levels, and
 `missing=pulse:0` names codes of missing values. `target=COLUMN` or `target=A,B` selects real targets for regression
 instead of classes.
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from fedhead.data.conversion import to_item
 from fedhead.data.csv_file import open_csv
@@ -30,9 +29,11 @@ from fedhead.data.number_rows import NumberRows, find_features, without_codes
 from fedhead.data.numbers import column_of_numbers, split_names, warn_of_constants
 from fedhead.data.parquet_file import open_parquet
 from fedhead.data.samples import Former, LeftOut, Samples, choose_split, sources
+from fedhead.data.sounds import require_soundfile
 from fedhead.data.specs import join_options, split_options, to_path
 from fedhead.data.table_columns import COLUMNS, Table, column_for, content_column, find_named
 from fedhead.data.texts import plain_text
+from fedhead.data.walk import AUDIO_SUFFIXES, IMAGE_SUFFIXES
 from fedhead.errors import UserError
 from fedhead.wording import quoted
 
@@ -120,13 +121,14 @@ def samples_of_table(table: Table, options: dict[str, str], spec: str) -> Sample
     described = [repr((one, sorted(options.items()), str(root))) for one in fingerprints]
     former = table.former
     content, column = content_column(table, options, spec)
-    columns: tuple[str, ...] = ()
+    kind, columns = KINDS[content], tuple[str, ...]()
     incomplete: tuple[str, ...] = ()
     left_out: list[LeftOut] = []
     read: Callable[[int], Item]
     if content == "path":
         paths = tuple("" if is_missing(value) else str(value) for value in _chosen(table, column, rows))
-        files = Files(root, paths)
+        kind = _kind_of_paths(paths, options, spec)
+        files = Files(root, paths, kind)
         stamps = files.stamps()
         if not any(one.exists for one in stamps):
             raise UserError(
@@ -137,19 +139,19 @@ def samples_of_table(table: Table, options: dict[str, str], spec: str) -> Sample
         described[1] += "\n".join(one.former for one in stamps)
         former = _later(files.former("", stamps), table.former)
         read = PathRows(files, table, rows).read
-    elif content == "image":
+    elif content in ("image", "audio"):
         if by_row := table.named_files(column):
             files = Files(root, [by_row[row] for row in rows.tolist() if row in by_row])
             stamps = files.stamps()
             described[0] += "\n".join(map(str, stamps))
             former = _later(files.former("", stamps), table.former)
-        read = ImageRows(table.cells(column), table, rows, root).read
+        read = CellRows(table.cells(column), kind, table, rows, root).read
     elif content == "text":
         read = TextRows(table.cells(column), table, rows).read
     else:
         named = (*annotations.columns, group, site, options.get("split", "").partition(":")[0])
         others = {name for name in named if name}
-        others.update(*(find_named(table, COLUMNS[purpose]) for purpose in ("path", "image", "text", "split")))
+        others.update(*(find_named(table, COLUMNS[purpose]) for purpose in ("path", "image", "audio", "text", "split")))
         numbers, left_out = _number_rows(table, rows, options, annotations.columns, others)
         columns, incomplete, read = numbers.columns.names, numbers.incomplete, numbers.read
     groups = names_of(_chosen(table, group, rows)) if group else None
@@ -166,7 +168,7 @@ def samples_of_table(table: Table, options: dict[str, str], spec: str) -> Sample
         groups=groups,
         sites=_sites(_chosen(table, site, rows), site, table, rows) if site else None,
         splits=splits,
-        kind=_KINDS[content],
+        kind=kind,
         targets=annotations.targets,
         target_names=annotations.target_names,
         columns=columns,
@@ -189,7 +191,28 @@ def _former_names(values: list[Any]) -> list[str | None]:
     ]
 
 
-_KINDS: dict[str, Kind] = {"path": "image", "image": "image", "text": "text", "table": "table"}
+KINDS: dict[str, Kind] = {"path": "image", "image": "image", "audio": "audio", "text": "text", "table": "table"}
+"""Kinds of items by the content of a column; files may also be sounds."""
+
+
+def _kind_of_paths(paths: Sequence[str], options: Mapping[str, str], spec: str) -> Kind:
+    """Return the kind of the files named in a column: the one in the option, or else by their suffixes."""
+    if options.get("kind") in ("image", "audio"):
+        kind = KINDS[options["kind"]]
+    else:
+        sounds = [row for row, path in enumerate(paths) if Path(path).suffix.lower() in AUDIO_SUFFIXES]
+        if not sounds:
+            return "image"
+        others = [path for path in paths if Path(path).suffix.lower() in IMAGE_SUFFIXES]
+        if others:
+            raise UserError(
+                f"{spec} names {len(sounds)} sounds, such as {paths[sounds[0]]}, and {len(others)} images, such as "
+                f"{others[0]}; expected one kind. Put them into separate tables."
+            )
+        kind = "audio"
+    if kind == "audio":
+        require_soundfile(f"The data {spec!r}")
+    return kind
 
 
 @dataclass(frozen=True)
@@ -290,30 +313,31 @@ class RowNames:
 
 @dataclass(frozen=True)
 class PathRows:
-    """Images in files named in a table."""
+    """Files named in a table."""
 
     files: Files
     table: Table
     rows: IntArray
 
-    def read(self, row: int) -> Image.Image:
+    def read(self, row: int) -> Item:
         if not self.files.paths[row]:
             raise UnreadableSampleError(f"{self.table.place(int(self.rows[row]))} names no file.")
-        return self.files.read_image(row)
+        return self.files.read(row)
 
 
 @dataclass(frozen=True)
-class ImageRows:
-    """Images encoded in a table: as bytes, or as `{bytes, path}`."""
+class CellRows:
+    """Images or sounds encoded in a table: as bytes, or as `{bytes, path}`."""
 
     cell: Callable[[int], Any]
+    kind: Kind
     table: Table
     rows: IntArray
     root: Path
 
     def read(self, row: int) -> Item:
         number = int(self.rows[row])
-        return to_item(self.cell(number), "image", self.table.place(number), root=self.root)
+        return to_item(self.cell(number), self.kind, self.table.place(number), root=self.root)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+from fedhead.data.items import Kind
 from fedhead.data.samples import LeftOut
 from fedhead.errors import UserError
 
@@ -17,6 +18,7 @@ IMAGE_SUFFIXES = frozenset({
 })
 # fmt: on
 TEXT_SUFFIXES = frozenset({".txt"})
+AUDIO_SUFFIXES = frozenset({".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3"})
 
 SYSTEM_NAMES = frozenset({"__MACOSX", "Thumbs.db", "desktop.ini", "@eaDir", "$RECYCLE.BIN", "DICOMDIR"})
 """Names of files and folders added by operating systems and archives, except those that begin with a dot."""
@@ -25,13 +27,16 @@ _KNOWN_ELSEWHERE = {
     ".svs .ndpi .mrxs .scn .vms .vmu .bif .svslide": "whole-slide images; cut tiles from them first",
     ".nii .nrrd .mha .mhd": "volumes; export their slices as images",
     ".npy .npz .mat .h5 .hdf5": "arrays; load them with npz: or python:",
+    ".m4a .aac .wma .aiff .aif .au .amr .caf .webm .mp4 .mov": "sounds in another format; convert them to FLAC or WAV",
 }
-"""Suffixes of image files in unsupported formats, with advice."""
+"""Suffixes of files in unsupported formats, with advice."""
 
 _MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")
 _EXAMPLES = 3
 
-FileKind = Literal["image", "text", "other"]
+FileKind = Literal["image", "text", "audio", "other"]
+SUFFIXES: dict[Kind, frozenset[str]] = {"image": IMAGE_SUFFIXES, "text": TEXT_SUFFIXES, "audio": AUDIO_SUFFIXES}
+"""Suffixes of files that are one item each, by kind."""
 
 
 def files_below(root: Path, ignored: list[str] | None = None) -> Iterator[Path]:
@@ -83,6 +88,8 @@ def kind_of_file(path: Path) -> FileKind:
         return "image"
     if suffix in TEXT_SUFFIXES:
         return "text"
+    if suffix in AUDIO_SUFFIXES:
+        return "audio"
     # DICOM files are often named by dotted numbers.
     if suffix.removeprefix(".").isdigit() or not suffix:
         return "image" if _begins_like_an_image(path) else "other"
@@ -105,7 +112,7 @@ def other_files(paths: Iterable[Path], wanted: str) -> list[LeftOut]:
 
     Args:
         paths: the files.
-        wanted: "images" or "texts".
+        wanted: "images", "texts" or "clips".
     """
     by_reason: dict[str, list[Path]] = {}
     for path in paths:

@@ -29,6 +29,7 @@ texts also need less padding: 4 % of the tokens of short texts, against 19 % wit
 
 CUDA_BATCHES = (64, 128, 256, 512, 1024)
 TEXT_BATCH = 64
+AUDIO_BATCH = 32
 TABLE_BATCH = 1024
 MOST_WORKERS = 16
 GAIN = 1.05
@@ -101,8 +102,8 @@ def batch_size_for(backbone: Backbone) -> int:
         return TABLE_BATCH
     if backbone.device.type != "cuda":
         return CPU_BATCH
-    if backbone.kind == "text":
-        return TEXT_BATCH
+    if backbone.kind in ("text", "audio"):
+        return TEXT_BATCH if backbone.kind == "text" else AUDIO_BATCH
     image = backbone.preprocessing(backbone.preprocessing.probes()[0])
 
     def seconds(rows: int) -> float:

@@ -224,8 +224,8 @@ def _extract(
     forward = arranged(backbone, len(samples))
     with multiplying(precision, backbone.device):
         batch_size = min(batch_size or batch_size_for(forward), BLOCK)
-    # Texts are small: a whole block is read at once, so that texts of similar length share a batch.
-    chunk = batch_size if backbone.kind == "image" else BLOCK
+    # Texts are small: a whole block is read at once, so that texts of similar length share a batch; of clips, a few.
+    chunk = {"image": batch_size, "audio": min(4 * batch_size, BLOCK)}.get(backbone.kind, BLOCK)
     prepare = functools.partial(_prepare, samples, backbone)
     with (
         (partial / "features.bin").open("ab") as features,
@@ -336,7 +336,7 @@ def _extract_rows(
     readable = {position: row for position, row in enumerate(rows) if not isinstance(row, UnreadableSampleError)}
     keys = np.zeros((len(rows), 2), dtype="<u8")
     features = np.zeros((len(rows), backbone.num_features), dtype="<f4")
-    # Images have one size; texts are padded to the longest of their batch.
+    # Images have one size; texts and clips are padded to the longest of their batch.
     ordered = sorted(readable, key=lambda position: len(readable[position][1]))
     for start in range(0, len(ordered), batch_size):
         positions = ordered[start : start + batch_size]

@@ -125,7 +125,7 @@ class Manifest(BaseModel):
     protocol: int = PROTOCOL
     run: Text
     backbone: BackboneSpec
-    kind: Literal["image", "text", "table"] = "image"
+    kind: Literal["image", "text", "table", "audio"] = "image"
     layer: Text
     backbone_digest: Digest
     weights_digest: Digest

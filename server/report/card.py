@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedhead.data.items import ITEMS, Kind
 from fedhead.files import write_atomically
 from fedhead.model import BACKBONE_FILE, MODEL_FILE
 from fedhead.server.report.about import about
@@ -31,8 +32,7 @@ _HUB_METRIC = {"r2": "r_squared"}
 _HUB_KINDS = {"table": "tabular"}
 """The hub's identifiers of metrics and of kinds of data."""
 
-_ITEM = {"image": "image", "text": "text", "table": "row"}
-_ITEMS = {"image": "images", "text": "texts", "table": "rows of numbers"}
+_ITEM = {"image": "image", "text": "text", "table": "row", "audio": "clip"}
 
 _MOST_ROWS = 100
 _MOST_CLASSES = 50
@@ -188,17 +188,17 @@ def _what(record: RunRecord) -> list[str]:
 
 def _does(record: RunRecord) -> str:
     if record.real:
-        return f"A regression of {counted(len(record.classes), 'target')} on {_ITEMS[_kind(record)]}"
+        return f"A regression of {counted(len(record.classes), 'target')} on {ITEMS[_kind(record)]}"
     answers = "one of" if record.one_class else "any number of"
     return (
-        f"A classifier of {_ITEMS[_kind(record)]}, each of {answers} {counted(len(record.classes), 'class', 'classes')}"
+        f"A classifier of {ITEMS[_kind(record)]}, each of {answers} {counted(len(record.classes), 'class', 'classes')}"
     )
 
 
 def _use_and_limits(record: RunRecord) -> list[str]:
     kind = _kind(record)
     article, item = "an" if kind == "image" else "a", _ITEM[kind]
-    said = [f"For {_ITEMS[kind]} similar to those at the sites. The figures below describe these sites only."]
+    said = [f"For {ITEMS[kind]} similar to those at the sites. The figures below describe these sites only."]
     if record.one_class:
         said.append(f"It knows no other class: it also assigns one of these to {article} {item} of any other kind.")
     if record.real:
@@ -216,9 +216,11 @@ def _use_and_limits(record: RunRecord) -> list[str]:
 
 def _how_to_use(record: RunRecord) -> list[str]:
     kind = _kind(record)
-    every, one = {"image": ("'scans/**/*.png'", "new.png"), "text": ("letters/", "letter.txt")}.get(
-        kind, ("new.csv", "")
-    )
+    every, one = {
+        "image": ("'scans/**/*.png'", "new.png"),
+        "text": ("letters/", "letter.txt"),
+        "audio": ("recordings/", "new.wav"),
+    }.get(kind, ("new.csv", ""))
     item = f'Path("{one}")' if one else "{name: 0.0 for name in model.backbone.preprocessing.columns}"
     return [
         "## How to use it",
@@ -298,7 +300,7 @@ def _reproduction(record: RunRecord) -> list[str]:
     ]
 
 
-def _kind(record: RunRecord) -> str:
+def _kind(record: RunRecord) -> Kind:
     return record.journal.backbone.kind
 
 

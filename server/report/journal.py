@@ -168,7 +168,7 @@ def _about(backbone: Backbone) -> BackboneRecord:
         num_bytes=backbone.num_bytes,
         trained=backbone.trained,
         licence=_licence(backbone.spec),
-        preprocessing={name: str(value) for name, value in steps.items() if value is not None},
+        preprocessing={name: str(value) for name, value in steps.items() if value is not None and not callable(value)},
     )
 
 

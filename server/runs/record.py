@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
+from fedhead.data import Kind
 from fedhead.errors import FedheadError, UserError
 from fedhead.server.runs.history import Round
 from fedhead.server.runs.summary import RunSummary, damaged
@@ -39,7 +40,7 @@ class BackboneRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    kind: str = "image"
+    kind: Kind = "image"
     digest: str = ""
     weights_digest: str = ""
     num_features: int | None = None

@@ -112,7 +112,7 @@ def test_what_is_no_image_is_told_in_its_line_and_by_the_exit_status(run_dir: Pa
     [
         (["nowhere.png"], "nowhere.png does not exist"),
         (["empty"], "contains no images"),
-        (["other.csv"], "has no column 'path', 'image' or 'text'; it has 'name', 'age'"),
+        (["other.csv"], "has no column 'path', 'image', 'audio' or 'text'; it has 'name', 'age'"),
         (["bare.csv"], "has no rows"),
         (["latin.csv"], "is not text in UTF-8"),
     ],

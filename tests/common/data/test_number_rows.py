@@ -121,7 +121,7 @@ def test_error_names_value_that_is_not_a_number(tmp_path: Path, column: str, val
         ("?target=risk,risk", "names the column 'risk' twice"),
         ("?label=ill&features=age,ill", "'ill' is to be predicted"),
         ("?label=ill&features=clinic", "'A' in the column 'clinic'; expected a number"),
-        ("?label=ill&kind=sound", "kind 'sound'; expected image, text or table"),
+        ("?label=ill&kind=sound", "kind 'sound'; expected image, audio, text or table"),
         ("?label=ill&features=age&text=clinic", "a column for text, and rows of numbers"),
     ],
 )

@@ -113,7 +113,7 @@ def test_other_encodings_need_an_option(tmp_path: Path) -> None:
         (b"path,label\na.png,x,y\n", "line 2 has 3 values for the 2 columns"),
         (b'path,label\n"a.png,x\n', "begins on line 2: unexpected end of data"),
         (b"path,label,label\na.png,x,x\n", "two columns 'label'"),
-        (b"file_id,label\n1,x\n", "no column 'path', 'image' or 'text'; it has 'file_id', 'label'"),
+        (b"file_id,label\n1,x\n", "no column 'path', 'image', 'audio' or 'text'; it has 'file_id', 'label'"),
         (b"path,finding\na.png,x\n", r"no column 'label'; it has 'path', 'finding'.*\?label=finding"),
         (b"path,text,label\na.png,hi,x\n", "'path', 'text', any of which"),
         (b"path,labels,class\na.png,x,y\n", r"columns 'labels', 'class': choose one"),
