@@ -1,6 +1,7 @@
 """What a run has told a site: manifest, probe, map of features and standardisation, in Flower's `Context`."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ import numpy as np
 from flwr.app import ConfigRecord, Context
 
 from fedhead.errors import FedheadError
+from fedhead.protocol.actions import MAP, STANDARDISE
 from fedhead.protocol.mapping import MapRequest
 from fedhead.protocol.messages import RECORD, UNDESCRIBED, Manifest, MessageError, Payload, check_arrays
 from fedhead.sums.sums import Arrays
@@ -37,6 +39,8 @@ class Agreement:
         mapping: of the features, before all sums and heads; None for plain ones.
         map_digest: of the request for the map; empty for plain features.
         own_origin: `[D]`, of all sums, if it does not follow from the probe.
+        unfit: why the site's rules allow no sums under the map or the standardisation; empty if they do. It is known
+            here alone.
     """
 
     manifest: Manifest
@@ -46,6 +50,7 @@ class Agreement:
     mapping: "FeatureMap | None" = None
     map_digest: str = ""
     own_origin: "Tensor | None" = None
+    unfit: str = ""
 
     @property
     def num_features(self) -> int:
@@ -94,7 +99,13 @@ def agreement(context: Context) -> Agreement:
     targets = (_tensor(record, "target_mean"), _tensor(record, "target_scale")) if "target_mean" in record else None
     probe = _tensor(record, "probe").reshape(-1, manifest.num_features)
     return Agreement(
-        manifest, probe, standardisation, targets, _kept_map(record, manifest), str(record.get("map.digest", ""))
+        manifest,
+        probe,
+        standardisation,
+        targets,
+        _kept_map(record, manifest),
+        str(record.get("map.digest", "")),
+        unfit=" ".join(str(record[name]) for name in _UNFIT.values() if name in record),
     )
 
 
@@ -125,11 +136,21 @@ def forget(context: Context) -> None:
     context.state.pop(RECORD, None)
 
 
+_UNFIT: Mapping[str, str] = {MAP: "unfit.map", STANDARDISE: "unfit.scale"}
+
+
+def keep_unfit(action: str, reason: str, context: Context) -> None:
+    """Keep why a map or a standardisation allows no sums, where a refusal would tell of the site's rows."""
+    record = context.state[RECORD]
+    assert isinstance(record, ConfigRecord)
+    record[_UNFIT[action]] = reason
+
+
 def keep_map(request: MapRequest, context: Context) -> None:
     """Keep a map of features that the site has accepted; a standardisation of other features is forgotten."""
     record = context.state[RECORD]
     assert isinstance(record, ConfigRecord)
-    for name in ("mean", "scale", "target_mean", "target_scale", "map.mean", "map.covariance"):
+    for name in ("mean", "scale", "target_mean", "target_scale", "map.mean", "map.covariance", *_UNFIT.values()):
         record.pop(name, None)
     record["map"], record["map.digest"] = json.dumps(request.values), request.digest
     for name, array in request.arrays.items():
@@ -169,6 +190,7 @@ def keep_standardisation(payload: Payload, context: Context) -> None:
     check_arrays(payload.arrays, {name: np.zeros(size, np.float32) for name, size in sizes.items()})
     record = context.state[RECORD]
     assert isinstance(record, ConfigRecord)
+    record.pop(_UNFIT[STANDARDISE], None)
     for name, array in payload.arrays.items():
         record[name] = array.tobytes()
 

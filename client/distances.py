@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from fedhead.client.training import LabelledFeatures
+from fedhead.errors import FedheadError
 from fedhead.evaluation.foreign import MOST_FEATURES, Distances
 from fedhead.heads.feature_map import Basis, unit_rows
 from fedhead.protocol.fields import wrong_fields
@@ -80,12 +81,12 @@ def count_distances(distances: Distances, data: LabelledFeatures, rows: Tensor) 
     """Count rows `[n]` by distance.
 
     Raises:
-        MessageError: if the distances overflow.
+        FedheadError: if the distances overflow.
     """
     sums = DistanceSums()
     for block in torch.split(rows, BLOCK_ROWS):
         found = distances(data.features[block].cpu().double())
         if bool(found.isnan().any()):
-            raise MessageError("its distances are not finite")
+            raise FedheadError("The distances of rows from those of all sites are not finite.")
         sums += DistanceSums.from_distances(found)
     return sums

@@ -22,6 +22,7 @@ from fedhead.client.agreement import (
     keep,
     keep_map,
     keep_standardisation,
+    keep_unfit,
     map_form,
     proposed,
 )
@@ -73,7 +74,7 @@ from fedhead.protocol.messages import (
     WeightsChunk,
     payload_bytes,
 )
-from fedhead.protocol.steps import Masking
+from fedhead.protocol.steps import Masking, Part
 from fedhead.secure.replies import SECURE, without_session
 from fedhead.sums.features import FeatureStatistics
 from fedhead.sums.moments import FeatureMoments
@@ -112,6 +113,8 @@ def answer(
         about = manifest if len(sites) == 1 else None
     payload, maskings = _maskings(action, sites, payload, context)
     made = HANDLERS[action](sites, payload, context, merged)
+    if maskings and (unfit := agreement(context).unfit):
+        made = _refusing(unfit)
     while True:
         try:
             one = next(made, None)
@@ -119,9 +122,13 @@ def answer(
         except (MessageError, ValidationError):
             raise
         except Exception as error:
-            if about is not None:
-                _release_failure(error, sites[0], action, about)
-            raise
+            if about is None:
+                raise
+            left = _release_failure(error, sites[0], action, about, maskings[0] if maskings else None)
+            if left is None:
+                raise
+            yield [0], left
+            return
         if one is None:
             return
         speaker, count = sites[one.positions[0]], len(one.positions)
@@ -137,6 +144,11 @@ def answer(
             private=one.private,
         )
         yield one.positions, left
+
+
+def _refusing(reason: str) -> Iterator[Answer]:
+    raise FedheadError(reason)
+    yield
 
 
 def _admit(action: str, sites: Sequence[Site], manifest: Manifest, *, masked: bool) -> None:
@@ -169,8 +181,13 @@ def _maskings(
     return request, [masking_of(site, asked) for site in sites]
 
 
-def _release_failure(error: Exception, site: Site, action: str, manifest: Manifest) -> None:
+def _release_failure(
+    error: Exception, site: Site, action: str, manifest: Manifest, masking: Masking | None
+) -> Payload | None:
     """Pass a failure through the release steps, as a reply is: whether a request fails can depend on a single row.
+
+    Returns:
+        The reply in place of masked sums, which nobody can tell from others; None if the failure itself is the reply.
 
     Raises:
         FedheadError: if nothing may leave, not even that the request failed.
@@ -179,11 +196,20 @@ def _release_failure(error: Exception, site: Site, action: str, manifest: Manife
         site.open(manifest)
     except Exception:
         logger.debug("It failed before a row was used.", exc_info=True)
-        return
+        return None
     reason = type(error).__name__
     if isinstance(error, FedheadError) and not isinstance(error, UserError):
         reason = sayable(error)
-    release(Payload({"failure": reason}), site, action, manifest=manifest, parts=("train", "held_out"))
+    payload = Payload({"failure": reason})
+    parts: tuple[Part, ...] = ("train", "held_out")
+    if masking is None:
+        release(payload, site, action, manifest=manifest, parts=parts)
+        return None
+    left = release(payload, site, action, manifest=manifest, parts=parts, masking=masking, failed=True)
+    if not left.arrays:
+        return None
+    logger.error("%s cannot be answered, so the secure sum of all sites will not be usable.", action, exc_info=error)
+    return left
 
 
 def describe(sites: Sequence[Site], payload: Payload, context: Context, merged: bool) -> Iterator[Answer]:
@@ -292,11 +318,32 @@ def map_features(sites: Sequence[Site], payload: Payload, context: Context, merg
     manifest = agreed.manifest
     request = MapRequest.from_payload(payload, manifest.num_features)
     mapping = request.build(manifest.num_features, manifest.seed)
+    unfit = ""
     for site in sites:
-        site.check_map(manifest, mapping)
+        holds_back = _conceals(site, manifest)
+        if holds_back:
+            site.open(manifest)
+        try:
+            site.check_map(manifest, mapping)
+        except FedheadError as error:
+            if not holds_back:
+                raise
+            unfit = str(error)
     keep_map(request, context)
+    if unfit:
+        _hold_back(MAP, unfit, context)
     for positions in shared(sites, merged):
         yield Answer(positions, of_several({}, len(positions)), manifest)
+
+
+def _conceals(site: Site, manifest: Manifest) -> bool:
+    return any(step.conceals(manifest) for step in site.steps)
+
+
+def _hold_back(action: str, reason: str, context: Context) -> None:
+    """Accept a map or a standardisation under which no sums leave: a refusal would tell of this site's rows."""
+    logger.error("No sums of this site will be usable: %s", reason)
+    keep_unfit(action, reason, context)
 
 
 def standardise(sites: Sequence[Site], payload: Payload, context: Context, merged: bool) -> Iterator[Answer]:
@@ -310,7 +357,10 @@ def standardise(sites: Sequence[Site], payload: Payload, context: Context, merge
         try:
             data = replace(holding.data, mapping=agreed.mapping)
             site.training.check_scale(data.blocks_of(holding.train.rows), *agreed.standardisation)
-        except FedheadError:
+        except FedheadError as error:
+            if _conceals(site, agreed.manifest):
+                _hold_back(STANDARDISE, str(error), context)
+                continue
             forget(context)
             raise
     for positions in shared(sites, merged):

@@ -9,6 +9,7 @@ from fedhead.client.release.accounts import Accounts, accounts_path
 from fedhead.client.release.ledger import Ledger, Note
 from fedhead.client.release.masking import SecureSum
 from fedhead.client.release.noise import Noise
+from fedhead.client.release.required import keep_required
 from fedhead.client.release.secure_sessions import Policy, SecureSessions, secure_sessions_path
 from fedhead.client.settings import Kit, SecureKeys, SiteSettings
 from fedhead.client.site_data import LocalSite
@@ -41,6 +42,7 @@ def site_of(
     Raises:
         UserError: if data or device are not available.
     """
+    keep_required(ledger, settings.privacy.require)
     limits = settings.limits
     guard = limits.guard
     return LocalSite(
@@ -80,7 +82,8 @@ def _summation(settings: SiteSettings, keys: SecureKeys | None) -> SecureSum:
     """
     required, sessions = settings.privacy.require in ("secure-sum", "both"), None
     if keys is not None:
-        policy = Policy(settings.privacy.min_sites, settings.privacy.max_colluding)
+        privacy = settings.privacy
+        policy = Policy(privacy.min_sites, privacy.max_colluding, privacy.min_difference)
         path = secure_sessions_path(settings.name)
         sessions = SecureSessions(path, settings.name, keys.site, keys.roster, policy)
     elif required:

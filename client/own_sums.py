@@ -12,6 +12,7 @@ from fedhead.client.handlers import sum_rows
 from fedhead.client.release.atoms import Atoms, Population
 from fedhead.client.release.guard import Guard
 from fedhead.client.release.ledger import Ledger, ledger_path
+from fedhead.client.release.required import refuse_plain_sums
 from fedhead.client.release.step import release
 from fedhead.client.site_data import Holding, hold
 from fedhead.client.training import LabelledFeatures
@@ -55,12 +56,13 @@ class _OneSite:
         return self.holding
 
 
-def require_rows(guard: Guard, targets: Targets, task: Task) -> None:
-    """Check that the guard does not withhold a site as a whole, before its features are extracted.
+def require_rows(site: str, guard: Guard, targets: Targets, task: Task) -> None:
+    """Check that a site's rules let its sums leave, before its features are extracted.
 
     Raises:
-        UserError: if it does.
+        UserError: if it requires protection that only runs have, or the guard withholds it as a whole.
     """
+    refuse_plain_sums(site, ledger_path(site))
     every = np.arange(len(targets))
     _refuse(guard.allowed_rows(every, targets, np.zeros(len(every), np.bool_), task).refusal)
 

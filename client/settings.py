@@ -151,6 +151,12 @@ class Privacy(_Table):
         "for differential privacy, or 'both'.",
     )
     min_sites: int = Field(3, ge=3, description="Least number of sites in a secure sum.")
+    min_difference: int = Field(
+        3,
+        ge=1,
+        description="Least number of sites by which two secure sums about the same values may differ, unless they are "
+        "over the same sites; 1 allows any difference.",
+    )
     max_colluding: int = Field(
         1,
         ge=0,

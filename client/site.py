@@ -127,7 +127,9 @@ def serve(
         logger.info("%s has %d rows of %s, on %s.", site.name, site.num_rows, settings.data, site.device)
         key, certificates = (insecure_key(folder), None) if kit is None else (kit.key, trusted(kit, settings))
         counts.watch(site)
-        fleet = FleetClient(settings.coordinator, key, certificates, LONG_WAIT, settings.name, lambda: site.extraction)
+        fleet = FleetClient(
+            settings.coordinator, key, certificates, LONG_WAIT, settings.name, lambda: site.told_extraction
+        )
         state = Health()
 
         def on_change(connected: bool) -> None:

@@ -216,6 +216,7 @@ class LocalSite:
 
     Attributes:
         extraction: the rows whose features are extracted and those to extract; None between extractions.
+        hides_rows: whether the run that features are extracted for hides how many rows each site has.
         keeps_heads: whether personal heads are written to this machine.
     """
 
@@ -254,6 +255,7 @@ class LocalSite:
         self.samples = load_samples(data)
         self.num_rows = len(self.samples)
         self.extraction: tuple[int, int] | None = None
+        self.hides_rows = False
         self._backbones: dict[str, Backbone] = {}
         self.keeps_heads = True
         self._holdings: dict[str, Holding] = {}
@@ -342,7 +344,13 @@ class LocalSite:
         _keep(self._holdings, key, holding)
         return holding
 
+    @property
+    def told_extraction(self) -> tuple[int, int] | None:
+        """The extraction as the coordinator is told of it: nothing in runs that hide each site's number of rows."""
+        return None if self.hides_rows else self.extraction
+
     def _hold(self, manifest: Manifest) -> Holding:
+        self.hides_rows = manifest.secure_sum or manifest.privacy is not None
         store = self._store(self._backbone(manifest))
         if manifest.privacy is not None:
             return self._hold_all(manifest, store)

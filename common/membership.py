@@ -227,7 +227,7 @@ def _sum_site(
     """Compute a site's sums under the run's backbone; refuse a site that cannot take part before its rows are read."""
     task = make_task(run.config.task, classes)
     targets = task.encode(samples)
-    require_rows(access.guard, targets, task)
+    require_rows(site, access.guard, targets, task)
     backbone = run.backbone(access.weights, access.device)
     require_kind(backbone.spec, backbone.kind, samples.kind)
     manifest, probe = run.manifest(classes), run.probe(backbone)

@@ -70,7 +70,8 @@ class RingSum:
         def read(reply: Reply) -> None:
             vectors[reply.sites[0]] = masked_vector(reply.payload, layout)
 
-        content = with_session(payload, {"terms": len(nodes)}).to_content()
+        session = {"terms": len(nodes), "layout": layout.model_dump(mode="json")}
+        content = with_session(payload, session).to_content()
         exchange = self._messenger.ask(nodes, action, content, read, together=False)
         sites = sorted(vectors)
         return SecureTotal(opened([vectors[site] for site in sites], layout, nothing), sites, exchange)
@@ -120,7 +121,7 @@ def screened(total: Elements, layout: Layout, nothing: S) -> S:
     try:
         arrays = restored(layout.unpack(total), nothing.to_arrays())
         sums = type(nothing).from_arrays(arrays, nothing)
-    except ValueError as error:
+    except (ValueError, SecureSumError) as error:
         reason = str(error)
     else:
         if not (impossible := impossible_grams({POOL: sums})):

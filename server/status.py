@@ -69,6 +69,7 @@ class RunStatus(Observer):
             "started": time.time(),
         }
         self._standing: dict[str, SiteState] = {}
+        self._hides_rows = False
         self._history: list[dict[str, Any]] = []
         self._folder: Path | None = None
         self._ended = threading.Event()
@@ -86,6 +87,8 @@ class RunStatus(Observer):
         connected = self._link.sites.get(name)
         standing = self._standing.get(name)
         values: dict[str, Any] = {"standing": "", "rows": None} if standing is None else asdict(standing)
+        if self._hides_rows:
+            values["rows"] = None
         values["connected"] = connected is not None and connected.link.online
         values["seen"] = connected.last_seen if connected else values.get("seen", 0.0)
         values["address"] = connected.address if connected else ""
@@ -99,6 +102,7 @@ class RunStatus(Observer):
 
     def on_started(self, config: RunConfig, run_dir: Path | None) -> None:
         name = tasks[config.task].score_name
+        self._hides_rows = config.privacy.secure_sum or config.privacy.on
         self.note(
             rounds=config.rounds, run=run_dir.name if run_dir else "", score_name=name, state="running", message=""
         )

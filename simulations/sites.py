@@ -12,7 +12,7 @@ from fedhead.backbones.weights import PACKAGED, weights_path
 from fedhead.client.release.guard import Guard
 from fedhead.client.release.masking import Asked
 from fedhead.client.release.noise import Noise
-from fedhead.client.release.secure_sessions import SecureSessions
+from fedhead.client.release.secure_sessions import SecureSessions, packed
 from fedhead.client.release.training_limits import TrainingLimits
 from fedhead.client.site_data import Holding, check_backbone, hold, refuse_if_withheld
 from fedhead.client.training import LabelledFeatures
@@ -23,7 +23,7 @@ from fedhead.features.store import FeatureStore
 from fedhead.heads import FeatureMap, Head
 from fedhead.protocol.messages import Manifest, MessageError, WeightsChunk
 from fedhead.protocol.steps import Masking, Step
-from fedhead.secure.replies import layout_of
+from fedhead.secure.layout import Layout
 from fedhead.tasks import Targets, Task
 
 _COUNTED_AT_ONCE = 50_000
@@ -157,10 +157,12 @@ class SimulatedSite:
 
     def masking(self, asked: Asked) -> Masking:
         """Encode sums in the ring of secure summation, without masks: nothing leaves this process."""
-        terms = asked.session.values.get("terms")
+        values = asked.session.values
+        terms = values.get("terms")
         if not isinstance(terms, int) or terms < 1:
             raise MessageError("it does not say over how many sites its secure sum is")
-        return Masking(lambda arrays: layout_of(arrays).pack(arrays, terms), terms)
+        layout = Layout.model_validate(values.get("layout"))
+        return Masking(lambda arrays: packed(arrays, layout, terms), terms)
 
     def check_data(self, manifest: Manifest) -> None:
         """Check nothing: `make_plan` has looked at all sites' data."""

@@ -6,7 +6,7 @@ again: the same sums with fresh noise would be a second release.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -131,19 +131,23 @@ class Accounts:
             if compose([*(charge.mu for charge in own), mu]) > self.mu * _ROUNDING:
                 raise FedheadError(f"The privacy budget of this site's {ACCOUNTS[account]} is spent.")
             noisy = draw()
+            # Sums without a file of accounts mean that it was lost; see `read_charges`.
+            self._write(charges)
             self._replies.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_atomically(self._replies / f"{key}.safetensors", save(noisy))
             sync_folder(self._replies)
             about = {"run": run, "stage": stage, "account": account, "mu": mu, "key": key}
             charge = Charge(when=datetime.now(UTC), **about, epsilon=self.epsilon, delta=self.delta)
-            lines = [*charges, charge]
-            write_atomically(self.path, "".join(f"{line.model_dump_json()}\n" for line in lines))
-            sync_folder(self.path.parent)
+            self._write([*charges, charge])
         return noisy
+
+    def _write(self, charges: Sequence[Charge]) -> None:
+        write_atomically(self.path, "".join(f"{charge.model_dump_json()}\n" for charge in charges))
+        sync_folder(self.path.parent)
 
     @property
     def _replies(self) -> Path:
-        return self.path.with_suffix(".replies")
+        return _replies(self.path)
 
     def _stored(self, key: str) -> dict[str, FloatArray]:
         path = self._replies / f"{key}.safetensors"
@@ -156,6 +160,11 @@ class Accounts:
             ) from None
 
 
+def _replies(path: Path) -> Path:
+    """Return the folder of the stored replies."""
+    return path.with_suffix(".replies")
+
+
 def accounts_path(ledger: Path) -> Path:
     """Return the file of the accounts beside a site's ledger."""
     return ledger.with_suffix(".privacy")
@@ -165,11 +174,17 @@ def read_charges(path: Path) -> list[Charge]:
     """Return all charges of a file, oldest first; none if there is no file.
 
     Raises:
-        FedheadError: if the file is damaged or cannot be read.
+        FedheadError: if the file is damaged, cannot be read, or is missing although noisy sums were released.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
+        if any(_replies(path).glob("*.safetensors")):
+            raise FedheadError(
+                f"The privacy accounts {path} are missing, but {_replies(path)} has noisy sums that they charged. "
+                "Restore the file from a backup: without it, nothing leaves with noise, because the budget would begin "
+                "anew."
+            ) from None
         return []
     except (OSError, UnicodeDecodeError) as error:
         raise FedheadError(f"The privacy accounts {path} cannot be read: {error}.") from None

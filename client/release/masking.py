@@ -61,7 +61,7 @@ def masking_of(site: "Site", asked: Asked) -> Masking:
         FedheadError: if it does not take part in the session.
     """
     own = site.masking(asked)
-    return replace(own, encode=lambda arrays: own.encode(asked.sums(arrays)))
+    return replace(own, encode=lambda arrays: own.encode(None if arrays is None else asked.sums(arrays)))
 
 
 class _Session(BaseModel):
@@ -139,7 +139,7 @@ class SecureSum(Step):
             raise MessageError(f"its session of secure summation is invalid ({wrong})") from None
         sessions, purpose = self.sessions, purpose_of(asked.manifest, asked.action, asked.request)
 
-        def mask(arrays: Arrays) -> npt.NDArray[np.uint64]:
+        def mask(arrays: Arrays | None) -> npt.NDArray[np.uint64]:
             reply = sessions.mask(values.session, purpose, values.opened, asked.session.arrays, lambda: arrays)
             masked: npt.NDArray[np.uint64] = reply["masked"]
             return masked
@@ -150,19 +150,22 @@ class SecureSum(Step):
         """Return a payload with the masked vector only; other replies pass unchanged.
 
         Raises:
-            FedheadError: if masks are required and the request has no session, or the values cannot be summed.
+            FedheadError: if masks are required and the request has no session, or the site takes no part in it.
         """
         action = ACTIONS.get(release.action)
-        if action is None or not action.sums or not payload.arrays:
+        if action is None or not action.sums or not (payload.arrays or release.failed):
             return payload
         if release.masking is None:
             if self.required:
                 raise FedheadError(f"{release.site} {_PLAIN}")
             return payload
-        return Payload({}, {SUM: release.masking.encode(payload.arrays)})
+        return Payload({}, {SUM: release.masking.encode(None if release.failed else payload.arrays)})
 
     def applies(self, manifest: Manifest) -> bool:
         return manifest.secure_sum
+
+    def conceals(self, manifest: Manifest) -> bool:
+        return manifest.secure_sum and self._sessions is not None
 
     def describe(self) -> str:
         return (

@@ -6,6 +6,7 @@ sets of survivors, the difference of the sums would be the values of the sites i
 """
 
 import json
+import logging
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
@@ -19,8 +20,10 @@ from pydantic import ValidationError
 
 from fedhead.errors import FedheadError, UserError
 from fedhead.files import home, safe_name
-from fedhead.secure import SecureSumError
+from fedhead.secure import SecureSumError, UnsummableError
+from fedhead.secure.fixed_point import Elements
 from fedhead.secure.keys import SiteKeys
+from fedhead.secure.layout import Layout
 from fedhead.secure.messages import (
     Agreements,
     Openings,
@@ -32,6 +35,8 @@ from fedhead.secure.roster import Roster
 from fedhead.secure.session import MIN_SITES, Context, Purpose
 from fedhead.secure.site import SiteState, open_session
 from fedhead.sums.sums import Arrays
+
+logger = logging.getLogger(__name__)
 
 MOST_OPEN = 64
 """Sessions that are kept at a time; the oldest is given up when another one begins."""
@@ -119,19 +124,21 @@ class SecureSessions:
         purpose: Purpose,
         opened: tuple[str, ...],
         arrays: Arrays,
-        values: Callable[[], Arrays],
+        values: Callable[[], Arrays | None],
     ) -> Reply:
         """Return the site's values with all masks: `masked`, uint64 `[limbs, size]`.
+
+        A value that cannot be summed is no reason for a refusal, which would tell of this site alone.
 
         Args:
             session: its id.
             purpose: of the request that the values answer, as this site understands it.
             opened: the sites that opened.
             arrays: `Openings.to_arrays`, and as `sealed` the shares that they sealed for this site.
-            values: computes the arrays to sum; it is called once the exchange is on disk.
+            values: computes the arrays to sum, None if they cannot be; it is called once the exchange is on disk.
 
         Raises:
-            SecureSumError: as `SiteState.mask` does, or if the purpose is not the session's, or a value is too large.
+            SecureSumError: as `SiteState.mask` does, or if the purpose or the layout is not the session's.
             FedheadError: as `open` does.
         """
         with self._transaction() as database:
@@ -143,7 +150,7 @@ class SecureSessions:
                 raise SecureSumError("A message of the secure sum lacks the sealed shares.")
             state = state.mask(openings, sealed_from_array(opened, arrays["sealed"]), self.keys, self.roster)
             self._keep(database, state)
-        return {"masked": state.masked(state.context.layout.pack(values(), len(state.context.sites)))}
+        return {"masked": state.masked(packed(values(), state.context.layout, len(state.context.sites)))}
 
     def threshold(self, session: str) -> int:
         """Return the least number of sites whose sum is opened in a session.
@@ -270,6 +277,25 @@ class SecureSessions:
             f"The site's memory of secure sums {self.path} is damaged. Restore it from a backup: without it the site "
             "cannot know which sums it has unmasked."
         )
+
+
+def packed(arrays: Arrays | None, layout: Layout, terms: int) -> Elements:
+    """Return a site's arrays as elements; random ones if they cannot be summed.
+
+    Args:
+        arrays: to sum; None if they could not be computed.
+        layout: of the sum.
+        terms: the number of sites.
+
+    Raises:
+        SecureSumError: if the arrays are of another form.
+    """
+    try:
+        if arrays is not None:
+            return layout.pack(arrays, terms)
+    except UnsummableError as error:
+        logger.error("%s The sum of all sites will not be usable.", error)
+    return layout.unsummable()
 
 
 def secure_sessions_path(site: str) -> Path:

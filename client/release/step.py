@@ -22,6 +22,7 @@ def release(
     masking: Masking | None = None,
     features: str = "",
     private: PrivateRequest | None = None,
+    failed: bool = False,
 ) -> Payload:
     """Pass a reply through all steps of the site; nothing may come between this and sending what it returns.
 
@@ -35,6 +36,7 @@ def release(
         masking: encodes and masks sums, if the request asks for it.
         features: the form of the map of features; empty for plain ones.
         private: the request that it answers, if it is one for noisy sums.
+        failed: whether the sums could not be computed.
 
     Raises:
         FedheadError: if nothing may leave.
@@ -51,5 +53,7 @@ def release(
         return Basis(guarded.num_rows, guarded.counts, share, keys)
 
     of_rows = sites == 1 and bool(parts)
-    about = Release(action, site.name, sites, manifest, parts, basis if of_rows else None, masking, features, private)
+    about = Release(
+        action, site.name, sites, manifest, parts, basis if of_rows else None, masking, features, private, failed
+    )
     return leave(payload, about, site.steps)

@@ -127,10 +127,13 @@ def _print_result(result: "RunResult", console: Console) -> None:
             tested += f" (mean of sites {mean}, worst {worst} {score_words(by_site[worst], name)})"
     privacy = result.outcome.privacy
     if privacy:
-        from fedhead.server.report.privacy import outcome, promise
+        from fedhead.server.report.privacy import noisy_accuracy, outcome, promise
 
-        solved, *evaluated = outcome(privacy)
-        tested = " ".join([*([f"{tested.rstrip('; ')}."] if tested else []), *evaluated])
+        solved = outcome(privacy)[0]
+        if evaluation := privacy.get("evaluation"):
+            # The row's title is its first word.
+            tested += noisy_accuracy(evaluation).removeprefix("Accuracy is ")
+        tested = tested.rstrip("; ")
     lines = Table.grid(padding=(0, 2))
     lines.add_row(
         result.task.score_title,

@@ -18,11 +18,12 @@ class Masking:
     """One site's part in a secure sum.
 
     Attributes:
-        encode: encodes the site's arrays, and masks them; raises a `FedheadError` if it may or can not.
+        encode: encodes the site's arrays, and masks them; None if there are none that can be summed. It raises a
+            `FedheadError` if the site takes no part in the sum, and not because of the values.
         threshold: the least number of sites whose sum is opened.
     """
 
-    encode: Callable[[Arrays], npt.NDArray[np.uint64]]
+    encode: Callable[[Arrays | None], npt.NDArray[np.uint64]]
     threshold: int
 
 
@@ -60,6 +61,7 @@ class Release:
         features: the form of the map of features behind it, such as `unit+landmarks:1024`; empty for plain features.
         basis: returns details of these rows; None if there are none or the reply covers several sites.
         masking: encodes and masks sums; None if the request is for a plain reply.
+        failed: whether the sums could not be computed.
         private: the request that the reply answers, if it is one for noisy sums.
     """
 
@@ -72,6 +74,7 @@ class Release:
     masking: Masking | None = None
     features: str = ""
     private: PrivateRequest | None = None
+    failed: bool = False
 
     @property
     def run(self) -> str:
@@ -90,6 +93,10 @@ class Step:
     """
 
     per_site: ClassVar[bool] = False
+
+    def conceals(self, manifest: Manifest) -> bool:
+        """Return whether no reply of a run may tell of this site's rows alone, not even by a refusal."""
+        return False
 
     def admit(self, action: str, manifest: Manifest, *, masked: bool) -> None:
         """Check a request about rows before anything is computed; the base class admits everything.

@@ -15,3 +15,7 @@ from fedhead.errors import FedheadError
 
 class SecureSumError(FedheadError):
     """A secure summation that cannot go on, with the reason; it contains no values of any site."""
+
+
+class UnsummableError(SecureSumError):
+    """Values that cannot be summed. Whether there are any depends on a site's rows, so it is not told apart by site."""

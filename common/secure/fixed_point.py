@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedhead.secure import SecureSumError
+from fedhead.secure import SecureSumError, UnsummableError
 
 Elements = npt.NDArray[np.uint64]
 """`[limbs, n]` elements of the ring."""
@@ -39,7 +39,7 @@ def encode(values: npt.NDArray[Any], limbs: int, terms: int) -> Elements:
     """Encode real numbers `[n]`, rounded to the nearest multiple of `2^-64` or `2^-32`.
 
     Raises:
-        SecureSumError: if a number is not finite, or so large that a sum of `terms` such numbers could overflow.
+        UnsummableError: if a number is not finite, or so large that a sum of `terms` such numbers could overflow.
     """
     real = values.astype(np.float64, copy=False)
     size = np.abs(real)
@@ -62,7 +62,7 @@ def encode_integers(values: npt.NDArray[Any], limbs: int, terms: int) -> Element
     """Encode integers `[n]` exactly.
 
     Raises:
-        SecureSumError: if a number is so large that a sum of `terms` such numbers could overflow.
+        UnsummableError: if a number is so large that a sum of `terms` such numbers could overflow.
     """
     if values.dtype.kind == "u" and (values > np.uint64(2**63 - 1)).any():
         raise _too_large(largest(limbs, terms, integers=True))
@@ -135,10 +135,10 @@ def _negate_where(negative: npt.NDArray[np.bool_], elements: Elements) -> None:
 
 def _check(size: FloatArray, bound: float) -> None:
     if not np.isfinite(size).all():
-        raise SecureSumError("A value to sum is not finite.")
+        raise UnsummableError("A value to sum is not finite.")
     if (size >= bound).any():
         raise _too_large(bound)
 
 
-def _too_large(bound: float) -> SecureSumError:
-    return SecureSumError(f"A value to sum is too large: secure summation takes magnitudes below {bound:.3g}.")
+def _too_large(bound: float) -> UnsummableError:
+    return UnsummableError(f"A value to sum is too large: secure summation takes magnitudes below {bound:.3g}.")

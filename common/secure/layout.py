@@ -1,6 +1,8 @@
 """Layout of a secure sum: the names, shapes and kinds of its arrays, which become one vector of ring elements.
 
-The layout is part of the context that all sites agree on, so that equal positions mean the same thing at every site::
+The layout is part of the context that all sites agree on, so that equal positions mean the same thing at every site.
+The last element is 0 at a site whose values can be summed. A site whose values cannot sends random elements: whoever
+sees the total learns that a site's values could not be summed, and neither whose nor why::
 
     layout = Layout.of(sums.to_arrays(), limbs=2)
     vector = layout.pack(sums.to_arrays(), terms=len(sites))     # uint64 [limbs, layout.size]
@@ -8,6 +10,7 @@ The layout is part of the context that all sites agree on, so that equal positio
 """
 
 import math
+import secrets
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -15,7 +18,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedhead.protocol.fields import Text
-from fedhead.secure import SecureSumError
+from fedhead.secure import SecureSumError, UnsummableError
 from fedhead.secure.fixed_point import Elements, decode, decode_integers, encode, encode_integers
 from fedhead.sums.sums import Arrays
 
@@ -90,8 +93,13 @@ class Layout(BaseModel):
 
     @property
     def size(self) -> int:
-        """The number of ring elements."""
-        return sum(entry.size for entry in self.entries)
+        """The number of ring elements: the arrays' and the last one."""
+        return sum(entry.size for entry in self.entries) + 1
+
+    def unsummable(self) -> Elements:
+        """Return random elements `[limbs, size]`, in place of values that cannot be summed."""
+        drawn = np.frombuffer(secrets.token_bytes(8 * self.limbs * self.size), np.uint64)
+        return drawn.reshape(self.limbs, self.size).copy()
 
     def pack(self, arrays: Arrays, terms: int) -> Elements:
         """Encode one site's arrays as a vector `[limbs, size]`.
@@ -101,11 +109,12 @@ class Layout(BaseModel):
             terms: the number of sites of the sum, which bounds each value.
 
         Raises:
-            SecureSumError: if names, shapes or kinds differ from the layout, or a value is not finite or too large.
+            SecureSumError: if names, shapes or kinds differ from the layout.
+            UnsummableError: if a value is not finite or too large.
         """
         if arrays.keys() != {entry.name for entry in self.entries}:
             raise SecureSumError(f"The arrays to sum are {sorted(arrays)}, which the session's layout does not have.")
-        vector = np.empty((self.limbs, self.size), np.uint64)
+        vector = np.zeros((self.limbs, self.size), np.uint64)
         at = 0
         for entry in self.entries:
             array = arrays[entry.name]
@@ -124,8 +133,14 @@ class Layout(BaseModel):
 
         Raises:
             SecureSumError: if the vector has another form, or a count is no integer.
+            UnsummableError: if a site's values could not be summed.
         """
         self.check(vector)
+        if vector[:, -1].any():
+            raise UnsummableError(
+                "The values of a site cannot be summed: they are too large or not finite, or a rule of the site "
+                "withholds them. Its own log says why."
+            )
         arrays: dict[str, npt.NDArray[Any]] = {}
         at = 0
         for entry in self.entries:

@@ -6,6 +6,7 @@ what can be checked with a roster and the state; `fedhead.client.release.secure_
 across sessions.
 """
 
+import logging
 import secrets
 from typing import Literal
 
@@ -29,7 +30,12 @@ from fedhead.secure.messages import (
 from fedhead.secure.roster import Roster
 from fedhead.secure.sealing import seal, unseal
 from fedhead.secure.session import Context
-from fedhead.secure.shamir import number, share
+from fedhead.secure.shamir import SHARE_BYTES, number, share
+
+logger = logging.getLogger(__name__)
+
+NO_SHARE = bytes(SHARE_BYTES)
+"""Returned in place of a share that could not be read."""
 
 Stage = Literal["opened", "masked", "agreed", "unmasked"]
 
@@ -75,8 +81,9 @@ class SiteState(BaseModel):
             roster: the pinned one.
 
         Raises:
-            SecureSumError: if the exchange was answered before, fewer sites opened than the threshold, a signature or
-                a sealed share is wrong, this site's keys were replaced, or a key occurs twice.
+            SecureSumError: if the exchange was answered before, fewer sites opened than the threshold, a signature is
+                wrong, this site's keys were replaced, or a key occurs twice. Another site's shares may be unreadable:
+                the coordinator sees from their commitments that this site returns none.
         """
         self._require("opened", "mask")
         openings.check(self.context, roster)
@@ -85,9 +92,16 @@ class SiteState(BaseModel):
             raise SecureSumError(f"The openings do not have the keys of {self.site} as it made them.")
         digest, shares = self.context.digest, {}
         for name, public in openings.keys.items():
-            pair = unseal(sealed[name], keys.sealing, public.ephemeral, digest, (name, self.site))
-            for one in pair:
-                number(one)
+            try:
+                pair = unseal(sealed[name], keys.sealing, public.ephemeral, digest, (name, self.site))
+                for one in pair:
+                    number(one)
+            except SecureSumError as error:
+                if name == self.site:
+                    raise
+                # A refusal would leave out this site because of another one's fault.
+                logger.warning("%s This site returns no share of the secrets of %s.", error, name)
+                pair = (NO_SHARE, NO_SHARE)
             shares[name] = pair
         return self.model_copy(
             update={

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedhead.server.report.layout import Section, Table
+from fedhead.server.report.privacy import solver_of
 from fedhead.server.runs.record import RunRecord
 from fedhead.wording import by_reason, counted, listed, size
 
@@ -24,7 +25,7 @@ def about(record: RunRecord) -> Section:
         ("Preprocessing", ", ".join(f"{key} {value}" for key, value in backbone.preprocessing.items())),
         ("Map of features", _map(config)),
         *((str(one["question"]), f"{one['taken']}. {one['reason']}") for one in record.evaluation.get("choices", ())),
-        ("Head", f"{config.get('head', '')}, starting from {config.get('init') or 'its default'}"),
+        ("Head", f"{config.get('head', '')}, {_start(record)}"),
         ("Strategy", f"{config.get('strategy', {}).get('name', '')}, {counted(int(config.get('rounds', 0)), 'round')}"),
         ("Seed", str(config.get("seed", ""))),
         ("Classes", f"{len(record.classes)}: {listed(record.classes, 20)}"),
@@ -54,6 +55,13 @@ def about(record: RunRecord) -> Section:
         tables=tables,
         code=[("run.toml, which reproduces the run", record.toml)],
     )
+
+
+def _start(record: RunRecord) -> str:
+    """Describe where the head comes from."""
+    if record.private:
+        return solver_of(record.evaluation.get("privacy")) or "solved from noisy sums"
+    return f"starting from {record.config.get('init') or 'its default'}"
 
 
 def _map(config: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ from fedhead.files import write_atomically
 from fedhead.model import BACKBONE_FILE, MODEL_FILE
 from fedhead.server.report.about import about
 from fedhead.server.report.layout import Figure, Section, Table
+from fedhead.server.report.privacy import solver_of
 from fedhead.server.report.quality import calibration, quality
 from fedhead.server.report.releases import releases
 from fedhead.server.report.worth import worth
@@ -119,6 +120,10 @@ def _results(record: RunRecord, task: str) -> list[dict[str, Any]]:
             if (value := (record.pooled.get(figure) or [None])[0]) is not None
         ]
         results.append(_result(task, f"held-out rows of {counted(record.num_evaluated, 'site')}", "held-out", metrics))
+    if record.noisy:
+        name = f"{title}, with noise for differential privacy" + _with_interval(record.noisy["accuracy"])
+        metrics = [{"type": "accuracy", "value": record.noisy["accuracy"][0], "name": name}]
+        results.append(_result(task, f"held-out rows of {counted(record.num_sites, 'site')}", "held-out", metrics))
     tested = record.tested
     if tested is not None:
         kind = _HUB_METRIC.get(record.task.score_name, record.task.score_name)
@@ -171,10 +176,13 @@ def _title(record: RunRecord) -> str:
 
 def _what(record: RunRecord) -> list[str]:
     config = record.config
+    made = "trained by federated transfer learning with fedhead, from sums and heads of"
+    if solved := solver_of(record.evaluation.get("privacy")):
+        made = f"solved with fedhead by {solved}, of"
     said = [
         f"{_does(record)}: a {config.get('head', '')} head on the frozen backbone {config.get('backbone', '')} (layer "
-        f"{config.get('layer', '')}). The head was trained by federated transfer learning with fedhead, from sums and "
-        f"heads of {counted(record.num_sites, 'site')}; no {_ITEM[_kind(record)]} left its site.",
+        f"{config.get('layer', '')}). The head was {made} {counted(record.num_sites, 'site')}; no "
+        f"{_ITEM[_kind(record)]} left its site.",
         f"{'Targets' if record.real else 'Classes'}: {listed(record.classes, _MOST_CLASSES)}.",
     ]
     if change := record.result and record.result.membership:
@@ -272,6 +280,11 @@ def _unlearned(record: RunRecord) -> list[str]:
     if record.real:
         return []
     names = record.evaluation.get("unlearned", ())
+    if record.private:
+        return [
+            "## Unlearned classes",
+            "Unknown: under differential privacy, sites do not tell whether a class has rows.",
+        ]
     said = "None: every class had rows at some site."
     if names:
         said = f"No site had rows of: {listed(names, _MOST_CLASSES)}. They are never predicted."

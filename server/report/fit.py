@@ -21,6 +21,8 @@ def fit(record: RunRecord) -> Section:
             if not record.compares_sites
             else "Secure summation hides each site's sums, so no site is compared with the pool here."
             if record.secure
+            else "Differential privacy hides each site's sums, so no site is compared with the pool here."
+            if record.private
             else "Sites were not diagnosed: this needs a head solved from sums, each site's own sums, and --diagnose."
             if record.result
             else "Sites are diagnosed at the end of the run."
@@ -119,9 +121,13 @@ def _distributions(diagnoses: Sequence[Values]) -> list[tuple[str, Table]]:
 
 
 def _standing(record: RunRecord) -> Table:
+    hidden = record.secure or record.private
     return Table(
         ["site", "state", "rows", "why"],
-        [[name, state.standing, str(state.rows), state.reason] for name, state in sorted(record.standing.items())],
+        [
+            [name, state.standing, DASH if hidden else str(state.rows), state.reason]
+            for name, state in sorted(record.standing.items())
+        ],
         words=(0, 1, 3),
     )
 

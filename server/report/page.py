@@ -14,6 +14,7 @@ from fedhead.server.report.cost import PHASES, cost, seconds
 from fedhead.server.report.fit import fit
 from fedhead.server.report.layout import Section
 from fedhead.server.report.personal import personal
+from fedhead.server.report.privacy import solver_of
 from fedhead.server.report.quality import interval, quality
 from fedhead.server.report.regression import number_interval
 from fedhead.server.report.releases import releases
@@ -121,6 +122,9 @@ def _tiles(record: RunRecord) -> list[tuple[str, str, str]]:
         limits = (number_interval if record.real else interval)(score).partition("(")[2].rstrip(")")
         name = title if title == "All labels correct" else f"{title}, held out"
         tiles.append((name, record.words(score[0]), f"95 %: {limits}" if limits else ""))
+    elif record.noisy:
+        limits = interval(record.noisy["accuracy"]).partition("(")[2].rstrip(")")
+        tiles.append((f"{title}, with noise", record.words(record.noisy["accuracy"][0]), f"95 %: {limits}"))
     elif record.score is not None and record.tested is None:
         tiles.append((f"{title} so far", record.words(record.score), "latest head"))
     refused = record.count("refused")
@@ -139,5 +143,7 @@ def _rounds_tile(record: RunRecord) -> tuple[str, str, str]:
         done = max(len(record.rounds) - 1, 0)
         return ("Rounds", f"{done} of {rounds}", "")
     if record.kept_round == 0:
-        return ("Exchange", "one" if rounds == 0 else f"0 of {rounds}", "the head solved from sums is kept")
+        solved = solver_of(record.evaluation.get("privacy"))
+        kept = f"the head is {solved}" if solved else "the head solved from sums is kept"
+        return ("Exchange", "one" if rounds == 0 else f"0 of {rounds}", kept)
     return ("Rounds", f"{rounds}", f"head of round {record.kept_round} is kept")

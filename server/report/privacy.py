@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedhead.server.report import charts
-from fedhead.server.report.layout import Figure, Table
+from fedhead.server.report.layout import DASH, Figure, Table
 from fedhead.wording import counted
 
 
@@ -45,17 +45,27 @@ def promise(privacy: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def solver_of(privacy: Mapping[str, Any] | None) -> str:
+    """Return how a private run's head was solved, in words; empty if it was not."""
+    solvers = {"lda": "discriminant analysis", "nearest-mean": "nearest class means"}
+    return f"{solvers[str(privacy['solver'])]} on noisy sums" if privacy else ""
+
+
 def outcome(privacy: Mapping[str, Any]) -> list[str]:
     """Return sentences on the head and its noisy evaluation."""
-    solver = {"lda": "Discriminant analysis", "nearest-mean": "Nearest class means"}[str(privacy["solver"])]
-    said = [f"{solver} on noisy sums, chosen by public figures."]
+    said = [f"{solver_of(privacy).capitalize()}, chosen by public figures."]
     if evaluation := privacy.get("evaluation"):
-        accuracy, low, high = evaluation["accuracy"]
-        said.append(
-            f"Accuracy {100 * accuracy:.1f} % ({100 * low:.1f} to {100 * high:.1f} % with 95 % confidence, for "
-            f"sampling and noise) on about {max(evaluation['rows'], 0):.0f} held-out rows."
-        )
+        said.append(noisy_accuracy(evaluation))
     return said
+
+
+def noisy_accuracy(evaluation: Mapping[str, Any]) -> str:
+    """Return a sentence on the accuracy of a private run's head."""
+    accuracy, low, high = (f"{100 * share:.1f}" for share in evaluation["accuracy"])
+    return (
+        f"Accuracy is {accuracy} % ({low}{DASH}{high}) on about {max(round(evaluation['rows']), 0):,} held-out rows, "
+        "measured with noise; the 95 % interval covers sampling and noise."
+    )
 
 
 def confusion(privacy: Mapping[str, Any], classes: list[str]) -> Table:

@@ -5,6 +5,7 @@ from typing import Any
 
 from fedhead.server.report import charts
 from fedhead.server.report.layout import DASH, Figure, Section, Table
+from fedhead.server.report.privacy import noisy_accuracy
 from fedhead.server.report.regression import interval_sentences, number_interval, regression_quality
 from fedhead.server.runs.record import RunRecord, Values
 from fedhead.wording import counted, listed, percent
@@ -27,6 +28,8 @@ def quality(record: RunRecord) -> Section:
         return regression_quality(record, _KEY, QUESTION, _unknown)
     tested = record.tested
     on_test = f"On the pooled test set it is {percent(tested)}." if tested else ""
+    if record.noisy:
+        return Section(_KEY, QUESTION, noisy_accuracy(record.noisy), [on_test] if on_test else [])
     if not record.pooled:
         return Section(_KEY, QUESTION, on_test or _unknown(record))
     pooled = record.pooled
@@ -71,6 +74,8 @@ def _unknown(record: RunRecord) -> str:
         return f"The run has not finished; sites evaluate in detail at its end.{latest}"
     if record.status != "finished":
         return "The run did not finish, so no head was evaluated in detail."
+    if record.private:
+        return "Unknown: the run spent no privacy budget on an evaluation (evaluate = 0), and there is no test set."
     if not record.config.get("holdout"):
         return "Unknown: no rows are held out (holdout = 0), and there is no test set."
     return "Unknown: no site had held-out rows."
@@ -110,6 +115,11 @@ def calibration(record: RunRecord) -> list[str]:
     """Return sentences on the calibration of probabilities, or on the coverage of intervals."""
     if record.real:
         return interval_sentences(record)
+    if record.private:
+        return [
+            "Not measured on rows: the temperature follows from the noisy sums that the head was solved from, and its "
+            "privacy budget buys no other measurement."
+        ]
     found = record.evaluation.get("calibration")
     if found and found["rows_judged_on"]:
         before, after = found["before"]["reliability"]["error"], found["after"]["reliability"]["error"]

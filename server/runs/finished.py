@@ -73,6 +73,11 @@ class FinishedRun:
         self.recovered = self._recover()
 
     def _refuse_unsolved(self) -> None:
+        if self.config.privacy.on:
+            raise UserError(
+                f"{self.path} is of a differentially private run: its sums are noisy and are not kept, so its head "
+                "cannot be solved again, and no site can join or leave."
+            )
         head = make_head(self.config.head, 1, 2)
         if self.form(2, 1).init not in UNSOLVED:
             return

@@ -190,6 +190,17 @@ class RunRecord(BaseModel):
         return bool(self.config.get("privacy", {}).get("secure_sum"))
 
     @property
+    def private(self) -> bool:
+        """Whether the run is differentially private."""
+        return bool(self.config.get("privacy", {}).get("epsilon"))
+
+    @property
+    def noisy(self) -> Values:
+        """The noisy evaluation of a private run's head; empty without one."""
+        evaluation: Values = self.evaluation.get("privacy", {}).get("evaluation", {})
+        return evaluation
+
+    @property
     def num_evaluated(self) -> int:
         """How many sites evaluated the kept head on held-out rows."""
         return self.num_sites if self.secure else len(self.sites)

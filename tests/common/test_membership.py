@@ -26,8 +26,10 @@ import fedhead.sums.packing
 import fedhead.sums.projection
 from fedhead.backbones import Backbone, ImagePreprocessing, backbone_sources
 from fedhead.cli import app
+from fedhead.client.local_site import site_of
 from fedhead.client.release.guard import MIN_CLASS_COUNT, MIN_ROWS
 from fedhead.client.release.ledger import ledger_path, read_ledger
+from fedhead.client.settings import SiteSettings
 from fedhead.config import RunConfig
 from fedhead.data import Samples, load_samples, samples_from_arrays
 from fedhead.errors import FedheadError, UserError
@@ -443,6 +445,17 @@ def test_a_site_that_is_withheld_as_a_whole_is_refused(run: Path) -> None:
 
 
 # Sums that are sent again.
+
+
+def test_a_site_that_requires_protection_sends_no_plain_sums(run: Path, tmp_path: Path) -> None:
+    data = tmp_path / "rows.csv"
+    data.write_text("x,label\n1,0\n")
+    settings = {"name": "ward", "coordinator": "127.0.0.1:1", "data": f"csv:{data}?label=label", "device": "cpu"}
+    site_of(SiteSettings(**settings, privacy={"require": "dp", "epsilon": 1.0}), ledger_path("ward"))
+    with pytest.raises(UserError, match=r"site.toml of ward requires differential privacy \(\[privacy\] require\)"):
+        join(run, "ward", "digits", **OFF)
+    site_of(SiteSettings(**settings), ledger_path("ward"))
+    join(run, "ward", "digits", **OFF)
 
 
 def test_only_the_sums_that_are_in_can_be_taken_out(finished: Path) -> None:

@@ -56,7 +56,7 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 class Attack:
     """A site's real process with a table of numbers, and a coordinator that asks it whatever it likes."""
 
-    def __init__(self, folder: Path, keys: SecureKeys | None = None, **settings: Any) -> None:
+    def __init__(self, folder: Path, keys: SecureKeys | None = None, name: str = "ward", **settings: Any) -> None:
         self.folder = folder
         self.keys = keys
         self.table = folder / "rows.csv"
@@ -66,7 +66,7 @@ class Attack:
         spec = "identity:" + ",".join(f"x{number}" for number in range(FEATURES))
         self.backbone: Backbone = load_backbone(spec)
         self.settings = SiteSettings(
-            name="ward", coordinator="127.0.0.1:9092", data=f"csv:{self.table}?label=label", device="cpu", **settings
+            name=name, coordinator="127.0.0.1:9092", data=f"csv:{self.table}?label=label", device="cpu", **settings
         )
         self.runs = 0
         self.restart()
@@ -79,7 +79,7 @@ class Attack:
     def restart(self, **changes: Any) -> None:
         """Restart the site's process, with other settings if there are changes."""
         self.settings = SiteSettings(**{**self.settings.model_dump(), **changes})
-        site = site_of(self.settings, ledger_path("ward"), keys=self.keys)
+        site = site_of(self.settings, ledger_path(self.settings.name), keys=self.keys)
         self.process = SiteProcess(self.settings, site, Connection.__new__(Connection), self.folder / "site")
 
     def ask(self, action: str, payload: Payload) -> Payload:
@@ -104,14 +104,14 @@ class Attack:
             "seed": 0,
             "local": RunConfig().local,
         }
-        manifest = Manifest(**{**values, **changes})
+        self.manifest = manifest = Manifest(**{**values, **changes})
         probe = self.backbone.probe().numpy().astype(np.float32)
         told = self.ask(DESCRIBE, Payload(manifest.model_dump(), {"probe": probe}))
         assert not told.values["refusal"], told.values["refusal"]
         return told
 
     def entries(self) -> list[Entry]:
-        return read_ledger(ledger_path("ward"))
+        return read_ledger(ledger_path(self.settings.name))
 
     def trained(self, local: dict[str, Any], **values: Any) -> Arrays:
         """Return the head that one round of a new run makes of zeros, on features as they are."""

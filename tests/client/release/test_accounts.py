@@ -93,3 +93,29 @@ def test_statements_show_what_is_spent_and_left(tmp_path: Path) -> None:
     assert held_out.left == pytest.approx(3.0)
     square = own.mu**2 - mu_for(1.0, 1e-5) ** 2
     assert mu_for(train.left, 1e-5) == pytest.approx(square**0.5)
+
+
+def test_a_lost_file_of_accounts_does_not_begin_the_budget_anew(tmp_path: Path) -> None:
+    own = accounts(tmp_path)
+    spend(own, own.mu, KEYS[0])
+    own.path.unlink()
+    for read in (own.charges, lambda: own.require("r", {"train": 0.1}), lambda: spend(own, 0.1, KEYS[1])):
+        with pytest.raises(FedheadError, match=r"are missing, but .* has noisy sums that they charged"):
+            read()
+
+
+def test_a_process_that_is_killed_before_its_first_charge_can_spend_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = accounts(tmp_path)
+
+    def killed(**values: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fedhead.client.release.accounts.Charge", killed)
+        with pytest.raises(KeyboardInterrupt):
+            spend(own, 0.1, KEYS[0])
+    assert list((tmp_path / "site.replies").iterdir())
+    spend(own, 0.1, KEYS[0])
+    assert len(own.charges()) == 1

@@ -410,11 +410,20 @@ class TestMasking:
         sites.open(session, sites.keys)
         names = tuple(sites.keys)
         arrays = self.forwarded(sites, session)
-        arrays["sealed"][2, 5] ^= 1
-        with refused("shares that site-002 sealed for site-000 were changed"):
-            self.ask(sites, session, names, arrays)
         with refused("shares that site-000 sealed for site-000 were changed"):
             self.ask(sites, session, names, self.forwarded(sites, session, "site-001"))
+        arrays["sealed"][2, 5] ^= 1
+        site, id_ = sites.site("site-000"), session.context.session
+        reply = site.mask(id_, PURPOSE, names, arrays, lambda: sites.values["site-000"])
+        session.take_vector("site-000", reply["masked"])
+        for name in names[1:]:
+            session.take_vector(name, sites.mask(session, name))
+        for name in names:
+            session.take_agreement(name, sites.agree(session, name))
+        for name in names:
+            session.take_shares(name, sites.unmask(session, name))
+        assert session.faults == [("site-002", "site-000")]
+        assert (session.unmasked() == sites.plain(names, 4)).all()
 
     def test_masking_twice(self, federation: MakeFederation) -> None:
         """Two masked vectors under the same masks would differ by the difference of the values."""
@@ -426,14 +435,20 @@ class TestMasking:
             sites.mask(session, "site-000")
 
     @pytest.mark.parametrize("value", [2.0**63 / 3, -(2.0**63), np.inf, np.nan])
-    def test_value_beyond_its_bound(self, federation: MakeFederation, value: float) -> None:
+    def test_value_beyond_its_bound(
+        self, federation: MakeFederation, value: float, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """The total of all sites is not usable. A refusal would compare this site's value with the bound."""
         sites = federation(3)
         session = sites.begin()
-        sites.open(session, sites.keys)
         sites.values["site-000"] = {**values_of(0), "upper": np.full(15, value)}
-        with refused("too large|not finite") as error:
-            sites.mask(session, "site-000")
-        assert str(value) not in str(error.value)
+        sites.run(session)
+        with refused("values of a site cannot be summed") as error:
+            session.total()
+        assert "site-000" not in str(error.value)
+        assert "too large" in caplog.text or "not finite" in caplog.text
+        # Random elements hide the other values, too.
+        assert (session.unmasked() != sites.plain(["site-001", "site-002"], 3)).mean() > 0.99
 
 
 class TestAgreeing:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedhead.secure import SecureSumError
+from fedhead.secure import SecureSumError, UnsummableError
 from fedhead.secure import fixed_point as ring
 from fedhead.secure.layout import Layout
 
@@ -112,7 +112,7 @@ def test_layout_round_trip(limbs: Literal[1, 2]) -> None:
     layout = Layout.of(ARRAYS, limbs)
     assert Layout.model_validate_json(layout.model_dump_json()) == layout
     vector = layout.pack(ARRAYS, 3)
-    assert vector.shape == (limbs, layout.size) == (limbs, 9)
+    assert vector.shape == (limbs, layout.size) == (limbs, 10)
     total = vector.copy()
     ring.add(total, vector)
     arrays = layout.unpack(total)
@@ -152,8 +152,19 @@ def test_invalid_layouts_are_rejected() -> None:
     ):
         with pytest.raises(ValueError):
             Layout(**wrong)
-    for vector in (np.zeros((2, 8), np.uint64), np.zeros((1, 9), np.uint64), np.zeros((2, 9))):
+    for vector in (np.zeros((2, 9), np.uint64), np.zeros((1, 10), np.uint64), np.zeros((2, 10))):
         with pytest.raises(SecureSumError, match="instead of"):
             Layout.of(ARRAYS, 2).unpack(vector)
     with pytest.raises(ValueError, match="cannot be summed"):
         Layout.of({"x": np.array(["text"])}, 1)
+
+
+@pytest.mark.parametrize("limbs", [1, 2])
+def test_one_site_without_sums_makes_the_total_unusable(limbs: Literal[1, 2]) -> None:
+    layout = Layout.of(ARRAYS, limbs)
+    total = layout.pack(ARRAYS, 3)
+    ring.add(total, layout.unsummable())
+    with pytest.raises(UnsummableError, match="values of a site cannot be summed"):
+        layout.unpack(total)
+    first, second = layout.unsummable(), layout.unsummable()
+    assert (first != second).all()
