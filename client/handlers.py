@@ -27,6 +27,7 @@ from fedhead.client.agreement import (
     proposed,
 )
 from fedhead.client.answers import Answer, Handler, of_several, shared
+from fedhead.client.clusters import clusters
 from fedhead.client.distances import DistancesRequest, add_unit_rows, count_distances
 from fedhead.client.head_handlers import calibrate, compare, evaluate, gradient, report, train
 from fedhead.client.personal import personalise
@@ -43,6 +44,7 @@ from fedhead.protocol.actions import (
     ACTIONS,
     AGREE,
     CALIBRATE,
+    CLUSTER,
     COMPARE,
     DESCRIBE,
     DISTANCES,
@@ -469,6 +471,7 @@ HANDLERS: Mapping[str, Handler] = {
     RIVALS: rivals,
     PERSONALISE: personalise,
     DISTANCES: distances,
+    CLUSTER: clusters,
     OPEN: _exchange(open_session),
     AGREE: _exchange(agree),
     UNMASK: _exchange(unmask),

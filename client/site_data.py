@@ -62,6 +62,7 @@ class Holding:
         contents: of all rows of `data`, by which the ledger knows them.
         task: names the groups that sums tell apart.
         share: of the rows that are held out.
+        min_class_count: the guard's least number of rows behind a sum.
     """
 
     data: LabelledFeatures
@@ -73,6 +74,7 @@ class Holding:
     contents: KeyArray
     task: Task
     share: float | None = None
+    min_class_count: int = 0
 
     @cached_property
     def keys_by_group(self) -> Mapping[str, KeyArray]:
@@ -123,6 +125,7 @@ def hold(
         contents=keys if contents is None else contents,
         task=task,
         share=share,
+        min_class_count=guard.min_class_count,
     )
 
 

@@ -181,7 +181,11 @@ class RunConfig(_Table):
     classes_from: str = Field("", description="Data spec that supplies the class names.")
     task: str = Field(
         "classification",
-        description="Task: 'classification', 'multi-label', 'ordinal', 'regression', or one of your own.",
+        description="Task: 'classification', 'multi-label', 'ordinal', 'regression', 'clusters' for rows without "
+        "labels, or one of your own.",
+    )
+    clusters: int = Field(
+        0, ge=0, le=200, description="Number of clusters for task 'clusters'; 0 chooses from 2 to 20 on held-out rows."
     )
     rounds: int = Field(20, ge=0, description="Training rounds; 0 solves the head from one exchange and stops.")
     holdout: float = Field(
@@ -215,7 +219,7 @@ class RunConfig(_Table):
     foreign: bool = Field(
         False,
         description="Let the model tell inputs that are unlike the sites' rows, by distances from their sums; this "
-        "needs one more exchange.",
+        "needs two more exchanges.",
     )
     min_sites: int = Field(
         1,
@@ -306,6 +310,30 @@ class RunConfig(_Table):
         return self
 
     @model_validator(mode="after")
+    def _clusters_have_no_labels(self) -> Self:
+        if self.task != "clusters":
+            if self.clusters:
+                raise ValueError("clusters is the number of clusters for task 'clusters' (--task clusters)")
+            return self
+        if self.clusters == 1:
+            raise ValueError("clusters must be 2 or more, or 0 to choose the number")
+        needless = {
+            "head": "linear",
+            "lift": "none",
+            "pooling": "sum",
+            "classes_from": "",
+            "foreign": False,
+            "worth": False,
+        }
+        if wrong := [name for name, value in needless.items() if getattr(self, name) != value]:
+            raise ValueError(f"task 'clusters' takes no {wrong[0]}: rows have no labels before clusters are found")
+        if "rounds" in self.model_fields_set and self.rounds:
+            raise ValueError("task 'clusters' solves its head from sums: set rounds to 0")
+        if self.simulation.test_data:
+            raise ValueError("task 'clusters' takes no test_data: name the clusters, then use fedhead evaluate")
+        return self
+
+    @model_validator(mode="after")
     def _one_source_of_classes(self) -> Self:
         if self.classes and self.classes_from:
             raise ValueError("give classes or classes_from, not both")
@@ -326,7 +354,9 @@ class RunConfig(_Table):
         return self
 
     def settled(self) -> Self:
-        """Return the configuration with the settings that differential privacy decides, if it is on."""
+        """Return the configuration with the settings that the task or differential privacy decides."""
+        if self.task == "clusters":
+            return self.changed({"rounds": 0, "diagnose": False})
         if not self.privacy.on:
             return self
         decided = {"head": "unit", "init": "zeros", "rounds": 0, "keep_sums": "total", "diagnose": False}

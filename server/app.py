@@ -13,16 +13,16 @@ from fedhead.config import RunConfig
 from fedhead.data import load_samples
 from fedhead.errors import UserError
 from fedhead.secure.roster import Roster
-from fedhead.server.coordinator import Coordinator
 from fedhead.server.flower_app import from_run_config
+from fedhead.server.kinds import coordinator_for
 from fedhead.server.observer import Observer
 from fedhead.server.privacy import private_settings
-from fedhead.server.private_run import PrivateCoordinator
 from fedhead.server.runs.execute import RunParts, execute
 from fedhead.server.runs.log import RunLog
 from fedhead.server.runs.result import CompletedRun
 from fedhead.server.strategies import build_strategy
 from fedhead.tasks import tasks
+from fedhead.tasks.clusters import EVERY_ROW
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def coordinate(
 
     def run(prepared: Preparation, parts: RunParts) -> CompletedRun:
         config = prepared.config
-        coordinator = (PrivateCoordinator if config.privacy.on else Coordinator)(
+        coordinator = coordinator_for(config)(
             config,
             grid,
             prepared.backbone,
@@ -116,8 +116,9 @@ def coordinate(
             members=members,
         )
         outcome = coordinator.run()
-        model = outcome.model(prepared.backbone, config)
-        return CompletedRun(config=config.changed(outcome.settled), model=model, outcome=outcome, run_dir=parts.path)
+        decided = config.changed(outcome.settled)
+        model = outcome.model(prepared.backbone, decided)
+        return CompletedRun(config=decided, model=model, outcome=outcome, run_dir=parts.path)
 
     informed = [RunLog(), *observers]
     return execute(config, prepared_run, run, simulated=False, out=out, resume=resume, observers=informed)
@@ -130,6 +131,8 @@ def with_classes(config: RunConfig) -> RunConfig:
         UserError: if it says nothing of them.
     """
     classes = config.classes
+    if config.task == "clusters":
+        classes = (EVERY_ROW,)
     if not classes and config.classes_from:
         classes = tasks[config.task].columns_of(load_samples(config.classes_from))
     if not classes:

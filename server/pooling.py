@@ -41,6 +41,7 @@ class Pooling:
         counts: each site's training rows by class, `[C]`, once statistics were summed; `[0]` under secure summation,
             where they are unknown.
         mapping: of the features, as the sites were told.
+        map_digest: of the request for the map; empty for plain features.
         wait: waits for enough sites after a secure sum that too few finished, and returns the traffic of those that
             came; None if nobody waits.
     """
@@ -57,7 +58,7 @@ class Pooling:
         self.counts: dict[str, torch.Tensor] = {}
         self.mapping: FeatureMap | None = None
         self.wait: Callable[[Exchange, Timeout], Exchange] | None = None
-        self._map_digest = ""
+        self.map_digest = ""
         self._messenger = messenger
         self._manifest = manifest
         self._roster = roster
@@ -73,7 +74,7 @@ class Pooling:
         Raises:
             FedheadError: if no site's statistics could be used.
         """
-        origin = self._origin()
+        origin = self.origin()
         kept = self._kept if into == "folder" else into
         question = Question(
             STATISTICS,
@@ -94,7 +95,7 @@ class Pooling:
                 self.counts.update(zip(sites, counts, strict=True))
 
         # Of a site that came late no training rows were summed, and so no others are.
-        collected = self._summed(question, note, known=request.rows == "held_out")
+        collected = self.summed(question, note, known=request.rows == "held_out")
         if self._messenger.summation is not None and request.rows == "train":
             self.counts.update({site: torch.zeros(0, dtype=torch.int64) for site in collected.sites})
         return collected
@@ -118,12 +119,12 @@ class Pooling:
         Raises:
             FedheadError: if no site's moments could be used.
         """
-        plain = self._probe.mean(0) if self.mapping is None else self._origin()
+        plain = self._probe.mean(0) if self.mapping is None else self.origin()
         nothing = FeatureMoments.empty(self._task.origin_to_standardise(plain))
         content = self._named(StatisticsRequest(what="moments")).payload().to_content()
-        return self._summed(Question(STATISTICS, content, nothing))
+        return self.summed(Question(STATISTICS, content, nothing))
 
-    def _summed(self, question: Question[S], each: Each[S] | None = None, *, known: bool = False) -> Collected[S]:
+    def summed(self, question: Question[S], each: Each[S] | None = None, *, known: bool = False) -> Collected[S]:
         """Ask all sites for sums, or those whose statistics are `known`; a secure sum until enough sites finish it.
 
         Raises:
@@ -143,7 +144,7 @@ class Pooling:
 
     def map(self, request: MapRequest) -> Exchange:
         """Have the sites map their features before all sums and heads from now on."""
-        self._map_digest = request.digest
+        self.map_digest = request.digest
         self.mapping = request.build(self._manifest.num_features, self._manifest.seed)
         return self._messenger.ask(
             self._roster.nodes, MAP, request.payload().to_content(), lambda reply: None, together=False
@@ -151,9 +152,10 @@ class Pooling:
 
     def _named(self, request: StatisticsRequest) -> StatisticsRequest:
         """Return the request with the digest of the map of features."""
-        return request.model_copy(update={"map": self._map_digest})
+        return request.model_copy(update={"map": self.map_digest})
 
-    def _origin(self) -> torch.Tensor:
+    def origin(self) -> torch.Tensor:
+        """Return the origin `[D]` of all sums."""
         return origin_of(self._probe, self._manifest.seed, self.mapping)
 
     def announce(self, standardisation: RecordDict) -> Exchange:

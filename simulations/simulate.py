@@ -24,9 +24,8 @@ from fedhead.errors import UserError
 from fedhead.features.store import FeatureStore, Progress
 from fedhead.flower import in_process_identity
 from fedhead.heads import Head
-from fedhead.server.coordinator import Coordinator
+from fedhead.server.kinds import coordinator_for
 from fedhead.server.observer import Observer
-from fedhead.server.private_run import PrivateCoordinator
 from fedhead.server.runs.execute import RunParts, execute
 from fedhead.server.runs.history import Outcome
 from fedhead.server.strategies import build_strategy
@@ -129,7 +128,7 @@ def run_plan(
     extracted_at = time.perf_counter()
 
     def coordinate(grid: Grid) -> Outcome:
-        coordinator = (PrivateCoordinator if config.privacy.on else Coordinator)(
+        coordinator = coordinator_for(config)(
             config,
             grid,
             plan.backbone,
@@ -155,9 +154,10 @@ def run_plan(
         everyone = np.unique(np.concatenate(list(held.values())))
         outcome = replace(outcome, attack=attack_membership(config, plan.backbone, shared, everyone).to_dict())
     ended = time.perf_counter()
+    decided = config.changed(outcome.settled)
     return RunResult(
-        config=config.changed(outcome.settled),
-        model=outcome.model(plan.backbone.to(torch.device("cpu")), config),
+        config=decided,
+        model=outcome.model(plan.backbone.to(torch.device("cpu")), decided),
         outcome=outcome,
         test_score=test(outcome.head) if test else None,
         empty_sites=empty,

@@ -135,10 +135,13 @@ def _print_result(result: "RunResult", console: Console) -> None:
             tested += noisy_accuracy(evaluation).removeprefix("Accuracy is ")
         tested = tested.rstrip("; ")
     lines = Table.grid(padding=(0, 2))
-    lines.add_row(
-        result.task.score_title,
-        tested or "unknown: nothing is held out, and there is no test set",
-    )
+    if rows := result.outcome.clusters.get("rows"):
+        lines.add_row("Clusters", f"{len(rows)}, of {', '.join(map(str, rows))} rows; name them: fedhead cluster name")
+    else:
+        lines.add_row(
+            result.task.score_title,
+            tested or "unknown: nothing is held out, and there is no test set",
+        )
     lines.add_row("Head", solved if privacy else _origin_of_head(result))
     for choice in result.outcome.choices:
         lines.add_row(choice["question"], f"{choice['taken']}. {choice['reason']}")

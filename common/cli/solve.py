@@ -64,10 +64,11 @@ def solve(
     if as_json:
         typer.echo(json.dumps(asdict(solved)))
     else:
-        _print(solved, output())
+        print_solved(solved, output())
 
 
-def _print(solved: "Solved", console: Console) -> None:
+def print_solved(solved: "Solved", console: Console) -> None:
+    """Print a solved sub-problem."""
     lines = Table.grid(padding=(0, 2))
     lines.add_row("Head", f"{solved.method}, from the sums of {counted(solved.sites, 'site')}")
     lines.add_row("Rows", ", ".join(f"{name}: {rows}" for name, rows in solved.rows.items()))

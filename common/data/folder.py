@@ -8,10 +8,10 @@ from typing import Literal
 
 from fedhead.data.files import Files
 from fedhead.data.items import ITEMS, Kind
-from fedhead.data.labels import index_names, name_of
+from fedhead.data.labels import UNLABELLED, index_names, name_of
 from fedhead.data.samples import LeftOut, Samples, look_up, sources, warn_of
 from fedhead.data.sounds import require_soundfile
-from fedhead.data.specs import join_options, split_options, to_path
+from fedhead.data.specs import join_options, split_options, to_path, without_labels
 from fedhead.data.walk import (
     AUDIO_SUFFIXES,
     IMAGE_SUFFIXES,
@@ -35,7 +35,7 @@ def load_folder(argument: str) -> Samples:
 
     `kind=image`, `audio` or `text` chooses if there are several. Files in deeper folders belong to the class of the
     top-level one, unless `nested=no`. If all files are deeper, the top-level folders may be sites or splits, and only
-    `nested=yes` accepts them as classes.
+    `nested=yes` accepts them as classes. With `labels=no` the files have no classes, and may be in any folder.
     """
     return _load(argument, sites=False)
 
@@ -70,7 +70,7 @@ def look_up_sites(spec: str) -> Samples:
 
 def _load(argument: str, *, sites: bool) -> Samples:
     spec = f"folder:{argument}"
-    given, options = split_options(argument, {"kind", "nested"}, spec)
+    given, options = split_options(argument, {"kind", "labels", "nested"}, spec)
     nested = options.get("nested")
     if nested not in (None, "yes", "no"):
         raise UserError(f"The option nested of {spec!r} is yes or no, not {nested!r}.")
@@ -78,10 +78,12 @@ def _load(argument: str, *, sites: bool) -> Samples:
     if kind not in (None, *_KINDS):
         raise UserError(f"The option kind of {spec!r} is image, audio or text, not {kind!r}.")
     root = _existing_folder(given)
-    found = _find(root, 1 if sites else 0, nested, kind)
+    depth = 1 if sites else 0
+    unlabelled = without_labels(options, spec)
+    found = _find_all(root, depth, kind) if unlabelled else _find(root, depth, nested, kind)
     if found.kind == "audio":
         require_soundfile(f"The data {spec!r}")
-    samples = _samples_of_files(root, found.kind, found.paths, depth=1 if sites else 0)
+    samples = _samples_of_files(root, found.kind, found.paths, depth=None if unlabelled else depth)
     if sites:
         samples = replace(samples, sites=tuple(name_of(path.relative_to(root).parts[0]) for path in found.paths))
     return replace(
@@ -169,6 +171,24 @@ def _find(root: Path, depth: int, nested: str | None, wanted: str | None) -> _Fo
     return _Found(found, paths, left, cautions)
 
 
+def _find_all(root: Path, depth: int, wanted: str | None) -> _Found:
+    """Find all files of the wanted kind, or of the first kind there is, `depth` folders or more below `root`."""
+    ignored: list[str] = []
+    files = list(files_below(root, ignored))
+    for kind in _KINDS:
+        paths = [path for path in files if kind_of_file(path) == kind and len(path.relative_to(root).parts) > depth]
+        if paths and wanted in (None, kind):
+            break
+    else:
+        where = "the sub-folders of " if depth else ""
+        raise UserError(f"There are no {wanted or 'image, audio or text'} files in {where}{root}.")
+    taken = set(paths)
+    left = other_files([path for path in files if path not in taken], ITEMS[kind])
+    if ignored:
+        left.append(left_out(ignored, "hidden or of the system", warned=False))
+    return _Found(kind, paths, left, [])
+
+
 def _class_folders(root: Path, depth: int) -> list[Path]:
     """Return the folders that name classes, excluding system folders and hidden ones."""
     folders = [root]
@@ -211,10 +231,12 @@ def _nothing_found(root: Path, files: Sequence[Path], usable: Sequence[Path], de
     )
 
 
-def _samples_of_files(root: Path, kind: Kind, paths: list[Path], *, depth: int) -> Samples:
+def _samples_of_files(root: Path, kind: Kind, paths: list[Path], *, depth: int | None) -> Samples:
+    """Return the samples; the folder number `depth` of a path names its class, or None for no labels."""
     files = Files(root.absolute(), tuple(path.relative_to(root).as_posix() for path in paths), kind)
     stamps = files.stamps()
-    classes, labels = index_names([name_of(path.relative_to(root).parts[depth]) for path in paths])
+    names = [UNLABELLED if depth is None else name_of(path.relative_to(root).parts[depth]) for path in paths]
+    classes, labels = index_names(names)
     return Samples(
         spec=f"folder:{root.resolve()}",
         classes=classes,

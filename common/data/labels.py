@@ -15,6 +15,9 @@ from fedhead.wording import printable
 MISSING_TEXTS = frozenset({"", "nan", "NaN", "<NA>", "NaT"})
 """Texts that pandas and NumPy write for missing values."""
 
+UNLABELLED = "unlabelled"
+"""The only class of data that is read without its labels."""
+
 _WHOLE = re.compile(r"([+-]?\d+)\.0*")
 
 

@@ -13,6 +13,17 @@ SCREENED = {"%": "%25", "&": "%26", "?": "%3F"}
 """Separators in a spec, with their codes inside a part."""
 
 
+def without_labels(options: Mapping[str, str], spec: str) -> bool:
+    """Return whether the option `labels` says that the data has none.
+
+    Raises:
+        UserError: if it is neither yes nor no.
+    """
+    if (given := options.get("labels", "yes")) not in ("yes", "no"):
+        raise UserError(f"The option labels of {spec!r} is yes or no, not {given!r}.")
+    return given == "no"
+
+
 def split_options(argument: str, known: Collection[str], spec: str) -> tuple[str, dict[str, str]]:
     """Split `PATH?name=value&name=value` into the path and the options.
 

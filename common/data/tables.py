@@ -7,7 +7,7 @@ choose rows: `csv:all.csv?label=diagnosis&group=patient&split=train`.
 A table without any of the first four holds rows of numbers: `csv:heart.csv?label=disease&features=age,pulse`; without
 `features` all other columns of numbers are used. `categories=sex,stage` adds columns with a few levels, and
 `missing=pulse:0` names codes of missing values. `target=COLUMN` or `target=A,B` selects real targets for regression
-instead of classes.
+instead of classes; `labels=no` is for rows without either.
 """
 
 import hashlib
@@ -24,20 +24,20 @@ from fedhead.data.csv_file import open_csv
 from fedhead.data.files import Files
 from fedhead.data.items import FloatArray, IntArray, Item, Kind, UnreadableSampleError
 from fedhead.data.jsonl_file import open_jsonl
-from fedhead.data.labels import index_labels, index_names, is_missing, mark_names, name_of, names_of
+from fedhead.data.labels import UNLABELLED, index_labels, index_names, is_missing, mark_names, name_of, names_of
 from fedhead.data.number_rows import NumberRows, find_features, without_codes
 from fedhead.data.numbers import column_of_numbers, split_names, warn_of_constants
 from fedhead.data.parquet_file import open_parquet
 from fedhead.data.samples import Former, LeftOut, Samples, choose_split, sources
 from fedhead.data.sounds import require_soundfile
-from fedhead.data.specs import join_options, split_options, to_path
+from fedhead.data.specs import join_options, split_options, to_path, without_labels
 from fedhead.data.table_columns import COLUMNS, Table, column_for, content_column, find_named
 from fedhead.data.texts import plain_text
 from fedhead.data.walk import AUDIO_SUFFIXES, IMAGE_SUFFIXES
 from fedhead.errors import UserError
 from fedhead.wording import quoted
 
-OPTIONS = frozenset({*COLUMNS, "target", "features", "categories", "missing", "kind", "root", "separator"})
+OPTIONS = frozenset({*COLUMNS, "target", "labels", "features", "categories", "missing", "kind", "root", "separator"})
 """Options of every source that reads a table."""
 
 
@@ -235,7 +235,11 @@ class _Annotations:
 
 
 def _annotations(table: Table, rows: IntArray, options: dict[str, str], spec: str) -> _Annotations:
-    """Read the targets named in the option, or else the labels."""
+    """Read the targets named in the option, or else the labels, unless the data has none."""
+    if without_labels(options, spec):
+        if named := [name for name in ("label", "target") if name in options]:
+            raise UserError(f"{spec} says labels=no and names a {named[0]}; expected one of them.")
+        return _Annotations(tuple(find_named(table, COLUMNS["label"])), (UNLABELLED,), np.zeros(len(rows), np.int64))
     if "target" not in options:
         column = column_for(table, "label", options, spec)
         values = _chosen(table, column, rows)

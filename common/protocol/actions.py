@@ -32,6 +32,7 @@ COMPARE = "query.compare"
 RIVALS = "evaluate.rivals"
 PERSONALISE = "query.personalise"
 DISTANCES = "query.distances"
+CLUSTER = "query.clusters"
 PRIVATE = "query.private"
 TRAIN = "train"
 GRADIENT = "train.gradient"
@@ -130,6 +131,12 @@ ACTIONS: Mapping[str, Action] = {
             DISTANCES,
             "send sums over rows of unit length, and measure how far held-out rows are from those of all sites",
             "sums over training rows of unit length, or counts of held-out rows by distance from those of all sites",
+            sums=True,
+        ),
+        Action(
+            CLUSTER,
+            "assign rows to clusters by centres, and send sums by cluster",
+            "rows and sums of features by cluster, or how likely mixtures of clusters make held-out rows, summed",
             sums=True,
         ),
         Action(

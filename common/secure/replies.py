@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from fedhead.protocol.actions import DISTANCES, GRADIENT, STATISTICS, TRAIN
+from fedhead.protocol.actions import CLUSTER, DISTANCES, GRADIENT, STATISTICS, TRAIN
 from fedhead.protocol.messages import Manifest, MessageError, Payload
 from fedhead.secure.layout import Layout
 from fedhead.secure.roster import MOST_SITES, SiteName
@@ -109,13 +109,16 @@ def purpose_of(manifest: Manifest, action: str, request: Payload) -> Purpose:
 
 def _rows_of(action: str, payload: Payload) -> str:
     """Return the rows that the reply to a request rests on, as contexts name them."""
-    if action == STATISTICS:
+    if action in (STATISTICS, CLUSTER):
         return str(payload.values.get("rows", "train"))
     return "train" if action in (TRAIN, GRADIENT) or _is_of_features(action, payload) else "held_out"
 
 
 def _is_of_features(action: str, payload: Payload) -> bool:
     """Return whether a request is for sums of features, rather than about a head or about distances."""
+    if action == CLUSTER:
+        # With clusters as classes, the total of all classes is that of the plain statistics.
+        return payload.values.get("stage") == "statistics"
     return action == STATISTICS or (action == DISTANCES and not payload.arrays)
 
 

@@ -18,7 +18,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fedhead.protocol.actions import DISTANCES, STATISTICS
+from fedhead.protocol.actions import CLUSTER, DISTANCES, STATISTICS
 from fedhead.protocol.fields import Digest, Text
 from fedhead.secure import SecureSumError
 from fedhead.secure.layout import Layout
@@ -76,7 +76,7 @@ class Purpose:
 
         Several actions return sums of features, so these have one name.
         """
-        what = "sums of features" if self.what in (STATISTICS, DISTANCES) else self.what
+        what = "sums of features" if self.what in (STATISTICS, DISTANCES, CLUSTER) else self.what
         return hashlib.sha256(json.dumps([what, self.rows, self.subject]).encode()).hexdigest()
 
 

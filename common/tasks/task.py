@@ -33,6 +33,7 @@ tasks: Registry["type[Task]"] = Registry(
     "task",
     {
         "classification": "fedhead.tasks.classification",
+        "clusters": "fedhead.tasks.clusters",
         "multi-label": "fedhead.tasks.multi_label",
         "ordinal": "fedhead.tasks.ordinal",
         "regression": "fedhead.tasks.regression",

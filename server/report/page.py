@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from fedhead.files import write_atomically
 from fedhead.server.report.about import about
+from fedhead.server.report.clusters import clusters
 from fedhead.server.report.contributions import contributions
 from fedhead.server.report.cost import PHASES, cost, seconds
 from fedhead.server.report.fit import fit
@@ -68,8 +69,7 @@ def sections(record: RunRecord) -> list[Section]:
     """Return the report's sections in order."""
     own = personal(record)
     return [
-        quality(record),
-        worth(record),
+        *([found] if (found := clusters(record)) else [quality(record), worth(record)]),
         *contributions(record),
         cost(record),
         fit(record),

@@ -94,6 +94,8 @@ class Outcome:
         unlearned: classes of which no site had a row, as far as statistics tell.
         choices: the comparisons of heads that decided the run, as JSON types; see `fedhead.server.selection.Choice`.
         settled: the settings that they decided, by name.
+        clusters: of a run without labels, the rows and sites of each cluster, and the likelihood of other numbers of
+            clusters, as JSON types.
         personal: what the sites' personal heads brought, if they made any.
         foreign: the test for foreign inputs, if the run asked for one.
         attack: the outcome of an attack on such heads, if a simulation asked for one.
@@ -120,6 +122,7 @@ class Outcome:
     foreign: Foreign | None = None
     privacy: Mapping[str, Any] = field(default_factory=dict)
     attack: Mapping[str, Any] = field(default_factory=dict)
+    clusters: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def single_sites(self) -> Mapping[str, EvaluationSums]:

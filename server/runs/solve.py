@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from fedhead.server.starting_head import UNSOLVED, HeadForm
 from fedhead.sums.features import FeatureStatistics
 from fedhead.sums.subproblem import merged, restricted
 from fedhead.tasks import make_task
+from fedhead.tasks.clusters import is_unnamed
 from fedhead.wording import quoted
 
 RECORD = "solve.json"
@@ -99,6 +101,7 @@ def solve(run_dir: Path | str, out: Path | str, problem: SubProblem) -> Solved:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{out} exists and is not an empty folder; give --out a new one.")
         stats, sites, all_rows = _sums_without(run, tuple(problem.without))
+        everything = stats.rows
         columns, stats = _columns(run, stats, problem)
         form = _form(run, columns, problem.init)
         if not has_contrast(stats):
@@ -119,7 +122,7 @@ def solve(run_dir: Path | str, out: Path | str, problem: SubProblem) -> Solved:
             priors=priors,
             temperature=temperature,
             all_rows=all_rows,
-            notes=tuple(_notes(run, form, stats, len(columns) < len(run.classes), all_rows)),
+            notes=tuple(_notes(run, form, stats, stats.rows < everything, all_rows)),
         )
         _write(run, out, head, solved, form.task.unlearned(stats))
         return solved
@@ -318,7 +321,8 @@ def _notes(run: FinishedRun, form: HeadForm, stats: FeatureStatistics, fewer: bo
         notes.append(
             f"The run delivers the head of round {run.gradient_round}; this one is solved from sums ({form.init})."
         )
-    if form.task.scales_outputs and (form.init != run.form().init or run.gradient_round):
+    calibrated = run.config.task != "clusters"
+    if form.task.scales_outputs and (form.init != run.form().init or run.gradient_round or not calibrated):
         notes.append("Its probabilities are not calibrated, as no held-out rows are at hand.")
     elif form.task.scales_outputs:
         notes.append("The temperature is that of the run, chosen on held-out rows of all of its sites.")
@@ -337,13 +341,15 @@ def _write(run: FinishedRun, out: Path, head: Head, solved: Solved, unlearned: S
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
         try:
-            changes = {
+            changes: dict[str, Any] = {
                 "temperature": solved.temperature,
                 "scores": [],
                 "residuals": [],
                 "spread": [],
                 "unlearned": list(unlearned),
             }
+            if run.config.task == "clusters" and not is_unnamed(run.classes, solved.classes):
+                changes["task"] = "classification"
             run.model.write(temporary / MODEL_FILE, head, solved.classes, changes)
             DeliveredModel(temporary / MODEL_FILE)
             (temporary / RECORD).write_text(json.dumps(asdict(solved), indent=1) + "\n", encoding="utf-8")

@@ -579,3 +579,17 @@ def test_a_site_of_another_protocol_is_told_apart_by_the_coordinator() -> None:
     told = {"protocol": PROTOCOL + 1, "place": "a"}
     with pytest.raises(MessageError, match=f"speaks protocol {PROTOCOL + 1}.*speaks {PROTOCOL}"):
         Description.from_content(Payload(told).to_content())
+
+
+def test_clusters_at_real_sites_are_those_of_the_simulation() -> None:
+    config = CONFIG.changed({"task": "clusters", "clusters": 4, "init": "", "rounds": 0, "classes": []})
+    network = Network()
+    ended = coordinate(config, network, "run")
+    assert ended.model.classes == tuple(f"cluster {number}" for number in range(4))
+    rows = [np.arange(number, ROWS, 3) for number in range(3)]
+    whole = load_samples("digits")
+    samples = samples_from_arrays([whole.read(row) for row in range(ROWS)], whole.labels[:ROWS], classes=whole.classes)
+    expected = simulate(config.changed({"simulation": {"min_class_count": 0, "min_rows": 0}}), samples, rows)
+    assert ended.outcome.clusters["rows"] == expected.outcome.clusters["rows"]
+    assert ended.outcome.clusters["likelihoods"][0] == pytest.approx(expected.outcome.clusters["likelihoods"][0])
+    torch.testing.assert_close(ended.outcome.head.weight, expected.outcome.head.weight, rtol=1e-5, atol=1e-6)

@@ -219,3 +219,13 @@ def test_sites_that_demand_masks_take_no_part_in_plain_runs(tmp_path: Path) -> N
     with pytest.raises(FedheadError, match=r"sends sums only under secure summation"):
         coordinate(plain, network, tmp_path / "run")
     assert not any(action == STATISTICS for _, action in network.sent)
+
+
+def test_clusters_are_found_from_masked_sums(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"task": "clusters", "clusters": 3, "rounds": 0, "classes": ()}
+    network = MaskedNetwork(tmp_path)
+    outcome, _ = run(network, config(**changes), tmp_path / "run")
+    expected = simulated(**changes)
+    assert outcome.clusters["rows"] == expected.clusters["rows"]
+    assert sum(outcome.clusters["rows"]) == ROWS
+    torch.testing.assert_close(outcome.head.weight, expected.head.weight, rtol=1e-4, atol=1e-5)
