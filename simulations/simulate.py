@@ -51,7 +51,7 @@ def simulate(
     out: Path | str | None = None,
     resume: bool = False,
     baseline: str | None = None,
-    attack: Literal["", "membership"] = "",
+    attack: Literal["", "membership", "audit"] = "",
     on_extraction: Progress = lambda done, total: None,
     observers: Sequence[Observer] = (),
 ) -> RunResult:
@@ -70,6 +70,7 @@ def simulate(
             out then; `data`, `sites` and `strategy` that were given to it must be given again.
         baseline: a backbone that the report compares with, by the head of one exchange on the same sites.
         attack: `membership` to attack heads like the run's; the report shows how well it detects training rows.
+            `audit` to measure a lower bound of a private run's epsilon by canaries.
         on_extraction: called with rows done and rows in all.
         observers: are told of what happens.
 
@@ -79,6 +80,8 @@ def simulate(
     """
     if baseline and config is not None and config.privacy.on:
         raise UserError("A private run has no baseline: exact figures of another backbone would tell of the same rows.")
+    if attack == "audit" and (config is None or not config.privacy.on):
+        raise UserError("An audit measures the epsilon of a differentially private run: set epsilon.")
     inputs = Inputs(data, sites, test_data, shared_rows, strategy)
     return execute(
         config,
@@ -98,7 +101,7 @@ def run_plan(
     apps: Mapping[str, ClientApp] | None = None,
     parts: RunParts | None = None,
     deliver: bool = True,
-    attack: Literal["", "membership"] = "",
+    attack: Literal["", "membership", "audit"] = "",
     on_extraction: Progress = lambda done, total: None,
 ) -> RunResult:
     """Run a plan; see `simulate`. Without the parts of a run folder, only features are written.
@@ -150,9 +153,11 @@ def run_plan(
             outcome = coordinate(InProcessGrid(present, apps))
     if attack:
         from fedhead.simulations.attack import attack_membership
+        from fedhead.simulations.audit import audit_private
 
         everyone = np.unique(np.concatenate(list(held.values())))
-        outcome = replace(outcome, attack=attack_membership(config, plan.backbone, shared, everyone).to_dict())
+        made = audit_private if attack == "audit" else attack_membership
+        outcome = replace(outcome, attack=made(config, plan.backbone, shared, everyone).to_dict())
     ended = time.perf_counter()
     decided = config.changed(outcome.settled)
     return RunResult(

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -62,8 +62,8 @@ def simulate(
     attack: Annotated[
         str | None,
         typer.Option(
-            metavar="[membership]",
-            help="Attack to try on heads like the run's, for the report.",
+            metavar="[membership|audit]",
+            help="Attack to try on heads like the run's, or an audit of a private run's epsilon, for the report.",
             rich_help_panel=options.OUTPUT,
         ),
     ] = None,
@@ -78,8 +78,8 @@ def simulate(
     from fedhead import simulations
     from fedhead.server.observer import EachRound
 
-    if attack not in (None, "membership"):
-        raise UserError(f"There is no attack {attack!r}, only 'membership'.")
+    if attack not in (None, "membership", "audit"):
+        raise UserError(f"There is no attack {attack!r}, only 'membership' and 'audit'.")
     path, out = options.run_to_resume(resume, config, out)
     run = options.run_config(path, set_, settings)
     if seeds > 1 or sweep or csv:
@@ -94,7 +94,7 @@ def simulate(
             out=out,
             resume=resume is not None,
             baseline=baseline,
-            attack="membership" if attack else "",
+            attack=cast(Literal["", "membership", "audit"], attack or ""),
             on_extraction=lambda done, total: progress.update(extraction, completed=done, total=total),
             observers=[EachRound(lambda finished: progress.update(training, completed=finished.number)), *observers],
         )

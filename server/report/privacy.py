@@ -76,7 +76,13 @@ def confusion(privacy: Mapping[str, Any], classes: list[str]) -> Table:
 
 
 def attack_sentences(attack: Mapping[str, Any]) -> list[str]:
-    """Return the outcome of an attack in plain words, as `fedhead.simulations.attack` measures it."""
+    """Return the outcome of an attack or an audit in plain words."""
+    if "measured" in attack:
+        return [
+            f"An audit with {attack['canaries']:,} canaries guessed {attack['right']} of {attack['guesses']} right. "
+            f"With {100 * attack['confidence']:g} % confidence, epsilon is at least {attack['measured']:.2f}; "
+            f"{attack['stated']:g} is stated."
+        ]
     said = [
         f"A membership attack (likelihood ratio, {attack['trials']:,} trials) on heads of this kind has area "
         f"{attack['area']:.3f} under its ROC; 0.5 is guessing."

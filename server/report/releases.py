@@ -76,7 +76,7 @@ def releases(record: RunRecord) -> Section:
         "What left the sites?",
         "Sums, heads and counts. No image, no text and no features of a single row.",
         [sentence for sentence in sentences if sentence],
-        figures=[attack_figure(attack)] if attack else [],
+        figures=[attack_figure(attack)] if attack and "roc" in attack else [],
         tables=tables,
     )
 
