@@ -13,7 +13,7 @@ from fedhead.client.answers import Answer, of_several, shared
 from fedhead.client.site_data import Holding, Site
 from fedhead.data import IntArray
 from fedhead.privacy.sensitivity import group_weights, svec, unit_rows
-from fedhead.privacy.stages import BINS, LOSS_LIMIT
+from fedhead.privacy.stages import BINS, LOSS_LIMIT, TEMPERATURES
 from fedhead.protocol.messages import MessageError, Payload
 from fedhead.protocol.private import PrivateRequest
 from fedhead.sums.sums import Arrays
@@ -54,7 +54,7 @@ def private_sums(holdings: Sequence[Holding], agreed: Agreement, request: Privat
         if "gram" in total:
             total["gram"] += svec(gram)
     else:
-        add = _add_centre if request.stage == "centre" else _add_evaluation
+        add = {"centre": _add_centre, "calibration": _add_excess}.get(request.stage, _add_evaluation)
         head = {name: torch.from_numpy(np.array(array)).double() for name, array in request.arrays.items()}
         for block in blocks(holdings, agreed, request):
             add(total, block, head)
@@ -88,6 +88,14 @@ def _add_centre(total: dict[str, Tensor], block: Block, head: dict[str, Tensor])
     rows, _, weights = block
     total["count"] += weights.sum()
     total["total"] += weights @ rows
+
+
+def _add_excess(total: dict[str, Tensor], block: Block, head: dict[str, Tensor]) -> None:
+    rows, labels, weights = block
+    logits = _logits(rows, head)
+    right = (logits.argmax(1) == labels).double()
+    confidence = torch.stack([torch.softmax(logits / one, 1).amax(1) for one in TEMPERATURES])
+    total["excess"] += (confidence - right) @ weights
 
 
 def _add_evaluation(total: dict[str, Tensor], block: Block, head: dict[str, Tensor]) -> None:

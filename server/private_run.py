@@ -15,7 +15,16 @@ from fedhead.heads import UnitHead
 from fedhead.privacy.accountant import epsilon_for
 from fedhead.privacy.heads import NoisySums, solve_noisy, temperature_of
 from fedhead.privacy.mechanism import Mechanism
-from fedhead.privacy.stages import BINS, CENTRE_SHARE, LOSS_LIMIT, better_solver, centre_of
+from fedhead.privacy.stages import (
+    BINS,
+    CALIBRATION_SHARE,
+    CENTRE_SHARE,
+    LOSS_LIMIT,
+    better_solver,
+    calibrates,
+    centre_of,
+    temperature_from,
+)
 from fedhead.protocol.actions import PRIVATE
 from fedhead.protocol.private import LARGEST_WEIGHT, NoisyReply, PrivacyTerms, PrivateRequest
 from fedhead.secure.session import threshold_for
@@ -211,17 +220,19 @@ Ask = Callable[[PrivateRequest], Released]
 
 
 def solve_private(ask: Ask, mu: float, classes: int) -> Solved:
-    """Solve a head from two releases: the centre of the rows, and sums about it.
+    """Solve a head from the centre of the rows and sums about it, and calibrate it if that is worth its share.
 
     Args:
         ask: makes the releases.
-        mu: that both may spend.
+        mu: that all may spend.
         classes: `C`.
     """
     released = ask(PrivateRequest("centre", mu * math.sqrt(CENTRE_SHARE)))
     count = float(released.sums["count"][0])
     shift = centre_of(count, released.sums["total"], released.sigma("total")).astype(np.float32)
-    rest = mu * math.sqrt(1 - CENTRE_SHARE)
+    calibrating = mu * math.sqrt(CALIBRATION_SHARE)
+    calibrated = calibrates(count, calibrating / released.deviations)
+    rest = mu * math.sqrt(1 - CENTRE_SHARE - (CALIBRATION_SHARE if calibrated else 0))
     solver = better_solver(count, classes, rest / released.deviations)
     released = ask(PrivateRequest(solver, rest, {"shift": shift}))
     sums, sigmas = released.sums, [released.sigma(name) for name in released.mechanism.arrays]
@@ -230,6 +241,11 @@ def solve_private(ask: Ask, mu: float, classes: int) -> Solved:
     head = solve_noisy(noisy)
     temperature = temperature_of(head, noisy)
     weight, bias = ((part / temperature).clamp(-LARGEST_WEIGHT, LARGEST_WEIGHT).float() for part in head.affine())
+    if calibrated:
+        arrays = {"shift": shift, "weight": weight.numpy(), "bias": bias.numpy()}
+        released = ask(PrivateRequest("calibration", calibrating, arrays))
+        best = temperature_from(released.sums["excess"], released.sigma("excess"))
+        weight, bias = weight / best, bias / best
     return Solved(solver, weight, bias, torch.from_numpy(shift))
 
 

@@ -9,15 +9,25 @@ from typing import Literal
 from fedhead.privacy.mechanism import Mechanism
 from fedhead.privacy.noise import FloatArray
 
-Stage = Literal["centre", "lda", "nearest-mean", "evaluation"]
+Stage = Literal["centre", "lda", "nearest-mean", "calibration", "evaluation"]
 """`centre`: the mean of the rows. `lda`: counts, class sums and Gram matrix. `nearest-mean`: counts and class sums.
-`evaluation`: of a head, on held-out rows."""
+`calibration`: how much surer than right a head is, at several temperatures. `evaluation`: of a head, on held-out
+rows."""
 
 LOSS_LIMIT = 8.0
 """Losses of rows count as at most this many nats."""
 
 CENTRE_SHARE = 0.1
 """Share of the training rows' `mu^2` that their centre spends; the sums about it spend the rest."""
+
+CALIBRATION_SHARE = 0.05
+"""The same of the calibration of the head, where one is made."""
+
+TEMPERATURES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+"""Temperatures at which a head's confidence is compared with its accuracy."""
+
+LARGEST_NOISE = 0.1
+"""Largest standard deviation of the noise on a mean confidence for which a calibration is made."""
 
 BINS = 10
 """Bins of equal width of the predicted class's probability."""
@@ -46,6 +56,8 @@ def forms(stage: Stage, classes: int, features: int) -> dict[str, Form]:
             "confusion": (0.2, (classes, classes), 1.0),
             "reliability": (0.1, (2, BINS), 1.0),
         }
+    if stage == "calibration":
+        return {"excess": (1.0, (len(TEMPERATURES),), math.sqrt(len(TEMPERATURES)))}
     if stage == "nearest-mean":
         return {"counts": (0.02, (classes,), 1.0), "sums": (0.98, (classes, features), 1.0)}
     return {
@@ -77,6 +89,29 @@ def better_solver(rows: float, classes: int, mu: float) -> Literal["lda", "neare
     """
     share = forms("lda", classes, 1)["counts"][0]
     return "nearest-mean" if 1 / (mu * math.sqrt(share)) > rows / (2 * classes) else "lda"
+
+
+def calibrates(rows: float, mu: float) -> bool:
+    """Return whether a calibration is worth its share of the budget, from public figures alone.
+
+    Args:
+        rows: about how many rows there are, as far as it is public.
+        mu: that the calibration may spend.
+    """
+    return forms("calibration", 1, 1)["excess"][2] / (mu * max(rows, 1.0)) < LARGEST_NOISE
+
+
+def temperature_from(excess: FloatArray, sigma: float) -> float:
+    """Return the largest temperature at which a head is not less sure than right by more than the noise.
+
+    Too high a temperature costs little, too low a one much.
+
+    Args:
+        excess: for each of `TEMPERATURES`, the sum over rows of the confidence less 1 for a right prediction.
+        sigma: the standard deviation of the noise.
+    """
+    kept = [one for one, sure in zip(TEMPERATURES, excess.tolist(), strict=True) if sure >= -sigma]
+    return max(kept, default=TEMPERATURES[0])
 
 
 def centre_of(count: float, total: FloatArray, sigma: float) -> FloatArray:

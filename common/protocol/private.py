@@ -84,7 +84,8 @@ class PrivateRequest:
     Attributes:
         stage: the sums.
         mu: that the release spends.
-        arrays: `shift` `[d]`, except for the centre; for an evaluation also `weight` `[C, d]`, `bias` `[C]`.
+        arrays: `shift` `[d]`, except for the centre; for calibration and evaluation also `weight` `[C, d]` and
+            `bias` `[C]`.
         step: tells repeated releases of one stage apart.
         parties: the number of sites whose noises add up to the variance, where sites share it; a real site checks it.
     """
@@ -147,7 +148,7 @@ class PrivateRequest:
         shapes: dict[str, tuple[int, ...]] = {}
         if values.stage != "centre":
             shapes["shift"] = (features,)
-        if values.stage == "evaluation":
+        if values.stage in ("evaluation", "calibration"):
             shapes |= {"weight": (classes, features), "bias": (classes,)}
         try:
             check_form(

@@ -14,13 +14,14 @@ from fedhead.client.release.guard import Guard
 from fedhead.client.site_data import Holding, hold
 from fedhead.client.training import LabelledFeatures
 from fedhead.config import RunConfig
-from fedhead.privacy.stages import LOSS_LIMIT, Stage, forms
+from fedhead.privacy.sensitivity import unit_rows
+from fedhead.privacy.stages import LOSS_LIMIT, TEMPERATURES, Stage, forms
 from fedhead.protocol.messages import Manifest
 from fedhead.protocol.private import PrivacyTerms, PrivateRequest
 from fedhead.tasks import make_task
 
 CLASSES, FEATURES = ("a", "b", "c"), 4
-STAGES: tuple[Stage, ...] = ("centre", "lda", "nearest-mean", "evaluation")
+STAGES: tuple[Stage, ...] = ("centre", "lda", "nearest-mean", "calibration", "evaluation")
 
 
 def agreed(unit: str) -> Agreement:
@@ -110,6 +111,18 @@ def test_any_split_over_sites_gives_the_same_sums() -> None:
         together = private_sums(parts, agreed("row"), request)
         for name in whole:
             np.testing.assert_allclose(together[name], whole[name], atol=1e-9)
+
+
+def test_calibration_compares_confidence_with_right_predictions() -> None:
+    features, labels = drawn(11, 50)
+    keys = np.arange(50, dtype=np.uint64)
+    request = request_for("calibration", 7)
+    sums = private_sums([holding(features, labels, keys, keys >= 0)], agreed("row"), request)
+    rows = unit_rows(unit_rows(features.double() - 0.25) - torch.from_numpy(request.arrays["shift"]).double())
+    logits = rows @ torch.from_numpy(request.arrays["weight"]).double().T + torch.from_numpy(request.arrays["bias"])
+    right = float((logits.argmax(1) == labels).sum())
+    for temperature, found in zip(TEMPERATURES, sums["excess"], strict=True):
+        assert found == pytest.approx(float((logits / temperature).softmax(1).amax(1).sum()) - right)
 
 
 def test_evaluation_counts_outcomes_losses_and_confidence() -> None:

@@ -279,5 +279,6 @@ def test_a_restarted_coordinator_repeats_no_release(tmp_path: Path) -> None:
     assert asked == 4
     for name in NAMES:
         stages = [charge.stage for charge in read_charges(tmp_path / f"{name}.privacy")]
-        assert stages in (["centre", "lda", "evaluation"], ["centre", "nearest-mean", "evaluation"])
+        assert len(stages) == len(set(stages))
+        assert {stages[0], stages[-1]} == {"centre", "evaluation"}
     assert outcome.privacy["parties"] == 3

@@ -20,7 +20,7 @@ from fedhead.client.release.accounts import accounts_path, read_charges
 from fedhead.client.release.ledger import read_ledger
 from fedhead.client.settings import SiteSettings
 from fedhead.config import RunConfig
-from fedhead.data import held_out
+from fedhead.data import held_out, load_samples
 from fedhead.errors import FedheadError, UserError
 from fedhead.flower import in_process_identity
 from fedhead.model import TransferModel
@@ -54,6 +54,19 @@ def test_a_private_head_is_nearly_as_good_as_the_exact_one(run: RunResult) -> No
     accuracy, low, high = run.outcome.privacy["evaluation"]["accuracy"]
     assert 0 <= low <= accuracy <= high <= 1
     assert run.history[0].score == accuracy
+
+
+@pytest.mark.parametrize("epsilon", [3.0, 8.0])
+def test_private_heads_are_calibrated(epsilon: float, tmp_path: Path) -> None:
+    result = simulate(private(epsilon), out=tmp_path / "out")
+    samples = load_samples("digits")
+    backbone = result.model.backbone
+    with torch.inference_mode():
+        features = backbone.features(torch.stack([backbone.preprocessing(samples.read(row)) for row in range(600)]))
+        logits = result.model.head(features).double()
+        labels = torch.from_numpy(samples.labels[:600]).long()
+        losses = [float(torch.nn.functional.cross_entropy(logits / one, labels)) for one in np.logspace(-2, 2, 41)]
+    assert float(torch.nn.functional.cross_entropy(logits, labels)) < min(losses) + 0.3
 
 
 def test_accounts_are_stated_exactly(run: RunResult) -> None:
@@ -203,6 +216,7 @@ def test_a_real_site_charges_its_accounts_and_tells_no_rows(asked: Asker, tmp_pa
     assert [(charge.stage, charge.account) for charge in charges] == [
         ("centre", "train"),
         ("lda", "train"),
+        ("calibration", "train"),
         ("evaluation", "held_out"),
     ]
     mu = compose(charge.mu for charge in charges if charge.account == "train")
@@ -218,7 +232,7 @@ def test_a_repeated_request_gets_the_same_noise(asked: Asker, tmp_path: Path) ->
             again = Payload.from_content(asked.ask(PRIVATE, content).content)
             for name, array in Payload.from_content(reply.content).arrays.items():
                 np.testing.assert_array_equal(again.arrays[name], array)
-    assert len(read_charges(accounts_path(tmp_path / "site.jsonl"))) == 3
+    assert len(read_charges(accounts_path(tmp_path / "site.jsonl"))) == 4
 
 
 def test_noise_is_on_the_lattice_and_of_the_stated_size(asked: Asker) -> None:
@@ -263,7 +277,7 @@ def test_a_hostile_coordinator_gets_nothing_exact_and_nothing_beyond_the_budget(
     payload = Payload.from_content(first)
     shared = asked.ask(PRIVATE, Payload({**payload.values, "parties": 10_000}, payload.arrays).to_content())
     charged = read_charges(accounts_path(tmp_path / "site.jsonl"))
-    assert len(charged) == 3
+    assert len(charged) == 4
     assert shared.has_content()
 
 

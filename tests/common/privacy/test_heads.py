@@ -125,7 +125,7 @@ def test_a_centre_of_noise_alone_is_near_zero() -> None:
 
 
 def test_stages_spend_what_they_are_given() -> None:
-    for stage in ("centre", "lda", "nearest-mean", "evaluation"):
+    for stage in ("centre", "lda", "nearest-mean", "calibration", "evaluation"):
         made: Mechanism = mechanism(stage, 0.3, 7, 20)  # type: ignore[arg-type]
         assert 0.299 < made.mu <= 0.3
         assert sum(share for share, _, _ in forms(stage, 7, 20).values()) == pytest.approx(1)  # type: ignore[arg-type]
