@@ -24,7 +24,7 @@ from fedhead.backbones import Backbone
 from fedhead.backbones.audio import SHORTEST, WINDOW, AudioPreprocessing
 from fedhead.backbones.backbone import digest_tensors
 from fedhead.backbones.catalogue import entry_of
-from fedhead.backbones.hf_audio import AudioEncoder
+from fedhead.backbones.hf_audio import LEAST_SECONDS, AudioEncoder
 from fedhead.backbones.pooling import pool
 from fedhead.backbones.preprocessing import ImagePreprocessing, TextPreprocessing
 from fedhead.data import Clip, Item, Kind, TableRow
@@ -239,7 +239,7 @@ def _audio_steps(own: AudioPreprocessing, backbone: Backbone) -> list[str]:
     if backbone.module.form == "waveform":
         steps.append(f"Apply transformers' {extractor} with the settings above; clips are its input_values.")
     else:
-        padded = " to whole seconds" if own.settings["cut"] else f" to {own.max_seconds:g} s"
+        padded = f" to whole seconds, at least {LEAST_SECONDS}" if own.settings["cut"] else f" to {own.max_seconds:g} s"
         padded = padded if backbone.module.form == "mel" else ""
         steps.append(
             f"Apply transformers' {extractor} with the settings above, padding{padded}; clips are its frames, each "

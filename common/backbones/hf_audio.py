@@ -35,8 +35,23 @@ EXTRACTORS: dict[Form, str] = {
     "image": "ASTFeatureExtractor",
 }
 
+LEAST_SECONDS = 2
+"""Duration to which Whisper's inputs are padded at least: with one second, spoken digits of new speakers are recognised
+less well (89.6 % instead of 95 % for one of six speakers)."""
+
 INPUTS = ("input_features", "input_values")
 """Main inputs of models of sound in transformers."""
+
+_BOUNDS = {
+    "sampling_rate": (4_000, 96_000),
+    "feature_size": (1, 512),
+    "num_mel_bins": (1, 512),
+    "hop_length": (16, 4_096),
+    "n_fft": (64, 8_192),
+    "chunk_length": (1, 600),
+    "max_length": (16, 65_536),
+}
+"""Limits of an extractor's settings, which may come from a file of a coordinator."""
 
 _UNREAD = ("feature_extractor_type", "processor_class", "mel_filters", "window", "n_samples", "nb_max_frames")
 """Values of an extractor's description that follow from others."""
@@ -63,7 +78,29 @@ def audio_arguments(folder: Path, config: "PreTrainedConfig", spec: str) -> dict
         raise UserError(f"{spec} prepares sounds with {type(extractor).__name__}; fedhead supports {wanted} for it.")
     settings = {name: value for name, value in extractor.to_dict().items() if name not in _UNREAD}
     # Random noise would make features differ from one extraction to the next.
-    return {"extractor": wanted, "settings": {**settings, **({"dither": 0.0} if "dither" in settings else {})}}
+    settings |= {"dither": 0.0} if "dither" in settings else {}
+    try:
+        return checked_audio({"extractor": wanted, "settings": settings})
+    except ValueError as error:
+        raise UserError(f"{folder}/preprocessor_config.json cannot be used: {error}.") from None
+
+
+def checked_audio(audio: Any) -> dict[str, Any]:
+    """Return the name and the settings of a feature extractor, without any other value.
+
+    Raises:
+        ValueError: if the name is unknown or a setting is out of bounds.
+    """
+    name, settings = audio["extractor"], audio["settings"]
+    if name not in EXTRACTORS.values() or not isinstance(settings, dict):
+        raise ValueError(f"its feature extractor {str(name)[:60]!r} is not supported")
+    if settings.get("dither"):
+        raise ValueError("its feature extractor adds noise")
+    for key, (least, most) in _BOUNDS.items():
+        value = settings.get(key, least)
+        if type(value) is not int or not least <= value <= most:
+            raise ValueError(f"its {key} is {str(value)[:60]}; expected {least} to {most}")
+    return {"extractor": name, "settings": settings}
 
 
 def form_of(config: "PreTrainedConfig", spec: str) -> Form:
@@ -102,8 +139,6 @@ def audio_preprocessing(audio: Mapping[str, Any], config: "PreTrainedConfig") ->
     import transformers
 
     name, settings = audio["extractor"], audio["settings"]
-    if name not in EXTRACTORS.values():
-        raise UserError(f"There is no feature extractor {name!r} for sounds; the backbone's file is damaged.")
     extractor = getattr(transformers, name)(**settings)
     rate, limit = int(extractor.sampling_rate), limit_of(audio, config)
 
@@ -111,7 +146,7 @@ def audio_preprocessing(audio: Mapping[str, Any], config: "PreTrainedConfig") ->
         hop = extractor.hop_length
         frames, second = -(-len(waveform) // hop), rate // hop
         most = 2 * config.max_source_positions
-        padded = min(-(-frames // second) * second, most) if audio.get("cut", True) else most
+        padded = min(max(-(-frames // second), LEAST_SECONDS) * second, most) if audio.get("cut", True) else most
         made = extractor(waveform, sampling_rate=rate, max_length=padded * hop)
         return _marked(torch.as_tensor(made["input_features"][0]).T, frames)
 

@@ -15,7 +15,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fedhead.backbones.hf_audio import FORMS, INPUTS, audio_arguments, audio_preprocessing, form_of, own_vector
+from fedhead.backbones.hf_audio import (
+    FORMS,
+    INPUTS,
+    audio_arguments,
+    audio_preprocessing,
+    checked_audio,
+    form_of,
+    own_vector,
+)
 from fedhead.backbones.preprocessing import ImagePreprocessing, Preprocessing, TextPreprocessing
 from fedhead.data import Kind
 from fedhead.errors import UserError
@@ -101,6 +109,8 @@ class Recipe:
             image = features.pop("image")
             if image is not None:
                 image = {key: tuple(value) if isinstance(value, list) else value for key, value in image.items()}
+            if "audio" in features:
+                features["audio"] = checked_audio(features["audio"])
             config = json.loads(files["config.json"])
             return cls(config=config, tokenizer=files.get("tokenizer.json", ""), image=image, **features)
         except (KeyError, TypeError, ValueError) as error:

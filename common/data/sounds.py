@@ -3,7 +3,7 @@
 | stored as | becomes |
 |---|---|
 | integers (WAV, FLAC) | divided by the type's range: -1..1 |
-| floats | the same; values that are not finite are refused |
+| floats | the same; values that are not finite or beyond `LOUDEST` are refused |
 | several channels | their mean |
 | any sampling rate from 1,000 to 384,000 Hz | the same: a backbone resamples to its own |
 | no samples, or more than `LONGEST` seconds | refused |
@@ -30,6 +30,9 @@ LONGEST = 600
 
 MOST_SAMPLES = LONGEST * 48_000
 """Limit of a clip's samples; it bounds the memory of a clip at a high rate."""
+
+LOUDEST = 1e6
+"""Limit of the magnitude of samples, far above any scale in use, so that powers stay finite."""
 
 RATES = (1_000, 384_000)
 """Lowest and highest sampling rate in Hz."""
@@ -218,4 +221,6 @@ def _clip(blocks: list[Samples32], rate: int, name: str) -> Clip:
         raise UnreadableSampleError(f"{name} has a length of 0; it has no sound.")
     if not np.isfinite(samples).all():
         raise UnreadableSampleError(f"{name} has samples that are not finite (NaN or infinity).")
+    if (loudest := float(np.abs(samples).max())) > LOUDEST:
+        raise UnreadableSampleError(f"{name} has samples up to {loudest:.2g}; expected values in -1..1.")
     return Clip(np.ascontiguousarray(samples), rate)

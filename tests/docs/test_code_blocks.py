@@ -150,6 +150,23 @@ def data_page(folder: Path) -> None:
     table(folder / "heart.csv", "age,pulse,disease", lambda n: f"{40 + n % 30},{60 + 30 * (n % 2)},{'ny'[n % 2]}")
 
 
+def sounds_page(folder: Path) -> None:
+    from wave import open as open_wave
+
+    for number in range(80):
+        name = ("high", "low")[number % 2]
+        path = folder / "recordings" / name / f"{number // 2}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tone = np.sin(2 * np.pi * (800 - 500 * (number % 2) + number) * np.arange(2400 + 20 * number) / 8000)
+        with open_wave(str(path), "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(8000)
+            file.writeframes((9000 * tone).astype("<i2").tobytes())
+    rows = [f"recordings/{name}/{number}.wav,{name},p{number % 7}" for name in ("high", "low") for number in range(40)]
+    (folder / "recordings.csv").write_text("\n".join(["path,label,speaker", *rows]) + "\n", encoding="utf-8")
+
+
 def tasks_page(folder: Path) -> None:
     pictures = folder / "pictures"
     photographs(pictures)
@@ -223,6 +240,7 @@ STAND_INS: Mapping[str, Callable[[Path], None]] = {
     "docs/tutorials/first-simulation.md": lambda folder: (first_run(folder), digit(folder / "new.png", 3))[1],
     "docs/tutorials/own-backbone.md": lambda folder: photographs(folder / "photographs"),
     "docs/how-to/data.md": data_page,
+    "docs/how-to/sounds.md": sounds_page,
     "docs/how-to/tasks.md": tasks_page,
     "docs/how-to/use-a-model.md": model_page,
     "docs/how-to/fairness.md": fairness_page,

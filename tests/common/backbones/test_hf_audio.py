@@ -1,5 +1,6 @@
 """Features of sounds equal those of transformers' own extractor and model, for random models of a few weights."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedhead.backbones import Backbone, load_backbone
+from fedhead.backbones.hf_recipe import Recipe
 from fedhead.data import Clip
 from fedhead.errors import UserError
 
@@ -72,13 +74,14 @@ def librarys_whisper(model: Any, clip: Clip, seconds: int) -> Tensor:
 
 @torch.no_grad()
 def test_whisper_takes_as_many_positions_as_whole_seconds(tmp_path: Path) -> None:
-    model = whisper(150)
-    folder = save(tmp_path, model, transformers.WhisperFeatureExtractor(chunk_length=3))
-    features = load_backbone(f"hf:{folder}").features_of(clips())
-    expected = [librarys_whisper(model, clip, -(-len(clip.samples) // RATE)) for clip in clips()]
+    model = whisper(200)
+    folder = save(tmp_path, model, transformers.WhisperFeatureExtractor(chunk_length=4))
+    several = [*clips(), Clip(np.tile(clips()[0].samples, 3), RATE)]
+    features = load_backbone(f"hf:{folder}").features_of(several)
+    expected = [librarys_whisper(model, clip, max(2, math.ceil(clip.seconds))) for clip in several]
     assert (features - torch.stack(expected)).abs().max() < TOLERANCE
-    uncut = load_backbone(f"hf:{folder}?cut=no").features_of(clips())
-    assert (uncut - torch.stack([librarys_whisper(model, clip, 3) for clip in clips()])).abs().max() < TOLERANCE
+    uncut = load_backbone(f"hf:{folder}?cut=no").features_of(several)
+    assert (uncut - torch.stack([librarys_whisper(model, clip, 4) for clip in several])).abs().max() < TOLERANCE
     assert (uncut - features).abs().max() > 1e-3
 
 
@@ -148,6 +151,26 @@ def test_a_saved_encoder_brings_its_extractor(tmp_path: Path) -> None:
     assert torch.equal(loaded.features_of(clips()), backbone.features_of(clips()))
     assert backbone.digest != load_backbone(f"hf:{tmp_path / 'model'}").digest
     assert not any("decoder" in name for name in backbone.tensors())
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"settings": {"sampling_rate": 10**9}}, "its sampling_rate is 1000000000; expected 4000 to 96000"),
+        ({"settings": {"sampling_rate": True}}, "its sampling_rate is True"),
+        ({"settings": {"dither": 1.0}}, "adds noise"),
+        ({"settings": []}, "is not supported"),
+        ({"extractor": "AutoModel"}, "'AutoModel' is not supported"),
+    ],
+)
+def test_files_of_a_coordinator_are_bounded(change: dict[str, Any], reason: str) -> None:
+    audio = {"extractor": "WhisperFeatureExtractor", "settings": {}, "max_seconds": 10**9} | change
+    features = {"pooling": "mean", "max_length": 9, "pad": 0, "empty": 0, "image": None, "audio": audio}
+    with pytest.raises(UserError, match=reason):
+        Recipe.from_files({"features.json": json.dumps(features), "config.json": "{}"}, "file")
+    features["audio"] = {"extractor": "WhisperFeatureExtractor", "settings": {}, "max_seconds": 10**9}
+    read = Recipe.from_files({"features.json": json.dumps(features), "config.json": "{}"}, "file")
+    assert read.audio == {"extractor": "WhisperFeatureExtractor", "settings": {}}
 
 
 def test_settings_and_models_that_do_not_fit_are_refused(tmp_path: Path) -> None:

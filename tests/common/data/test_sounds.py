@@ -131,6 +131,7 @@ def test_arrays_follow_the_rules_of_files() -> None:
         (np.zeros(9, np.int64), 8000, "type int64"),
         (["a"], 8000, "expected the samples"),
         (np.array([np.inf, 0]), 8000, "not finite"),
+        (np.array([1e30, 0]), 8000, "samples up to 1e"),
         (np.zeros(LONGEST * 1000 + 1), 1000, "Cut it into clips"),
     ):
         with pytest.raises(UnreadableSampleError, match=reason):
