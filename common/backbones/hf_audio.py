@@ -160,7 +160,12 @@ def audio_preprocessing(audio: Mapping[str, Any], config: "PreTrainedConfig") ->
     extract = {"WhisperFeatureExtractor": mel, "Wav2Vec2FeatureExtractor": samples}.get(name, image)
     return AudioPreprocessing(
         rate=rate,
-        settings={"extractor": name, "settings": settings, "cut": audio.get("cut", True)},
+        settings={
+            "extractor": name,
+            "settings": settings,
+            "cut": audio.get("cut", True),
+            "least_seconds": LEAST_SECONDS,
+        },
         extract=extract,
         max_seconds=audio.get("max_seconds") or min(MAX_SECONDS, limit),
     )
