@@ -84,7 +84,7 @@ class Agreement:
 
 
 def agreement(context: Context) -> Agreement:
-    """Return what the run told this site.
+    """Return the run's agreement with this site.
 
     Raises:
         FedheadError: if the coordinator has not described the run, or this process has lost it.
@@ -110,7 +110,7 @@ def agreement(context: Context) -> Agreement:
 
 
 def proposed(manifest: Manifest, payload: Payload) -> Agreement:
-    """Return what a manifest and the probe's features beside it propose; nothing is kept yet.
+    """Return the agreement that a manifest and the probe's features propose; nothing is kept yet.
 
     Raises:
         MessageError: if the features are not finite float32 `[n, num_features]`.
@@ -126,13 +126,13 @@ def proposed(manifest: Manifest, payload: Payload) -> Agreement:
 
 
 def keep(agreed: Agreement, context: Context) -> None:
-    """Keep what a run proposed, once the site has accepted it."""
+    """Keep the agreement that a run proposed, once the site has accepted it."""
     probe = agreed.probe.numpy().astype("<f4").tobytes()
     context.state[RECORD] = ConfigRecord({"manifest": agreed.manifest.model_dump_json(), "probe": probe})
 
 
 def forget(context: Context) -> None:
-    """Forget what a run told this site, which takes no part in it."""
+    """Forget the agreement with a run that this site takes no part in."""
     context.state.pop(RECORD, None)
 
 

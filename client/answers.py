@@ -18,7 +18,7 @@ class Answer:
 
     Attributes:
         positions: the sites that it speaks for, by their positions among those asked.
-        payload: what it says.
+        payload: the content.
         manifest: of the run; None before the sites have accepted one.
         parts: the rows that it rests on; empty for none.
         private: the request that it answers, if it is one for noisy sums.

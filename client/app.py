@@ -77,8 +77,8 @@ def _local_site(
     holdout: float,
 ) -> "Site":
     from fedhead.client.backbones import AcceptedBackbones
+    from fedhead.client.local_site import LocalSite
     from fedhead.client.release.guard import Guard
-    from fedhead.client.site_data import LocalSite
 
     guard, accepted = Guard(min_class_count, min_rows), AcceptedBackbones(frozenset(backbones.split()))
     return LocalSite(name, data, device, strict_data, guard, backbones=accepted, holdout=holdout)

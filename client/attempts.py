@@ -61,7 +61,7 @@ class Attempts:
         """Note that a message is being answered, on disk before this returns; False if it may not be.
 
         Args:
-            message: the SHA-256 of what it asks.
+            message: the SHA-256 of the request.
 
         Raises:
             UserError: if the journal may not be written.

@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from fedhead.backbones import Backbone
 from fedhead.backbones.weights import PACKAGED, find_backbone, own_backbone
 from fedhead.client.isolation import Isolation
@@ -19,6 +21,9 @@ from fedhead.protocol.messages import Manifest
 from fedhead.wording import size
 
 logger = logging.getLogger(__name__)
+
+PROBE_TOLERANCE = 1e-3
+"""Relative to the probe's norm; devices differ by less, other preprocessing or weights by more."""
 
 Agree = Callable[[Manifest], bool]
 """Returns whether a person at the site agrees to an unknown backbone."""
@@ -151,3 +156,49 @@ def origin_of(allow: Collection[str], manifest: Manifest) -> str:
 
 def _is_code(spec: str) -> bool:
     return spec.partition(":")[0] == "python"
+
+
+def require_same(backbone: Backbone, manifest: Manifest) -> None:
+    """Check that a site's backbone is the one that a manifest names, so that its own rules and records are about it.
+
+    Raises:
+        FedheadError: if spec, layer, weights or digest differ.
+    """
+    if backbone.digest != manifest.backbone_digest:
+        raise FedheadError(
+            f"{manifest.backbone} is fed or built differently here than at the coordinator (backbone digest "
+            f"{backbone.digest[:12]}…, not {manifest.backbone_digest[:12]}…); install the coordinator's versions of "
+            "fedhead and torchvision."
+        )
+    named = (manifest.backbone, manifest.layer, manifest.weights_digest)
+    if (backbone.spec, backbone.layer, backbone.weights_digest) != named:
+        raise FedheadError("The run gives its backbone the spec, layer or weights of another one.")
+
+
+def check_backbone(backbone: Backbone, own_probe: Tensor, manifest: Manifest, probe: Tensor) -> None:
+    """Check that a site's backbone is the coordinator's, to the features of the probe: no digest covers code.
+
+    Args:
+        backbone: this site's.
+        own_probe: its features `[PROBES, d]` of the probe.
+        manifest: the coordinator's.
+        probe: the coordinator's features `[PROBES, d]`.
+
+    Raises:
+        FedheadError: if they differ.
+    """
+    require_same(backbone, manifest)
+    for where, features in (("here", own_probe), ("at the coordinator", probe)):
+        if not bool(features.isfinite().all()):
+            raise FedheadError(
+                f"{manifest.backbone} gives features that are not finite (NaN or infinity) {where}: its weights or the "
+                "precision of the device are at fault. Take other weights, or --precision float32."
+            )
+    same_shape = own_probe.shape == probe.shape
+    distance = float((own_probe - probe).norm() / probe.norm().clamp_min(1e-12)) if same_shape else float("inf")
+    if not distance <= PROBE_TOLERANCE:
+        raise FedheadError(
+            f"{manifest.backbone} gives other features here than at the coordinator: they differ by {distance:.1g} of "
+            f"their norm on the probe, where {PROBE_TOLERANCE:g} is allowed. Install the coordinator's versions of "
+            "torch and torchvision, or use another --device."
+        )

@@ -72,7 +72,7 @@ class Connection:
         insecure: whether the coordinator takes any key, and none is registered before.
         retry_seconds: time in which a refused key is tried again, since an earlier process may still count as active.
         beat: seconds between heartbeats.
-        on_change: is told whether it is connected, when that changes.
+        on_change: called with whether it is connected when that changes.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Connection:
         """Return the next message, or None after a while without one.
 
         Args:
-            begin: is called with what arrives before its parts are pulled; what it raises ends the reception.
+            begin: called with an arriving message before its parts are pulled; an exception ends the reception.
 
         Raises:
             CannotHealError: if the connection is lost for good.

@@ -1,4 +1,4 @@
-"""The handlers: what sites answer to each action, for any number of sites at a time.
+"""The handlers of all actions, for any number of sites at a time.
 
 A real site is a list of one. Simulated sites share one `LabelledFeatures` and are answered together: by one reply that
 is their sum where the coordinator wants no more, else by a reply each.
@@ -95,10 +95,10 @@ def answer(
     """Answer one message to `sites`, and pass every reply through their release steps.
 
     Args:
-        action: what the message asks for.
+        action: the requested action.
         sites: they share their steps, their limits and one `LabelledFeatures`; or one site.
         payload: the message.
-        context: what the run has told these sites.
+        context: the run's state at these sites.
         merged: whether one reply is to speak for all of them.
 
     Yields:

@@ -1,22 +1,298 @@
-"""A site's data opened under the settings of its `site.toml`."""
+"""A site whose data is on this machine, and how it is opened under the settings of its `site.toml`."""
 
 import logging
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
-from fedhead.client.backbones import AcceptedBackbones, Agree, nobody_agrees
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedhead.backbones import Backbone
+from fedhead.backbones.weights import PartialWeights, weights_path
+from fedhead.client.backbones import AcceptedBackbones, Agree, check_backbone, nobody_agrees, require_same
+from fedhead.client.isolation import Isolation, isolation
 from fedhead.client.release.accounts import Accounts, accounts_path
-from fedhead.client.release.ledger import Ledger, Note
-from fedhead.client.release.masking import SecureSum
+from fedhead.client.release.atoms import Atoms, Population
+from fedhead.client.release.guard import Guard, count_rows
+from fedhead.client.release.ledger import Ledger, Note, ledger_path
+from fedhead.client.release.masking import Asked, SecureSum
 from fedhead.client.release.noise import Noise
 from fedhead.client.release.required import keep_required
 from fedhead.client.release.secure_sessions import Policy, SecureSessions, secure_sessions_path
+from fedhead.client.release.training_limits import TrainingLimits
 from fedhead.client.settings import Kit, SecureKeys, SiteSettings
-from fedhead.client.site_data import LocalSite
+from fedhead.client.site_data import Holding, hold, refuse_if_withheld
+from fedhead.client.training import LabelledFeatures
+from fedhead.data import held_out, load_samples, require_kind
+from fedhead.devices import Precision, pick_device
 from fedhead.errors import FedheadError, UserError
-from fedhead.protocol.steps import Step
+from fedhead.features.store import FeatureStore
+from fedhead.heads import FeatureMap, Head, LinearHead, delivered_spec, unmapped
+from fedhead.model import TransferModel, site_model_path
+from fedhead.protocol.messages import Manifest, WeightsChunk
+from fedhead.protocol.steps import Masking, Step
+from fedhead.sums.calibration import Calibration
+from fedhead.tasks import Targets, Task, make_task
 
 logger = logging.getLogger(__name__)
+
+
+T = TypeVar("T")
+
+SECONDS_BETWEEN_PROGRESS = 30.0
+WARM = 3
+"""How many backbones, and how many runs' features, a site keeps at hand."""
+_WHAT_A_HOLDING_DEPENDS_ON = {"backbone_digest", "classes", "task", "privacy"}
+
+
+class LocalSite:
+    """A site whose data is on this machine.
+
+    Attributes:
+        extraction: the rows whose features are extracted and those to extract; None between extractions.
+        hides_rows: whether the run that features are extracted for hides how many rows each site has.
+        keeps_heads: whether personal heads are written to this machine.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        data: str,
+        device: str = "auto",
+        strict_data: bool = False,
+        guard: Guard | None = None,
+        ledger: Ledger | None = None,
+        before: Sequence[Step] = (),
+        precision: Precision = "float32",
+        backbones: AcceptedBackbones | None = None,
+        holdout: float = 0.2,
+        training: TrainingLimits | None = None,
+        receiver: str = "",
+        summation: SecureSum | None = None,
+        noise: Noise | None = None,
+    ) -> None:
+        self.name = name
+        self.noise = noise or Noise(own=True)
+        self._receiver = receiver or name
+        self.holdout = holdout
+        self.backbones = backbones or AcceptedBackbones()
+        self.device = pick_device(device)
+        self.strict_data = strict_data
+        self.precision = precision
+        self.guard = guard or Guard()
+        self.training = training or TrainingLimits(self.guard.min_class_count)
+        ledger = ledger or Ledger(ledger_path(name), self.guard.min_class_count)
+        self.atoms = Atoms(ledger.atoms)
+        self.summation = summation or SecureSum()
+        self.steps: Sequence[Step] = (self.guard, self.noise, *before, ledger, self.summation)
+        self.data = data
+        self.samples = load_samples(data)
+        self.num_rows = len(self.samples)
+        self.extraction: tuple[int, int] | None = None
+        self.hides_rows = False
+        self._backbones: dict[str, Backbone] = {}
+        self.keeps_heads = True
+        self._holdings: dict[str, Holding] = {}
+        self._isolations: dict[str, Isolation] = {}
+
+    def refresh(self) -> None:
+        """Look at the data again: rows may have come or gone since.
+
+        Raises:
+            UserError: if the data is no longer there.
+        """
+        samples = load_samples(self.data)
+        if samples.fingerprint != self.samples.fingerprint:
+            logger.info("The data has changed: it is %d rows now, and was %d.", len(samples), self.num_rows)
+            self._holdings.clear()
+        self.samples, self.num_rows = samples, len(samples)
+
+    def has_weights(self, manifest: Manifest) -> bool:
+        return self._find_backbone(manifest) is not None
+
+    def install(self, manifest: Manifest, chunk: WeightsChunk) -> int | None:
+        self.backbones.require(manifest)
+        if weights_path(manifest.weights_digest).is_file():
+            return None
+        self.backbones.require_size(manifest.backbone, chunk.size)
+        partial = PartialWeights(manifest.weights_digest, chunk.file, chunk.size, self._receiver)
+        return None if partial.add(chunk.offset, chunk.data.data) else partial.received
+
+    def check_data(self, manifest: Manifest) -> None:
+        self.summation.check(manifest)
+        require_kind(manifest.backbone, manifest.kind, self.samples.kind)
+        self.training.check(manifest.local)
+        self.noise.check(manifest)
+        task = make_task(manifest.task, manifest.classes)
+        targets = self._targets(task)
+        every = np.arange(len(targets))
+        if manifest.privacy is None:
+            refuse_if_withheld(self.guard.allowed_rows(every, targets, np.zeros(len(every), np.bool_), task))
+        if manifest.holdout != self.holdout:
+            logger.info(
+                "The run asks to hold out a share of %g of the rows. The site decides: it holds out %g, the holdout of "
+                "its site.toml.",
+                manifest.holdout,
+                self.holdout,
+            )
+
+    def masking(self, asked: Asked) -> Masking:
+        return self.summation.masking(asked)
+
+    @property
+    def sessions(self) -> SecureSessions:
+        return self.summation.sessions
+
+    def check(self, manifest: Manifest, probe: Tensor) -> None:
+        backbone = self._backbone(manifest)
+        check_backbone(backbone, backbone.probe(), manifest, probe)
+
+    def check_map(self, manifest: Manifest, mapping: FeatureMap | None) -> None:
+        if mapping is None or not mapping.form.lift:
+            return
+        holding = self.open(manifest)
+        self.guard.require_rows_for(mapping.width, mapping.plain, holding.guarded.num_rows)
+        data = replace(holding.data, mapping=mapping)
+        found = isolation(data.exact, mapping.width, np.concatenate([holding.train.rows, holding.held_out.rows]))
+        self.backbones.require_features(f"{manifest.backbone}, lifted by {mapping.form},", found)
+
+    def keep_head(self, manifest: Manifest, head: Head, temperature: float, about: str) -> None:
+        if not self.keeps_heads:
+            return
+        path = site_model_path(self.name)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        model = TransferModel(
+            self._backbone(manifest),
+            head,
+            manifest.classes,
+            delivered_spec(head, "linear" if isinstance(unmapped(head), LinearHead) else manifest.head),
+            task=manifest.task,
+            calibration=Calibration(temperature),
+        )
+        model.save(path)
+        logger.info("This site's personal head (%s) is in %s.", about, path)
+
+    def open(self, manifest: Manifest) -> Holding:
+        key = manifest.model_dump_json(include=_WHAT_A_HOLDING_DEPENDS_ON)
+        holding = self._holdings.get(key) or self._hold(manifest)
+        _keep(self._holdings, key, holding)
+        return holding
+
+    @property
+    def told_extraction(self) -> tuple[int, int] | None:
+        """The extraction as the coordinator sees it: nothing in runs that hide each site's number of rows."""
+        return None if self.hides_rows else self.extraction
+
+    def _hold(self, manifest: Manifest) -> Holding:
+        self.hides_rows = manifest.secure_sum or manifest.privacy is not None
+        store = self._store(self._backbone(manifest))
+        if manifest.privacy is not None:
+            return self._hold_all(manifest, store)
+        found = self._isolations.get(store.digest) or _isolation_of(store)
+        _keep(self._isolations, store.digest, found)
+        self.backbones.require_features(manifest.backbone, found)
+        task = make_task(manifest.task, manifest.classes)
+        labels = self._targets(task)
+        data = LabelledFeatures(
+            store.features.to(self.device), torch.from_numpy(labels).to(self.device), loss=task.loss
+        )
+        rows = store.readable()
+        population = Population.of(self.samples, rows, store.keys, store.contents)
+        admitted = self.atoms.admit(population, labels[rows], task, self.guard, self.holdout)
+        chosen = rows[admitted.rows]
+        holding = hold(
+            self.name,
+            chosen,
+            admitted.held_out,
+            data,
+            labels,
+            store.keys,
+            task,
+            self.guard,
+            share=self.holdout,
+            contents=store.contents,
+        )
+        refuse_if_withheld(holding.guarded)
+        if not holding.guarded.num_rows:
+            if self.atoms.path.exists():
+                logger.error(
+                    "All rows that were released before have changed since. If only their labels have, and sums by the "
+                    "old and the new labels may be compared, move %s away.",
+                    self.atoms.path,
+                )
+            raise FedheadError(self.guard.refusal)
+        waiting = np.setdiff1d(rows, np.concatenate([holding.guarded.train, holding.guarded.held_out]))
+        if len(waiting):
+            logger.warning(
+                "The guard withholds %d rows until more come, %d or more of a class at a time: %s.",
+                len(waiting),
+                self.guard.min_class_count,
+                count_rows(labels[waiting], task),
+            )
+        return holding
+
+    def _hold_all(self, manifest: Manifest, store: FeatureStore) -> Holding:
+        """Hold all readable rows for a private run: a rule that removes rows would reveal single ones."""
+        task = make_task(manifest.task, manifest.classes)
+        labels = self._targets(task)
+        data = LabelledFeatures(
+            store.features.to(self.device), torch.from_numpy(labels).to(self.device), loss=task.loss
+        )
+        rows = store.readable()
+        out = held_out(store.keys[rows], self.holdout)
+        return hold(self.name, rows, out, data, labels, store.keys, task, Guard.off(), share=self.holdout)
+
+    def _store(self, backbone: Backbone) -> FeatureStore:
+        last_said = time.monotonic()
+
+        def say(done: int, total: int) -> None:
+            nonlocal last_said
+            self.extraction = (done, total)
+            if time.monotonic() - last_said > SECONDS_BETWEEN_PROGRESS:
+                last_said = time.monotonic()
+                logger.info("Features of %d of %d rows are done.", done, total)
+
+        try:
+            return FeatureStore.open(
+                backbone, self.samples, strict=self.strict_data, precision=self.precision, progress=say
+            )
+        except UserError:
+            raise
+        except FedheadError as error:
+            # It may name a file, and a file's name may be a person's.
+            logger.error("%s", error)
+            raise FedheadError("Its data cannot be turned into features; the site's own log says why.") from None
+        finally:
+            self.extraction = None
+
+    def _targets(self, task: Task) -> Targets:
+        task.require(self.samples)
+        try:
+            return task.encode(self.samples)
+        except UserError as error:
+            # It names a file, and a file's name may be a person's.
+            logger.error("%s", error)
+            raise FedheadError(task.misfit) from None
+
+    def _find_backbone(self, manifest: Manifest) -> Backbone | None:
+        if manifest.backbone_digest not in self._backbones:
+            found = self.backbones.find(manifest)
+            if found is None:
+                return None
+            _keep(self._backbones, manifest.backbone_digest, found.to(self.device))
+        backbone = self._backbones[manifest.backbone_digest]
+        require_same(backbone, manifest)
+        return backbone
+
+    def _backbone(self, manifest: Manifest) -> Backbone:
+        found = self._find_backbone(manifest)
+        if found is None:
+            raise FedheadError(f"The weights of {manifest.backbone} are not installed at {self.name}.")
+        return found
 
 
 def site_of(
@@ -117,3 +393,15 @@ def require_data(settings: SiteSettings) -> None:
     """
     if not settings.data:
         raise UserError('Say what data this site has: --data folder:PATH, or data = "folder:PATH" in site.toml.')
+
+
+def _isolation_of(store: FeatureStore) -> Isolation:
+    return isolation(lambda rows: store.features[rows].cpu(), store.features.shape[1], store.readable())
+
+
+def _keep(warm: dict[str, T], key: str, value: T) -> None:
+    """Make `value` the latest of at most `WARM`."""
+    warm.pop(key, None)
+    warm[key] = value
+    while len(warm) > WARM:
+        del warm[next(iter(warm))]

@@ -8,13 +8,13 @@ from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from fedhead.client.local_site import LocalSite
 from fedhead.client.release.ledger import Entry
-from fedhead.client.site_data import LocalSite
 from fedhead.protocol.actions import ACTIONS
 
 
 class SiteMetrics(Collector):
-    """Counts of what a site's process does. No label has a value that a coordinator chooses.
+    """Counts of a site's process. No label has a value that a coordinator chooses.
 
     Args:
         name: of the site.

@@ -105,8 +105,9 @@ def sum_own_rows(
         store.features.to(backbone.device), torch.from_numpy(targets).to(backbone.device), loss=task.loss
     )
     ledger = Ledger(ledger_path(site), guard.min_class_count)
-    population = Population.of(samples, rows, store.keys, store.contents)
-    admitted = Atoms(ledger.atoms).admit(population, targets[rows], task, guard, manifest.holdout)
+    admitted = Atoms(ledger.atoms).admit(
+        Population.of(samples, rows, store.keys, store.contents), targets[rows], task, guard, manifest.holdout
+    )
     holding = hold(
         site,
         rows[admitted.rows],
@@ -119,23 +120,33 @@ def sum_own_rows(
         share=manifest.holdout,
         contents=store.contents,
     )
+    _require_rows_for(guard, holding, mapping)
+    agreed = Agreement(manifest, probe, None, mapping=mapping, own_origin=origin)
+    present = _OneSite(site, holding, (guard, ledger))
+    sums = {part: _released(present, agreed, part) for part in parts}
+    return OwnSums(sums, holding, len(rows) - holding.guarded.num_rows, len(store.skipped))
+
+
+def _released(site: _OneSite, agreed: Agreement, part: Part) -> FeatureStatistics:
+    """Return the sums of a part of a site's rows, after its release steps."""
+    payload = sum_rows([site], agreed, StatisticsRequest(rows=part))
+    form = "" if agreed.mapping is None else str(agreed.mapping.form)
+    arrays = release(payload, site, STATISTICS, manifest=agreed.manifest, parts=(part,), features=form).arrays
+    return FeatureStatistics.from_tensors({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()})
+
+
+def _require_rows_for(guard: Guard, holding: Holding, mapping: FeatureMap | None) -> None:
+    """Check that the guard leaves rows, and enough of them for a map of features.
+
+    Raises:
+        UserError: if not.
+    """
     _refuse(holding.guarded.refusal if holding.guarded.num_rows else guard.refusal)
     if mapping is not None:
         try:
             guard.require_rows_for(mapping.width, mapping.plain, holding.guarded.num_rows)
         except FedheadError as error:
             raise UserError(str(error)) from None
-    agreed = Agreement(manifest, probe, None, mapping=mapping, own_origin=origin)
-    present = _OneSite(site, holding, (guard, ledger))
-    form = "" if mapping is None else str(mapping.form)
-    sums: dict[Part, FeatureStatistics] = {}
-    for part in parts:
-        payload = sum_rows([present], agreed, StatisticsRequest(rows=part))
-        arrays = release(payload, present, STATISTICS, manifest=manifest, parts=(part,), features=form).arrays
-        sums[part] = FeatureStatistics.from_tensors(
-            {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
-        )
-    return OwnSums(sums, holding, len(rows) - holding.guarded.num_rows, len(store.skipped))
 
 
 def _refuse(refusal: str) -> None:

@@ -137,8 +137,8 @@ def make_personal(
     Args:
         holding: the site's rows.
         data: its features, standardised as the run says.
-        agreed: what the run told the site.
-        request: what it asks for.
+        agreed: the run's agreement with the site.
+        request: the coordinator's request.
         limits: on training.
         own: from `own_statistics`.
 
@@ -227,7 +227,7 @@ def compare_heads(
         predicted: `[n]`, the shared head's predictions.
         rows: `[n]`, the held-out rows.
         data: the site's features.
-        agreed: what the run told the site.
+        agreed: the run's agreement with the site.
         stats: the site's training sums, from which its own head is solved.
     """
     priors = stats.counts + torch.full((stats.num_classes,), 1.0 / stats.num_classes, dtype=torch.float64)

@@ -26,7 +26,7 @@ Block = tuple[Tensor, Tensor, Tensor]
 
 
 def private(sites: Sequence[Site], payload: Payload, context: Context, merged: bool) -> Iterator[Answer]:
-    """Sum what a private run asks for; the release steps add the noise."""
+    """Compute the sums that a private run requests; the release steps add the noise."""
     agreed = agreement(context)
     manifest = agreed.manifest
     if manifest.privacy is None:

@@ -143,7 +143,7 @@ class Budget(_Table):
 
 
 class Privacy(_Table):
-    """What the site demands before sums of its rows leave, whatever a run asks, and its privacy budget."""
+    """The site's conditions for releasing sums of its rows in any run, and its privacy budget."""
 
     require: Literal["none", "secure-sum", "dp", "both"] = Field(
         "none",
@@ -189,7 +189,7 @@ class SiteSettings(_Table):
         holdout: the share of rows that it holds out for evaluation.
         strict_data: refuse to take part with unreadable rows, instead of skipping them.
         limits: of its guard.
-        permit: what a coordinator may ask of it.
+        permit: the actions that a coordinator may request.
         backbones: those that its operator allows.
         budget: of its releases.
         privacy: the protection that it demands.
@@ -371,7 +371,7 @@ def sealing_key(folder: Path) -> bytes:
 
 
 def insecure_key(folder: Path) -> "EllipticCurvePrivateKey":
-    """Return the key that a site without a kit is told apart by, made when it is first needed and kept in `folder`."""
+    """Return the key that identifies a site without a kit, made when it is first needed and kept in `folder`."""
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 

@@ -1,7 +1,8 @@
 """The long-running site: one process that answers a coordinator for as long as it is up.
 
 It runs the handlers that are installed here; no code comes over the network. Backbone, features and device stay warm
-between messages and runs, and what a run told the site is kept on disk, so that a killed process goes on where it was.
+between messages and runs, and a run's messages to the site are kept on disk, so that a killed process continues where
+it was.
 """
 
 import hashlib
@@ -29,14 +30,13 @@ from fedhead.client.connection import (
     TooLargeError,
     WorkIsOverError,
 )
-from fedhead.client.local_site import require_data, secure_keys_of, site_of
+from fedhead.client.local_site import LocalSite, require_data, secure_keys_of, site_of
 from fedhead.client.metrics import SiteMetrics
 from fedhead.client.refusals import SAID_IN_LOG, sayable
 from fedhead.client.release.approval import Approvals, Ask, approvals_path
 from fedhead.client.release.ledger import Entry, ledger_path
 from fedhead.client.release.payloads import Payloads
 from fedhead.client.settings import Kit, SiteSettings, insecure_key, trusted
-from fedhead.client.site_data import LocalSite
 from fedhead.client.site_locks import only_process
 from fedhead.errors import FedheadError, UserError
 from fedhead.files import disk_errors, home, safe_name, write_atomically
@@ -52,7 +52,7 @@ from fedhead.wording import one_line
 logger = logging.getLogger(__name__)
 
 KEPT_RUNS = 8
-"""Of how many runs a site keeps what it was told."""
+"""Number of runs whose agreements a site keeps."""
 UNREADABLE_SECONDS = 1.0
 """Time before the next message is asked for after one that cannot be read."""
 FAILED = 2
@@ -91,13 +91,7 @@ def serve(
         CannotHealError: if the connection is lost for good.
         StopSite: when the process is asked to end.
     """
-    require_data(settings)
-    if kit is not None and (warning := expiry_warning(kit.path / "ca.pem", "Ask the coordinator for a new kit.")):
-        logger.warning("%s", warning)
-    folder = home() / "sites" / safe_name(settings.name)
-    with disk_errors(folder):
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    whom = settings.coordinator if kit is None else hashlib.sha256(kit.root_certificates).hexdigest()
+    folder, whom = _prepare(settings, kit)
     # Of several coordinators, each is served by a process of its own, with a folder of its own.
     coordinator = hashlib.sha256(whom.encode()).hexdigest()[:16]
     own_folder = folder / "coordinators" / coordinator
@@ -111,12 +105,15 @@ def serve(
         address=settings.coordinator,
         origin=partial(origin_of, settings.backbones.allow),
     )
-    released: list[Entry] = []
-    counts = SiteMetrics(settings.name)
+    released, counts, state = list[Entry](), SiteMetrics(settings.name), Health()
 
     def note(entry: Entry) -> None:
         released.append(entry)
         counts.released(entry)
+
+    def on_change(connected: bool) -> None:
+        state.serving(connected)
+        counts.connected(connected)
 
     with stopping_by_signal(), only_process(settings, coordinator):
         steps = (*([approvals] if approve else ()), *([written] if payloads else ()))
@@ -125,22 +122,30 @@ def serve(
         agree = approvals.agree if approve else nobody_agrees
         site = site_of(settings, ledger_path(settings.name), steps, agree, note, receiver, secure)
         logger.info("%s has %d rows of %s, on %s.", site.name, site.num_rows, settings.data, site.device)
-        key, certificates = (insecure_key(folder), None) if kit is None else (kit.key, trusted(kit, settings))
         counts.watch(site)
+        key, certificates = (insecure_key(folder), None) if kit is None else (kit.key, trusted(kit, settings))
         fleet = FleetClient(
             settings.coordinator, key, certificates, LONG_WAIT, settings.name, lambda: site.told_extraction
         )
-        state = Health()
-
-        def on_change(connected: bool) -> None:
-            state.serving(connected)
-            counts.connected(connected)
-
-        connection = Connection(
-            fleet, settings.coordinator, own_folder / "node.json", insecure=kit is None, on_change=on_change
-        )
+        node = own_folder / "node.json"
+        connection = Connection(fleet, settings.coordinator, node, insecure=kit is None, on_change=on_change)
         with (monitoring or Monitoring()).served(state, counts):
             SiteProcess(settings, site, connection, own_folder, released, counts).run()
+
+
+def _prepare(settings: SiteSettings, kit: Kit | None) -> tuple[Path, str]:
+    """Check data and keys, and return the site's folder and the identity of its coordinator.
+
+    Raises:
+        UserError: if the data is not available.
+    """
+    require_data(settings)
+    if kit is not None and (warning := expiry_warning(kit.path / "ca.pem", "Ask the coordinator for a new kit.")):
+        logger.warning("%s", warning)
+    folder = home() / "sites" / safe_name(settings.name)
+    with disk_errors(folder):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder, settings.coordinator if kit is None else hashlib.sha256(kit.root_certificates).hexdigest()
 
 
 class KeptContexts:
@@ -301,7 +306,7 @@ class SiteProcess:
         try:
             self._connection.send(reply, took)
         except RefusedError as error:
-            # Too large, perhaps: the coordinator is told that there is nothing to wait for.
+            # Too large, perhaps: tell the coordinator not to wait for it.
             logger.error("%s: %s", self._asked(message), error)
             reply = _failure(message, f"Its reply was not taken. {error}")
             self._connection.send(reply, took)
@@ -315,7 +320,7 @@ class SiteProcess:
         return reply if message_id == message.metadata.message_id else None
 
     def answer(self, message: Message) -> Message:
-        """Return the reply to a message: what the handler made, or why there is nothing."""
+        """Return the reply to a message: the handler's, or the reason why there is none."""
         action = message.metadata.message_type
         self._released.clear()
         if action not in self.settings.permit.actions:

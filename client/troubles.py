@@ -186,7 +186,7 @@ def sentence_of(response: httpx.Response) -> str:
 
 
 def detail_of(response: httpx.Response) -> str:
-    """Return what a refusal says, shortened."""
+    """Return the text of a refusal, shortened."""
     said = _body(response)
     detail = one_line(str(said.get("public_message") or said.get("detail") or ""), 200).rstrip(".")
     return f"HTTP {response.status_code}" + (f": {detail}" if detail else "")

@@ -15,7 +15,7 @@ from fedhead.files import safe_name
 from fedhead.wording import one_line
 
 WARN_DAYS = 30
-"""From how many days before a certificate expires whoever uses it is warned."""
+"""Days before its expiry from which a certificate's users are warned."""
 
 
 MAX_REQUEST_BYTES = 16_384

@@ -208,8 +208,8 @@ class RunConfig(_Table):
     diagnose: bool = Field(True, description="Compare each site with the pool of all sites.")
     worth: bool = Field(
         False,
-        description="Compute what each site brought, from sums; this also sums the held-out rows if a trained head is "
-        "delivered.",
+        description="Compute each site's value for the head, from sums; this also sums the held-out rows if a trained "
+        "head is delivered.",
     )
     personal: Literal["none", "closed", "head", "ditto"] = Field(
         "none",

@@ -49,7 +49,7 @@ class Health:
 
 
 def ask(address: str) -> str:
-    """Return what the health service at `HOST:PORT` answers: `SERVING` or `NOT_SERVING`.
+    """Return the answer of the health service at `HOST:PORT`: `SERVING` or `NOT_SERVING`.
 
     Raises:
         FedheadError: if nothing answers there, or something else.

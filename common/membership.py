@@ -9,9 +9,10 @@ from typing import TypedDict, Unpack
 import torch
 from torch import Tensor
 
+from fedhead.client.backbones import check_backbone
 from fedhead.client.own_sums import OwnSums, require_rows, sum_own_rows
 from fedhead.client.release.guard import MIN_CLASS_COUNT, MIN_ROWS, Guard
-from fedhead.client.site_data import Holding, check_backbone
+from fedhead.client.site_data import Holding
 from fedhead.data import Samples, load_samples, require_kind
 from fedhead.errors import UserError
 from fedhead.features.store import FeatureStore, Progress

@@ -52,7 +52,7 @@ def predict_inputs(
 
     Args:
         model: on the device that is to do the work.
-        inputs: unreadable ones are told as such, and the others predicted.
+        inputs: unreadable ones are reported, and the others predicted.
         coverage: adds sets of classes, or intervals, that hold the truth with this probability.
 
     Raises:
@@ -108,7 +108,7 @@ class ModelEvaluation:
     Attributes:
         report: the task's figures, with intervals.
         sums: the evaluation sums behind them.
-        curves: what a report draws of them, as JSON has it.
+        curves: the data of a report's plots, as JSON types.
         coverage: asked of the sets of classes, or intervals; None if none were asked for.
         covered: how many rows' sets or intervals hold their target.
         mean_size: of these sets or intervals.

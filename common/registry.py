@@ -19,7 +19,7 @@ def suggest(name: str, known: list[str]) -> str:
 
 
 class Registry(Generic[T]):
-    """Names and what they stand for; a decorator adds an entry.
+    """Entries by name; a decorator adds one.
 
     Example:
         >>> heads: Registry[type] = Registry("head")
@@ -41,7 +41,7 @@ class Registry(Generic[T]):
         self._modules = dict(modules or {})
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Return a decorator that enters what it decorates under `name`.
+        """Return a decorator that registers its object under `name`.
 
         Raises:
             ValueError: if `name` is taken.

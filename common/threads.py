@@ -1,4 +1,4 @@
-"""Threads for work that has to go on as long as the process."""
+"""Threads for work that lasts as long as the process."""
 
 import logging
 import threading

@@ -50,7 +50,7 @@ def duration(seconds: float) -> str:
 
 
 def counted(number: int, what: str, plural: str = "") -> str:
-    """Return a number with what it counts: `1 site`, `2 sites`."""
+    """Return a number with its noun: `1 site`, `2 sites`."""
     return f"{number:,} {what if number == 1 else plural or what + 's'}"
 
 

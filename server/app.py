@@ -146,7 +146,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run what the run config describes, into its `out`: a folder on the SuperLink's machine."""
+    """Execute the run that the run config describes, into its `out`, a folder on the SuperLink's machine."""
     config = from_run_config(context.run_config)
     out = context.run_config.get("out")
     coordinate(config, grid, str(out) if out else None)

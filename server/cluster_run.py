@@ -58,7 +58,7 @@ class ClusterCoordinator(Coordinator):
         """
         self._pooling.forget()
         self._exchange = self._roster.gather()
-        self._exchange.add_traffic(self._await_sites(0))
+        self._exchange.add_traffic(self._attendance.await_sites(0))
         self._include(self._maps.prepare())
         self.observer.on_step("statistics", 0)
         pooled = self._pooling.statistics(StatisticsRequest(), into=None)
@@ -188,7 +188,7 @@ class ClusterCoordinator(Coordinator):
 
     def _include(self, exchange: Exchange) -> None:
         """Count an exchange, and go on without the sites that were late or dropped."""
-        self._skip_late(exchange)
+        self._attendance.skip_late(exchange)
         self._roster.exclude(exchange.dropped)
         self._exchange.include(exchange)
 

@@ -23,7 +23,7 @@ class Question(Generic[S]):
     """A question for sums.
 
     Attributes:
-        action: what sites are asked.
+        action: the requested action.
         content: the message.
         nothing: the sums over no rows, which give the form that replies must have; they may be added to in place.
         together: whether one reply may be the sum of several sites of this process.
@@ -81,7 +81,7 @@ def collect(
     Args:
         messenger: reaches the sites.
         nodes: the sites to ask, by name.
-        question: what they are asked.
+        question: the request.
         rows: the number of rows of each site; sums over more are dropped.
         each: is called with each reply that can be used, before it is added; under secure summation once, with the
             total of all sites under the name `POOL`.

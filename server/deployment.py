@@ -26,9 +26,9 @@ class Service:
 
     Attributes:
         name: of the unit, or of the service.
-        description: what it is.
+        description: its purpose.
         command: what is run; a shell's line where it depends on what is there.
-        reads: what it reads and nothing may change: the kit, the configuration, the data.
+        reads: paths that it only reads: the kit, the configuration, the data.
         finished: what is there once nothing is left to do; None for what never ends.
         port: that it listens on for sites; 0 if it does not.
         health: `HOST:PORT` of its health service; empty for none.
@@ -73,7 +73,7 @@ def site_service(kit: Path, data: str, health: str = "", program: str = "fedhead
 def coordinator_service(
     kit: Path, run: Path, out: str, port: int = 0, health: str = "", program: str = "fedhead"
 ) -> Service:
-    """Return the service of a coordinator: it runs one run to its end, and goes on with it after a restart.
+    """Return the service of a coordinator: it completes one run, and resumes it after a restart.
 
     Args:
         kit: of the coordinator.

@@ -1,4 +1,4 @@
-"""A head evaluated in detail: what each site counts on its held-out rows, and whether probabilities come true."""
+"""Detailed evaluation of a head: each site's counts on its held-out rows, and calibration."""
 
 import random
 from collections.abc import Mapping

@@ -58,7 +58,7 @@ class FeatureMaps:
         task: of the run.
         messenger: reaches the sites.
         roster: the sites that take part.
-        latecomers: the sites that come later, and are told of the map, too.
+        latecomers: the sites that come later, which receive the map, too.
         pooling: sums features.
         form: of the run's heads.
         probe: the backbone's features `[PROBES, d]` of the probe.

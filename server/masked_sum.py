@@ -36,7 +36,7 @@ class MaskedSum:
         messenger: reaches the sites.
         roster: the sites' keys, signed by the consortium's authority.
         manifest: of the run.
-        observer: is told of each exchange.
+        observer: notified of each exchange.
         min_sites: of the run; a sum that fails is tried again at once only with so many of the sites asked.
         max_colluding: the number of sites that may collude with the coordinator.
     """
@@ -102,7 +102,7 @@ class _Session:
 
     Args:
         messenger: reaches the sites.
-        observer: is told of each exchange.
+        observer: notified of each exchange.
         exchange: counts their traffic, and the sites that were dropped.
         nodes: the sites of the session.
     """

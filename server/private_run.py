@@ -57,7 +57,7 @@ class PrivateCoordinator(Coordinator):
             FedheadError: if too few sites can take part, or replies of an exchange are missing.
         """
         self._exchange = self._roster.gather()
-        self._exchange.add_traffic(self._await_sites(0))
+        self._exchange.add_traffic(self._attendance.await_sites(0))
         terms = self.manifest.privacy
         assert terms is not None
         self._parties = self._settle_parties(terms)
@@ -123,7 +123,7 @@ class PrivateCoordinator(Coordinator):
         if self.checkpoint is not None and key in self.checkpoint.releases:
             known, sums = self.checkpoint.releases[key]
             return Released(mechanism, sums, float(known["deviations"]))
-        self._exchange.add_traffic(self._await_sites(0))
+        self._exchange.add_traffic(self._attendance.await_sites(0))
         question = Question(PRIVATE, asked.to_content(), NoisyReply.zeros(mechanism))
         collected = collect(self._messenger, self._roster.nodes, question, self._roster.rows)
         self._exchange.include(collected.exchange)
@@ -136,7 +136,7 @@ class PrivateCoordinator(Coordinator):
                 f"{collected.exchange.first_reasons()} Sites repeat the replies that they have given, and spend "
                 f"nothing for them.{hint}"
             )
-        self._skip_late(collected.exchange)
+        self._attendance.skip_late(collected.exchange)
         sites = len(self._roster.nodes) if not secure else len(collected.sites)
         released = Released(mechanism, collected.total.arrays, math.sqrt(sites / self._parties))
         self._keep(key, {"deviations": released.deviations}, released.sums)

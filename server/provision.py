@@ -98,7 +98,7 @@ class CoordinatorKit:
         """Read and check a coordinator's folder.
 
         Raises:
-            UserError: if something is missing or is not what it should be.
+            UserError: if something is missing or invalid.
         """
         for name in ("server.pem", "server.key", "ca.pem", "sites.toml", "coordinator.toml"):
             if not (folder / name).is_file():
@@ -188,7 +188,7 @@ def provision(
 
 
 def backbones_of(config: RunConfig) -> dict[str, str]:
-    """Return what sites must allow for a run, as `[backbones] allow` takes it, each with a comment.
+    """Return the entries of `[backbones] allow` that sites need for a run, each with a comment.
 
     Raises:
         FedheadError: if the backbone's weights are not available here.

@@ -17,10 +17,13 @@ import torch
 
 from fedhead.errors import UserError
 from fedhead.server.exchange import Exchange
+from fedhead.server.site_sums import SiteSums
+from fedhead.server.starting_head import UNSOLVED, HeadForm
 from fedhead.solvers.closed_form import solve_head
 from fedhead.sums.features import FeatureStatistics
 from fedhead.sums.heads import HELD_OUT, SCORE, FloatArray
 from fedhead.sums.sums import Arrays
+from fedhead.tasks import Task
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +109,20 @@ def without(pool: FeatureStatistics, own: FeatureStatistics) -> FeatureStatistic
     return made
 
 
+def require_robust_pooling(task: Task, form: HeadForm, sums: SiteSums | None) -> None:
+    """Check that there will be single sites' sums to compare.
+
+    Raises:
+        UserError: if not.
+    """
+    if not task.kind.exclusive:
+        raise UserError(f"pooling 'robust' is for rows of one class each, not for the task {task.name!r}.")
+    if form.init in UNSOLVED:
+        raise UserError(f"pooling 'robust' needs a head solved from sums, and init {form.init!r} needs none.")
+    if sums is None or sums.keep != "folder":
+        raise UserError("pooling 'robust' needs a run folder that keeps each site's sums.")
+
+
 class RobustPooling:
     """Finds sites to leave out, one at a time, as each changes the pool and how features are standardised.
 
@@ -128,6 +145,23 @@ class RobustPooling:
         self._solve = solve
         self._evaluate = evaluate
         self.exchange = Exchange()
+
+    def without_harmful(
+        self, pool: FeatureStatistics, sites: Collection[str], leave_out: Callable[[str, str], FeatureStatistics]
+    ) -> FeatureStatistics:
+        """Leave out harmful sites, fewer than half, and return the sum of the other sites' statistics.
+
+        Args:
+            pool: the sum of the sites' statistics.
+            sites: their names.
+            leave_out: leaves out a site for a reason, and returns the sum of the others'.
+        """
+        rest = set(sites)
+        least = len(rest) // 2 + 1
+        while len(rest) > least and (harmful := self.most_harmful(pool, rest)):
+            rest.remove(harmful[0])
+            pool = leave_out(*harmful)
+        return pool
 
     def most_harmful(self, pool: FeatureStatistics, sites: Collection[str]) -> tuple[str, str] | None:
         """Return the site that most needs to be left out, with the reason; None if none does.

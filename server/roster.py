@@ -217,7 +217,7 @@ class Roster:
     def _descriptions(
         self, nodes: Mapping[str, int], action: str, content: RecordDict
     ) -> tuple[dict[str, Description], Exchange]:
-        """Ask nodes, and return what each says of its site."""
+        """Ask nodes, and return their descriptions of their sites."""
         descriptions: dict[str, Description] = {}
 
         def read(reply: Reply) -> None:

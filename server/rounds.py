@@ -102,7 +102,7 @@ class Rounds:
         return self._heads(messages, addresses, base)
 
     def aggregate(self, number: int, head: Arrays, exchange: Exchange) -> Arrays:
-        """Return what the strategy makes of the replies; `head`, which was trained, if it makes none.
+        """Return the strategy's aggregate of the replies, or `head` itself if it makes none.
 
         If the strategy makes a head that overflows, and one reply outweighs the others, it aggregates again without it.
 

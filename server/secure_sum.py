@@ -27,7 +27,7 @@ class Summation(Protocol):
 
         Args:
             nodes: the sites to ask, by name.
-            action: what they are asked.
+            action: the requested action.
             payload: the request.
             nothing: the sums over no rows, which give the form of replies.
 

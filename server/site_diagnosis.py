@@ -91,15 +91,13 @@ def diagnose_sites(
         exchange.include(collected.exchange)
         return collected.total if collected.replies else None
 
-    diagnoses = []
-    for name, stats in sites.items():
-        diagnoses.append(diagnostics.diagnose(name, stats, ask(stats, [name], together=False)))
+    diagnoses = [diagnostics.diagnose(name, stats, ask(stats, [name], together=False)) for name, stats in sites.items()]
     if diagnostics.measures_harm:
-        suspects = [one for one in diagnoses if one.finding != "alike"]
-        suspects.sort(key=lambda one: (not one.unlike, -one.rows, one.site))
-        for suspect in suspects[:MOST_SUSPECTS]:
-            others = [name for name in sites if name != suspect.site]
-            elsewhere = ask(sites[suspect.site], others, together=True) if others else None
-            if elsewhere is not None:
-                diagnoses[diagnoses.index(suspect)] = diagnostics.with_harm(suspect, elsewhere)
+        suspects = [place for place, one in enumerate(diagnoses) if one.finding != "alike"]
+        suspects.sort(key=lambda place: (not diagnoses[place].unlike, -diagnoses[place].rows, diagnoses[place].site))
+        for place in suspects[:MOST_SUSPECTS]:
+            site = diagnoses[place].site
+            others = [name for name in sites if name != site]
+            if others and (elsewhere := ask(sites[site], others, together=True)) is not None:
+                diagnoses[place] = diagnostics.with_harm(diagnoses[place], elsewhere)
     return diagnoses, exchange

@@ -42,7 +42,7 @@ class RunStatus(Observer):
     """The state of a run and its sites, written to the run folder from the run's start to its end.
 
     Args:
-        link: what the sites connect to.
+        link: the link that sites connect to.
         outstanding: gives the sites that owe a reply, with the action that they were asked for.
 
     Attributes:

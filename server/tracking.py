@@ -45,7 +45,7 @@ class Tracked(Observer):
 
     Args:
         name: for messages.
-        tracker: who is told.
+        tracker: the tracker.
     """
 
     def __init__(self, name: str, tracker: Observer) -> None:
@@ -81,7 +81,7 @@ class Tracked(Observer):
         # A tracker is someone else's code, and may raise anything.
         except Exception as error:
             self._tracker = None
-            logger.warning("The tracker %s failed and is told nothing more: %s", self._name, error)
+            logger.warning("The tracker %s failed and receives nothing more: %s", self._name, error)
 
 
 @trackers.register("tensorboard")

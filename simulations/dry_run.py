@@ -1,4 +1,4 @@
-"""A run with one real site in one process: what the site would send, as files, and nothing leaves the machine."""
+"""A run with one real site in one process: the site's replies become files, and nothing leaves the machine."""
 
 import shutil
 import tempfile

@@ -42,7 +42,7 @@ class InProcessGrid(SiteGrid):
         if len(self._sites) < len(sites):
             raise ValueError("Two sites have one name.")
         self._apps = dict(apps or {})
-        # What sites of ours are told is the same, and kept once for all of them.
+        # Our own sites share one state.
         told = RecordDict()
         self._contexts = {
             node_id: Context(run_id, node_id, {}, RecordDict() if site.name in self._apps else told, {})

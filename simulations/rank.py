@@ -10,7 +10,8 @@ from fedhead.config import RunConfig
 from fedhead.data import Samples
 from fedhead.errors import UserError
 from fedhead.features.store import Progress
-from fedhead.simulations.plan import Inputs, make_plan
+from fedhead.simulations.plan import Inputs, Plan, make_plan
+from fedhead.simulations.result import RunResult
 from fedhead.simulations.simulate import run_plan
 from fedhead.solvers import cross_validation_error
 from fedhead.solvers.scoring import transferability
@@ -18,7 +19,7 @@ from fedhead.solvers.scoring import transferability
 
 @dataclass(frozen=True)
 class RankedBackbone:
-    """How one backbone fits the sites' task.
+    """The fit of one backbone to the sites' task.
 
     Attributes:
         backbone: its spec.
@@ -29,9 +30,9 @@ class RankedBackbone:
         accuracy_test: the same on the pooled test set, if there is one.
         num_features: `d`.
         bytes_per_site: payload down and up, the weights included where a site lacks them.
-        seconds_extraction: what features took in this call; little where they were there.
-        rows_extracted: how many rows that was for.
-        score_name: what the score is, such as `accuracy`.
+        seconds_extraction: the time for extracting features in this call; little if they were cached.
+        rows_extracted: the number of rows whose features were extracted.
+        score_name: the name of the score, such as `accuracy`.
         layer: the layer of the features.
         error: generalised cross-validation error of their ridge regression on the classes, from sums alone; smaller
             fits better, and 1 is chance. None unless every row has one class.
@@ -70,7 +71,7 @@ def rank(
         sites: see `simulate`.
         test_data: see `simulate`.
         layers: of every backbone, or several joined by `+`; by default that of `config`.
-        on_backbone: called as each one starts; what it returns is told of extraction.
+        on_backbone: called as each one starts; returns a callback for the progress of extraction.
 
     Raises:
         UserError: if one of them, or the data, does not exist or fit; before anything is extracted.
@@ -78,37 +79,42 @@ def rank(
     """
     if not backbones:
         raise UserError("Name one backbone or more to rank, as in: fedhead rank bundled:glyphnet bundled:pixels.")
-    plans = []
     given = config or RunConfig()
-    for named, layer in itertools.product(backbones, layers or [given.layer]):
-        spec, _, weights = named.partition("=")
-        changes = {"backbone": spec, "weights": weights or "default", "layer": layer, "rounds": 0, "head": "linear"}
-        plan_config = given.changed(changes)
-        if plan_config.init in ("zeros", "random"):
-            plan_config = plan_config.changed({"init": ""})
-        plans.append(make_plan(plan_config, Inputs(data, sites, test_data)))
-    ranked = []
-    for plan in plans:
-        result = run_plan(plan, deliver=False, on_extraction=on_backbone(plan.backbone.spec))
-        stats = result.outcome.statistics
-        assert stats is not None
-        scores = transferability(stats)
-        ranked.append(
-            RankedBackbone(
-                backbone=plan.backbone.spec,
-                logme=scores["logme"],
-                h_score=scores.get("h_score"),
-                accuracy=result.accuracy_held_out,
-                accuracy_test=result.test_accuracy,
-                num_features=plan.backbone.num_features,
-                bytes_per_site=(result.bytes_down + result.bytes_up) // len(result.outcome.participants),
-                seconds_extraction=result.seconds["extraction"],
-                rows_extracted=result.extracted,
-                score_name=result.task.score_name,
-                layer=plan.backbone.layer,
-                error=cross_validation_error(stats) if stats.kind.exclusive else None,
-            )
-        )
+    inputs = Inputs(data, sites, test_data)
+    chosen = itertools.product(backbones, layers or [given.layer])
+    # Mistakes are found before anything is extracted.
+    plans = [make_plan(_config_for(named, layer, given), inputs) for named, layer in chosen]
+    ranked = [
+        _ranked(plan, run_plan(plan, deliver=False, on_extraction=on_backbone(plan.backbone.spec))) for plan in plans
+    ]
     if layers and all(one.error is not None for one in ranked):
         return sorted(ranked, key=lambda one: (one.error, -one.logme))
     return sorted(ranked, key=lambda one: (-one.logme, -(one.h_score or 0.0)))
+
+
+def _config_for(named: str, layer: str, given: RunConfig) -> RunConfig:
+    """Return the run that solves a head on one layer of a backbone, given as `SPEC` or `SPEC=WEIGHTS`."""
+    spec, _, weights = named.partition("=")
+    changes = {"backbone": spec, "weights": weights or "default", "layer": layer, "rounds": 0, "head": "linear"}
+    config = given.changed(changes)
+    return config.changed({"init": ""}) if config.init in ("zeros", "random") else config
+
+
+def _ranked(plan: Plan, result: RunResult) -> RankedBackbone:
+    stats = result.outcome.statistics
+    assert stats is not None
+    scores = transferability(stats)
+    return RankedBackbone(
+        backbone=plan.backbone.spec,
+        logme=scores["logme"],
+        h_score=scores.get("h_score"),
+        accuracy=result.accuracy_held_out,
+        accuracy_test=result.test_accuracy,
+        num_features=plan.backbone.num_features,
+        bytes_per_site=(result.bytes_down + result.bytes_up) // len(result.outcome.participants),
+        seconds_extraction=result.seconds["extraction"],
+        rows_extracted=result.extracted,
+        score_name=result.task.score_name,
+        layer=plan.backbone.layer,
+        error=cross_validation_error(stats) if stats.kind.exclusive else None,
+    )

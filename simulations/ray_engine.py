@@ -210,7 +210,7 @@ def _wait_for(grid: Grid, count: int) -> None:
 
 @contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """Leave out what a library tells while it starts and stops; failures are raised."""
+    """Drop a library's output while it starts and stops; failures are raised."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)

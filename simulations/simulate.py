@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,13 +67,13 @@ def simulate(
         strategy: a Flower `Strategy` of your own, instead of `config.strategy`.
         apps: `ClientApp`s of sites that do not run fedhead's, by site name.
         out: the run folder; by default a new one under `runs/`.
-        resume: whether to go on with the run in `out`, of which a process was killed or failed. `config` may be left
+        resume: whether to resume the run in `out`, whose process was killed or failed. `config` may be left
             out then; `data`, `sites` and `strategy` that were given to it must be given again.
         baseline: a backbone that the report compares with, by the head of one exchange on the same sites.
         attack: `membership` to attack heads like the run's; the report shows how well it detects training rows.
             `audit` to measure a lower bound of a private run's epsilon by canaries.
         on_extraction: called with rows done and rows in all.
-        observers: are told of what happens.
+        observers: notified of the run's events.
 
     Raises:
         UserError: if something asked for does not exist or does not fit; before anything is run.
@@ -111,10 +112,8 @@ def run_plan(
     """
     started = time.perf_counter()
     config = plan.config
-    if apps and config.simulation.engine != "process":
-        raise UserError("Apps of sites' own run in this process: leave simulation.engine at 'process'.")
-    if apps and config.privacy.secure_sum:
-        raise UserError("Apps of sites' own send plain replies: leave secure_sum off, or leave the apps out.")
+    if apps:
+        _require_plain_process(config)
     store, test_store = _extract(plan, on_extraction)
     if parts is not None:
         parts.checkpoint.data = _data_digest(plan, store, test_store)
@@ -130,21 +129,7 @@ def run_plan(
         test = _score_on(test_store, torch.from_numpy(plan.test_labels), shared.task)
     extracted_at = time.perf_counter()
 
-    def coordinate(grid: Grid) -> Outcome:
-        coordinator = coordinator_for(config)(
-            config,
-            grid,
-            plan.backbone,
-            config.classes,
-            plan.strategy,
-            observer=parts.observer if parts else None,
-            sums=parts.sums if parts else None,
-            test=test,
-            checkpoint=parts.checkpoint if parts else None,
-            deliver=deliver,
-        )
-        return coordinator.run()
-
+    coordinate = partial(_coordinate, plan, parts, test, deliver)
     if config.simulation.engine == "ray":
         outcome = run_on_ray(config, held, plan.labels, store, coordinate)
     else:
@@ -172,6 +157,36 @@ def run_plan(
         seconds={"extraction": extracted_at - started, "rounds": ended - extracted_at, "total": ended - started},
         run_dir=parts.path if parts else None,
     )
+
+
+def _require_plain_process(config: RunConfig) -> None:
+    """Check that apps of sites' own can take part in a run.
+
+    Raises:
+        UserError: if not.
+    """
+    if config.simulation.engine != "process":
+        raise UserError("Apps of sites' own run in this process: leave simulation.engine at 'process'.")
+    if config.privacy.secure_sum:
+        raise UserError("Apps of sites' own send plain replies: leave secure_sum off, or leave the apps out.")
+
+
+def _coordinate(
+    plan: Plan, parts: RunParts | None, test: Callable[[Head], float | None] | None, deliver: bool, grid: Grid
+) -> Outcome:
+    coordinator = coordinator_for(plan.config)(
+        plan.config,
+        grid,
+        plan.backbone,
+        plan.config.classes,
+        plan.strategy,
+        observer=parts.observer if parts else None,
+        sums=parts.sums if parts else None,
+        test=test,
+        checkpoint=parts.checkpoint if parts else None,
+        deliver=deliver,
+    )
+    return coordinator.run()
 
 
 def _held_rows(

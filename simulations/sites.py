@@ -9,12 +9,13 @@ from torch import Tensor
 
 from fedhead.backbones import Backbone
 from fedhead.backbones.weights import PACKAGED, weights_path
+from fedhead.client.backbones import check_backbone
 from fedhead.client.release.guard import Guard
 from fedhead.client.release.masking import Asked
 from fedhead.client.release.noise import Noise
 from fedhead.client.release.secure_sessions import SecureSessions, packed
 from fedhead.client.release.training_limits import TrainingLimits
-from fedhead.client.site_data import Holding, check_backbone, hold, refuse_if_withheld
+from fedhead.client.site_data import Holding, hold, refuse_if_withheld
 from fedhead.client.training import LabelledFeatures
 from fedhead.config import RunConfig
 from fedhead.data import IntArray, held_out

@@ -60,7 +60,7 @@ class Trial:
     """One run of a study.
 
     Attributes:
-        settings: what it was swept to, by the keys of the sweep.
+        settings: its swept values, by the keys of the sweep.
         seed: its seed.
         summary: `RunResult.summary()`; empty if it failed.
         error: why it failed; empty if it did not.
@@ -136,7 +136,7 @@ class Study:
         return {"cells": cells, "runs": runs, "folder": str(self.folder)}
 
     def to_csv(self) -> str:
-        """Return a line for each run: its settings, its seed, what it measured, its folder, and why it failed."""
+        """Return a line for each run: settings, seed, figures, folder, and the reason if it failed."""
         text = io.StringIO()
         keys = list(self.cells[0].settings)
         writer = csv.writer(text, lineterminator="\n")
@@ -181,7 +181,7 @@ def study(
 ) -> Study:
     """Run `config` at every point of a grid, under every seed; features are extracted once for each backbone.
 
-    A run that fails is noted, and the others go on. Each has a folder of its own, whose `run.toml` reproduces it.
+    A failed run is noted, and the others continue. Each has a folder of its own, whose `run.toml` reproduces it.
 
     Args:
         config: what all runs share.

@@ -79,7 +79,7 @@ class Accounts:
         return read_charges(self.path)
 
     def require(self, run: str, needs: Mapping[Account, float]) -> None:
-        """Check that a run can spend what it plans, beside what other runs have spent.
+        """Check that the budget covers a run's plan beside the spending of other runs.
 
         Args:
             run: its id.

@@ -70,7 +70,7 @@ class Approvals(Step):
 
     Args:
         path: where agreements are remembered.
-        coordinator: whom they are for: the digest of its key, or its address where it has none.
+        coordinator: the coordinator's identity: the digest of its key, or its address without one.
         ask: how to reach a person; None if nobody is there.
         payloads: where a release is written for the person to look at.
         data: the site's data spec.

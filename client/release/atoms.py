@@ -61,7 +61,7 @@ class Population:
         Args:
             samples: the site's data; its own names of classes count, not those of a run.
             rows: `[n]`, row numbers.
-            keys: `[N]`, of all rows, what they are held out by.
+            keys: `[N]`, the identities of all rows for holding out.
             contents: `[N]`, of all rows, their contents.
         """
         targets = _target_keys(samples)[rows]
@@ -76,7 +76,7 @@ class Population:
 
 
 def _target_keys(samples: Samples) -> KeyArray:
-    """Return `[N]`, the identity of each row's classes or real targets, whatever their order."""
+    """Return `[N]`, the identity of each row's classes or real targets, independent of their order."""
     if samples.targets is None:
         names = np.array([_text_key(name_of(name)) for name in samples.classes], dtype=np.uint64)
         return mix(samples.labels.astype(np.uint64) @ names) if samples.multi_label else names[samples.labels]

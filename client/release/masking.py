@@ -82,7 +82,7 @@ class SecureSum(Step):
     """Masks replies that are sums over rows, as the request's session says.
 
     Args:
-        required: whether such replies leave under masks only, whatever a coordinator asks.
+        required: whether such replies leave under masks only.
         sessions: the site's secure sums; None if it has no roster, and cannot take part in one.
     """
 

@@ -26,7 +26,7 @@ class Noise(Step):
         accounts: of a real site; None in a simulation.
         own: whether the site takes part only where each site adds all noise by itself.
         max_colluding: the number of other sites that may collude with the coordinator, and know their own noise.
-        unit: what the site protects; a run that protects groups protects their rows, too.
+        unit: the protected unit; a run that protects groups protects their rows, too.
         required: whether the site answers private runs only.
         entropy: of the noise; only tests have another.
     """

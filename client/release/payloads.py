@@ -57,7 +57,7 @@ class Payloads(Step):
 
 
 def summary(payload: Payload, release: Release) -> dict[str, Any]:
-    """Return what a reply says, about which rows and to which run; control characters are escaped as JSON does."""
+    """Return a reply's content, rows and run as text; control characters are escaped as in JSON."""
     entry, manifest = entry_of(payload.blob, release), release.manifest
     action = ACTIONS.get(release.action)
     about = {} if manifest is None else {"backbone": manifest.backbone, "weights": manifest.weights_digest}

@@ -1,4 +1,4 @@
-"""The site's half of secure sums: its sessions on disk, and what it remembers for ever of those that it unmasked.
+"""The site's half of secure sums: its sessions on disk, and its permanent memory of those that it unmasked.
 
 The memory is what makes the protocol hold against a coordinator that repeats itself: a site answers each exchange of a
 session once, over restarts, and unmasks one set of survivors only per purpose. If the same values were summed over two

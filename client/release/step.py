@@ -24,7 +24,7 @@ def release(
     private: PrivateRequest | None = None,
     failed: bool = False,
 ) -> Payload:
-    """Pass a reply through all steps of the site; nothing may come between this and sending what it returns.
+    """Pass a reply through all steps of the site; the result must be sent unchanged.
 
     Args:
         payload: the reply.

@@ -1,4 +1,4 @@
-"""One command, `fedhead`, thin: parse, call, print. A command imports what it needs when it is called."""
+"""One command, `fedhead`, thin: parse, call, print. A command imports its dependencies when it is called."""
 
 import os
 import sys

@@ -92,7 +92,7 @@ def in_sentences(command: Callable[..., None]) -> Callable[..., None]:
             raise
         except KeyboardInterrupt:
             errors.print(
-                "[bold]Interrupted.[/bold] Features extracted so far are kept; start again to go on from them."
+                "[bold]Interrupted.[/bold] Features extracted so far are kept; start again to continue from them."
             )
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:

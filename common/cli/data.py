@@ -1,4 +1,4 @@
-"""`fedhead data`: what a data set holds, and what is wrong with it, before anything runs on it."""
+"""`fedhead data`: the content of a data set and its defects, before anything runs on it."""
 
 import json
 from collections.abc import Mapping

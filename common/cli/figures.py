@@ -13,7 +13,7 @@ def figure_table(report: Any, title: str = "") -> Table:
 
     Args:
         report: an `EvaluationReport` or a `RegressionReport`.
-        title: what the figures are of.
+        title: the subject of the figures.
     """
     targets = getattr(report, "targets", None)
     if targets is not None:

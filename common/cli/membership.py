@@ -117,7 +117,7 @@ def add_class(
 
 
 def _change(function: str, arguments: tuple[Any, ...], as_json: bool, **options: Any) -> None:
-    """Change who is in a run, and print what came of it."""
+    """Change the sites or classes of a run, and print the result."""
     from fedhead import membership
 
     with progress_bars() as progress:

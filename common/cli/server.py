@@ -24,6 +24,8 @@ from fedhead.errors import UserError
 from fedhead.logs import configure_logging
 
 if TYPE_CHECKING:
+    from fedhead.server.network.superlink import SuperLink
+    from fedhead.server.provision import CoordinatorKit
     from fedhead.server.status import RunStatus
 
 logger = logging.getLogger(__name__)
@@ -103,13 +105,11 @@ def server(
         raise UserError("Give either --kit FOLDER, or --insecure on one machine.")
     from fedhead.monitoring import Monitoring
     from fedhead.server.network.serve import NetworkRuns, serve
-    from fedhead.server.network.superlink import SuperLink
     from fedhead.server.provision import CoordinatorKit
     from fedhead.server.queue import RunQueue
 
     keys = CoordinatorKit.read(kit) if kit is not None else None
-    host, kit_port = split_address(keys.listen) if keys is not None else ("127.0.0.1", DEFAULT_PORT)
-    link = SuperLink(host, kit_port if port is None else port, keys)
+    link = _link(keys, port)
     quiet = as_json or log_format == "json" or not sys.stdout.isatty()
     configure_logging(log_format, log_file, terminal=None if quiet else terminal_handler())
     signal.signal(signal.SIGTERM, _terminate)
@@ -134,6 +134,14 @@ def server(
         typer.echo(json.dumps(result.summary()))
     else:
         output().print(f"Run folder  {result.run_dir}", highlight=False)
+
+
+def _link(keys: "CoordinatorKit | None", port: int | None) -> "SuperLink":
+    """Return the link that listens where the kit says, or on this machine alone; at `port` if it is given."""
+    from fedhead.server.network.superlink import SuperLink
+
+    host, usual = split_address(keys.listen) if keys is not None else ("127.0.0.1", DEFAULT_PORT)
+    return SuperLink(host, usual if port is None else port, keys)
 
 
 class _Terminal:

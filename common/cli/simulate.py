@@ -27,6 +27,34 @@ MOST_DIAGNOSES = 8
 MOST_NAMES = 8
 
 
+_Seeds = Annotated[
+    int, typer.Option(min=1, help="Number of seeds to run under; prints means.", rich_help_panel=options.STUDY)
+]
+_Sweep = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY=VALUE,VALUE",
+        help="Setting and values to compare, as in partition=iid,dirichlet:0.3; repeatable.",
+        rich_help_panel=options.STUDY,
+    ),
+]
+_Csv = Annotated[
+    Path | None, typer.Option(help="CSV file to write, with a line for each run.", rich_help_panel=options.STUDY)
+]
+_Baseline = Annotated[
+    str | None,
+    typer.Option(help="Backbone to compare with, as in bundled:pixels.", rich_help_panel=options.OUTPUT),
+]
+_Attack = Annotated[
+    str | None,
+    typer.Option(
+        metavar="[membership|audit]",
+        help="Attack to try on heads like the run's, or an audit of a private run's epsilon, for the report.",
+        rich_help_panel=options.OUTPUT,
+    ),
+]
+
+
 @app.command(
     cls=SettingsCommand,
     epilog="Example: [bold]fedhead simulate run.toml --sites 20 --partition dirichlet:0.1 --set local.lr=0.05[/bold]",
@@ -35,38 +63,14 @@ MOST_NAMES = 8
 @with_settings(simulation=None)
 def simulate(
     settings: dict[str, Any],
-    config: Annotated[Path | None, typer.Argument(help="TOML file; flags override it.", show_default=False)] = None,
+    config: options.ConfigFile = None,
     set_: options.Assignments = None,
-    seeds: Annotated[
-        int, typer.Option(min=1, help="Number of seeds to run under; prints means.", rich_help_panel=options.STUDY)
-    ] = 1,
-    sweep: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="KEY=VALUE,VALUE",
-            help="Setting and values to compare, as in partition=iid,dirichlet:0.3; repeatable.",
-            rich_help_panel=options.STUDY,
-        ),
-    ] = None,
-    csv: Annotated[
-        Path | None, typer.Option(help="CSV file to write, with a line for each run.", rich_help_panel=options.STUDY)
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Run folder; by default a new one under runs/.", rich_help_panel=options.OUTPUT),
-    ] = None,
-    baseline: Annotated[
-        str | None,
-        typer.Option(help="Backbone to compare with, as in bundled:pixels.", rich_help_panel=options.OUTPUT),
-    ] = None,
-    attack: Annotated[
-        str | None,
-        typer.Option(
-            metavar="[membership|audit]",
-            help="Attack to try on heads like the run's, or an audit of a private run's epsilon, for the report.",
-            rich_help_panel=options.OUTPUT,
-        ),
-    ] = None,
+    seeds: _Seeds = 1,
+    sweep: _Sweep = None,
+    csv: _Csv = None,
+    out: options.RunFolder = None,
+    baseline: _Baseline = None,
+    attack: _Attack = None,
     resume: options.Resume = None,
     dashboard: options.Dashboard = "",
     dashboard_anywhere: options.DashboardAnywhere = False,
@@ -108,53 +112,74 @@ def _print_result(result: "RunResult", console: Console) -> None:
     console.print(_history_table(result))
     if 0 < len(result.config.classes) <= MOST_LINES and result.sites:
         console.print(figure_table(result.evaluation, "Held-out rows: "))
-    summary = result.summary()
-    share = summary["bytes_full_model"] / max(summary["bytes_down"] + summary["bytes_up"], 1)
-    tested = ""
-    name = result.task.score_name
-    if result.test_score is not None:
-        tested = f"{score_words(result.test_score, name)} on the test set; "
-    sites = result.sites
-    if sites:
-        by_site = result.score_by_site
-        tested += (
-            f"{score_words(result.score_held_out, name)} on {result.evaluation.rows} held-out rows from "
-            f"{result.outcome.num_evaluated} sites"
-        )
-        if by_site:
-            worst = min(by_site, key=lambda site: by_site[site])
-            mean = score_words(result.score_mean_site, name)
-            tested += f" (mean of sites {mean}, worst {worst} {score_words(by_site[worst], name)})"
-    privacy = result.outcome.privacy
-    if privacy:
-        from fedhead.server.report.privacy import noisy_accuracy, outcome, promise
-
-        solved = outcome(privacy)[0]
-        if evaluation := privacy.get("evaluation"):
-            # The row's title is its first word.
-            tested += noisy_accuracy(evaluation).removeprefix("Accuracy is ")
-        tested = tested.rstrip("; ")
     lines = Table.grid(padding=(0, 2))
     if rows := result.outcome.clusters.get("rows"):
         lines.add_row("Clusters", f"{len(rows)}, of {', '.join(map(str, rows))} rows; name them: fedhead cluster name")
     else:
-        lines.add_row(
-            result.task.score_title,
-            tested or "unknown: nothing is held out, and there is no test set",
-        )
-    lines.add_row("Head", solved if privacy else _origin_of_head(result))
-    for choice in result.outcome.choices:
-        lines.add_row(choice["question"], f"{choice['taken']}. {choice['reason']}")
-    if privacy:
-        lines.add_row("Privacy", "\n".join(promise(privacy)[:3]))
-    traffic = f"{size(summary['bytes_down'])} down, {size(summary['bytes_up'])} up"
-    if summary["bytes_full_model"]:
-        traffic += f"; sending the whole model each round would have taken {size(summary['bytes_full_model'])}"
-        traffic += f", {share:.0f} times as much" if share > 1 else ""
+        score = _score(result) or "unknown: nothing is held out, and there is no test set"
+        lines.add_row(result.task.score_title, score)
+    _add_head(lines, result)
     if result.outcome.attack:
         from fedhead.server.report.privacy import attack_sentences
 
         lines.add_row("Attack", "\n".join(attack_sentences(result.outcome.attack)))
+    _add_cost(lines, result)
+    _add_diagnosis(lines, result)
+    if (made := result.outcome.personal) is not None and made.pooled is not None:
+        shares = {name: percent(right / made.pooled.rows) for name, right in made.pooled.right.items()}
+        lines.add_row("Own heads", ", ".join(f"{name} {share}" for name, share in shares.items()))
+    if result.empty_sites:
+        lines.add_row("No rows", f"{len(result.empty_sites)} sites: {', '.join(result.empty_sites)}")
+    for reason, refused in by_reason(result.outcome.refused).items():
+        lines.add_row("Refused", f"{listed(refused, MOST_NAMES)}: {reason}")
+    lines.add_row("Run folder", str(result.run_dir))
+    console.print(lines, highlight=False)
+
+
+def _score(result: "RunResult") -> str:
+    """Return the scores on the test set and on held-out rows, in words; empty if there are none."""
+    name, said = result.task.score_name, ""
+    if result.test_score is not None:
+        said = f"{score_words(result.test_score, name)} on the test set; "
+    if result.sites:
+        said += (
+            f"{score_words(result.score_held_out, name)} on {result.evaluation.rows} held-out rows from "
+            f"{result.outcome.num_evaluated} sites"
+        )
+        if by_site := result.score_by_site:
+            worst = min(by_site, key=lambda site: by_site[site])
+            mean = score_words(result.score_mean_site, name)
+            said += f" (mean of sites {mean}, worst {worst} {score_words(by_site[worst], name)})"
+    if result.outcome.privacy:
+        from fedhead.server.report.privacy import noisy_accuracy
+
+        if evaluation := result.outcome.privacy.get("evaluation"):
+            # The row's title is its first word.
+            said += noisy_accuracy(evaluation).removeprefix("Accuracy is ")
+        said = said.rstrip("; ")
+    return said
+
+
+def _add_head(lines: Table, result: "RunResult") -> None:
+    """Add the head's origin, the choices that led to it, and the promise of a differentially private run."""
+    from fedhead.server.report.privacy import outcome, promise
+
+    privacy = result.outcome.privacy
+    lines.add_row("Head", outcome(privacy)[0] if privacy else _origin_of_head(result))
+    for choice in result.outcome.choices:
+        lines.add_row(choice["question"], f"{choice['taken']}. {choice['reason']}")
+    if privacy:
+        lines.add_row("Privacy", "\n".join(promise(privacy)[:3]))
+
+
+def _add_cost(lines: Table, result: "RunResult") -> None:
+    """Add traffic and time, and the rows that were left out."""
+    summary = result.summary()
+    traffic = f"{size(summary['bytes_down'])} down, {size(summary['bytes_up'])} up"
+    if summary["bytes_full_model"]:
+        share = summary["bytes_full_model"] / max(summary["bytes_down"] + summary["bytes_up"], 1)
+        traffic += f"; sending the whole model each round would have taken {size(summary['bytes_full_model'])}"
+        traffic += f", {share:.0f} times as much" if share > 1 else ""
     lines.add_row("Traffic", traffic)
     lines.add_row(
         "Time",
@@ -169,16 +194,6 @@ def _print_result(result: "RunResult", console: Console) -> None:
             f"{summary['rows_withheld']} rows from {len(result.withheld)} sites, in classes or sites with too few rows "
             "(--min-class-count, --min-rows)",
         )
-    _add_diagnosis(lines, result)
-    if (made := result.outcome.personal) is not None and made.pooled is not None:
-        shares = {name: percent(right / made.pooled.rows) for name, right in made.pooled.right.items()}
-        lines.add_row("Own heads", ", ".join(f"{name} {share}" for name, share in shares.items()))
-    if result.empty_sites:
-        lines.add_row("No rows", f"{len(result.empty_sites)} sites: {', '.join(result.empty_sites)}")
-    for reason, refused in by_reason(result.outcome.refused).items():
-        lines.add_row("Refused", f"{listed(refused, MOST_NAMES)}: {reason}")
-    lines.add_row("Run folder", str(result.run_dir))
-    console.print(lines, highlight=False)
 
 
 def _add_diagnosis(lines: Table, result: "RunResult") -> None:

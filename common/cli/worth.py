@@ -1,4 +1,4 @@
-"""`fedhead worth`: what each site of a finished run brought."""
+"""`fedhead worth`: the value of each site of a finished run."""
 
 import json
 from dataclasses import asdict
@@ -32,7 +32,7 @@ def worth(
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Compute what each site of a finished run brought, from its sums: Shapley values and leave-one-out losses."""
+    """Compute the value of each site of a finished run from its sums: Shapley values and leave-one-out losses."""
     from fedhead.server.report import write_report
     from fedhead.server.runs.worth import worth_of_run
 

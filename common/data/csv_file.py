@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -103,47 +103,14 @@ def open_csv(path: Path, encoding: str) -> CsvFile:
     Raises:
         UserError: if it is empty or not a table in that encoding, with the line.
     """
-    try:
-        if "\n".encode(encoding) != b"\n":
-            raise UserError(f"{path} cannot be read line by line in {encoding}: save it as UTF-8.")
-    except LookupError:
-        raise UserError(f"There is no encoding {encoding!r}; expected one such as utf-8, latin-1 or cp1252.") from None
-    digest = hashlib.sha256()
-    ends = [0]
+    _require_line_ends(path, encoding)
+    columns: tuple[str, ...] = ()
+    offsets, numbers = [], []
     with path.open("rb") as file:
-        start = file.read(4)
-        if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise UserError(f"{path} is text in UTF-16: save it as UTF-8.")
-        if start.startswith((b"PK\3\4", b"\xd0\xcf\x11\xe0")):
-            raise UserError(f"{path} is an archive or a spreadsheet, not a CSV file: save it as CSV in UTF-8.")
-        if start.startswith(b"PAR1"):
-            raise UserError(f"{path} is a Parquet file: use parquet:{path.name}.")
-        # The byte order mark that Excel writes before UTF-8.
-        skipped = len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0
-        file.seek(skipped)
-        ends[0] = skipped
-        first, named = file.readline(), None
-        if named := _NAMED_DELIMITER.fullmatch(first):
-            ends[0] += len(first)
-            digest.update(first)
-            delimiter = named[1].decode("latin-1")
-        else:
-            delimiter = max(DELIMITERS, key=lambda one: _decode(first, path, 1, encoding).count(one))
-        file.seek(ends[0])
-        above = int(named is not None)
-
-        def lines() -> Iterator[str]:
-            for number, line in enumerate(file, 1 + above):
-                digest.update(line)
-                ends[0] += len(line)
-                yield _decode(line, path, number, encoding)
-
-        reader = csv.reader(lines(), delimiter=delimiter, strict=True)
-        offsets, numbers = [], []
-        columns: tuple[str, ...] = ()
-        line = 1
+        lines = _Lines(file, path, encoding)
+        reader = csv.reader(lines, delimiter=lines.delimiter, strict=True)
         while True:
-            begin, line = ends[0], reader.line_num + 1 + above
+            begin, line = lines.end, reader.line_num + 1 + lines.above
             try:
                 row = next(reader)
             except StopIteration:
@@ -160,7 +127,7 @@ def open_csv(path: Path, encoding: str) -> CsvFile:
             if len(row) != len(columns):
                 raise UserError(
                     f"{path}, line {line} has {len(row)} values for the {len(columns)} columns of the header; put "
-                    f"values that contain {delimiter!r} in quotes."
+                    f"values that contain {lines.delimiter!r} in quotes."
                 )
             offsets.append(begin)
             numbers.append(line)
@@ -169,12 +136,83 @@ def open_csv(path: Path, encoding: str) -> CsvFile:
     return CsvFile(
         path=path,
         columns=columns,
-        fingerprint=digest.hexdigest(),
+        fingerprint=lines.digest.hexdigest(),
         encoding=encoding,
-        delimiter=delimiter,
-        offsets=np.array([*offsets, ends[0]], dtype=np.int64),
+        delimiter=lines.delimiter,
+        offsets=np.array([*offsets, lines.end], dtype=np.int64),
         lines=np.array(numbers, dtype=np.int64),
     )
+
+
+class _Lines:
+    """The lines of an open file, decoded one by one.
+
+    Args:
+        file: the file, at its beginning.
+        path: its path.
+        encoding: its encoding.
+
+    Attributes:
+        delimiter: the separator of values, as the first line names or suggests it.
+        above: the number of lines before the first one that is read.
+        end: the position after the last line that was read.
+        digest: of all lines so far.
+
+    Raises:
+        UserError: if it is another kind of file, or not text in this encoding.
+    """
+
+    def __init__(self, file: BinaryIO, path: Path, encoding: str) -> None:
+        self.digest = hashlib.sha256()
+        self._file, self._path, self._encoding = file, path, encoding
+        start = file.read(4)
+        _require_text(start, path)
+        # The byte order mark that Excel writes before UTF-8.
+        self.end = len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0
+        file.seek(self.end)
+        first = file.readline()
+        named = _NAMED_DELIMITER.fullmatch(first)
+        if named:
+            self.end += len(first)
+            self.digest.update(first)
+            self.delimiter = named[1].decode("latin-1")
+        else:
+            self.delimiter = max(DELIMITERS, key=lambda one: _decode(first, path, 1, encoding).count(one))
+        self.above = int(named is not None)
+        file.seek(self.end)
+
+    def __iter__(self) -> Iterator[str]:
+        for number, line in enumerate(self._file, 1 + self.above):
+            self.digest.update(line)
+            self.end += len(line)
+            yield _decode(line, self._path, number, self._encoding)
+
+
+def _require_line_ends(path: Path, encoding: str) -> None:
+    """Check that text in an encoding can be split at bytes 10.
+
+    Raises:
+        UserError: if not, or if there is no such encoding.
+    """
+    try:
+        if "\n".encode(encoding) != b"\n":
+            raise UserError(f"{path} cannot be read line by line in {encoding}: save it as UTF-8.")
+    except LookupError:
+        raise UserError(f"There is no encoding {encoding!r}; expected one such as utf-8, latin-1 or cp1252.") from None
+
+
+def _require_text(start: bytes, path: Path) -> None:
+    """Check the first bytes of a file.
+
+    Raises:
+        UserError: if they are of another kind of file.
+    """
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(f"{path} is text in UTF-16: save it as UTF-8.")
+    if start.startswith((b"PK\3\4", b"\xd0\xcf\x11\xe0")):
+        raise UserError(f"{path} is an archive or a spreadsheet, not a CSV file: save it as CSV in UTF-8.")
+    if start.startswith(b"PAR1"):
+        raise UserError(f"{path} is a Parquet file: use parquet:{path.name}.")
 
 
 def _header(row: list[str], path: Path) -> tuple[str, ...]:

@@ -74,21 +74,14 @@ def load_npz(argument: str) -> Samples:
     lengths = [len(part) for part in annotations]
     if len({part.shape[1:] for part in annotations}) > 1:
         raise UserError(f"{path} mixes kinds of labels: {', '.join(named for _, named in parts.values())}.")
+    if list(parts) == [""] and "split" in options:
+        raise UserError(f"{path} has no splits to choose from; it has {', '.join(sorted(members))}.")
     splits = None
     if list(parts) != [""]:
         splits = [name for name, length in zip(parts, lengths, strict=True) for _ in range(length)]
-    elif "split" in options:
-        raise UserError(f"{path} has no splits to choose from; it has {', '.join(sorted(members))}.")
     chosen = np.arange(sum(lengths)) if splits is None else choose_split(splits, options.get("split"), spec)
-
-    def named_rows(array: str) -> list[str | None] | None:
-        if array not in members:
-            return None
-        values = _load(path, array)
-        if values.shape != (sum(lengths),):
-            raise UserError(f"{path} has {array!r} of shape {list(values.shape)}; expected [{sum(lengths)}].")
-        return names_of(values[chosen].tolist())
-
+    groups = _named_rows(path, "groups", sum(lengths), chosen) if "groups" in members else None
+    sites = _sites(path, sum(lengths), chosen) if "sites" in members else None
     together = np.concatenate(annotations)[chosen]
     classes, labels, targets = _annotated(path, together, "classes" in members, real, spec)
     content = next(iter(parts.values()))[0]
@@ -104,9 +97,6 @@ def load_npz(argument: str) -> Samples:
         "table": archived.read_numbers,
         "audio": archived.read_clip,
     }
-    sites = named_rows("sites")
-    if sites is not None and None in sites:
-        raise UserError(f"{path} has no site for row {sites.index(None)}, although 'sites' has one for other rows.")
     described = repr((sorted(members.items()), sorted(options.items())))
     before = sha256(described.encode(errors="surrogatepass")).hexdigest()
     read_otherwise = Former(before, fault=partial(str, "integers of this type are converted differently since"))
@@ -119,8 +109,8 @@ def load_npz(argument: str) -> Samples:
         read=readers[kind],
         name=archived.name,
         fingerprint=before if white is None else sha256(f"{described} {white}".encode()).hexdigest(),
-        groups=named_rows("groups"),
-        sites=None if sites is None else [str(site) for site in sites],
+        groups=groups,
+        sites=sites,
         splits=None if splits is None else [splits[row] for row in chosen],
         kind=kind,
         targets=targets,
@@ -129,6 +119,21 @@ def load_npz(argument: str) -> Samples:
         former=None if white is None else read_otherwise,
         left_out=_unused_arrays(sorted(set(members) - used)),
     )
+
+
+def _named_rows(path: Path, array: str, rows: int, chosen: IntArray) -> list[str | None]:
+    """Return the name that an array holds for each chosen row."""
+    values = _load(path, array)
+    if values.shape != (rows,):
+        raise UserError(f"{path} has {array!r} of shape {list(values.shape)}; expected [{rows}].")
+    return names_of(values[chosen].tolist())
+
+
+def _sites(path: Path, rows: int, chosen: IntArray) -> list[str]:
+    sites = _named_rows(path, "sites", rows, chosen)
+    if None in sites:
+        raise UserError(f"{path} has no site for row {sites.index(None)}, although 'sites' has one for other rows.")
+    return [str(site) for site in sites]
 
 
 def _unused_arrays(names: list[str]) -> tuple[LeftOut, ...]:

@@ -81,7 +81,7 @@ class FleetClient:
 
     Args:
         address: `host:port` of the SuperLink.
-        key: what the site proves its identity with.
+        key: the key that proves the site's identity.
         root_certificates: PEM, for TLS; None is plain HTTP, which then never goes through a proxy.
         wait: seconds to ask the coordinator to hold a pull that finds nothing.
         name: of the site; a coordinator without registered keys knows it by that.

@@ -19,7 +19,7 @@ def in_process_identity(run_id: int) -> Iterator[None]:
 
 @contextmanager
 def keep_identity() -> Iterator[None]:
-    """Restore this process's identity on exit, whatever Flower set in between."""
+    """Restore this process's identity on exit."""
     before = (TaskIdentity._run_id, TaskIdentity._task_id, TaskIdentity._node_id)
     try:
         yield

@@ -114,7 +114,7 @@ class SiteLink:
         self._lock = threading.RLock()
 
     def keep_running(self) -> None:
-        """Say that the run goes on; Flower ends a run of which it has not heard for a minute."""
+        """Report that the run continues; Flower ends a run after a minute without reports."""
         assert self._run.primary_task_id is not None
         self._state.acknowledge_task_heartbeat(self._run.primary_task_id)
 
@@ -169,7 +169,7 @@ class SiteLink:
 
         Raises:
             IdentityError: if it names another node.
-            ValueError: if what it pushes is not one reply of this site.
+            ValueError: if the pushed message is not one reply of this site.
             TooLargeError: if it is too much.
         """
         if request_name == ACTIVATE:

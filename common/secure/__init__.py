@@ -14,7 +14,7 @@ from fedhead.errors import FedheadError
 
 
 class SecureSumError(FedheadError):
-    """A secure summation that cannot go on, with the reason; it contains no values of any site."""
+    """A secure summation that cannot continue, with the reason; it contains no values of any site."""
 
 
 class UnsummableError(SecureSumError):

@@ -1,4 +1,4 @@
-"""The coordinator's half of a secure sum: it collects what sites send, and opens the sum of the survivors.
+"""The coordinator's half of a secure sum: it collects the sites' replies, and opens the sum of the survivors.
 
 One exchange after the other::
 

@@ -97,7 +97,7 @@ def mask(
     """Return a site's vector with its own mask and those between it and every other site.
 
     Args:
-        vector: `[limbs, n]`, what the site adds to the sum; left as it is.
+        vector: `[limbs, n]`, the site's part of the sum; not modified.
         seed: of the site's own mask, 32 bytes.
         private: the site's mask key.
         publics: the mask keys of the other sites by name; the site's own is skipped.
@@ -132,7 +132,7 @@ def remove_pair_masks(total: Elements, name: str, private: bytes, publics: Mappi
     """
     for other, public in publics.items():
         key = pair_mask_key(private, public, digest, name, other)
-        # The other site added this mask if its name comes first; remove what it did.
+        # The other site added this mask if its name comes first; undo this.
         add_mask(total, key, negative=other < name)
 
 

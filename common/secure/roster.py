@@ -1,6 +1,6 @@
 """Roster: the sites that may take part in secure sums, with their public keys, signed by the consortium's authority.
 
-Whoever writes the roster decides whom a site shares its masks with, so it must not be the coordinator's to write: the
+The author of the roster decides with which sites a site shares its masks, so this must not be the coordinator: the
 authority signs `roster.toml`, and every site pins its digest. People compare the digest by telephone, as eight words of
 five letters (`fingerprint`)::
 

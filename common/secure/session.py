@@ -130,7 +130,7 @@ class Context(BaseModel):
             roster: has all `sites`.
             sites: the sites to ask.
             layout: the arrays to sum.
-            purpose: what they are about.
+            purpose: their subject.
             threshold: by default the smallest, which tolerates the most dropouts.
 
         Raises:

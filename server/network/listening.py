@@ -127,7 +127,7 @@ class Listener(uvicorn.Server):
                 opening = self._begin(self._open(accepted, connection))
                 connection.hang_up = opening.cancel
                 loop.call_later(self._connections.limits.first_request_seconds, self._connections.late, connection)
-            # Handshakes go on while others connect.
+            # Handshakes continue while others connect.
             await asyncio.sleep(0)
 
     async def _open(self, accepted: socket.socket, connection: Connection) -> None:

@@ -45,10 +45,10 @@ def serve(
         link: not entered yet.
         kit: whose certificates are warned about before they expire.
         out: the run folder; by default a new one under `runs/`.
-        resume: whether to go on with the run in `out`.
+        resume: whether to resume the run in `out`.
         monitoring: its endpoints, if any.
         shown: shows how the run stands, while it is entered.
-        observers: are told of what happens.
+        observers: notified of the run's events.
 
     Raises:
         UserError: if something asked for does not exist or does not fit.
@@ -128,7 +128,7 @@ class NetworkRuns:
             queue: of files.
             read: returns the configuration in a file.
             shown: shows how a run stands, while it is entered.
-            observers: are told of what happens in each run.
+            observers: notified of each run's events.
         """
 
         def one(config: RunConfig, out: Path, resume: bool) -> None:

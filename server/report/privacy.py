@@ -10,7 +10,7 @@ from fedhead.wording import counted
 
 
 def promise(privacy: Mapping[str, Any]) -> list[str]:
-    """Return sentences on what a private run promises, and on what it does not.
+    """Return sentences on the promises of a private run, and on their limits.
 
     Args:
         privacy: the part `privacy` of `evaluation.json`.

@@ -26,7 +26,7 @@ _PLAIN = (
 
 
 def secure_sentences(record: RunRecord) -> list[str]:
-    """Return sentences on secure summation: what it protected, and what it does not."""
+    """Return sentences on secure summation: the protection, and its limits."""
     sites, privacy = record.num_sites, record.config.get("privacy", {})
     threshold = threshold_for(sites, int(privacy.get("max_colluding", 0)))
     colluding = most_colluding(sites, min(threshold, sites)) if sites >= MIN_SITES else 0

@@ -1,4 +1,4 @@
-"""Everything that it takes to go on with a run after its process was killed at any moment."""
+"""The checkpoint, which resumes a run after its process was killed at any moment."""
 
 import hashlib
 import json
@@ -55,7 +55,7 @@ class Progress:
         stats: the pooled statistics, where the first head was solved of them.
         standardisation: mean and scale `[d]` that heads are trained under.
         target_standardisation: the same of real targets, `[C]`.
-        mapping: the map of features, as sites are told of it.
+        mapping: the map of features, in the form that sites receive.
         settled: the settings that a comparison of maps has decided.
         choices: the comparisons so far.
         excluded: sites whose sums could not be used, with the reason.
@@ -129,7 +129,7 @@ class Checkpoint:
         self._next = 0.0
 
     def load(self) -> Progress | None:
-        """Return where the run stands, give the strategy what it remembered, and cut what came later off the metrics.
+        """Return the saved progress, restore the strategy's state, and remove later lines from the metrics.
 
         Returns:
             None, with an empty run folder, if the run was ended before its first head was complete.
@@ -200,7 +200,7 @@ class Checkpoint:
         )
 
     def _load_releases(self) -> None:
-        """Read the noisy totals of a private run, if there are any, and go on under its id.
+        """Read the noisy totals of a private run, if there are any, and continue under its id.
 
         Raises:
             UserError: if the file is damaged, or of another configuration, strategy or backbone.

@@ -114,12 +114,12 @@ class FinishedRun:
         return HeadForm(self.config, self.model.num_features, self.task(num_classes), self.model.mapping)
 
     def task(self, num_classes: int = 0) -> Task:
-        """Return what the run predicts, perhaps of another number of classes."""
+        """Return the run's task, perhaps with another number of classes."""
         names = [str(number) for number in range(num_classes)] if num_classes else self.classes
         return make_task(self.config.task, names)
 
     def manifest(self, classes: tuple[str, ...]) -> Manifest:
-        """Return what a site is told of the run."""
+        """Return the run's manifest for a site."""
         described = self.model.described
         return Manifest(
             run=self.path.resolve().name,
@@ -312,7 +312,7 @@ class FinishedRun:
         self.sums.settle()
         try:
             write_card(self.path)
-        # The change is made, and the card only tells of it.
+        # The change is complete; the card only describes it.
         except FedheadError as problem:
             logger.warning("The model card was not written: %s", problem)
 

@@ -96,7 +96,7 @@ class Outcome:
         settled: the settings that they decided, by name.
         clusters: of a run without labels, the rows and sites of each cluster, and the likelihood of other numbers of
             clusters, as JSON types.
-        personal: what the sites' personal heads brought, if they made any.
+        personal: the results of the sites' personal heads, if they made any.
         foreign: the test for foreign inputs, if the run asked for one.
         attack: the outcome of an attack on such heads, if a simulation asked for one.
         privacy: of a private run, what was protected and spent, and the head's noisy evaluation.

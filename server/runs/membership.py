@@ -29,16 +29,16 @@ class MembershipChange:
         classes_added: those among them that are new.
         head: what is delivered now, for features as they are, in float64.
         head_spec: what `make_head` builds it from.
-        method: what it was solved by.
-        statistics: what it was solved from.
+        method: its solver.
+        statistics: the sums that it was solved from.
         all_rows: whether these are all rows, held-out ones included; else the training rows.
         accuracy: the score of the head solved without held-out rows, on the site's own; None if none are here.
         accuracy_before: the same of the model before, if it knew all the classes.
-        score_name: what the score is, such as `accuracy`.
+        score_name: the name of the score, such as `accuracy`.
         rows_held_out: how many rows these two were measured on.
         withheld: how many of the site's rows its guard withheld. For the site's own eyes.
         skipped: how many of its rows could not be read.
-        notes: sentences on what the change does not do, and what cannot be told.
+        notes: sentences on the limits of the change.
     """
 
     run_dir: Path

@@ -202,7 +202,7 @@ class RunRecord(BaseModel):
 
     @property
     def num_evaluated(self) -> int:
-        """How many sites evaluated the kept head on held-out rows."""
+        """The number of sites that evaluated the kept head on held-out rows."""
         return self.num_sites if self.secure else len(self.sites)
 
     @property
@@ -217,18 +217,18 @@ class RunRecord(BaseModel):
 
     @property
     def diagnoses(self) -> Sequence[Values]:
-        """How each site stands to the pool."""
+        """The diagnosis of each site."""
         diagnoses: Sequence[Values] = self.evaluation.get("diagnosis", ())
         return diagnoses
 
     @property
     def kept_round(self) -> int:
-        """Which head is delivered; -1 while that is open."""
+        """The round of the delivered head; -1 while that is open."""
         return self.result.kept_round if self.result else -1
 
     @property
     def num_sites(self) -> int:
-        """How many sites take part."""
+        """The number of sites that take part."""
         if self.result is not None:
             return self.result.sites
         return self.count("ready") + self.count("lost")

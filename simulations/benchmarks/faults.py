@@ -79,7 +79,7 @@ class Federation:
     """A coordinator and sites in processes of their own, each site behind a proxy that can cut it off.
 
     Args:
-        problem: what they compute.
+        problem: the problem that they compute.
         home: the folder of their files.
 
     Attributes:

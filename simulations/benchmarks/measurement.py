@@ -35,8 +35,8 @@ class Measurement:
 
     Attributes:
         title: what was measured, in a few words.
-        seconds: what each took.
-        setting: what the figures hold for: sizes, versions, the machine.
+        seconds: the time of each.
+        setting: sizes, versions and the machine of the figures.
         ratio: of each to ours, where seconds are of the same work; other figures by name.
         units: what `ratio` counts.
         left_out: peers that are not installed, with how to install them.
@@ -93,7 +93,7 @@ def machine() -> dict[str, Any]:
 
 
 def timed(work: Callable[[], Any], repeats: int = 1) -> tuple[float, Any]:
-    """Return the least seconds that `work` took, and what it last returned."""
+    """Return the least seconds that `work` took, and its last result."""
     least, made = float("inf"), None
     for _ in range(repeats):
         gc.collect()

@@ -93,7 +93,7 @@ class Problem:
             block = labels[start : start + 10_000]
             noise = generator.standard_normal((len(block), self.features), dtype=np.float32)
             images[start : start + 10_000] = (means[block] + 70 * noise).clip(0, 255).reshape(-1, *images.shape[1:])
-        # Every class at its own index, whatever was drawn.
+        # Every class at its own index.
         return samples_from_arrays(images, labels, classes=[str(c) for c in range(CLASSES)], spec="benchmark")
 
     def simulate(self, samples: Samples, out: Path) -> RunResult:
@@ -116,7 +116,7 @@ class Tables:
     """Every site's rows.
 
     Attributes:
-        problem: what they are of.
+        problem: their problem.
         names: of the sites.
         features: `[S, n, d]`, standardised.
         labels: `[S, n]`.

@@ -14,7 +14,7 @@ from flwr.clientapp import ClientApp
 
 from fedhead.client.app import app, make_app
 from fedhead.client.backbones import AcceptedBackbones
-from fedhead.client.site_data import LocalSite
+from fedhead.client.local_site import LocalSite
 from fedhead.config import RunConfig
 from fedhead.data import load_samples
 from fedhead.errors import FedheadError

@@ -2,10 +2,10 @@ from datetime import UTC, datetime
 
 from prometheus_client import CollectorRegistry
 
+from fedhead.client.local_site import LocalSite
 from fedhead.client.metrics import SiteMetrics
 from fedhead.client.release.guard import Guard
 from fedhead.client.release.ledger import Entry
-from fedhead.client.site_data import LocalSite
 from fedhead.protocol.actions import STATISTICS, TRAIN
 
 

@@ -13,11 +13,11 @@ from flwr.clientapp import ClientApp
 
 from fedhead.client.app import make_app
 from fedhead.client.connection import Connection
+from fedhead.client.local_site import WARM, LocalSite
 from fedhead.client.release.guard import Guard
 from fedhead.client.release.ledger import Ledger, read_ledger
 from fedhead.client.settings import SiteSettings
 from fedhead.client.site import SiteProcess
-from fedhead.client.site_data import WARM, LocalSite
 from fedhead.client.site_locks import only_process
 from fedhead.config import RunConfig
 from fedhead.data import load_samples

@@ -8,8 +8,8 @@ from flwr.clientapp import ClientApp
 
 from fedhead.client.app import make_app
 from fedhead.client.backbones import AcceptedBackbones
+from fedhead.client.local_site import LocalSite
 from fedhead.client.release.guard import Guard
-from fedhead.client.site_data import LocalSite
 from fedhead.config import RunConfig
 from fedhead.flower import in_process_identity
 from fedhead.protocol.actions import DESCRIBE, INSTALL

@@ -15,10 +15,10 @@ from fedhead.backbones.weights import export_weights
 from fedhead.client.agreement import Agreement
 from fedhead.client.backbones import AcceptedBackbones
 from fedhead.client.handlers import description_of
+from fedhead.client.local_site import LocalSite
 from fedhead.client.release.approval import Approvals
 from fedhead.client.release.payloads import Payloads
 from fedhead.client.settings import Kit
-from fedhead.client.site_data import LocalSite
 from fedhead.config import RunConfig
 from fedhead.data import load_samples
 from fedhead.errors import FedheadError, UserError

@@ -23,11 +23,11 @@ from hypothesis import strategies as st
 from fedhead.backbones import load_backbone
 from fedhead.client.app import make_app
 from fedhead.client.connection import Connection
+from fedhead.client.local_site import LocalSite
 from fedhead.client.release.guard import Guard
 from fedhead.client.release.ledger import Ledger, ledger_path, read_ledger
 from fedhead.client.settings import SiteSettings
 from fedhead.client.site import SiteProcess
-from fedhead.client.site_data import LocalSite
 from fedhead.config import RunConfig
 from fedhead.data import Samples, load_samples, samples_from_arrays, sources
 from fedhead.flower import in_process_identity

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,17 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Context, Message
-from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
 from fedhead.client.app import Handler, Mod, make_app
+from fedhead.client.local_site import LocalSite
 from fedhead.client.release.guard import Guard
-from fedhead.client.site_data import LocalSite
 from fedhead.config import RunConfig
 from fedhead.data import Samples, load_samples, samples_from_arrays, sources
 from fedhead.errors import FedheadError
 from fedhead.flower import in_process_identity
-from fedhead.flower.grids import Run
 from fedhead.protocol.actions import DESCRIBE, EVALUATE, STATISTICS, TRAIN
 from fedhead.protocol.messages import Payload
 from fedhead.server.app import coordinate
@@ -75,8 +73,10 @@ def lie(action: str, change: Callable[[Arrays], None]) -> Mod:
     return mod
 
 
-class Elsewhere(Grid):
+class Elsewhere(InProcessGrid):
     """Real sites' apps behind a Grid that is not known to be in this process; one of them lies."""
+
+    in_process = False
 
     def __init__(
         self, liar: Callable[[Message, Context, Handler], Message] | None, names: Iterable[str] = SITES
@@ -89,29 +89,10 @@ class Elsewhere(Grid):
             name: make_app(partial(_same, site), [liar] if liar and name == LIAR else [])
             for name, site in sites.items()
         }
-        self._grid = InProcessGrid(list(sites.values()), apps)
+        super().__init__(list(sites.values()), apps)
 
-    def set_run(self, run: Run) -> None:
-        raise NotImplementedError
-
-    @property
-    def run(self) -> Run:
-        raise NotImplementedError
-
-    def create_message(self, *arguments: Any, **options: Any) -> Message:
-        return self._grid.create_message(*arguments, **options)
-
-    def get_node_ids(self) -> Iterable[int]:
-        return self._grid.get_node_ids()
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        return self._grid.push_messages(messages)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return self._grid.pull_messages(message_ids)
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        raise NotImplementedError
+    def together(self, node_ids: Sequence[int]) -> tuple[int | None, list[int]]:
+        return None, list(node_ids)
 
 
 def _same(site: LocalSite, context: Context) -> LocalSite:

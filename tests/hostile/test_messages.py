@@ -11,9 +11,9 @@ from pydantic import ValidationError
 from fedhead.backbones.weights import weights_path
 from fedhead.client.backbones import AcceptedBackbones
 from fedhead.client.connection import Connection
+from fedhead.client.local_site import LocalSite
 from fedhead.client.settings import SiteSettings
 from fedhead.client.site import SiteProcess
-from fedhead.client.site_data import LocalSite
 from fedhead.config import RunConfig
 from fedhead.data import load_samples
 from fedhead.errors import UserError

@@ -16,9 +16,9 @@ from flwr.app import Message
 
 from fedhead.backbones.weights import weights_path
 from fedhead.client.connection import Connection
+from fedhead.client.local_site import LocalSite
 from fedhead.client.settings import SiteSettings
 from fedhead.client.site import SiteProcess, StopSite
-from fedhead.client.site_data import LocalSite
 from fedhead.config import RunConfig
 from fedhead.data import load_samples
 from fedhead.flower import in_process_identity

@@ -13,15 +13,14 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Context, Error, Message, RecordDict
-from flwr.supercore.run import Run
 
 import fedhead.server.coordinator
 import fedhead.server.latecomers
 from fedhead.backbones import Backbone, load_backbone
 from fedhead.client.app import make_app
 from fedhead.client.backbones import AcceptedBackbones
+from fedhead.client.local_site import LocalSite
 from fedhead.client.release.guard import Guard
-from fedhead.client.site_data import LocalSite
 from fedhead.config import RunConfig
 from fedhead.data import Samples, load_samples, samples_from_arrays, sources
 from fedhead.errors import FedheadError
@@ -30,7 +29,6 @@ from fedhead.model import TransferModel
 from fedhead.protocol.actions import DESCRIBE, INSTALL, STANDARDISE, STATISTICS, TRAIN
 from fedhead.protocol.messages import PROTOCOL, Description, MessageError, Payload, WeightsChunk
 from fedhead.server.app import coordinate
-from fedhead.server.grid import SiteGrid
 from fedhead.server.messenger import UNREACHABLE
 from fedhead.server.observer import EachRound, Observer, SiteState
 from fedhead.server.runs.history import Outcome, Round
@@ -51,7 +49,7 @@ def in_process(one_thread: None) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(fedhead.server.coordinator, "RETURN_SECONDS", 0.3)
+    monkeypatch.setattr(fedhead.server.attendance, "RETURN_SECONDS", 0.3)
 
 
 @sources.register("every-third-digit")
@@ -71,7 +69,7 @@ def _third(name: str, row: int) -> LocalSite:
     return LocalSite(name, f"every-third-digit:{row}", "cpu", guard=Guard.off(), backbones=ACCEPTED)
 
 
-class Network(SiteGrid):
+class Network(InProcessGrid):
     """Three sites, each a real app of its own, which come and go as a test says.
 
     Attributes:
@@ -80,13 +78,15 @@ class Network(SiteGrid):
         sent: what was asked of whom.
     """
 
+    in_process = False
+
     def __init__(
         self, names: Sequence[str] = ("a", "b", "c"), make: Callable[[str, int], LocalSite] | None = None
     ) -> None:
         made = make or _third
         self.sites = {name: made(name, row) for row, name in enumerate(names)}
         apps = {name: make_app(partial(self._site, name)) for name in names}
-        self.grid = InProcessGrid(list(self.sites.values()), apps)
+        super().__init__(list(self.sites.values()), apps)
         self.names = {node_id_of(name): name for name in names}
         self.connected = set(names)
         self.silent: set[str] = set()
@@ -98,15 +98,8 @@ class Network(SiteGrid):
     def _site(self, name: str, context: Context) -> LocalSite:
         return self.sites[name]
 
-    def set_run(self, run: Run) -> None:
-        raise NotImplementedError
-
-    @property
-    def run(self) -> Run:
-        raise NotImplementedError
-
-    def create_message(self, *arguments: Any, **options: Any) -> Message:
-        return self.grid.create_message(*arguments, **options)
+    def together(self, node_ids: Sequence[int]) -> tuple[int | None, list[int]]:
+        return None, list(node_ids)
 
     def get_node_ids(self) -> Iterable[int]:
         return [node_id_of(name) for name in sorted(self.connected)]
@@ -125,7 +118,7 @@ class Network(SiteGrid):
             changed = self.change(name, message)
             if changed is not None:
                 message.content = changed
-        ids = list(self.grid.push_messages(given))
+        ids = list(super().push_messages(given))
         self._waiting |= zip(ids, given, strict=True)
         return ids
 
@@ -140,10 +133,7 @@ class Network(SiteGrid):
                 yield Message(Error(UNREACHABLE, "it is not connected, last heard of 3 s ago"), reply_to=message)
             elif name not in self.silent:
                 del self._waiting[message_id]
-                yield from self.grid.pull_messages([message_id])
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        raise NotImplementedError
+                yield from super().pull_messages([message_id])
 
     def asked(self, action: str) -> list[str]:
         return [name for name, each in self.sent if each == action]
@@ -259,7 +249,7 @@ def test_a_site_returns_after_it_was_lost_and_forgot_the_run() -> None:
 
     def back() -> None:
         network.connected.add("b")
-        network.grid._contexts[node_id_of("b")].state = RecordDict()
+        network._contexts[node_id_of("b")].state = RecordDict()
 
     run(network, observers=[Script({1: lambda: network.connected.discard("b"), 2: back})], rounds=8)
     sites = [line["sites"] for line in lines()]
@@ -272,7 +262,7 @@ def test_a_site_that_forgot_the_run_without_being_lost_is_told_again() -> None:
     network = Network()
 
     def forget() -> None:
-        network.grid._contexts[node_id_of("b")].state = RecordDict()
+        network._contexts[node_id_of("b")].state = RecordDict()
 
     run(network, observers=[Script({1: forget})], rounds=8)
     assert any("no manifest" in line["dropped"].get("b", "") for line in lines())
@@ -382,7 +372,7 @@ def test_a_coordinator_killed_in_a_round_goes_on_with_the_same_sites(number: int
 
 
 def test_a_resumed_run_waits_for_the_sites_that_it_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fedhead.server.coordinator, "RETURN_SECONDS", 30.0)
+    monkeypatch.setattr(fedhead.server.attendance, "RETURN_SECONDS", 30.0)
 
     def kill() -> None:
         raise Killed

@@ -11,11 +11,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message, RecordDict
 
 from fedhead.client.backbones import AcceptedBackbones
+from fedhead.client.local_site import LocalSite
 from fedhead.client.release.guard import Guard
 from fedhead.client.release.ledger import Ledger
 from fedhead.client.release.masking import SecureSum
 from fedhead.client.release.secure_sessions import SecureSessions
-from fedhead.client.site_data import LocalSite
 from fedhead.config import RunConfig
 from fedhead.data import Samples, load_samples, samples_from_arrays, sources
 from fedhead.errors import FedheadError, UserError

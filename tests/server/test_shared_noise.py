@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedhead.client.agreement import Agreement
+from fedhead.client.local_site import LocalSite
 from fedhead.client.private_sums import private_sums
 from fedhead.client.release.accounts import Accounts, read_charges
 from fedhead.client.release.noise import Noise
-from fedhead.client.site_data import LocalSite
 from fedhead.config import RunConfig
 from fedhead.data import load_samples, samples_from_arrays
 from fedhead.errors import FedheadError, UserError

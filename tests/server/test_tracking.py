@@ -43,7 +43,7 @@ def test_a_tracker_that_fails_never_ends_a_run(tmp_path: Path, caplog: pytest.Lo
     result = simulate(RunConfig(rounds=2), sites=2, out=tmp_path / "run", observers=[Tracked("mine", broken)])
     assert [line.number for line in result.history] == [0, 1, 2]
     assert broken.told == [0]
-    assert caplog.text.count("The tracker mine failed and is told nothing more: the tracking server is gone") == 1
+    assert caplog.text.count("The tracker mine failed and receives nothing more: the tracking server is gone") == 1
 
 
 def test_a_function_of_ones_own_is_a_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

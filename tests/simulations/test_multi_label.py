@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 import fedhead.solvers.closed_form
 from fedhead.cli import app
 from fedhead.client.app import make_app
+from fedhead.client.local_site import LocalSite
 from fedhead.client.release.ledger import Ledger, read_ledger
-from fedhead.client.site_data import LocalSite
 from fedhead.config import RunConfig
 from fedhead.data import Samples, load_samples, samples_from_arrays
 from fedhead.errors import FedheadError, UserError

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from fedhead.cli.application import app
 from fedhead.client.app import make_app
-from fedhead.client.site_data import LocalSite
+from fedhead.client.local_site import LocalSite
 from fedhead.config import RunConfig
 from fedhead.errors import UserError
 from fedhead.flower import in_process_identity

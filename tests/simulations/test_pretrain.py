@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 pytest.importorskip("matplotlib")
 
 from fedhead.backbones.glyphnet import GlyphNet
-from fedhead.simulations import pretrain
-from fedhead.simulations.pretrain import ALPHABET, FACES, LOOK_ALIKES, GlyphBank, draw, few_shot, letter_of, thin, train
+from fedhead.simulations import glyphs, pretrain
+from fedhead.simulations.glyphs import ALPHABET, FACES, LOOK_ALIKES, GlyphBank, draw, letter_of, thin
+from fedhead.simulations.pretrain import few_shot, train
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +43,9 @@ def test_styles_of_a_letter_are_the_letter() -> None:
 
 
 def test_a_bank_holds_every_letter_of_its_faces(bank: GlyphBank) -> None:
-    latin = {letter for letter in pretrain.LATIN if letter in ALPHABET}
+    latin = {letter for letter in glyphs.LATIN if letter in ALPHABET}
     assert {letter for alike in bank.classes for letter in alike} == latin
-    assert len(bank.labels) == len(latin) + len(latin & set(pretrain.LATIN_CAPITALS))
+    assert len(bank.labels) == len(latin) + len(latin & set(glyphs.LATIN_CAPITALS))
     assert set(bank.labels.tolist()) == set(range(len(bank.classes)))
     assert (bank.pen.flatten(1).amin(1) == 0).all()
     assert (bank.outline.flatten(1).amin(1) < 0).all()
@@ -54,7 +55,7 @@ def test_letters_of_one_shape_are_one_class() -> None:
     bar = torch.zeros(8, 8, dtype=torch.bool)
     bar[:, 3:5] = True
     masks = {"A": bar, "B": bar.T, "C": bar.clone()}
-    assert pretrain._merge_alike(["A", "B", "C", "D"], masks) == ["AC", "B", "D"]
+    assert glyphs._merge_alike(["A", "B", "C", "D"], masks) == ["AC", "B", "D"]
 
 
 def test_classes_are_sampled_alike(bank: GlyphBank) -> None:
@@ -93,10 +94,10 @@ def test_a_thinned_bar_is_a_line() -> None:
 def test_distance_is_euclidean_up_to_its_reach() -> None:
     mask = torch.zeros(1, 64, 64, dtype=torch.bool)
     mask[0, 30, 30] = True
-    found = pretrain._distance(mask)[0]
+    found = glyphs._distance(mask)[0]
     assert found[30, 30] == 0
     assert found[33, 34] == 5
-    assert found[30, 63] == pretrain.REACH
+    assert found[30, 63] == glyphs.REACH
 
 
 def test_a_short_training_beats_pixels_and_folds(bank: GlyphBank) -> None:

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 
 from fedhead.cli import app
 from fedhead.client.app import make_app
+from fedhead.client.local_site import LocalSite
 from fedhead.client.release.ledger import ledger_path, read_ledger
-from fedhead.client.site_data import LocalSite
 from fedhead.config import RunConfig
 from fedhead.data import Samples, load_samples
 from fedhead.errors import UserError
