@@ -53,10 +53,11 @@ class Isolation:
     def fault(self) -> str:
         """Return why sums of these features would show single rows; empty if they would not."""
         if self.columns > MOST_COLUMNS:
-            return f"{FEW} rows or fewer carry {self.columns:.0%} of the features (bar: {MOST_COLUMNS:.0%})"
+            carried, bar = (f"{100 * share:.0f} %" for share in (self.columns, MOST_COLUMNS))
+            return f"{FEW} rows or fewer carry {carried} of the features (bar: {bar})"
         most = MOST_ROWS[0] / max(self.num_rows, 1) + MOST_ROWS[1]
         if self.rows > most:
-            return f"{self.rows:.0%} of the rows carry a feature alone (bar: {most:.0%})"
+            return f"{100 * self.rows:.0f} % of the rows carry a feature alone (bar: {100 * most:.0f} %)"
         if self.num_rows >= ROWS_TO_SPREAD and self.spread > MOST_SPREAD:
             return f"rows are as unlike each other as random codes ({self.spread:.2f}; bar: {MOST_SPREAD})"
         return ""

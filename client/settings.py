@@ -272,6 +272,11 @@ class Kit:
         self.root_certificates = _read(path / "ca.pem")
         if b"BEGIN CERTIFICATE" not in self.root_certificates:
             raise UserError(f"{path / 'ca.pem'} is not a PEM certificate. Copy the kit again.")
+        if (path / "key.pub").exists() and not any((path / name).exists() for name in ("key.pem", "sealing.key")):
+            raise UserError(
+                f"{path} has no key.pem, because the site made its key itself. Put the files of this kit into the "
+                "folder that fedhead site init made, and use that folder."
+            )
         self.key = load_key(path / "key.pem")
 
     def secure_keys(self) -> SecureKeys | None:

@@ -2,6 +2,7 @@
 
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -67,8 +68,7 @@ def _parsed(path: Path) -> tuple[str, bytes, bytes | None]:
     try:
         if len(content) > MAX_REQUEST_BYTES:
             raise ValueError(f"it is longer than {MAX_REQUEST_BYTES} bytes")
-        request = x509.load_pem_x509_csr(content)
-        key = request.public_key()
+        request, key = _loaded(content)
         if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
             raise ValueError("its key is not on the curve P-256")
         if not request.is_signature_valid:
@@ -79,9 +79,23 @@ def _parsed(path: Path) -> tuple[str, bytes, bytes | None]:
             raise ValueError("its common name is no site's name: up to 64 of a-z, 0-9, - and _")
         sealing = _sealing_key(request)
     except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
-        reason = one_line(str(error))[:200] or "it cannot be parsed"
-        raise UserError(f"{path} is no request by fedhead site init: {reason}. Ask the site for a new one.") from None
+        raise UserError(
+            f"{path} is no request by fedhead site init: {one_line(str(error), 200)}. Ask the site for a new one."
+        ) from None
     return name, key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo), sealing
+
+
+def _loaded(content: bytes) -> tuple[x509.CertificateSigningRequest, Any]:
+    """Return a request and its key.
+
+    Raises:
+        ValueError: if it is malformed; what the parser says is for programmers.
+    """
+    try:
+        request = x509.load_pem_x509_csr(content)
+        return request, request.public_key()
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion):
+        raise ValueError("it cannot be parsed") from None
 
 
 def _sealing_key(request: x509.CertificateSigningRequest) -> bytes | None:

@@ -27,6 +27,8 @@ from fedhead.tasks import Task
 
 logger = logging.getLogger(__name__)
 
+HARMFUL = "its sums make the head worse"
+"""Beginning of the reason why a site is left out."""
 LEAST_OTHERS = 3
 """Sites that must compare the heads; fewer cannot outvote a liar."""
 LEAST_GAIN = 0.01
@@ -179,7 +181,7 @@ class RobustPooling:
             return None
         one = gains[worst]
         return worst, (
-            f"its sums make the head worse: without them, the other sites predict {100 * one.share:.1f} % more of "
+            f"{HARMFUL}: without them, the other sites predict {100 * one.share:.1f} % more of "
             f"their held-out rows correctly (standard error {100 * one.error:.1f} %, {one.sites} sites)"
         )
 

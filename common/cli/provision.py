@@ -112,7 +112,9 @@ def provision(
         raise UserError(
             "Nothing to do: --coordinator HOST:PORT --site NAME, --add-site, --sign, --revoke, --renew or --show."
         )
-    _change(out, backbones, add_site or [], sign or [], revoke or [], also or [], days, renew=renew)
+    _change(
+        out, backbones, add_site or [], sign or [], revoke or [], also or [], days, renew=renew, new=bool(coordinator)
+    )
     _warn(kits.CoordinatorKit.read(out / "coordinator"))
 
 
@@ -126,6 +128,7 @@ def _change(
     days: int,
     *,
     renew: bool,
+    new: bool,
 ) -> None:
     """Change the kits in a folder as `fedhead provision` was told to, and print what is to be copied."""
     from fedhead.certificates import fingerprint
@@ -154,7 +157,7 @@ def _change(
             highlight=False,
         )
     if add_site or sign or revoke:
-        _say_changed(out)
+        _say_changed(out, new)
 
 
 def _say_made(out: Path) -> None:
@@ -166,18 +169,21 @@ def _say_made(out: Path) -> None:
     )
 
 
-def _say_changed(out: Path) -> None:
+def _say_changed(out: Path, new: bool) -> None:
     output().print(
         f"Copy {out / 'coordinator' / 'sites.toml'} to the coordinator, if it is another machine; one that runs "
         "reads it within seconds.",
         highlight=False,
     )
-    if (out / "coordinator" / "roster.toml").is_file():
-        output().print(
-            f"The roster of secure sums has changed. Copy {out / 'coordinator' / 'roster.toml'} to the coordinator "
-            "and to every site, which must accept it: fedhead roster verify KIT --accept WORDS.",
-            highlight=False,
-        )
+    roster = out / "coordinator" / "roster.toml"
+    if roster.is_file():
+        said = "Every kit has the roster of secure sums. A site that made its own key must accept it"
+        if not new:
+            said = (
+                f"The roster of secure sums has changed. Copy {roster} to the coordinator and to every site, which "
+                "must accept it"
+            )
+        output().print(f"{said}: fedhead roster verify KIT --accept WORDS.", highlight=False)
 
 
 def _warn(kit: "CoordinatorKit") -> None:

@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from fedhead.cli import options
-from fedhead.cli.application import app, in_sentences, output
+from fedhead.cli.application import app, errors, in_sentences, output
 from fedhead.errors import FedheadError, UserError
 
 if TYPE_CHECKING:
@@ -34,7 +34,9 @@ def sign(
     debug: options.Debug = False,
 ) -> None:
     """Add sites to the roster, or remove some, and sign it with the authority's key."""
+    from fedhead.secure.session import MIN_SITES
     from fedhead.server.rosters import authority_key, requested_members, sign_roster
+    from fedhead.wording import counted
 
     if not requests and not remove:
         raise UserError("Nothing to sign: give the requests of sites to add, or --remove NAME.")
@@ -43,6 +45,12 @@ def sign(
         raise UserError(f"There is no authority's key {key}.")
     signed = sign_roster(out, authority_key(key, make=True), members, remove or [])
     _print(signed)
+    if len(signed.sites) < MIN_SITES:
+        errors.print(
+            f"[bold yellow]Warning:[/bold yellow] The roster has {counted(len(signed.sites), 'site')}, and a secure "
+            f"sum needs {MIN_SITES}: until more are added, no run can use it.",
+            highlight=False,
+        )
     output().print(
         f"Signed {out}. Compare each new site's key with the site by telephone: fedhead site init showed it. Send "
         f"{out} to the coordinator and to every site, which must accept it after comparing the fingerprint "

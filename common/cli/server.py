@@ -17,6 +17,7 @@ from rich.live import Live
 from fedhead.addresses import split_address
 from fedhead.cli import options
 from fedhead.cli.application import app, in_sentences, output, terminal_handler
+from fedhead.cli.extras import extras
 from fedhead.cli.observers import watching
 from fedhead.cli.settings import SettingsCommand, with_settings
 from fedhead.cli.status import LiveTables, run_tables
@@ -133,7 +134,8 @@ def server(
     if as_json:
         typer.echo(json.dumps(result.summary()))
     else:
-        output().print(f"Run folder  {result.run_dir}", highlight=False)
+        for title, text in (*extras(result), ("Run folder", str(result.run_dir))):
+            output().print(f"{title}  {text}", highlight=False, soft_wrap=True)
 
 
 def _link(keys: "CoordinatorKit | None", port: int | None) -> "SuperLink":

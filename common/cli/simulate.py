@@ -11,6 +11,7 @@ from rich.table import Table
 
 from fedhead.cli import options
 from fedhead.cli.application import app, in_sentences, output, progress_bars
+from fedhead.cli.extras import extras
 from fedhead.cli.figures import figure_table
 from fedhead.cli.observers import watching
 from fedhead.cli.settings import SettingsCommand, with_settings
@@ -125,6 +126,8 @@ def _print_result(result: "RunResult", console: Console) -> None:
         lines.add_row("Attack", "\n".join(attack_sentences(result.outcome.attack)))
     _add_cost(lines, result)
     _add_diagnosis(lines, result)
+    for question, answer in extras(result):
+        lines.add_row(question, answer)
     if (made := result.outcome.personal) is not None and made.pooled is not None:
         shares = {name: percent(right / made.pooled.rows) for name, right in made.pooled.right.items()}
         lines.add_row("Own heads", ", ".join(f"{name} {share}" for name, share in shares.items()))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fedhead.data.items import UnreadableSampleError
+from fedhead.data.labels import is_missing
 from fedhead.data.number_rows import may_number_rows
 from fedhead.data.numbers import is_numeric, split_names
 from fedhead.data.samples import Former
@@ -78,6 +79,12 @@ def content_column(table: Table, options: Mapping[str, str], spec: str) -> tuple
     ]
     if not found and wanted is None and _has_numbers(table, options):
         return "table", ""
+    if not found and (empty := _without_values(table, options)):
+        raise UserError(
+            f"The columns {quoted(empty)} of {table.path} have no value in the first {min(PEEKED, len(table))} rows, "
+            "and it has no column 'path', 'image', 'audio' or 'text'. For rows of numbers, name the columns as in "
+            f"?features={','.join(empty[:2])}, or put rows with values first."
+        )
     if not found:
         raise UserError(
             f"{table.path} has no column 'path', 'image', 'audio' or 'text'; it has {quoted(table.columns)}. Name "
@@ -97,17 +104,27 @@ def content_column(table: Table, options: Mapping[str, str], spec: str) -> tuple
 
 def _has_numbers(table: Table, options: Mapping[str, str]) -> bool:
     """Return whether a column without another purpose holds numbers, judged by its first values."""
+    return any(is_numeric(_first_values(table, column)) for column in _free_columns(table, options))
+
+
+def _without_values(table: Table, options: Mapping[str, str]) -> list[str]:
+    """Return the columns without another purpose that hold no value, judged by their first ones."""
+    free = _free_columns(table, options)
+    return [column for column in free if all(is_missing(value) for value in _first_values(table, column))]
+
+
+def _free_columns(table: Table, options: Mapping[str, str]) -> list[str]:
     taken = set(split_names(options.get("target", ""), table.columns))
     for purpose in ("label", "group", "site", "split"):
         taken.update(
             [options[purpose].partition(":")[0]] if purpose in options else find_named(table, COLUMNS[purpose])
         )
-    return any(
-        is_numeric([cell(row) for row in range(min(PEEKED, len(table)))])
-        for column in table.columns
-        if column not in taken and not may_number_rows(column)
-        for cell in (table.cells(column),)
-    )
+    return [column for column in table.columns if column not in taken and not may_number_rows(column)]
+
+
+def _first_values(table: Table, column: str) -> list[Any]:
+    cell = table.cells(column)
+    return [cell(row) for row in range(min(PEEKED, len(table)))]
 
 
 def _holds_names(table: Table, column: str) -> bool:

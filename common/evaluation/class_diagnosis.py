@@ -12,6 +12,7 @@ from fedhead.heads import LinearHead
 from fedhead.sums.comparison import ComparisonSums
 from fedhead.sums.features import FeatureStatistics
 from fedhead.sums.sums import Sums
+from fedhead.wording import counted
 
 
 class ClassDiagnostics(Diagnostics):
@@ -129,7 +130,7 @@ def _on_heads(finding: Finding, recommendation: Recommendation, comparison: Comp
         f"Of its {rows} held-out row{'s' * (rows > 1)} the shared head classifies {right['pooled']} correctly, its own "
         f"head {right['own']} and the other sites' head {right['others']}"
     )
-    most = f"{max(comparison.gain[1], 0.0):.0%}"
+    most = counted(round(100 * max(comparison.gain[1], 0.0)), "point")
     return tally + conclusion(
         recommendation,
         comparison,

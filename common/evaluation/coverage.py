@@ -42,7 +42,7 @@ class ClassCoverage:
         held = f"Class {self.name!r} has {self.rows} rows at {self.sites} site{'s' * (self.sites > 1)}"
         if not self.rests_on_one_site:
             return f"{held}."
-        part = "all of them" if self.sites == 1 else f"{self.share:.0%} of them"
+        part = "all of them" if self.sites == 1 else f"{100 * self.share:.0f} % of them"
         return f"{held}, {part} at {self.largest_site}: the class depends on that site."
 
     def to_dict(self) -> dict[str, Any]:

@@ -194,11 +194,11 @@ def _on_heads(recommendation: Recommendation, comparison: LossComparison | None,
     """Describe the heads' results on a site's held-out rows, and the conclusion."""
     if comparison is None:
         return f"It has fewer than {MIN_COMPARED} held-out rows for comparing heads."
-    shares = comparison.explained
-    most = f"{max(comparison.gain[1], 0.0):.0%}"
+    shares = {head: f"{100 * share:.0f} %" for head, share in comparison.explained.items()}
+    most = f"{100 * max(comparison.gain[1], 0.0):.0f} %"
     tally = (
-        f"On its {comparison.rows} held-out rows the shared head explains {shares['pooled']:.0%} of the variance of "
-        f"the {noun}, its own head {shares['own']:.0%} and the other sites' head {shares['others']:.0%}"
+        f"On its {comparison.rows} held-out rows the shared head explains {shares['pooled']} of the variance of "
+        f"the {noun}, its own head {shares['own']} and the other sites' head {shares['others']}"
     )
     return tally + conclusion(
         recommendation,

@@ -199,9 +199,8 @@ class Roster(BaseModel):
                 raise ValueError(f"it is longer than {MAX_ROSTER_BYTES} bytes")
             return cls(**tomllib.loads(content.decode()))
         except ValidationError as error:
-            raise UserError(
-                f"{where} is no roster: wrong are {wrong_fields(error) or 'its keys: one is repeated'}."
-            ) from None
+            wrong = wrong_fields(error) or "its keys, of which one is repeated"
+            raise UserError(f"{where} is no roster: missing or wrong are {wrong}.") from None
         except (ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{where} is no roster: {error}.") from None
 

@@ -45,4 +45,4 @@ def _line(name: str, one: Values) -> list[str]:
 
 
 def _interval(gain: tuple[float, float]) -> str:
-    return f"{100 * gain[0]:+.0f} to {100 * gain[1]:+.0f} %"
+    return f"{100 * gain[0]:+.0f} to {100 * gain[1]:+.0f} points"

@@ -133,7 +133,7 @@ class RunRecord(BaseModel):
             journal=read_journal(path) or JournalRecord(),
             rounds=tuple(read_rounds(path)),
             evaluation=_figures(path / "evaluation.json"),
-            worth=_figures(path / WORTH),
+            worth=_worth(path),
             result=RunSummary.read(path),
         )
 
@@ -278,6 +278,13 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise FedheadError(f"{path} cannot be read: {error}.") from None
+
+
+def _worth(folder: Path) -> dict[str, Any]:
+    try:
+        return _figures(folder / WORTH)
+    except FedheadError as error:
+        raise FedheadError(f"{error} Delete it, and make it again: fedhead worth {folder}") from None
 
 
 def _figures(path: Path) -> dict[str, Any]:

@@ -161,6 +161,8 @@ def test_a_site_with_its_own_key_accepts_the_first_roster_explicitly(
     out = tmp_path / "kit"
     provision(out, "coord.example.org:9092", ["a"])
     sign_requests(out, requests)
+    with pytest.raises(UserError, match=r"has no key\.pem, because the site made its key itself\. Put the files"):
+        Kit(out / "north")
     for name in ("site.toml", "ca.pem"):
         (tmp_path / "north" / name).write_bytes((out / "north" / name).read_bytes())
     roster.save(tmp_path / "north" / "roster.toml")
@@ -175,6 +177,22 @@ def test_a_site_with_its_own_key_accepts_the_first_roster_explicitly(
     without.save(tmp_path / "north" / "roster.toml")
     status, said = run("roster", "verify", "north")
     assert (status, "does not have the site north with the keys" in said) == (1, True), said
+
+
+def test_a_roster_too_small_for_a_secure_sum_is_warned_of(
+    tmp_path: Path, requests: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for given, warned in ((map(str, requests), len(requests) < 3), (("--remove", "north"), True)):
+        status, said = run("roster", "sign", *given)
+        assert (status, "a secure sum needs 3" in said) == (0, warned), said
+
+
+def test_wrong_rosters_name_what_is_missing(tmp_path: Path) -> None:
+    path = tmp_path / "roster.toml"
+    path.write_text("[sites]\n")
+    with pytest.raises(UserError, match="is no roster: missing or wrong are authority"):
+        Roster.read(path)
 
 
 def test_wrong_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,6 +114,8 @@ def test_malformed_requests_are_refused_in_a_sentence(content: bytes, tmp_path: 
     with pytest.raises(UserError, match="is no request by fedhead site init") as refused:
         read_request(written(tmp_path / "request.pem", content))
     assert str(refused.value).isprintable()
+    # What the parser says is for programmers.
+    assert "http" not in str(refused.value)
 
 
 def test_no_changed_request_is_accepted(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Differentially private runs, simulated and at a real site."""
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from rich.console import Console
 
+from fedhead.cli.simulate import _print_result
 from fedhead.client.agreement import agreement
 from fedhead.client.app import make_app
 from fedhead.client.handlers import ABOUT_ROWS
@@ -23,6 +26,7 @@ from fedhead.config import RunConfig
 from fedhead.data import held_out, load_samples
 from fedhead.errors import FedheadError, UserError
 from fedhead.flower import in_process_identity
+from fedhead.membership import join
 from fedhead.model import TransferModel
 from fedhead.privacy.accountant import compose, epsilon_for, mu_for
 from fedhead.privacy.noise import Lattice
@@ -31,6 +35,9 @@ from fedhead.protocol.mapping import MapRequest
 from fedhead.protocol.messages import Description, Payload
 from fedhead.protocol.private import PrivateRequest
 from fedhead.server.private_run import evaluation_of
+from fedhead.server.report.fit import fit
+from fedhead.server.runs.record import RunRecord
+from fedhead.server.runs.solve import SubProblem, solve
 from fedhead.simulations import RunResult, simulate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -91,8 +98,35 @@ def test_report_and_card_say_what_is_protected_and_what_is_not(run: RunResult) -
         for said in ("epsilon 8, delta 1e-05", "Not protected: the number and names", "Adding or removing one row"):
             assert said in text, (name, said)
         assert "Neither secure summation nor noise was on" not in text
+        assert "discriminant analysis on noisy sums" in text
+        assert "measured with noise" in text
+        for wrong in ("no site had held-out rows", "every class had rows at some site", "starting from zeros"):
+            assert wrong not in text, (name, wrong)
     kept = json.loads((run.run_dir / "evaluation.json").read_text())["privacy"]
     assert np.array(kept["evaluation"]["confusion"]).shape == (10, 10)
+
+
+def test_sites_of_a_private_run_show_no_number_of_rows(run: RunResult) -> None:
+    assert run.run_dir is not None
+    section = fit(RunRecord.read(run.run_dir))
+    ((_, table),) = section.tables
+    assert {row[2] for row in table.rows} == {"\N{EN DASH}"}
+    assert "Differential privacy hides each site's sums" in section.answer
+
+
+def test_a_private_run_cannot_be_solved_again(run: RunResult, tmp_path: Path) -> None:
+    assert run.run_dir is not None
+    for again in (lambda: solve(run.run_dir, tmp_path / "out", SubProblem()), lambda: join(run.run_dir, "s", "digits")):
+        with pytest.raises(UserError, match="is of a differentially private run"):
+            again()
+
+
+def test_the_terminal_says_accuracy_once(run: RunResult) -> None:
+    console = Console(record=True, width=300, file=io.StringIO())
+    _print_result(run, console)
+    (line,) = [line for line in console.export_text().splitlines() if line.startswith("Accuracy")]
+    assert line.count("ccuracy") == 1
+    assert "measured with noise" in line
 
 
 def test_nothing_exact_about_rows_is_in_the_run_folder(run: RunResult) -> None:

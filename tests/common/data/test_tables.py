@@ -114,6 +114,7 @@ def test_other_encodings_need_an_option(tmp_path: Path) -> None:
         (b'path,label\n"a.png,x\n', "begins on line 2: unexpected end of data"),
         (b"path,label,label\na.png,x,x\n", "two columns 'label'"),
         (b"file_id,label\n1,x\n", "no column 'path', 'image', 'audio' or 'text'; it has 'file_id', 'label'"),
+        (b"a,b,label\n,,x\n,,y\n", "columns 'a', 'b' of .* have no value in the first 2 rows"),
         (b"path,finding\na.png,x\n", r"no column 'label'; it has 'path', 'finding'.*\?label=finding"),
         (b"path,text,label\na.png,hi,x\n", "'path', 'text', any of which"),
         (b"path,labels,class\na.png,x,y\n", r"columns 'labels', 'class': choose one"),

@@ -402,7 +402,7 @@ OFFSETS = ([4.0, 0.0, 0.0, 0.0], [2.0, 2.0, 0.0, 0.0])
     [
         (MANY, joint_of(12, 1, 37), "join with a local head", "needs a head of its own"),
         (MANY, joint_of(1, 12, 37), "join", "benefits from the other sites"),
-        (MANY, joint_of(1, 1, 98), "join", "at most 4% better"),
+        (MANY, joint_of(1, 1, 98), "join", "at most 4 points better"),
         (MANY, joint_of(1, 1, 8), "not enough rows to tell", "might still be"),
         (MANY, joint_of(0, 0, 0), "not enough rows to tell", "no held-out rows"),
         (torch.tensor([100, 0]), joint_of(12, 1, 37), "not enough rows to tell", "might still be"),

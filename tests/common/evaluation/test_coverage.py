@@ -10,7 +10,7 @@ def test_classes_that_depend_on_one_site() -> None:
     cat, dog, emu, fox = coverage(counts, ("cat", "dog", "emu", "fox"))
     assert (cat.rows, cat.sites, cat.largest_site, cat.share) == (100, 2, "b", 0.91)
     assert cat.rests_on_one_site
-    assert cat.sentence == "Class 'cat' has 100 rows at 2 sites, 91% of them at b: the class depends on that site."
+    assert cat.sentence == "Class 'cat' has 100 rows at 2 sites, 91 % of them at b: the class depends on that site."
     assert not dog.rests_on_one_site
     assert dog.sentence == "Class 'dog' has 12 rows at 2 sites."
     assert emu.sentence == "Class 'emu' has 5 rows at 1 site, all of them at a: the class depends on that site."

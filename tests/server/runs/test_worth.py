@@ -6,8 +6,9 @@ import pytest
 from typer.testing import CliRunner
 
 from fedhead.cli import app
+from fedhead.cli.extras import extras
 from fedhead.config import RunConfig
-from fedhead.errors import UserError
+from fedhead.errors import FedheadError, UserError
 from fedhead.membership import leave
 from fedhead.server.report import write_report
 from fedhead.simulations import simulate
@@ -54,6 +55,24 @@ def test_a_site_that_leaves_makes_the_values_outdated(finished: Path, tmp_path: 
     leave(run, "site-2")
     assert not (run / "worth.json").exists()
     assert "They were not computed" in write_report(run).read_text()
+
+
+def test_a_damaged_file_of_values_can_be_made_again(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (folder / "worth.json").write_text("{")
+    with pytest.raises(FedheadError, match=f"Delete it, and make it again: fedhead worth {folder}"):
+        write_report(folder)
+    (folder / "worth.json").unlink()
+    assert CliRunner().invoke(app, ["worth", str(folder)]).exit_code == 0
+    assert (folder / "worth.json").is_file()
+
+
+def test_the_terminal_says_where_values_are(tmp_path: Path) -> None:
+    result = simulate(CONFIG.changed({"rounds": 0}), out=tmp_path / "run")
+    assert extras(result) == [("Value of sites", f"in the report; to print it: fedhead worth {tmp_path / 'run'}")]
+    (tmp_path / "run" / "worth.json").unlink()
+    assert extras(result) == [("Value of sites", "not computed; see the log")]
 
 
 def test_totals_do_not_show_what_one_site_brought(tmp_path: Path) -> None:
