@@ -181,8 +181,8 @@ class RunConfig(_Table):
     classes_from: str = Field("", description="Data spec that supplies the class names.")
     task: str = Field(
         "classification",
-        description="Task: 'classification', 'multi-label', 'ordinal', 'regression', 'clusters' for rows without "
-        "labels, or one of your own.",
+        description="Task: 'classification', 'multi-label', 'ordinal', 'regression', 'survival', 'clusters' for rows "
+        "without labels, or one of your own.",
     )
     clusters: int = Field(
         0, ge=0, le=200, description="Number of clusters for task 'clusters'; 0 chooses from 2 to 20 on held-out rows."

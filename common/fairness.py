@@ -160,7 +160,7 @@ def count_groups(
         UserError: if the model is no classifier, or the data has no groups or too many.
         FedheadError: if all groups are withheld.
     """
-    if model.task.kind.real:
+    if model.task.family != "classification":
         raise UserError("Groups are compared for classifiers; this model predicts numbers.")
     require_kind(model.backbone.spec, model.backbone.kind, samples.kind)
     if samples.groups is None:

@@ -297,7 +297,7 @@ def _load(run: FinishedRun, data: str | Samples) -> Samples:
 
 
 def _check_names(names: tuple[str, ...], run: FinishedRun) -> None:
-    if tasks[run.config.task].kind.real:
+    if tasks[run.config.task].family != "classification":
         raise UserError(
             "This run predicts numbers and has no classes to add; a site with its targets joins: fedhead join."
         )

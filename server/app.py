@@ -21,7 +21,7 @@ from fedhead.server.runs.execute import RunParts, execute
 from fedhead.server.runs.log import RunLog
 from fedhead.server.runs.result import CompletedRun
 from fedhead.server.strategies import build_strategy
-from fedhead.tasks import tasks
+from fedhead.tasks import make_task, tasks
 from fedhead.tasks.clusters import EVERY_ROW
 
 
@@ -138,7 +138,8 @@ def with_classes(config: RunConfig) -> RunConfig:
     if not classes:
         named = "targets" if tasks[config.task].kind.real else "classes"
         raise UserError(f"A run over real sites needs {named} = [...] (or classes_from), since their data is not here.")
-    return config.changed({"classes": list(classes), "classes_from": ""})
+    columns = make_task(config.task, classes).columns
+    return config.changed({"classes": list(columns), "classes_from": ""})
 
 
 app = ServerApp()

@@ -15,6 +15,12 @@ def figure_table(report: Any, title: str = "") -> Table:
         report: an `EvaluationReport` or a `RegressionReport`.
         title: the subject of the figures.
     """
+    if hasattr(report, "concordance"):
+        table = _table(f"{title}Kaplan-Meier with 95 % intervals", "until", ("survival", "predicted"))
+        for edge, point, predicted in zip(report.edges, report.curve, report.predicted, strict=True):
+            shown = "" if point is None else f"{point[0]:.3f} ({point[1]:.3f} to {point[2]:.3f})"
+            table.add_row(f"{edge:g}", shown, "" if predicted is None else f"{predicted:.3f}")
+        return table
     targets = getattr(report, "targets", None)
     if targets is not None:
         columns = ("rows", "R2", "MAE", "RMSE", "bias")
@@ -31,6 +37,12 @@ def figure_table(report: Any, title: str = "") -> Table:
 
 def figure_lines(report: Any) -> list[tuple[str, str]]:
     """Return a report's figures over all classes or targets, by name."""
+    if hasattr(report, "concordance"):
+        ratio = "" if report.expected is None else f", {report.expected:.2f} times as many expected"
+        return [
+            ("Concordance", f"{number_interval(report.concordance, 3)} on {report.rows} rows"),
+            ("Events", f"{report.events}{ratio}"),
+        ]
     if hasattr(report, "targets"):
         return [("R2", f"{number_interval(report.r2, 3)} on {report.rows} rows")]
     lines = [

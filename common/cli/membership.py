@@ -145,7 +145,7 @@ def _print_change(change: "MembershipChange", console: Console) -> None:
     if change.accuracy is not None:
         after, before = (score_words(one, change.score_name) for one in (change.accuracy, change.accuracy_before))
         lines.add_row(
-            "R2" if change.score_name == "r2" else "Accuracy",
+            {"r2": "R2", "concordance": "Concordance"}.get(change.score_name, "Accuracy"),
             f"{after} on the {change.rows_held_out} held-out rows of {change.site}, solved without held-out rows"
             + (f", where the model before has {before}" if before else ""),
         )

@@ -94,6 +94,27 @@ def column_of_numbers(
     return numbers
 
 
+_WORDS = {"true": 1.0, "yes": 1.0, "y": 1.0, "t": 1.0, "false": 0.0, "no": 0.0, "n": 0.0, "f": 0.0}
+
+
+def happened(value: Any, column: str, place: str) -> float:
+    """Return 1 for an event and 0 for none, from 0 and 1, true and false, or yes and no.
+
+    Raises:
+        UserError: if a value is none of these.
+    """
+    try:
+        number = _WORDS.get(str(value).strip().casefold())
+        number = to_number(value) if number is None else number
+    except (ValueError, OverflowError):
+        number = None
+    if number not in (0, 1):
+        raise UserError(
+            f"{place} has {value!r} in the column {column!r}; expected 1 for an event and 0 for none (or yes and no)."
+        )
+    return float(number or 0)
+
+
 def _is_none(value: Any) -> bool:
     try:
         return to_number(value) is None

@@ -26,7 +26,7 @@ from fedhead.data.items import FloatArray, IntArray, Item, Kind, UnreadableSampl
 from fedhead.data.jsonl_file import open_jsonl
 from fedhead.data.labels import UNLABELLED, index_labels, index_names, is_missing, mark_names, name_of, names_of
 from fedhead.data.number_rows import NumberRows, find_features, without_codes
-from fedhead.data.numbers import column_of_numbers, split_names, warn_of_constants
+from fedhead.data.numbers import column_of_numbers, happened, split_names, warn_of_constants
 from fedhead.data.parquet_file import open_parquet
 from fedhead.data.samples import Former, LeftOut, Samples, choose_split, sources
 from fedhead.data.sounds import require_soundfile
@@ -37,7 +37,9 @@ from fedhead.data.walk import AUDIO_SUFFIXES, IMAGE_SUFFIXES
 from fedhead.errors import UserError
 from fedhead.wording import quoted
 
-OPTIONS = frozenset({*COLUMNS, "target", "labels", "features", "categories", "missing", "kind", "root", "separator"})
+OPTIONS = frozenset(
+    {*COLUMNS, "target", "labels", "time", "event", "features", "categories", "missing", "kind", "root", "separator"}
+)
 """Options of every source that reads a table."""
 
 
@@ -235,11 +237,13 @@ class _Annotations:
 
 
 def _annotations(table: Table, rows: IntArray, options: dict[str, str], spec: str) -> _Annotations:
-    """Read the targets named in the option, or else the labels, unless the data has none."""
+    """Read the targets or the times and events named in options, or else the labels, unless the data has none."""
     if without_labels(options, spec):
         if named := [name for name in ("label", "target") if name in options]:
             raise UserError(f"{spec} says labels=no and names a {named[0]}; expected one of them.")
         return _Annotations(tuple(find_named(table, COLUMNS["label"])), (UNLABELLED,), np.zeros(len(rows), np.int64))
+    if "time" in options or "event" in options:
+        return _times(table, rows, options, spec)
     if "target" not in options:
         column = column_for(table, "label", options, spec)
         values = _chosen(table, column, rows)
@@ -257,6 +261,35 @@ def _annotations(table: Table, rows: IntArray, options: dict[str, str], spec: st
     )
     warn_of_constants(targets, names, spec)
     return _Annotations(tuple(names), (), np.zeros(len(rows), dtype=np.int64), targets, tuple(names))
+
+
+def _times(table: Table, rows: IntArray, options: dict[str, str], spec: str) -> _Annotations:
+    """Read times and events as the targets `time` and `event`.
+
+    Raises:
+        UserError: if an option is missing or another one names labels, a time is missing, not finite or before 0, or an
+            event is neither yes nor no.
+    """
+    if not {"time", "event"} <= options.keys() or {"label", "target"} & options.keys():
+        raise UserError(f"{spec} needs time and event together, without label and target, as in ?time=days&event=died.")
+    names = [_columns_of_option(table, options, option) for option in ("time", "event")]
+    if any(len(one) != 1 for one in names) or names[0] == names[1]:
+        raise UserError(f"{spec} names {names[0]} as time and {names[1]} as event; expected a column for each.")
+    columns = [[values[row] for row in rows] for values in table.values([names[0][0], names[1][0]])]
+
+    def place(row: int) -> str:
+        return table.place(int(rows[row]))
+
+    times = column_of_numbers(columns[0], names[0][0], place)
+    if (before := np.flatnonzero(times < 0)).size:
+        row = int(before[0])
+        raise UserError(
+            f"{place(row)} has the time {times[row]:g}, which is before 0 ({before.size} of {len(times)} rows). Count "
+            "times from the start of each row's own observation."
+        )
+    events = np.array([happened(value, names[1][0], place(row)) for row, value in enumerate(columns[1])])
+    targets = np.stack([times, events], axis=1)
+    return _Annotations((names[0][0], names[1][0]), (), np.zeros(len(rows), np.int64), targets, ("time", "event"))
 
 
 def _number_rows(

@@ -176,7 +176,7 @@ class Head(nn.Module, ABC):
 class LinearHead(Head):
     """Outputs `x W^T + b`, weight `[C, d]`, bias `[C]`, initially zero."""
 
-    inits = ("lda", "lda-gcv", "ridge", "nearest-mean", "zeros", "random")
+    inits = ("lda", "lda-gcv", "ridge", "nearest-mean", "hazards", "zeros", "random")
     averages_in_coefficients = True
 
     def __init__(self, num_features: int, num_classes: int) -> None:

@@ -10,6 +10,7 @@ from fedhead.solvers.closed_form import (
     solve_prototypes,
 )
 from fedhead.solvers.cross_validated import cross_validation_error, solve_cross_validated_lda
+from fedhead.solvers.hazards import solve_hazards
 
 __all__ = [
     "ABSENT_MARGIN",
@@ -18,6 +19,7 @@ __all__ = [
     "positive_spectrum",
     "shrink_correlation",
     "solve_cross_validated_lda",
+    "solve_hazards",
     "solve_head",
     "solve_positive",
     "solve_prototypes",

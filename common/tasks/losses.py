@@ -1,5 +1,6 @@
-"""Losses of outputs against targets: (binary) cross entropy, squared error and the ranked probability score."""
+"""Losses of outputs against targets: (binary) cross entropy, squared error, ranked probability and hazards."""
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -101,3 +102,31 @@ class RankedProbability(Loss):
 
     def _above(self, outputs: Tensor) -> Tensor:
         return outputs.flip(-1).cumsum(-1).flip(-1)[..., 1:]
+
+
+class HazardLikelihood(Loss):
+    """The negative log-likelihood of hazards in `B` time bins, averaged over bins.
+
+    The first `B` of `2 B` outputs are logits of the hazards; the others have no effect. Targets are `[..., n, 2 B]` of
+    0 and 1: the bin of the event, then the bins at risk. The score is the loss of hazards of one half.
+    """
+
+    def values(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        logits, event, risk = self._parts(outputs, targets)
+        losses = functional.binary_cross_entropy_with_logits(logits, event, reduction="none") * risk
+        return losses.mean(-1)
+
+    def slopes(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits, event, risk = self._parts(outputs.mT, targets)
+        values = functional.binary_cross_entropy_with_logits(logits, event, reduction="none") * risk
+        slopes = (logits.sigmoid() - event) * risk / logits.shape[-1]
+        return values.mean(-1), torch.cat([slopes, torch.zeros_like(slopes)], -1).mT
+
+    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        bins = outputs.shape[-1] // 2
+        return targets[..., bins:].to(outputs).mean(-1) * math.log(2)
+
+    def _parts(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        bins = outputs.shape[-1] // 2
+        marks = targets.to(outputs)
+        return outputs[..., :bins], marks[..., :bins], marks[..., bins:]

@@ -37,6 +37,7 @@ tasks: Registry["type[Task]"] = Registry(
         "multi-label": "fedhead.tasks.multi_label",
         "ordinal": "fedhead.tasks.ordinal",
         "regression": "fedhead.tasks.regression",
+        "survival": "fedhead.tasks.survival",
     },
 )
 

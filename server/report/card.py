@@ -170,7 +170,7 @@ def _scalar(value: Any) -> str:
 
 
 def _title(record: RunRecord) -> str:
-    columns = counted(len(record.classes), *(("target",) if record.real else ("class", "classes")))
+    columns = record.outputs
     return f"{record.name}: {columns} on {record.config.get('backbone', '')}"
 
 
@@ -183,7 +183,7 @@ def _what(record: RunRecord) -> list[str]:
         f"{_does(record)}: a {config.get('head', '')} head on the frozen backbone {config.get('backbone', '')} (layer "
         f"{config.get('layer', '')}). The head was {made} {counted(record.num_sites, 'site')}; no "
         f"{_ITEM[_kind(record)]} left its site.",
-        f"{'Targets' if record.real else 'Classes'}: {listed(record.classes, _MOST_CLASSES)}.",
+        f"{_columns_word(record)}: {listed(record.classes, _MOST_CLASSES)}.",
     ]
     if change := record.result and record.result.membership:
         verb = "left" if change.get("action") == "leave" else "joined"
@@ -194,7 +194,15 @@ def _what(record: RunRecord) -> list[str]:
     return ["## What it is", *map(_plain, said)]
 
 
+def _columns_word(record: RunRecord) -> str:
+    if record.task.name == "survival":
+        return "Time bins"
+    return "Targets" if record.real else "Classes"
+
+
 def _does(record: RunRecord) -> str:
+    if record.task.name == "survival":
+        return f"A survival model with {record.outputs} on {ITEMS[_kind(record)]}"
     if record.real:
         return f"A regression of {counted(len(record.classes), 'target')} on {ITEMS[_kind(record)]}"
     answers = "one of" if record.one_class else "any number of"
@@ -209,6 +217,13 @@ def _use_and_limits(record: RunRecord) -> list[str]:
     said = [f"For {ITEMS[kind]} similar to those at the sites. The figures below describe these sites only."]
     if record.one_class:
         said.append(f"It knows no other class: it also assigns one of these to {article} {item} of any other kind.")
+    if record.task.name == "survival":
+        said += [
+            "Sites with few events have wide intervals; check them before relying on a figure.",
+            "It assumes that rows were lost to follow-up for reasons unrelated to their risk, and that one effect of "
+            "the features holds at all times; it predicts nothing beyond its last time.",
+        ]
+        return ["## Intended use and limits", _items(said)]
     if record.real:
         said += [
             "Sites with few rows have wide intervals; check them before relying on a figure.",
@@ -277,7 +292,7 @@ def _calibration(record: RunRecord) -> list[str]:
 
 
 def _unlearned(record: RunRecord) -> list[str]:
-    if record.real:
+    if record.real or record.task.name == "survival":
         return []
     names = record.evaluation.get("unlearned", ())
     if record.private:

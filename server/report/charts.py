@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from markupsafe import Markup
 
@@ -170,6 +171,23 @@ def curves(lines: Sequence[tuple[str, Sequence[tuple[float, float]]]], mean: Seq
         entries.append(("mean of the classes", "mean"))
     legend, height = _legend(entries, bottom + 58)
     return drawing(height, "Receiver operating characteristic of each class", *parts, legend)
+
+
+def steps(lines: Sequence[tuple[str, Sequence[tuple[float, float]]]], last: float) -> Markup:
+    """Draw falling step functions of time from 0 to `last`; each has the value 1 at 0 and then its points' values."""
+    left, bottom = 46.0, 268.0
+    across, up = Scale(0, last, left, WIDTH - 12), Scale(0, 1, bottom, 26)
+    parts = [
+        bottom_axis(across, 26, bottom, lambda value: f"{value:g}", "time"),
+        left_axis(up, left, WIDTH - 12, _whole_percent, "without an event"),
+    ]
+    for number, (name, points) in enumerate(lines):
+        path = [(across(points[0][0]), up(points[0][1]))]
+        for (_, before), (time, after) in pairwise(points):
+            path += [(across(time), up(before)), (across(time), up(after))]
+        parts.append(polyline(path, f"curve c{number}", name))
+    legend, height = _legend([(name, f"c{number}") for number, (name, _) in enumerate(lines)], bottom + 58)
+    return drawing(height, "Kaplan-Meier curves", *parts, legend)
 
 
 def reliability(

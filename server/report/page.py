@@ -90,8 +90,7 @@ def resource(name: str) -> str:
 
 
 def _heading(record: RunRecord) -> str:
-    columns = counted(len(record.classes), *(("target",) if record.real else ("class", "classes")))
-    return f"{columns}, {counted(record.num_sites, 'site')}, one backbone: {record.config.get('backbone', '')}"
+    return f"{record.outputs}, {counted(record.num_sites, 'site')}, one backbone: {record.config.get('backbone', '')}"
 
 
 def _subtitle(record: RunRecord) -> str:
@@ -119,7 +118,8 @@ def _tiles(record: RunRecord) -> list[tuple[str, str, str]]:
         tiles.append((f"{title}, test set", record.words(record.tested), "delivered model"))
     if record.pooled:
         score = record.pooled[record.task.score_name]
-        limits = (number_interval if record.real else interval)(score).partition("(")[2].rstrip(")")
+        worded = interval if record.task.score_name == "accuracy" else number_interval
+        limits = worded(score).partition("(")[2].rstrip(")")
         name = title if title == "All labels correct" else f"{title}, held out"
         tiles.append((name, record.words(score[0]), f"95 %: {limits}" if limits else ""))
     elif record.noisy:

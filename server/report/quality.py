@@ -7,6 +7,7 @@ from fedhead.server.report import charts
 from fedhead.server.report.layout import DASH, Figure, Section, Table
 from fedhead.server.report.privacy import noisy_accuracy
 from fedhead.server.report.regression import interval_sentences, number_interval, regression_quality
+from fedhead.server.report.survival import calibration_sentences, survival_quality
 from fedhead.server.runs.record import RunRecord, Values
 from fedhead.wording import counted, listed, percent
 
@@ -26,6 +27,8 @@ def quality(record: RunRecord) -> Section:
     """Return the section."""
     if record.real:
         return regression_quality(record, _KEY, QUESTION, _unknown)
+    if record.task.name == "survival":
+        return survival_quality(record, _KEY, QUESTION, _unknown)
     tested = record.tested
     on_test = f"On the pooled test set it is {percent(tested)}." if tested else ""
     if record.noisy:
@@ -113,6 +116,8 @@ def _sentences(record: RunRecord) -> list[str]:
 
 def calibration(record: RunRecord) -> list[str]:
     """Return sentences on the calibration of probabilities, or on the coverage of intervals."""
+    if record.task.name == "survival":
+        return calibration_sentences(record)
     if record.real:
         return interval_sentences(record)
     if record.private:

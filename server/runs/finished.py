@@ -115,7 +115,9 @@ class FinishedRun:
 
     def task(self, num_classes: int = 0) -> Task:
         """Return the run's task, perhaps with another number of classes."""
-        names = [str(number) for number in range(num_classes)] if num_classes else self.classes
+        names: Sequence[str] = [str(number) for number in range(1, num_classes + 1)] if num_classes else self.classes
+        if num_classes == len(self.config.classes):
+            names = self.config.classes
         return make_task(self.config.task, names)
 
     def manifest(self, classes: tuple[str, ...]) -> Manifest:

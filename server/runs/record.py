@@ -14,7 +14,7 @@ from fedhead.errors import FedheadError, UserError
 from fedhead.server.runs.history import Round
 from fedhead.server.runs.summary import RunSummary, damaged
 from fedhead.tasks import Task, tasks
-from fedhead.wording import score_words
+from fedhead.wording import counted, score_words
 
 JOURNAL = "journal.json"
 REPORT = "report.html"
@@ -163,6 +163,13 @@ class RunRecord(BaseModel):
     def real(self) -> bool:
         """Whether real targets are predicted."""
         return "targets" in self.pooled or self.task.kind.real
+
+    @property
+    def outputs(self) -> str:
+        """The number of classes, targets or time bins in words."""
+        if self.task.name == "survival":
+            return counted(len(self.classes) // 2, "time bin")
+        return counted(len(self.classes), *(("target",) if self.real else ("class", "classes")))
 
     @property
     def tested(self) -> float | None:

@@ -177,6 +177,12 @@ def tasks_page(folder: Path) -> None:
         lambda n: f"pictures/{files[n].relative_to(pictures)},{('a', 'b', 'a;b')[n % 3]}",
     )
     table(folder / "grades.csv", "age,grade", lambda n: f"{30 + n % 40},{n % 40 // 14}")
+    table(
+        folder / "follow-up.csv",
+        "age,days,died",
+        lambda n: f"{30 + n % 40},{400 - 7 * (n % 40)},{(n + n // 40) % 2}",
+        240,
+    )
     generator = np.random.default_rng(0)
     table(
         folder / "patients.csv",

@@ -1,0 +1,140 @@
+"""The section on a survival model's quality: concordance, Kaplan-Meier curves by site and pooled, and calibration."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from fedhead.server.report import charts
+from fedhead.server.report.layout import DASH, Figure, Section, Table
+from fedhead.server.report.regression import number_interval
+from fedhead.server.runs.record import RunRecord, Values
+from fedhead.wording import counted
+
+_MOST_SITES = 36
+
+
+def survival_quality(record: RunRecord, key: str, question: str, unknown: Callable[[RunRecord], str]) -> Section:
+    """Return the section on a survival model's quality."""
+    tested = record.tested
+    on_test = "" if tested is None else f"On the pooled test set concordance is {record.words(tested)}."
+    pooled = record.pooled
+    if not pooled:
+        return Section(key, question, on_test or unknown(record))
+    answer = (
+        f"Concordance is {number_interval(pooled['concordance'])} on {counted(pooled['rows'], 'held-out row')} with "
+        f"{counted(pooled['events'], 'event')} from {counted(record.num_evaluated, 'site')}."
+    )
+    return Section(
+        key=key,
+        question=question,
+        answer=answer,
+        sentences=[one for one in (on_test, *_sentences(record)) if one],
+        figures=[_curve(record), *_by_site(record), *_calibration(record)],
+    )
+
+
+def _sentences(record: RunRecord) -> list[str]:
+    said = [
+        "Ranges in brackets are 95 % intervals; they assume independent rows.",
+        "Concordance is the share of comparable pairs of rows in which the row with the earlier event has the higher "
+        "predicted risk; one half is chance. Times and risks are compared in bins.",
+    ]
+    said += calibration_sentences(record)
+    known = {name: one for name, one in record.sites.items() if one["concordance"][0] is not None}
+    if known:
+        name, worst = min(known.items(), key=lambda pair: (pair[1]["concordance"][0], -pair[1]["rows"]))
+        few = " With so few events this is uncertain." if worst["events"] < 30 else ""
+        figure = number_interval(worst["concordance"])
+        said.append(f"Worst site: {name}, {figure} with {counted(worst['events'], 'event')}.{few}")
+    return said
+
+
+def calibration_sentences(record: RunRecord) -> list[str]:
+    """Return a sentence that compares expected with observed events."""
+    ratio = record.pooled.get("expected_to_observed")
+    if ratio is None:
+        return []
+    return [f"The model expects {ratio:.2f} times as many events as were observed among the held-out rows."]
+
+
+def _curve(record: RunRecord) -> Figure:
+    pooled = record.pooled
+    table = Table(
+        ["until", "Kaplan-Meier", "predicted", *record.sites],
+        [
+            [
+                f"{edge:g}",
+                number_interval(pooled["survival"][place]),
+                _number(pooled["predicted_survival"][place]),
+                *(_number((one["survival"][place] or [None])[0]) for one in record.sites.values()),
+            ]
+            for place, edge in enumerate(pooled["edges"])
+        ],
+        note="A curve ends where fewer than 5 held-out rows are at risk.",
+    )
+    lines = [("all sites", pooled), *list(record.sites.items())[: charts.COLOURS - 1]]
+    curves = [(name, _points(one)) for name, one in lines]
+    caption = "Kaplan-Meier estimates on held-out rows: the share without an event until each time."
+    return Figure("Survival by site and pooled", charts.steps(curves, pooled["edges"][-1]), table, caption)
+
+
+def _points(report: Values) -> list[tuple[float, float]]:
+    found = zip(report["edges"], report["survival"], strict=True)
+    return [(0.0, 1.0), *((edge, point[0]) for edge, point in found if point is not None)]
+
+
+def _number(value: float | None) -> str:
+    return DASH if value is None else f"{value:.3f}"
+
+
+def _by_site(record: RunRecord) -> list[Figure]:
+    sites = sorted(record.sites.items(), key=lambda pair: (_value(pair[1]), pair[0]))
+    if not sites:
+        return []
+    table = Table(
+        ["site", "rows", "events", "concordance", "expected / observed"],
+        [
+            [
+                name,
+                str(one["rows"]),
+                str(one["events"]),
+                number_interval(one["concordance"]),
+                _number(one["expected_to_observed"]),
+            ]
+            for name, one in sites
+        ],
+    )
+    chart = _forest(sites[:_MOST_SITES], record.pooled["concordance"][0])
+    return [Figure("Concordance by site", chart, table, "Dots with 95 % intervals; the dashed line is the pooled one.")]
+
+
+def _value(report: Values) -> float:
+    value: float | None = report["concordance"][0]
+    return float("inf") if value is None else value
+
+
+def _forest(reports: Sequence[tuple[str, Values]], reference: float | None) -> Markup:
+    lines = [
+        charts.Interval(name, one["concordance"][0], one["concordance"][1], one["concordance"][2], one["rows"])
+        for name, one in reports
+        if one["concordance"][0] is not None
+    ]
+    return charts.forest(lines, "concordance on held-out rows", reference, wording=lambda value: f"{value:.2f}")
+
+
+def _calibration(record: RunRecord) -> list[Figure]:
+    groups: Any = record.evaluation.get("curves", {}).get("risk_groups", [])
+    if not groups:
+        return []
+    table = Table(
+        ["group of risk", "rows", "expected events", "observed events"],
+        [
+            [str(number), str(one["rows"]), f"{one['expected']:.1f}", str(one["observed"])]
+            for number, one in enumerate(groups, start=1)
+        ],
+        note="Held-out rows in groups of ascending predicted risk; groups of fewer than 5 rows are merged.",
+    )
+    points = [(one["expected"], float(one["observed"]), one["rows"]) for one in groups]
+    caption = "On the diagonal, as many events are observed as expected."
+    return [Figure("Observed against expected events", charts.calibration(points), table, caption)]
