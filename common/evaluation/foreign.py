@@ -1,6 +1,7 @@
 """Foreign inputs: how far a row is from everything that a model was solved on, by Mahalanobis distances from sums."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from fedhead.files import write_atomically
 from fedhead.heads.feature_map import BASES, Basis, unit_rows
 from fedhead.solvers.closed_form import ShrunkCorrelation, shrink_correlation
 from fedhead.sums.features import FeatureStatistics
-from fedhead.sums.foreign import DistanceSums
+from fedhead.sums.foreign import DISTANCES, DistanceSums
 from fedhead.sums.sums import Arrays, check_form
 
 MOST_FEATURES = 2048
@@ -178,6 +179,11 @@ class Foreign:
     def thresholds(self) -> tuple[float, ...]:
         """The limits of `DISTANCES`; a row beyond one of them is foreign."""
         return self.known.thresholds(self.share)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the limits, their share and the rows behind them as JSON types; None for a limit beyond all rows."""
+        limits = [None if math.isinf(one) else one for one in self.thresholds]
+        return {"rows": self.known.rows, "share": self.share, "limits": dict(zip(DISTANCES, limits, strict=True))}
 
     def excess(self, features: Tensor) -> Tensor:
         """Return `[n]`, the larger ratio of a distance to its limit; a row of features `[n, d]` is foreign above 1."""

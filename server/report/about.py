@@ -6,7 +6,7 @@ from typing import Any
 from fedhead.server.report.layout import Section, Table
 from fedhead.server.report.privacy import solver_of
 from fedhead.server.runs.record import RunRecord
-from fedhead.wording import by_reason, counted, listed, size
+from fedhead.wording import by_reason, counted, listed, percent, size
 
 _MOST_NAMES = 40
 
@@ -25,6 +25,7 @@ def about(record: RunRecord) -> Section:
         ("Preprocessing", ", ".join(f"{key} {value}" for key, value in backbone.preprocessing.items())),
         ("Map of features", _map(config)),
         *((str(one["question"]), f"{one['taken']}. {one['reason']}") for one in record.evaluation.get("choices", ())),
+        ("Foreign inputs", _foreign(record.evaluation.get("foreign") or {})),
         ("Head", f"{config.get('head', '')}, {_start(record)}"),
         ("Strategy", f"{config.get('strategy', {}).get('name', '')}, {counted(int(config.get('rounds', 0)), 'round')}"),
         ("Seed", str(config.get("seed", ""))),
@@ -72,6 +73,17 @@ def _map(config: Mapping[str, Any]) -> str:
     return (
         f"rows of unit length ({basis}), lifted by {lift}. Sums of more features protect single rows less: sites ask "
         "for more rows in proportion, and secure summation is recommended"
+    )
+
+
+def _foreign(test: Mapping[str, Any]) -> str:
+    """Describe the test for foreign inputs; empty if there is none."""
+    if not test:
+        return ""
+    return (
+        f"recognised by their distances from the sites' rows; at most {percent(test['share'])} of rows like the "
+        f"{counted(test['rows'], 'held-out row')} exceed a limit. This took two more exchanges: sums of rows of unit "
+        "length, and counts of held-out rows by distance"
     )
 
 

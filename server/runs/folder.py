@@ -145,6 +145,7 @@ class RunFolder(Observer):
             **({"personal": outcome.personal.to_dict()} if outcome.personal else {}),
             **({"baseline": dict(baseline)} if baseline else {}),
             **({"privacy": dict(outcome.privacy)} if outcome.privacy else {}),
+            **({"foreign": outcome.foreign.to_dict()} if outcome.foreign else {}),
             **({"clusters": dict(outcome.clusters)} if outcome.clusters else {}),
             **({"attack": dict(outcome.attack)} if outcome.attack else {}),
         }

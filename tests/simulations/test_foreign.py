@@ -17,6 +17,8 @@ from fedhead.drift import DriftCounts, compare_drift, count_drift
 from fedhead.errors import FedheadError, UserError
 from fedhead.membership import leave
 from fedhead.model import TransferModel
+from fedhead.server.report.page import render
+from fedhead.server.runs.record import RunRecord
 from fedhead.simulations import simulate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -70,6 +72,15 @@ def test_without_the_setting_nothing_changes(tmp_path: Path, pictures: Path) -> 
     refused = CliRunner().invoke(app, ["monitor", str(tmp_path / "run"), "--data", "digits"])
     assert refused.exit_code == 2
     assert "has no test for foreign inputs" in " ".join(refused.output.split())
+
+
+def test_the_report_names_the_test_and_its_exchanges(finished: Path) -> None:
+    found = json.loads((finished / "evaluation.json").read_text())["foreign"]
+    assert found["rows"] > 100
+    assert found["limits"].keys() == {"class", "background"}
+    text = render(RunRecord.read(finished))
+    assert "Foreign inputs" in text
+    assert "two more exchanges" in text
 
 
 def test_any_split_gives_the_same_test(finished: Path, tmp_path: Path) -> None:
