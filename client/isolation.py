@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedhead.data import IntArray
+from fedhead.data import BoolArray, IntArray
 
 FEW = 4
 """Rows that are few: one less than the guard's usual limit for a class."""
@@ -91,6 +91,25 @@ def isolation(features: Callable[[Tensor], Tensor], width: int, rows: IntArray) 
         rows=len(alone) / max(len(rows), 1),
         spread=_spread(sampled) if 4 * width >= len(sample) > 1 else 0.0,
     )
+
+
+def commonly_marked(marks: BoolArray, least: int) -> BoolArray:
+    """Return which rows `[n]` are left once none has, or lacks, a mark as one of fewer than `least`.
+
+    The Gram matrix has the sum of all features over the rows with a mark, and by subtraction over those without.
+
+    Args:
+        marks: `[n, m]`, the marks that each row has.
+        least: a number of rows.
+    """
+    kept = np.ones(len(marks), np.bool_)
+    while True:
+        have = marks[kept].sum(axis=0)
+        lack = kept.sum() - have
+        rare = (marks & (have < least)) | (~marks & (lack < least) & (have > 0))
+        if not (lost := kept & rare.any(axis=1)).any():
+            return kept
+        kept &= ~lost
 
 
 def _spread(features: Tensor) -> float:

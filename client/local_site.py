@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from fedhead.backbones import Backbone
+from fedhead.backbones.identity import marks_of
 from fedhead.backbones.weights import PartialWeights, weights_path
 from fedhead.client.backbones import AcceptedBackbones, Agree, check_backbone, nobody_agrees, require_same
-from fedhead.client.isolation import Isolation, isolation
+from fedhead.client.isolation import Isolation, commonly_marked, isolation
 from fedhead.client.release.accounts import Accounts, accounts_path
 from fedhead.client.release.atoms import Atoms, Population
 from fedhead.client.release.guard import Guard, count_rows
@@ -27,7 +28,7 @@ from fedhead.client.release.training_limits import TrainingLimits
 from fedhead.client.settings import Kit, SecureKeys, SiteSettings
 from fedhead.client.site_data import Holding, hold, refuse_if_withheld
 from fedhead.client.training import LabelledFeatures
-from fedhead.data import held_out, load_samples, require_kind
+from fedhead.data import IntArray, held_out, load_samples, require_kind
 from fedhead.devices import Precision, pick_device
 from fedhead.errors import FedheadError, UserError
 from fedhead.features.store import FeatureStore
@@ -37,6 +38,7 @@ from fedhead.protocol.messages import Manifest, WeightsChunk
 from fedhead.protocol.steps import Masking, Step
 from fedhead.sums.calibration import Calibration
 from fedhead.tasks import Targets, Task, make_task
+from fedhead.wording import quoted
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +202,7 @@ class LocalSite:
         data = LabelledFeatures(
             store.features.to(self.device), torch.from_numpy(labels).to(self.device), loss=task.loss
         )
-        rows = store.readable()
+        rows = self._commonly_marked(store, manifest.backbone)
         population = Population.of(self.samples, rows, store.keys, store.contents)
         admitted = self.atoms.admit(population, labels[rows], task, self.guard, self.holdout)
         chosen = rows[admitted.rows]
@@ -234,6 +236,24 @@ class LocalSite:
                 count_rows(labels[waiting], task),
             )
         return holding
+
+    def _commonly_marked(self, store: FeatureStore, spec: str) -> IntArray:
+        """Return the readable rows but those that have, or lack, a level or a missing number as one of few."""
+        rows, marks = store.readable(), marks_of(spec)
+        if not marks:
+            return rows
+        marked = store.features[torch.from_numpy(rows)][:, list(marks)].cpu().numpy() != 0
+        kept = commonly_marked(marked, self.guard.min_class_count)
+        if not kept.all():
+            have = np.minimum(marked.sum(axis=0), (~marked).sum(axis=0))
+            rare = np.flatnonzero((have > 0) & (have < self.guard.min_class_count))
+            logger.warning(
+                "The guard withholds %d rows, since fewer than %d of all rows have or lack one of the features %s.",
+                len(rows) - kept.sum(),
+                self.guard.min_class_count,
+                quoted([list(marks.values())[place] for place in rare.tolist()], 10),
+            )
+        return rows[kept]
 
     def _hold_all(self, manifest: Manifest, store: FeatureStore) -> Holding:
         """Hold all readable rows for a private run: a rule that removes rows would reveal single ones."""

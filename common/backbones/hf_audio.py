@@ -36,8 +36,8 @@ EXTRACTORS: dict[Form, str] = {
 }
 
 LEAST_SECONDS = 2
-"""Duration to which Whisper's inputs are padded at least: with one second, spoken digits of new speakers are recognised
-less well (89.6 % instead of 95 % for one of six speakers)."""
+"""Duration to which Whisper's inputs are padded at least: with one second, the spoken digits of some speakers are
+recognised less well."""
 
 INPUTS = ("input_features", "input_values")
 """Main inputs of models of sound in transformers."""

@@ -73,6 +73,16 @@ def flags_of(spec: str) -> tuple[tuple[int, int], ...]:
     return tuple((columns.index(one), len(columns) + place) for place, one in enumerate(incomplete))
 
 
+def marks_of(spec: str) -> dict[int, str]:
+    """Return the positions and names of the features that are 1 in some rows and 0 in others: levels, and flags."""
+    source, _, name = spec.partition(":")
+    if source != NAME or not name:
+        return {}
+    columns, _ = parse_columns(name)
+    levels = {place: column for place, column in enumerate(columns) if "=" in column}
+    return levels | {flag: f"{columns[place]}{FLAG}" for place, flag in flags_of(spec)}
+
+
 @backbone_sources.register(NAME)
 def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
     """Build the backbone whose features are the numbers of the named columns, and flags of missing ones, as float32.

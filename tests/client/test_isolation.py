@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedhead.backbones import load_backbone
 from fedhead.backbones.vectors import WORDS
-from fedhead.client.isolation import Isolation, isolation
+from fedhead.client.isolation import Isolation, commonly_marked, isolation
 from fedhead.data import load_samples
 
 
@@ -93,6 +93,19 @@ def test_the_figures_are_those_of_their_definitions() -> None:
     eigenvalues = torch.linalg.eigvalsh(torch.cov(features.T.double())).clamp_min(0)
     ratio = eigenvalues.sum() ** 2 / eigenvalues.square().sum() * (1 / 299 + 1 / 200)
     assert found.spread == pytest.approx(float(ratio), rel=1e-4)
+
+
+def test_rows_with_rare_marks_are_left_out_until_none_are_rare() -> None:
+    marks = np.zeros((20, 3), np.bool_)
+    marks[:2, 0] = True
+    marks[1:7, 1] = True
+    marks[:, 2] = True
+    kept = commonly_marked(marks, 6)
+    # Two rows have the first mark; without them, five of the second are left.
+    assert np.flatnonzero(~kept).tolist() == list(range(7))
+    assert commonly_marked(marks, 0).all()
+    assert commonly_marked(~marks, 6).tolist() == kept.tolist()
+    assert commonly_marked(marks[:, 2:], 6).all()
 
 
 @pytest.mark.slow

@@ -429,3 +429,16 @@ def test_a_run_under_secure_summation_gets_no_plain_sums(tmp_path: Path, keys: S
                 attack.ask(action, asked)
     assert not [entry for entry in attack.entries() if entry.rows]
     attack.ask(STANDARDISE, Payload({}, SCALE))
+
+
+@pytest.mark.parametrize(("missing", "told"), [(4, False), (12, True)])
+def test_a_flag_that_few_rows_have_does_not_sum_them_alone(tmp_path: Path, missing: int, told: bool) -> None:
+    attack = Attack(tmp_path)
+    for values, _ in attack.rows[:missing]:
+        values[0] = ""
+    attack.write()
+    attack.restart()
+    attack.backbone = load_backbone("identity:x0?,x1,x2")
+    sums = attack.sums(num_features=FEATURES + 1)
+    assert sums.rows
+    assert bool(sums.sums[:, FEATURES].any()) == told
