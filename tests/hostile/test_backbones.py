@@ -188,7 +188,7 @@ def test_listed_weights_that_spell_out_rows_give_no_sums(
 
     with pytest.raises(FedheadError, match="would show single rows of the site; its own log says how"):
         open_site(check_features=True).open(manifest)
-    assert re.search(r"carry \d+% of the features \(bar: 40%\).*check_features = false", caplog.text)
+    assert re.search(r"carry \d+ % of the features \(bar: 40 %\).*check_features = false", caplog.text)
     assert open_site(check_features=False).open(manifest).guarded.num_rows == 60
 
 

@@ -275,8 +275,8 @@ def test_a_restarted_coordinator_repeats_no_release(tmp_path: Path) -> None:
     with pytest.raises(KilledError):
         run(network, private(), tmp_path / "run")
     outcome, _ = run(network, private(), tmp_path / "run", resume=True)
-    # Centre, the interrupted sums again, and the evaluation.
-    assert asked == 4
+    # The centre, the sums that were interrupted and asked again, the calibration, and the evaluation.
+    assert asked == 5
     for name in NAMES:
         stages = [charge.stage for charge in read_charges(tmp_path / f"{name}.privacy")]
         assert len(stages) == len(set(stages))

@@ -80,7 +80,9 @@ def test_evaluation_card_and_python_agree_on_clips(folder: Path) -> None:
     assert model.predict([folder / "recordings" / "steady" / "3.wav"]) == ["steady"]
 
 
-@pytest.mark.parametrize("form", ["onnx", "torch-export", "state-dict", "fedhead"])
+@pytest.mark.parametrize(
+    "form", [pytest.param("onnx", marks=pytest.mark.slow), "torch-export", "state-dict", "fedhead"]
+)
 def test_every_export_runs_back(folder: Path, tmp_path: Path, form: str) -> None:
     if form == "onnx":
         pytest.importorskip("onnxruntime")
@@ -92,6 +94,7 @@ def test_every_export_runs_back(folder: Path, tmp_path: Path, form: str) -> None
     assert any("16000 Hz" in step for step in described["preprocessing"]["steps"])
 
 
+@pytest.mark.slow
 def test_an_encoder_from_a_folder_is_exported_for_clips_of_one_length(folder: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("onnxruntime")

@@ -55,7 +55,7 @@ def keep_in_torchs_cache(name: str) -> dict[str, torch.Tensor]:
 
 def test_without_a_pattern_the_sources_are_listed() -> None:
     counts = {row["source"]: row["backbones"] for row in read()}  # type: ignore[attr-defined]
-    assert counts["bundled"] == 2
+    assert counts["bundled"] == 3
     assert counts["torchvision"] >= 80
     assert counts["timm"] > 1000
     assert counts["python"] is None
