@@ -16,9 +16,6 @@ FloatArray = npt.NDArray[np.float64]
 LEAST_CELL = 5
 """Rows at risk below which a curve ends: a point would rest on few rows."""
 
-RISK_GROUPS = 4
-"""Number of groups of rows of ascending risk in the calibration."""
-
 _Z = 1.959963984540054
 _NO_PAIRS = "No two rows can be compared: there are no events, or no rows at risk after them."
 
@@ -136,34 +133,22 @@ def _limits(survival: float, variance: float) -> tuple[float, float]:
 def _predicted(sums: SurvivalSums) -> tuple[float | None, ...]:
     points: list[float | None] = []
     survival, ended = 1.0, False
-    for expected, rows in zip(sums.expected.sum(1).tolist(), sums.at_risk.sum(1).tolist(), strict=True):
+    for expected, rows in zip(sums.expected.tolist(), sums.at_risk.sum(1).tolist(), strict=True):
         ended = ended or rows < LEAST_CELL
         survival *= 1 - expected / rows if rows else 1.0
         points.append(None if ended else survival)
     return tuple(points)
 
 
-def risk_groups(sums: SurvivalSums) -> list[dict[str, Any]]:
-    """Return rows at the start, and events expected and observed, in groups of ascending risk, as JSON types.
+def time_bins(sums: SurvivalSums, edges: Sequence[float]) -> list[dict[str, Any]]:
+    """Return rows at risk, and events expected and observed, in each time bin, as JSON types.
 
-    Groups of fewer than `LEAST_CELL` rows are merged with the next.
+    Bins from the first one with fewer than `LEAST_CELL` rows at risk on are left out.
     """
-    starting = sums.at_risk[0]
-    total = int(starting.sum())
-    if not total:
-        return []
-    shares = np.cumsum(starting) / total
-    group = np.minimum(np.ceil(shares * RISK_GROUPS - 1e-9).astype(np.int64), RISK_GROUPS) - 1
     found: list[dict[str, Any]] = []
-    held = {"rows": 0, "expected": 0.0, "observed": 0}
-    for number in range(RISK_GROUPS):
-        chosen = group == number
-        held["rows"] += int(starting[chosen].sum())
-        held["expected"] += float(sums.expected[:, chosen].sum())
-        held["observed"] += int(sums.events[:, chosen].sum())
-        if held["rows"] >= LEAST_CELL:
-            found.append(held)
-            held = {"rows": 0, "expected": 0.0, "observed": 0}
-    if found and held["rows"]:
-        found[-1] = {name: found[-1][name] + held[name] for name in held}
+    columns = sums.at_risk.sum(1).tolist(), sums.expected.tolist(), sums.events.sum(1).tolist()
+    for until, rows, expected, observed in zip(edges, *columns, strict=True):
+        if rows < LEAST_CELL:
+            break
+        found.append({"until": until, "rows": rows, "expected": expected, "observed": observed})
     return found

@@ -27,13 +27,14 @@ _LARGEST = 1e12
 class SurvivalSums:
     """Counts of rows of one head's predicted hazards in `B` time bins; they add across sites.
 
-    A row is at risk in a bin if it had no event before, and was followed to its end or to an event in it.
+    A row is at risk in a bin if it had no event before, and was followed to its end or to an event in it. Hazards are
+    summed over all rows at risk: a row is often alone in a bin of risk, where a sum would be its own hazards.
 
     Attributes:
         rows: the number of rows.
         events: `[B, RISK_BINS]`, int64, events by time bin and by predicted risk at the last edge.
         at_risk: `[B, RISK_BINS]`, int64, rows at risk, likewise.
-        expected: `[B, RISK_BINS]`, the sum of the predicted hazards of the rows at risk.
+        expected: `[B]`, the sum of the predicted hazards of the rows at risk.
         loss_sum: the summed negative log-likelihood in nats.
     """
 
@@ -47,7 +48,7 @@ class SurvivalSums:
     def zeros(cls, bins: int) -> Self:
         """Return the sums over no rows."""
         shape = (bins, RISK_BINS)
-        return cls(0, np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape), 0.0)
+        return cls(0, np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(bins), 0.0)
 
     def __add__(self, other: Self) -> Self:
         if self.events.shape != other.events.shape:
@@ -88,8 +89,9 @@ class SurvivalSums:
         left = sums.at_risk - sums.events
         if (left < 0).any() or (sums.at_risk[1:] > left[:-1]).any() or sums.at_risk[:1].sum() > sums.rows:
             raise ValueError("'events' and 'at_risk' contradict each other")
-        slack = 1e-9 * (1 + sums.at_risk)
-        if (sums.expected < -slack).any() or (sums.expected > sums.at_risk + slack).any() or sums.loss_sum < 0:
+        rows = sums.at_risk.sum(1)
+        slack = 1e-9 * (1 + rows)
+        if (sums.expected < -slack).any() or (sums.expected > rows + slack).any() or sums.loss_sum < 0:
             raise ValueError("'expected' or 'loss_sum' is out of range")
         return sums
 
@@ -130,7 +132,7 @@ def survival_sums(logits: "Tensor", marks: "Tensor", owners: IntArray, num_sites
             len(rows),
             np.rint(event[rows].T @ marked).astype(np.int64),
             np.rint(risk[rows].T @ marked).astype(np.int64),
-            (hazards[rows] * risk[rows]).T @ marked,
+            (hazards[rows] * risk[rows]).sum(0),
             float(losses[rows].sum()),
         )
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from fedhead.data import IntArray, Samples
 from fedhead.errors import UserError
-from fedhead.evaluation.survival import SurvivalReport, risk_groups, survival_report
+from fedhead.evaluation.survival import SurvivalReport, survival_report, time_bins
 from fedhead.sums.calibration import Calibration
 from fedhead.sums.evaluation import ScoreBins
 from fedhead.sums.features import FeatureStatistics
@@ -179,7 +179,7 @@ class Survival(Task):
         return survival_report(sums, self.edges)
 
     def curves(self, sums: SurvivalSums) -> dict[str, Any]:
-        return {"risk_groups": risk_groups(sums)}
+        return {"time_bins": time_bins(sums, self.edges)}
 
     def choosing(self, outputs: "Tensor | None", targets: "Tensor | None", bins: ScoreBins) -> SurvivalSums:
         return self.no_rows() if outputs is None or targets is None else self._summed(outputs, targets)
@@ -195,7 +195,9 @@ class Survival(Task):
     def calibrated(self, chosen: SurvivalSums, judged: SurvivalSums) -> Calibrated:
         """Return no calibration; the figures compare expected and observed events."""
         return Calibrated(
-            Calibration(), chosen.rows, {"rows_judged_on": judged.rows, "risk_groups": risk_groups(chosen + judged)}
+            Calibration(),
+            chosen.rows,
+            {"rows_judged_on": judged.rows, "time_bins": time_bins(chosen + judged, self.edges)},
         )
 
     def answers(self, outputs: "Tensor", temperature: float, unlearned: "Tensor") -> "Tensor":

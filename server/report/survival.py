@@ -124,17 +124,14 @@ def _forest(reports: Sequence[tuple[str, Values]], reference: float | None) -> M
 
 
 def _calibration(record: RunRecord) -> list[Figure]:
-    groups: Any = record.evaluation.get("curves", {}).get("risk_groups", [])
-    if not groups:
+    bins: Any = record.evaluation.get("curves", {}).get("time_bins", [])
+    if not bins:
         return []
     table = Table(
-        ["group of risk", "rows", "expected events", "observed events"],
-        [
-            [str(number), str(one["rows"]), f"{one['expected']:.1f}", str(one["observed"])]
-            for number, one in enumerate(groups, start=1)
-        ],
-        note="Held-out rows in groups of ascending predicted risk; groups of fewer than 5 rows are merged.",
+        ["until", "rows at risk", "expected events", "observed events"],
+        [[f"{one['until']:g}", str(one["rows"]), f"{one['expected']:.1f}", str(one["observed"])] for one in bins],
+        note="Held-out rows in each time bin, until one with fewer than 5 rows at risk.",
     )
-    points = [(one["expected"], float(one["observed"]), one["rows"]) for one in groups]
-    caption = "On the diagonal, as many events are observed as expected."
+    points = [(one["expected"], float(one["observed"]), one["rows"]) for one in bins]
+    caption = "A dot for each time bin. On the diagonal, as many events are observed as expected."
     return [Figure("Observed against expected events", charts.calibration(points), table, caption)]

@@ -184,6 +184,24 @@ def test_kaplan_meier_by_hand() -> None:
     assert kaplan_meier([0], [10]) == ((1.0, 1.0, 1.0),)
 
 
+def test_no_sum_of_hazards_is_that_of_one_row_alone_in_its_bin_of_risk() -> None:
+    task = Survival(EDGES)
+    _, times, events = patients(0, 50)
+    marks = marks_of(task, times, events)
+    outputs = torch.from_numpy(np.random.default_rng(0).normal(-1, 1, (50, 8)))
+    (sums,) = task.count(outputs, torch.from_numpy(marks), np.zeros(50, int), 1, task.bins())
+    assert (sums.at_risk[0] == 1).sum() >= 5
+    arrays = sums.to_arrays()
+    assert {name for name, array in arrays.items() if array.dtype.kind == "f"} == {"expected", "loss_sum"}
+    hazards = torch.sigmoid(outputs[:, :4]).numpy() * marks[:, 4:]
+    np.testing.assert_allclose(arrays["expected"], hazards.sum(0))
+    assert arrays["loss_sum"].shape == (1,)
+    bins = task.curves(sums)["time_bins"]
+    assert [one["until"] for one in bins] == list(task.edges)[: len(bins)]
+    assert [one["expected"] for one in bins] == pytest.approx(hazards.sum(0)[: len(bins)])
+    assert [one["observed"] for one in bins] == marks[:, : len(bins)].sum(0).tolist()
+
+
 def test_impossible_sums_are_rejected() -> None:
     task = Survival(EDGES)
     _, times, events = patients(0, 50)
