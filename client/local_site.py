@@ -360,7 +360,7 @@ def site_of(
         summation=_summation(settings, keys),
         receiver=receiver,
         noise=Noise(
-            Accounts(accounts_path(ledger), settings.privacy.epsilon, settings.privacy.delta),
+            Accounts(accounts_path(ledger), settings.privacy.epsilon, settings.privacy.delta, settings.holdout),
             own=settings.privacy.noise == "own",
             max_colluding=settings.privacy.max_colluding,
             unit=settings.privacy.unit,

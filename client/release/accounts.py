@@ -1,12 +1,15 @@
 """A site's privacy accounts: the `mu^2` that noisy releases have spent, and the noisy sums themselves.
 
 Training rows and held-out rows are different rows, so each has an account, and a row's guarantee is its own account's.
-A reply is stored before its account is charged, and charged before it leaves. The same request gets the stored reply
-again: the same sums with fresh noise would be a second release.
+When the site holds out another share, rows change sides, and all charges under other shares count for both.
+
+A reply is stored as pending before its account is charged, and charged before it leaves. The same request gets the
+stored reply again: the same sums with fresh noise would be a second release.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,12 +24,15 @@ from fedhead.errors import FedheadError
 from fedhead.files import disk_errors, locked, sync_folder, write_atomically
 from fedhead.privacy.accountant import compose, epsilon_for, mu_for
 from fedhead.privacy.noise import FloatArray
+from fedhead.wording import counted
 
 Account = Literal["train", "held_out"]
 ACCOUNTS: Mapping[Account, str] = {"train": "training rows", "held_out": "held-out rows"}
 """The accounts, and the rows that each is about."""
 
 _ROUNDING = 1 + 1e-9
+_PENDING, _CHARGED = ".pending", ".safetensors"
+"""Suffixes of stored replies, before and after their charge is written."""
 
 
 class Charge(BaseModel):
@@ -41,6 +47,7 @@ class Charge(BaseModel):
         key: the digest of the request, and the name of the stored reply.
         epsilon: the budget of the account's lifetime, as the site's settings had it.
         delta: the same.
+        share: of the rows that the site held out; None for charges that do not say.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,6 +60,11 @@ class Charge(BaseModel):
     key: str = Field(pattern="^[0-9a-f]{64}$")
     epsilon: float = Field(ge=0, allow_inf_nan=False)
     delta: float = Field(gt=0, lt=1)
+    share: float | None = Field(default=None, ge=0, lt=1, allow_inf_nan=False)
+
+    def counts_for(self, account: Account, share: float | None) -> bool:
+        """Return whether the release may rest on rows of an account, if a share of all rows is held out now."""
+        return self.account == account or share is None or self.share != share
 
 
 class Accounts:
@@ -62,10 +74,12 @@ class Accounts:
         path: a file of JSON lines that only grows; replies are stored in a folder beside it.
         epsilon: that each account may spend in its lifetime.
         delta: the same.
+        share: of the rows that the site holds out.
     """
 
-    def __init__(self, path: Path, epsilon: float, delta: float) -> None:
+    def __init__(self, path: Path, epsilon: float, delta: float, share: float) -> None:
         self.path = path
+        self.share = share
         self.delta = delta
         self.epsilon = epsilon
         self.mu = mu_for(epsilon, delta)
@@ -90,7 +104,8 @@ class Accounts:
         """
         charges = self.charges()
         for account, mu in needs.items():
-            others = compose(charge.mu for charge in charges if charge.account == account and charge.run != run)
+            own = (charge for charge in charges if charge.counts_for(account, self.share))
+            others = compose(charge.mu for charge in own if (charge.run, charge.account) != (run, account))
             if compose((others, mu)) > self.mu * _ROUNDING:
                 raise FedheadError(
                     f"The run asks for more privacy budget of this site's {ACCOUNTS[account]} than is left; fedhead "
@@ -124,21 +139,24 @@ class Accounts:
         with disk_errors(self.path), locked(self.path.with_suffix(".lock")):
             charges = self.charges()
             if any(charge.key == key for charge in charges):
+                # The process may have been ended after the charge.
+                self._settle(key)
                 return self._stored(key)
-            own = [charge for charge in charges if charge.account == account]
-            if compose([*(charge.mu for charge in own if charge.run == run), mu]) > most * _ROUNDING:
+            own = [charge for charge in charges if charge.counts_for(account, self.share)]
+            spent = (charge.mu for charge in own if (charge.run, charge.account) == (run, account))
+            if compose([*spent, mu]) > most * _ROUNDING:
                 raise FedheadError("The run has spent the privacy budget that its manifest states.")
             if compose([*(charge.mu for charge in own), mu]) > self.mu * _ROUNDING:
                 raise FedheadError(f"The privacy budget of this site's {ACCOUNTS[account]} is spent.")
             noisy = draw()
-            # Sums without a file of accounts mean that it was lost; see `read_charges`.
-            self._write(charges)
             self._replies.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_atomically(self._replies / f"{key}.safetensors", save(noisy))
+            pending = self._replies / f"{key}{_PENDING}"
+            write_atomically(pending, save(noisy))
             sync_folder(self._replies)
             about = {"run": run, "stage": stage, "account": account, "mu": mu, "key": key}
-            charge = Charge(when=datetime.now(UTC), **about, epsilon=self.epsilon, delta=self.delta)
+            charge = Charge(when=datetime.now(UTC), **about, epsilon=self.epsilon, delta=self.delta, share=self.share)
             self._write([*charges, charge])
+            self._settle(key)
         return noisy
 
     def _write(self, charges: Sequence[Charge]) -> None:
@@ -149,8 +167,14 @@ class Accounts:
     def _replies(self) -> Path:
         return _replies(self.path)
 
+    def _settle(self, key: str) -> None:
+        """Mark a stored reply as charged."""
+        with suppress(FileNotFoundError):
+            (self._replies / f"{key}{_PENDING}").rename(self._replies / f"{key}{_CHARGED}")
+            sync_folder(self._replies)
+
     def _stored(self, key: str) -> dict[str, FloatArray]:
-        path = self._replies / f"{key}.safetensors"
+        path = self._replies / f"{key}{_CHARGED}"
         try:
             return {name: np.array(array) for name, array in load(path.read_bytes()).items()}
         except (OSError, SafetensorError):
@@ -174,18 +198,14 @@ def read_charges(path: Path) -> list[Charge]:
     """Return all charges of a file, oldest first; none if there is no file.
 
     Raises:
-        FedheadError: if the file is damaged, cannot be read, or is missing although noisy sums were released.
+        FedheadError: if the file is damaged, cannot be read, or lacks charges of noisy sums that were released.
     """
+    # Before the charges, which another process may be adding to.
+    released = {reply.stem for reply in _replies(path).glob(f"*{_CHARGED}")}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        if any(_replies(path).glob("*.safetensors")):
-            raise FedheadError(
-                f"The privacy accounts {path} are missing, but {_replies(path)} has noisy sums that they charged. "
-                "Restore the file from a backup: without it, nothing leaves with noise, because the budget would begin "
-                "anew."
-            ) from None
-        return []
+        lines = []
     except (OSError, UnicodeDecodeError) as error:
         raise FedheadError(f"The privacy accounts {path} cannot be read: {error}.") from None
     charges = []
@@ -197,6 +217,12 @@ def read_charges(path: Path) -> list[Charge]:
                 f"Line {number} of the privacy accounts {path} is damaged or was changed by hand. Restore the file "
                 "from a backup; nothing leaves with noise until it can be read."
             ) from None
+    if lost := released - {charge.key for charge in charges}:
+        raise FedheadError(
+            f"The privacy accounts {path} are missing or lack charges: {_replies(path)} has "
+            f"{counted(len(lost), 'noisy reply', 'noisy replies')} that they do not charge. Restore the file from a "
+            "backup: without it, nothing leaves with noise, because the budget would begin anew."
+        )
     return charges
 
 
@@ -224,13 +250,17 @@ class Statement:
 
 
 def statements(charges: list[Charge]) -> list[Statement]:
-    """Return the state of each account under the budget of the latest charge; none without charges."""
+    """Return the state of each account under the budget and the held-out share of the latest charge.
+
+    Returns:
+        None without charges. A release that rests on rows of both accounts is in both.
+    """
     if not charges:
         return []
     epsilon, delta = charges[-1].epsilon, charges[-1].delta
     rows = []
     for account, name in ACCOUNTS.items():
-        own = [charge.mu for charge in charges if charge.account == account]
+        own = [charge.mu for charge in charges if charge.counts_for(account, charges[-1].share)]
         mu = compose(own)
         rest = math.sqrt(max(mu_for(epsilon, delta) ** 2 - mu**2, 0.0))
         rows.append(Statement(name, mu, epsilon_for(mu, delta), epsilon_for(rest, delta), epsilon, delta, len(own)))

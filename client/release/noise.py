@@ -48,6 +48,11 @@ class Noise(Step):
         self._require(terms)
         if terms is None:
             return
+        if manifest.task != "classification":
+            raise FedheadError(
+                "Differentially private runs are for classification with one class a row; the noise would not hide the "
+                f"rows of a run of the task {manifest.task}."
+            )
         if self.accounts is None or not self.accounts.epsilon:
             raise FedheadError(
                 "This site has no privacy budget: set epsilon and delta in [privacy] of its site.toml to take part in "

@@ -36,6 +36,7 @@ from fedhead.protocol.messages import (
     Manifest,
     Payload,
 )
+from fedhead.protocol.private import PrivacyTerms
 from fedhead.secure.keys import SiteKeys, signed_roster
 from fedhead.sums.evaluation import ScoreBins
 from fedhead.sums.features import FeatureStatistics
@@ -442,3 +443,12 @@ def test_a_flag_that_few_rows_have_does_not_sum_them_alone(tmp_path: Path, missi
     sums = attack.sums(num_features=FEATURES + 1)
     assert sums.rows
     assert bool(sums.sums[:, FEATURES].any()) == told
+
+
+def test_a_private_run_of_another_task_is_refused(tmp_path: Path) -> None:
+    attack = Attack(tmp_path, privacy={"epsilon": 3.0})
+    terms = PrivacyTerms(epsilon=1.0, delta=1e-5, unit="row", noise="own", evaluate=0.1).model_dump()
+    attack.describe(privacy=terms)
+    for task in ("regression", "clusters"):
+        with pytest.raises(AssertionError, match=f"are for classification .* of the task {task}"):
+            attack.describe(privacy=terms, task=task)

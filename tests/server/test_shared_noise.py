@@ -62,7 +62,7 @@ class NoisyNetwork(MaskedNetwork):
 
     def site(self, name: str, row: int) -> LocalSite:
         made = super().site(name, row)
-        accounts = Accounts(self.folder / f"{name}.privacy", 10.0, 1e-5)
+        accounts = Accounts(self.folder / f"{name}.privacy", 10.0, 1e-5, 0.2)
         made.noise = Noise(accounts, entropy=self.entropy, **self.noise)
         made.steps = [made.noise if isinstance(step, Noise) else step for step in made.steps]
         return made
@@ -196,7 +196,7 @@ def masking(threshold: int) -> Masking:
 
 @pytest.fixture
 def noise(tmp_path: Path) -> Noise:
-    return Noise(Accounts(tmp_path / "s.privacy", 10.0, 1e-5), max_colluding=1)
+    return Noise(Accounts(tmp_path / "s.privacy", 10.0, 1e-5, 0.2), max_colluding=1)
 
 
 REQUEST = PrivateRequest("centre", 0.3, {}, parties=3)

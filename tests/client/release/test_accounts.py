@@ -11,8 +11,8 @@ from fedhead.privacy.accountant import mu_for
 KEYS = ["a" * 64, "b" * 64, "c" * 64]
 
 
-def accounts(folder: Path, epsilon: float = 3.0) -> Accounts:
-    return Accounts(folder / "site.privacy", epsilon, 1e-5)
+def accounts(folder: Path, epsilon: float = 3.0, share: float = 0.2) -> Accounts:
+    return Accounts(folder / "site.privacy", epsilon, 1e-5, share)
 
 
 def spend(
@@ -95,13 +95,38 @@ def test_statements_show_what_is_spent_and_left(tmp_path: Path) -> None:
     assert mu_for(train.left, 1e-5) == pytest.approx(square**0.5)
 
 
-def test_a_lost_file_of_accounts_does_not_begin_the_budget_anew(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept", [None, 0, 1], ids=["no file", "an empty file", "a truncated file"])
+def test_lost_charges_do_not_begin_the_budget_anew(kept: int | None, tmp_path: Path) -> None:
     own = accounts(tmp_path)
-    spend(own, own.mu, KEYS[0])
-    own.path.unlink()
-    for read in (own.charges, lambda: own.require("r", {"train": 0.1}), lambda: spend(own, 0.1, KEYS[1])):
-        with pytest.raises(FedheadError, match=r"are missing, but .* has noisy sums that they charged"):
+    spend(own, own.mu * 0.6, KEYS[0])
+    spend(own, own.mu * 0.8, KEYS[1])
+    lines = own.path.read_text().splitlines(keepends=True)
+    if kept is None:
+        own.path.unlink()
+    else:
+        own.path.write_text("".join(lines[:kept]))
+    for read in (own.charges, lambda: own.require("r", {"train": 0.1}), lambda: spend(own, 0.1, KEYS[2])):
+        with pytest.raises(FedheadError, match=r"are missing or lack charges: .* has \d noisy repl.* not charge"):
             read()
+
+
+def test_after_another_share_is_held_out_charges_count_for_both_accounts(tmp_path: Path) -> None:
+    spend(accounts(tmp_path), accounts(tmp_path).mu * 0.8, KEYS[0], "first", "held_out")
+    own = accounts(tmp_path, share=0.3)
+    with pytest.raises(FedheadError, match="more privacy budget of this site's training rows than is left"):
+        own.require("second", {"train": own.mu * 0.7})
+    with pytest.raises(FedheadError, match="budget of this site's training rows is spent"):
+        spend(own, own.mu * 0.7, KEYS[1], "second")
+    own.require("second", {"train": own.mu * 0.6})
+    spend(own, own.mu * 0.6, KEYS[1], "second")
+    train, held_out = statements(own.charges())
+    assert (train.releases, held_out.releases) == (2, 1)
+    assert train.left == pytest.approx(0, abs=1e-6)
+    # Charges that do not say the share count for both as well.
+    lines = [json.loads(line) for line in own.path.read_text().splitlines()]
+    own.path.write_text("".join(json.dumps({k: v for k, v in line.items() if k != "share"}) + "\n" for line in lines))
+    with pytest.raises(FedheadError, match="budget of this site's held-out rows is spent"):
+        spend(accounts(tmp_path), 0.1, KEYS[2], "third", "held_out")
 
 
 def test_a_process_that_is_killed_before_its_first_charge_can_spend_later(
@@ -119,3 +144,23 @@ def test_a_process_that_is_killed_before_its_first_charge_can_spend_later(
     assert list((tmp_path / "site.replies").iterdir())
     spend(own, 0.1, KEYS[0])
     assert len(own.charges()) == 1
+
+
+def test_a_process_that_is_killed_after_a_charge_answers_with_the_charged_reply(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = accounts(tmp_path)
+
+    def killed(self: Accounts, key: str) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Accounts, "_settle", killed)
+        with pytest.raises(KeyboardInterrupt):
+            spend(own, 0.1, KEYS[0])
+    first = spend(own, 0.1, KEYS[0])
+    np.testing.assert_array_equal(spend(own, 0.1, KEYS[0])["sums"], first["sums"])
+    assert len(own.charges()) == 1
+    own.path.write_text("")
+    with pytest.raises(FedheadError, match="lack charges"):
+        own.charges()
