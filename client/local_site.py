@@ -130,6 +130,8 @@ class LocalSite:
         self.training.check(manifest.local)
         self.noise.check(manifest)
         task = make_task(manifest.task, manifest.classes)
+        if manifest.privacy is None and self.guard.min_class_count > 1:
+            self.atoms.check_grid(task)
         targets = self._targets(task)
         every = np.arange(len(targets))
         if manifest.privacy is None:

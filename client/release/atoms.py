@@ -10,9 +10,13 @@ atoms that only one of them rests on has that many contents that no earlier one 
 enough for an atom. The rest of an atom that lost a row waits with them, as does a row whose target changed. The
 exception is a class that comes with fewer held-out rows: these form one atom, which goes as a whole, unless the guard
 does not evaluate so few.
+
+Where the run divides rows by thresholds, such as the edges of time bins, sums under slightly moved ones would differ by
+single rows. So the first thresholds that rows were admitted under are kept beside the atoms, and others are refused.
 """
 
 import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -169,6 +173,44 @@ class Atoms:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    @property
+    def grid_path(self) -> Path:
+        """The file beside it that keeps the thresholds of the first run that has any."""
+        return self.path.with_suffix(".grid")
+
+    def check_grid(self, task: Task) -> None:
+        """Check that a task divides rows by the thresholds of earlier releases, if it does and there are any.
+
+        Raises:
+            FedheadError: if not, or if the file that keeps them is damaged.
+        """
+        kept = self._read_grid() if task.grid else None
+        if kept is None or kept == list(task.grid):
+            return
+        logger.error(
+            "The run has other time bins than earlier releases of this site, those until %s. If sums under both may be "
+            "compared, which can lay single rows bare, move %s away.",
+            ", ".join(f"{edge:.12g}" for edge in kept),
+            self.grid_path,
+        )
+        raise FedheadError(
+            "Its earlier releases have other time bins, those until "
+            f"{', '.join(f'{edge:.12g}' for edge in kept)}, and the difference of sums under both can be a single row. "
+            "Begin a run with these bins as its classes, or ask the operator, to whom the site's log says how to allow "
+            "others."
+        )
+
+    def _read_grid(self) -> list[float] | None:
+        try:
+            return [float(edge) for edge in json.loads(self.grid_path.read_bytes())]
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError) as error:
+            raise FedheadError(
+                f"Nothing was sent: {self.grid_path}, which keeps the time bins of earlier releases, cannot be read "
+                f"({error}). Restore it from a backup."
+            ) from None
+
     def admit(self, rows: Population, targets: Targets, task: Task, guard: Guard, share: float) -> Admitted:
         """Return the rows that releases may rest on; once this returns, their atoms are on disk.
 
@@ -181,18 +223,23 @@ class Atoms:
 
         Raises:
             UserError: if the file may not be written.
-            FedheadError: if it is damaged, or the disk is full. Nothing may leave then.
+            FedheadError: if it is damaged, the disk is full, or the task's thresholds are not those of earlier
+                releases. Nothing may leave then.
         """
         if guard.min_class_count < 2:
             return Admitted(np.arange(len(rows.ids)), held_out(rows.keys, share))
         with disk_errors(self.path):
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with locked(self.path.with_suffix(".lock")):
+                self.check_grid(task)
                 kept = self._read()
                 out = _parts(kept, rows.keys, share)
                 made = _Admission(kept, rows, targets, task, guard, out)
                 admitted = made.admitted()
                 left = guard.allowed_rows(admitted, targets[admitted], out[admitted], task)
+                if task.grid and len(admitted) and not left.refusal and not self.grid_path.exists():
+                    write_atomically(self.grid_path, json.dumps(task.grid))
+                    sync_folder(self.path.parent)
                 if made.atoms and not left.refusal:
                     write_atomically(self.path, kept.with_atoms(made.atoms, rows, out).to_bytes())
                     sync_folder(self.path.parent)

@@ -85,6 +85,10 @@ class Survival(Task):
         )
 
     @property
+    def grid(self) -> tuple[float, ...]:
+        return self.edges
+
+    @property
     def counted(self) -> tuple[str, ...]:
         return self.columns[: self.num_bins]
 

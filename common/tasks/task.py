@@ -137,6 +137,11 @@ class Task(ABC):
         """Names of the leading groups whose rows are counted: the classes."""
         return self.columns
 
+    @property
+    def grid(self) -> tuple[float, ...]:
+        """The thresholds by which the run, and not the data, divides rows into groups; none in most tasks."""
+        return ()
+
     def check_columns(self) -> None:
         """Validate the names of the columns.
 
