@@ -126,6 +126,7 @@ class LocalSite:
 
     def check_data(self, manifest: Manifest) -> None:
         self.summation.check(manifest)
+        self.guard.check(manifest)
         require_kind(manifest.backbone, manifest.kind, self.samples.kind)
         self.training.check(manifest.local)
         self.noise.check(manifest)

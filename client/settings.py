@@ -56,6 +56,11 @@ class Limits(_Table):
         description="Whether the site evaluates heads on classes with fewer than `min_class_count` held-out rows, in "
         "either calibration half.",
     )
+    plain_clusters: bool = Field(
+        False,
+        description="Whether the site takes part in runs of the task 'clusters' without secure summation; true lets a "
+        "coordinator that breaks the rules read the features of single rows.",
+    )
     max_lr: Positive = Field(MAX_LR, description="Largest learning rate that the site trains with.")
     max_epochs: int = Field(MAX_EPOCHS, ge=1, description="Most passes over the rows in one round.")
     max_penalty: NonNegative = Field(
@@ -77,7 +82,7 @@ class Limits(_Table):
         """The limits on what is computed from few rows."""
         from fedhead.client.release.guard import Guard
 
-        return Guard(self.min_class_count, self.min_rows, self.evaluate_few)
+        return Guard(self.min_class_count, self.min_rows, self.evaluate_few, self.plain_clusters)
 
     @property
     def training(self) -> TrainingLimits:

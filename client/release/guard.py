@@ -12,7 +12,7 @@ import numpy as np
 
 from fedhead.data import BoolArray, IntArray
 from fedhead.errors import FedheadError, UserError
-from fedhead.protocol.messages import Payload
+from fedhead.protocol.messages import Manifest, Payload
 from fedhead.protocol.steps import Release, Step
 from fedhead.tasks import Targets, Task
 
@@ -52,6 +52,7 @@ class Guard(Step):
         min_class_count: the least number of rows of a class that are trained on, or summed.
         min_rows: the least number of rows of the site.
         evaluate_few: whether a class may have fewer than `min_class_count` held-out rows, in either calibration half.
+        plain_clusters: whether the site takes part in runs of the task `clusters` without secure summation.
 
     Raises:
         UserError: if one is negative.
@@ -60,6 +61,7 @@ class Guard(Step):
     min_class_count: int = MIN_CLASS_COUNT
     min_rows: int = MIN_ROWS
     evaluate_few: bool = True
+    plain_clusters: bool = True
 
     def __post_init__(self) -> None:
         for name in ("min_class_count", "min_rows"):
@@ -69,11 +71,29 @@ class Guard(Step):
     def leave(self, payload: Payload, release: Release) -> Payload:
         """Refuse a reply that rests on fewer rows than the limits, from any computation; noise hides rows better."""
         private = release.manifest is not None and release.manifest.privacy is not None
+        if release.manifest is not None and release.basis is not None:
+            self.check(release.manifest)
         if release.basis is not None and not private:
             basis = release.basis()
             if basis.rows < self.min_rows or any(count < self.min_class_count for count in basis.classes.values()):
                 raise FedheadError(f"{release.site} releases nothing about so few rows.")
         return payload
+
+    def check(self, manifest: Manifest) -> None:
+        """Refuse runs whose coordinator chooses which of the site's rows are summed together.
+
+        Two clusterings whose boundaries enclose one row differ by this row, and a request contains many.
+
+        Raises:
+            FedheadError: if the run is one, in words that the site's engineer can act on.
+        """
+        if manifest.task == "clusters" and not (manifest.secure_sum or self.plain_clusters):
+            raise FedheadError(
+                "This site takes part in runs of the task 'clusters' only under secure summation (secure_sum = true "
+                "under [privacy] in run.toml), because sums by clusters that a coordinator chooses can show single "
+                "rows. If you trust the coordinator with the features of single rows, set plain_clusters = true under "
+                "[limits] in site.toml."
+            )
 
     def describe(self) -> str:
         if not (self.min_class_count or self.min_rows):

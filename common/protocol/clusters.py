@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 MOST_CENTRES = 4096
 """Largest number of centres in a request, over all clusterings."""
 
+MOST_CLUSTERS = 200
+"""Largest number of clusters of one clustering, in a configuration and in a request."""
+
 MOST_AXES = 256
 
 Stage = Literal["sums", "likelihood", "statistics"]
@@ -32,7 +35,7 @@ class _Values(BaseModel):
     stage: Stage
     rows: Rows
     sizes: Annotated[
-        tuple[Annotated[int, Field(ge=2, le=MOST_CENTRES, strict=True)], ...], Field(min_length=1, max_length=1024)
+        tuple[Annotated[int, Field(ge=2, le=MOST_CLUSTERS, strict=True)], ...], Field(min_length=1, max_length=1024)
     ]
     map: Digest | Literal[""] = ""
 

@@ -117,8 +117,8 @@ def _rows_of(action: str, payload: Payload) -> str:
 def _is_of_features(action: str, payload: Payload) -> bool:
     """Return whether a request is for sums of features, rather than about a head or about distances."""
     if action == CLUSTER:
-        # With clusters as classes, the total of all classes is that of the plain statistics.
-        return payload.values.get("stage") == "statistics"
+        # The total over all clusters is that of the plain statistics, whatever the centres are.
+        return payload.values.get("stage") in ("sums", "statistics")
     return action == STATISTICS or (action == DISTANCES and not payload.arrays)
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fedhead.client.release.masking import SecureSum
 from fedhead.config import LocalConfig, RunConfig
 from fedhead.errors import FedheadError, UserError
-from fedhead.protocol.actions import DESCRIBE, DISTANCES, STATISTICS, TRAIN
+from fedhead.protocol.actions import CLUSTER, DESCRIBE, DISTANCES, STATISTICS, TRAIN
 from fedhead.protocol.messages import Manifest, Payload, StatisticsRequest
 from fedhead.protocol.steps import Masking, Release
 from fedhead.secure.fixed_point import add
@@ -213,6 +213,17 @@ def test_all_sums_of_features_have_one_topic() -> None:
     unit = purpose_of(manifest(classes=("a", "b", "c")), DISTANCES, Payload({"form": "unit"}))
     assert (unit.rows, unit.subject) == ("train", plain.subject)
     assert plain.topic == lifted.topic == unit.topic
+    centres = np.array([[1.0, 0.0], [-1.0, 0.0]])
+    by_cluster = [
+        purpose_of(
+            manifest(task="clusters", classes=("all rows",)),
+            CLUSTER,
+            Payload({"stage": stage, "rows": "train", "sizes": [2]}, {"centres": moved}),
+        )
+        for stage in ("sums", "statistics")
+        for moved in (centres, centres * (1 + 1e-7))
+    ]
+    assert {one.topic for one in by_cluster} == {plain.topic}
     counts = purpose_of(manifest(), DISTANCES, Payload({"form": "unit"}, {"mean": np.zeros(3)}))
     assert counts.rows == "held_out"
     held_out = purpose_of(manifest(), STATISTICS, Payload(StatisticsRequest(rows="held_out").model_dump()))
