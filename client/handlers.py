@@ -194,16 +194,18 @@ def _release_failure(
     Raises:
         FedheadError: if nothing may leave, not even that the request failed.
     """
+    parts: tuple[Part, ...] = ("train", "held_out")
     try:
         site.open(manifest)
     except Exception:
-        logger.debug("It failed before a row was used.", exc_info=True)
-        return None
+        if masking is None:
+            logger.debug("It failed before a row was used.", exc_info=True)
+            return None
+        parts = ()
     reason = type(error).__name__
     if isinstance(error, FedheadError) and not isinstance(error, UserError):
         reason = sayable(error)
     payload = Payload({"failure": reason})
-    parts: tuple[Part, ...] = ("train", "held_out")
     if masking is None:
         release(payload, site, action, manifest=manifest, parts=parts)
         return None
@@ -323,9 +325,9 @@ def map_features(sites: Sequence[Site], payload: Payload, context: Context, merg
     unfit = ""
     for site in sites:
         holds_back = _conceals(site, manifest)
-        if holds_back:
-            site.open(manifest)
         try:
+            if holds_back:
+                site.open(manifest)
             site.check_map(manifest, mapping)
         except FedheadError as error:
             if not holds_back:
@@ -354,13 +356,16 @@ def standardise(sites: Sequence[Site], payload: Payload, context: Context, merge
     agreed = agreement(context)
     assert agreed.standardisation is not None
     for site in sites:
-        # A site that joins late extracts its features now, and not while others wait for it in a round.
-        holding = site.open(agreed.manifest)
+        holds_back = _conceals(site, agreed.manifest)
+        if not holds_back:
+            # A site that joins late extracts its features now, and not while others wait for it in a round.
+            site.open(agreed.manifest)
         try:
+            holding = site.open(agreed.manifest)
             data = replace(holding.data, mapping=agreed.mapping)
             site.training.check_scale(data.blocks_of(holding.train.rows), *agreed.standardisation)
         except FedheadError as error:
-            if _conceals(site, agreed.manifest):
+            if holds_back:
                 _hold_back(STANDARDISE, str(error), context)
                 continue
             forget(context)

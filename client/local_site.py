@@ -194,7 +194,7 @@ class LocalSite:
 
     def _hold(self, manifest: Manifest) -> Holding:
         self.hides_rows = manifest.secure_sum or manifest.privacy is not None
-        store = self._store(self._backbone(manifest))
+        store = self._store(self._backbone(manifest), manifest)
         if manifest.privacy is not None:
             return self._hold_all(manifest, store)
         found = self._isolations.get(store.digest) or _isolation_of(store)
@@ -269,7 +269,7 @@ class LocalSite:
         out = held_out(store.keys[rows], self.holdout)
         return hold(self.name, rows, out, data, labels, store.keys, task, Guard.off(), share=self.holdout)
 
-    def _store(self, backbone: Backbone) -> FeatureStore:
+    def _store(self, backbone: Backbone, manifest: Manifest) -> FeatureStore:
         last_said = time.monotonic()
 
         def say(done: int, total: int) -> None:
@@ -280,8 +280,14 @@ class LocalSite:
                 logger.info("Features of %d of %d rows are done.", done, total)
 
         try:
+            # A coordinator may choose a backbone that some rows do not fit, and a refusal would tell of them.
             return FeatureStore.open(
-                backbone, self.samples, strict=self.strict_data, precision=self.precision, progress=say
+                backbone,
+                self.samples,
+                strict=self.strict_data and not self.hides_rows,
+                empty=manifest.privacy is not None,
+                precision=self.precision,
+                progress=say,
             )
         except UserError:
             raise

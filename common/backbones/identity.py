@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fedhead.backbones.backbone import Backbone, backbone_sources
 from fedhead.backbones.preprocessing import PROBES, Batch
 from fedhead.backbones.state_dict import assign_weights, read_weights
-from fedhead.data import Columns, Item, Kind, Samples, TableRow, require_kind
+from fedhead.data import Columns, Item, Kind, RowError, Samples, TableRow, require_kind
 from fedhead.data.number_rows import select
 from fedhead.errors import UserError
 
@@ -127,8 +127,9 @@ class NumberPreprocessing:
         """Return the values, with 0 for missing ones, and the flags of missing values as float32 `[d + f]`.
 
         Raises:
-            UserError: for an item of another kind, a row without one of the columns or with an unknown level, a missing
-                number of a column that may not be missing, and numbers beyond float32.
+            RowError: for a row with an unknown level, a missing number of a column that may not be missing, and numbers
+                beyond float32.
+            UserError: for an item of another kind, and rows without one of the columns.
         """
         if not isinstance(item, TableRow):
             raise UserError("The backbone identity takes rows of numbers, but was given an image or a text.")
@@ -137,14 +138,14 @@ class NumberPreprocessing:
         if lacking.any():
             lost = [self.columns[place] for place in np.flatnonzero(lacking)]
             if unmarked := [name for name in lost if name not in self.incomplete]:
-                raise UserError(
+                raise RowError(
                     f"A row has no value in the column {unmarked[0]!r}. Fill in the values, or mark the column as one "
                     f"that may be missing, as in '{identity_spec(unmarked[:1], unmarked[:1])}'."
                 )
             values = np.where(lacking, 0.0, values)
         if (beyond := np.abs(values) > np.finfo(np.float32).max).any():
             name = self.columns[int(beyond.argmax())]
-            raise UserError(f"The column {name!r} has the value {values[beyond][0]:g}, too large for a feature.")
+            raise RowError(f"The column {name!r} has the value {values[beyond][0]:g}, too large for a feature.")
         flags = [float(lacking[self.columns.index(name)]) for name in self.incomplete]
         return torch.from_numpy(np.concatenate([values, flags]).astype(np.float32))
 

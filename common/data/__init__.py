@@ -23,6 +23,7 @@ from fedhead.data.items import (
     Item,
     KeyArray,
     Kind,
+    RowError,
     TableRow,
     UnreadableSampleError,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "Item",
     "KeyArray",
     "Kind",
+    "RowError",
     "Samples",
     "TableRow",
     "UnreadableSampleError",

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from fedhead.errors import FedheadError
+from fedhead.errors import FedheadError, UserError
 
 Kind = Literal["image", "text", "table", "audio"]
 IntArray = npt.NDArray[np.int64]
@@ -112,6 +112,10 @@ class UnreadableSampleError(FedheadError):
     def __init__(self, message: str, *, lasting: bool = True) -> None:
         super().__init__(message)
         self.lasting = lasting
+
+
+class RowError(UserError):
+    """A value of one row does not fit a backbone; other rows may fit."""
 
 
 def content_key(item: Item) -> int:

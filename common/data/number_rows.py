@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from fedhead.data.items import Columns, FloatArray, TableRow
+from fedhead.data.items import Columns, FloatArray, RowError, TableRow
 from fedhead.data.labels import class_names, names_of
 from fedhead.data.numbers import column_of_numbers, is_numeric, split_names, to_number
 from fedhead.data.samples import LeftOut
@@ -131,7 +131,8 @@ def select(row: TableRow, needed: Sequence[str]) -> FloatArray:
         needed: names of numbers, and of levels as `COLUMN=LEVEL`.
 
     Raises:
-        UserError: if a column is missing, or the row has a level that is not needed of a column with needed levels.
+        RowError: if the row has a level that is not needed of a column with needed levels.
+        UserError: if a column is missing.
     """
     columns = row.columns
     if columns.names == needed:
@@ -145,7 +146,7 @@ def select(row: TableRow, needed: Sequence[str]) -> FloatArray:
         if row.values[position] == 1 and column in used and columns.names[position] not in own:
             known = [name.partition("=")[2] for name in needed if named[name] == column]
             said = f"has {level!r}" if level else "has no value"
-            raise UserError(
+            raise RowError(
                 f"A row {said} in the categorical column {column!r}, and the model knows the levels "
                 f"{quoted(known, _SHOWN)}. Correct the value, or add {columns.names[position]!r} to the columns of "
                 "the backbone identity."

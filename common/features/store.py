@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fedhead.backbones import Backbone
-from fedhead.data import KeyArray, Samples, UnreadableSampleError, require_kind
+from fedhead.data import KeyArray, RowError, Samples, UnreadableSampleError, require_kind
 from fedhead.data.samples import Former
 from fedhead.devices import Precision, multiplying
 from fedhead.errors import FedheadError, UserError
@@ -71,6 +71,7 @@ class FeatureStore:
         samples: Samples,
         *,
         strict: bool = False,
+        empty: bool = False,
         batch_size: int | None = None,
         precision: Precision = "float32",
         root: Path | None = None,
@@ -85,6 +86,7 @@ class FeatureStore:
             backbone: the backbone, on the device for extraction.
             samples: the data set.
             strict: whether unreadable rows are an error instead of being skipped.
+            empty: whether the features may be those of no row, if none can be read.
             batch_size: rows per forward pass; None chooses by backbone and device.
             precision: `mixed` is faster on CUDA and accurate to two or three digits; its features are stored apart.
             root: the folder of all stores; by default in `fedhead.files.home()`.
@@ -93,7 +95,7 @@ class FeatureStore:
         Raises:
             UserError: under `strict`, naming the first unreadable row; if the folder cannot be written; or if the
                 backbone and the data are of different kinds, such as images and texts.
-            FedheadError: if no row can be read or the disk is full.
+            FedheadError: if no row can be read, unless under `empty`, or the disk is full.
         """
         require_kind(backbone.spec, backbone.kind, samples.kind)
         path = (root or home() / "features") / store_key(backbone, samples.fingerprint, precision)
@@ -109,7 +111,7 @@ class FeatureStore:
                 else:
                     extracted = _extract(backbone, samples, path, strict, batch_size, precision, progress)
         store = cls._map(path, extracted)
-        if len(store.skipped) == len(samples):
+        if len(store.skipped) == len(samples) and not empty:
             raise FedheadError(f"None of the rows of {samples.spec} can be read. The first: {store.skipped[0]}")
         if strict and store.skipped:
             raise UserError(f"{store.skipped[min(store.skipped)]} {len(store.skipped)} rows are unreadable.")
@@ -265,9 +267,11 @@ Prepared = tuple[tuple[int, int], Tensor] | UnreadableSampleError
 def _prepare(samples: Samples, backbone: Backbone, row: int) -> Prepared:
     try:
         item = samples.read(row)
+        return samples.keys(row, item), backbone.preprocessing(item)
     except UnreadableSampleError as error:
         return error
-    return samples.keys(row, item), backbone.preprocessing(item)
+    except RowError as error:
+        return UnreadableSampleError(f"{samples.name(row)}: {error}")
 
 
 def _note_unreadable(read: dict[int, Prepared], meta: dict[str, Any], strict: bool) -> None:

@@ -24,7 +24,7 @@ from fedhead.sums.features import FeatureStatistics
 from fedhead.sums.heads import HeadSums
 from fedhead.sums.sums import Arrays
 
-from .test_rows import ABOUT_A_HEAD, FEATURES, SCALE, Attack
+from .test_rows import ABOUT_A_HEAD, FEATURES, ROWS, SCALE, Attack
 
 NAMES = ("clinic", "unit", "ward")
 
@@ -121,6 +121,29 @@ def test_a_map_is_accepted_whatever_the_number_of_rows(consortium: Consortium) -
     consortium.tell(MAP, MapRequest("none").payload())
     total = consortium.total(STATISTICS, Payload({"rows": "train"}), sums_over_nothing(FEATURES))
     assert total["counts"].sum() > 60
+
+
+@pytest.mark.parametrize("lost", [1, ROWS], ids=["a number", "a column"])
+def test_rows_that_do_not_fit_the_backbone_make_no_site_refuse_alone(consortium: Consortium, lost: int) -> None:
+    ward = consortium.sites["ward"]
+    ward.rows = [
+        ([values[0], "", *values[2:]] if number < lost else values, label)
+        for number, (values, label) in enumerate(ward.rows)
+    ]
+    ward.write()
+    ward.restart(strict_data=True)
+    for site in consortium.sites.values():
+        site.runs = 10
+        site.describe(secure_sum=True)
+    consortium.manifest = ward.manifest
+    asked = Payload({"rows": "train"})
+    consortium.tell(MAP, MapRequest("none").payload())
+    if lost == 1:
+        assert consortium.total(STATISTICS, asked, sums_over_nothing(FEATURES))["counts"].sum() > 60
+    else:
+        with unusable():
+            consortium.total(STATISTICS, asked, sums_over_nothing(FEATURES))
+    consortium.tell(STANDARDISE, Payload({}, SCALE))
 
 
 def sums_over_nothing(width: int) -> Arrays:

@@ -13,6 +13,7 @@ from flwr.app import Message
 from fedhead.backbones import Backbone, load_backbone
 from fedhead.client.connection import Connection
 from fedhead.client.local_site import site_of
+from fedhead.client.release.accounts import accounts_path, read_charges
 from fedhead.client.release.ledger import Entry, ledger_path, read_ledger
 from fedhead.client.settings import SecureKeys, SiteSettings
 from fedhead.client.site import SiteProcess
@@ -25,6 +26,7 @@ from fedhead.protocol.actions import (
     EVALUATE,
     GRADIENT,
     MAP,
+    PRIVATE,
     REPORT,
     STANDARDISE,
     STATISTICS,
@@ -36,7 +38,7 @@ from fedhead.protocol.messages import (
     Manifest,
     Payload,
 )
-from fedhead.protocol.private import PrivacyTerms
+from fedhead.protocol.private import PrivacyTerms, PrivateRequest
 from fedhead.secure.keys import SiteKeys, signed_roster
 from fedhead.sums.evaluation import ScoreBins
 from fedhead.sums.features import FeatureStatistics
@@ -443,6 +445,29 @@ def test_a_flag_that_few_rows_have_does_not_sum_them_alone(tmp_path: Path, missi
     sums = attack.sums(num_features=FEATURES + 1)
     assert sums.rows
     assert bool(sums.sums[:, FEATURES].any()) == told
+
+
+LEVELS = ("I", "II")
+
+
+@pytest.mark.parametrize("strict_data", [False, True])
+def test_whether_rows_fit_the_asked_columns_is_no_question_to_a_private_site(tmp_path: Path, strict_data: bool) -> None:
+    attack = Attack(tmp_path, privacy={"epsilon": 3.0, "require": "dp"}, strict_data=strict_data)
+    lines = attack.table.read_text().splitlines()
+    levels = ["stage", *(LEVELS[number % 2] for number in range(ROWS))]
+    # One row has a level of its own, and another one lacks a number.
+    levels[18] = "HIV"
+    lines[9] = ",".join([*lines[9].split(",")[:-2], "", lines[9].split(",")[-1]])
+    attack.table.write_text("".join(f"{level},{line}\n" for level, line in zip(levels, lines, strict=True)))
+    attack.restart(data=f"csv:{attack.table}?label=label&categories=stage")
+    known = "x0,stage=I,stage=II"
+    for columns in ("x0", "x2", known, f"{known},stage=HIV", f"{known},stage=TB", "x0,stage=TB", "x0,stage=HIV"):
+        attack.backbone = load_backbone(f"identity:{columns}")
+        terms = PrivacyTerms(epsilon=0.1, delta=1e-5, unit="row", noise="own", evaluate=0.0).model_dump()
+        attack.describe(num_features=attack.backbone.num_features, privacy=terms)
+        asked = PrivateRequest("centre", 1e-3)
+        attack.ask(PRIVATE, Payload(asked.values(), asked.arrays))
+    assert len(read_charges(accounts_path(ledger_path(attack.settings.name)))) == 7
 
 
 def test_a_private_run_of_another_task_is_refused(tmp_path: Path) -> None:

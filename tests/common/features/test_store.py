@@ -12,7 +12,7 @@ from torch import nn
 
 from fedhead.backbones import Backbone, TextPreprocessing, load_backbone
 from fedhead.backbones.preprocessing import Batch
-from fedhead.data import Samples, UnreadableSampleError, samples_from_arrays, samples_from_texts
+from fedhead.data import Samples, UnreadableSampleError, load_samples, samples_from_arrays, samples_from_texts
 from fedhead.data.items import content_key
 from fedhead.errors import FedheadError, UserError
 from fedhead.features import store as features_module
@@ -239,3 +239,20 @@ def test_contents_are_added_to_a_store_without_them(tmp_path: Path, samples: Sam
     assert len(set(store.keys.tolist())) == 17
     (store.path / "contents.bin").unlink()
     assert FeatureStore.open(Counting(), grouped, root=tmp_path).contents.tolist() == contents
+
+
+def test_rows_that_do_not_fit_the_backbone_are_skipped_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("age,stage,ill\n41,I,0\n52,II,1\n,I,0\n63,I,1\n1e300,I,1\n")
+    samples = load_samples(f"csv:{tmp_path}/rows.csv?label=ill&categories=stage")
+    store = FeatureStore.open(load_backbone("identity:age,stage=I"), samples, root=tmp_path)
+    assert store.features.tolist() == [[41, 1], [0, 0], [0, 0], [63, 1], [0, 0]]
+    assert sorted(store.skipped) == [1, 2, 4]
+    assert "line 3: A row has 'II' in the categorical column 'stage'" in store.skipped[1]
+    assert "line 4: A row has no value in the column 'age'" in store.skipped[2]
+    assert "too large for a feature" in store.skipped[4]
+    with pytest.raises(UserError, match=r"A row has 'II' .* 3 rows are unreadable"):
+        FeatureStore.open(load_backbone("identity:age,stage=I"), samples, root=tmp_path, strict=True)
+    other = load_backbone("identity:stage=III")
+    with pytest.raises(FedheadError, match=r"None of the rows .* The first: .* the model knows the levels 'III'"):
+        FeatureStore.open(other, samples, root=tmp_path)
+    assert len(FeatureStore.open(other, samples, root=tmp_path, empty=True).readable()) == 0
