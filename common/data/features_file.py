@@ -7,12 +7,13 @@ Options name other arrays or columns: `features:uni.h5?features=embedding&label=
 """
 
 import hashlib
+import math
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,9 +28,24 @@ from fedhead.errors import UserError
 from fedhead.extras import require
 from fedhead.wording import quoted
 
+MOST_BYTES = 2**36
+"""Size that the arrays of a file may have in memory; a small file can state any."""
+
 SUFFIXES = (".npz", ".parquet", ".h5", ".hdf5")
 
 _SINGULAR = {"labels": "label", "targets": "target", "bags": "bag", "groups": "group", "sites": "site"}
+_DAMAGE: tuple[type[Exception], ...] = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    KeyError,
+    MemoryError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 _WHOLE_BAG = ("labels", "targets", "groups", "sites")
 
 
@@ -56,6 +72,9 @@ def _samples(path: Path, arrays: Mapping[str, npt.NDArray[Any]], spec: str) -> S
     features = _table(arrays["features"], path)
     if "labels" in arrays and "targets" in arrays:
         raise UserError(f"{path} has labels and targets; name one of them, as in ?target=age, and remove the other.")
+    for name, array in arrays.items():
+        if array.ndim == 0:
+            raise UserError(f"The {name} of {path} are a single value; expected one for each row.")
     annotations = {name: arrays[name] for name in _WHOLE_BAG if name in arrays}
     if not {"labels", "targets"} & annotations.keys():
         raise UserError(f"{path} has neither 'labels' nor 'targets'; name another array as in ?label=diagnosis.")
@@ -78,10 +97,15 @@ def _samples(path: Path, arrays: Mapping[str, npt.NDArray[Any]], spec: str) -> S
 
 def _table(features: npt.NDArray[Any], path: Path) -> FloatArray:
     if features.dtype == object and len(features):
+        if not all(row is None or isinstance(row, np.ndarray | list) for row in features):
+            raise UserError(f"The features of {path} are no lists; expected a list of numbers in each row.")
         widths = {len(row) for row in features if row is not None}
         if len(widths) != 1 or any(row is None for row in features):
             raise UserError(f"The features of {path} have the widths {sorted(widths)[:5]}; expected one in every row.")
-        features = np.stack(list(features))
+        try:
+            features = np.stack(list(features))
+        except ValueError:
+            raise UserError(f"The features of {path} are ragged; expected a list of numbers in each row.") from None
     if features.ndim != 2 or 0 in features.shape or features.dtype.kind not in "biuf":
         raise UserError(f"The features of {path} have shape {list(features.shape)}; expected [n, d] numbers.")
     table = features.astype(np.float64)
@@ -107,6 +131,8 @@ def _pooled(
     sums = np.zeros((len(places), features.shape[1]))
     np.add.at(sums, owners, features)
     for name, array in annotations.items():
+        if array.dtype == object and any(isinstance(value, np.ndarray | list) for value in array):
+            raise UserError(f"The {name} of {path} are lists; rows of bags need a single value each.")
         differs = array != array[first[owners]]
         if (differs if differs.ndim == 1 else differs.any(1)).any():
             row = int(np.argmax(differs if differs.ndim == 1 else differs.any(1)))
@@ -117,7 +143,27 @@ def _pooled(
 def _read(path: Path, wanted: Mapping[str, str]) -> dict[str, npt.NDArray[Any]]:
     """Return the arrays of a file under their usual names, given their names in the file."""
     readers = {".npz": _read_npz, ".parquet": _read_parquet}
-    return readers.get(path.suffix.lower(), _read_h5)(path, wanted)
+    try:
+        return readers.get(path.suffix.lower(), _read_h5)(path, wanted)
+    except UserError:
+        raise
+    except _DAMAGE + _arrow_errors() as error:
+        # A KeyError's own text is in quotes, and Arrow's may have many lines.
+        said = str(error.args[0] if isinstance(error, KeyError) and error.args else error).partition("\n")[0]
+        raise UserError(f"{path} cannot be read: {said.rstrip('.') or type(error).__name__}.") from None
+
+
+def _arrow_errors() -> tuple[type[Exception], ...]:
+    try:
+        import pyarrow
+    except ImportError:
+        return ()
+    return (pyarrow.ArrowException,)
+
+
+def _require_size(size: int, path: Path) -> None:
+    if size > MOST_BYTES:
+        raise UserError(f"{path} states {size} bytes of arrays; a file may have {MOST_BYTES} at most.")
 
 
 def _find(held: Sequence[str], wanted: Mapping[str, str], path: Path) -> dict[str, str]:
@@ -138,38 +184,59 @@ def _find(held: Sequence[str], wanted: Mapping[str, str], path: Path) -> dict[st
 
 
 def _read_npz(path: Path, wanted: Mapping[str, str]) -> dict[str, npt.NDArray[Any]]:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {array: archive[name] for array, name in _find(archive.files, wanted, path).items()}
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} cannot be read: {str(error).rstrip('.')}.") from None
+    with np.load(path, allow_pickle=False) as archive:
+        found = _find(archive.files, wanted, path)
+        members = set(archive.zip.namelist())
+        size = 0
+        for name in found.values():
+            with archive.zip.open(name if name in members else f"{name}.npy") as file:
+                size += _stated_size(file)
+        _require_size(size, path)
+        return {array: archive[name] for array, name in found.items()}
+
+
+def _stated_size(file: IO[bytes]) -> int:
+    """Return the size in bytes that the header of an array in NumPy's format states."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
+    return math.prod(shape) * dtype.itemsize
 
 
 def _read_parquet(path: Path, wanted: Mapping[str, str]) -> dict[str, npt.NDArray[Any]]:
     require("pyarrow", "parquet", f"Reading {path}")
-    import pyarrow
     import pyarrow.parquet
 
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            found = _find(file.schema_arrow.names, wanted, path)
-            table = file.read(columns=list(dict.fromkeys(found.values())))
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path} is not a Parquet file or is damaged: {str(error).partition(chr(10))[0]}") from None
+    with pyarrow.parquet.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        found = _find(names, wanted, path)
+        for name in found.values():
+            if names.count(name) > 1:
+                raise UserError(f"{path} has {names.count(name)} columns {name!r}; expected one.")
+        groups = (file.metadata.row_group(number) for number in range(file.metadata.num_row_groups))
+        _require_size(sum(group.total_byte_size for group in groups), path)
+        table = file.read(columns=list(dict.fromkeys(found.values())))
     return {array: table[name].to_numpy(zero_copy_only=False) for array, name in found.items()}
 
 
 def _read_h5(path: Path, wanted: Mapping[str, str]) -> dict[str, npt.NDArray[Any]]:
+    """Read data sets that are in this file: links, external storage and virtual data sets read other files."""
     h5py = require("h5py", "h5", f"Reading {path}")
-    try:
-        with h5py.File(path, "r") as file:
-            held = [name for name in file if isinstance(file[name], h5py.Dataset)]
-            found = _find(held, wanted, path)
-            return {
-                array: file[name].asstr()[:] if h5py.check_string_dtype(file[name].dtype) else file[name][:]
-                for array, name in found.items()
-            }
-    except OSError as error:
-        raise UserError(f"{path} is not an HDF5 file or is damaged: {error}.") from None
+    with h5py.File(path, "r") as file:
+        hard = [name for name in file if isinstance(file.get(name, getlink=True), h5py.HardLink)]
+        for name in wanted.values():
+            if name in file and not isinstance(file.get(name.split("/")[0], getlink=True), h5py.HardLink):
+                raise UserError(f"{name!r} in {path} is a link; expected a data set in the file itself.")
+        found = _find([name for name in hard if isinstance(file[name], h5py.Dataset)], wanted, path)
+        held = {array: file[name] for array, name in found.items()}
+        for array, data in held.items():
+            if data.external is not None or data.is_virtual:
+                raise UserError(
+                    f"The {array} of {path} are stored in other files; expected a data set in the file itself."
+                )
+            if data.shape is None or data.shape == ():
+                raise UserError(f"The {array} of {path} are empty or a single value; expected one for each row.")
+        _require_size(sum(math.prod(data.shape) * data.dtype.itemsize for data in held.values()), path)
+        return {
+            array: data.asstr()[:] if h5py.check_string_dtype(data.dtype) else data[:] for array, data in held.items()
+        }

@@ -1,3 +1,4 @@
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -88,3 +89,37 @@ def test_wrong_files_are_explained(tmp_path: Path) -> None:
     (tmp_path / "embeddings.npz").write_bytes(b"no archive")
     with pytest.raises(UserError, match="cannot be read"):
         load_samples(f"features:{tmp_path / 'embeddings.npz'}")
+
+
+def test_data_sets_that_read_other_files_are_refused(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py", reason="h5py is not installed")
+    path, other = tmp_path / "given.h5", tmp_path / "other.h5"
+    values, labels = np.ones((30, 3)), np.arange(30) % 2
+    with h5py.File(other, "w") as file:
+        file["private"] = values
+    (tmp_path / "private.bin").write_bytes(bytes(90))
+    layout = h5py.VirtualLayout((30, 3), "f8")
+    layout[:] = h5py.VirtualSource(str(other), "private", (30, 3))
+    faults = {
+        "is a link": lambda file: file.__setitem__("features", h5py.ExternalLink(str(other), "private")),
+        "are stored in other files": lambda file: file.create_virtual_dataset("features", layout),
+        "features of .* are stored in other files": lambda file: file.create_dataset(
+            "features", (30, 3), "u1", external=[(str(tmp_path / "private.bin"), 0, 90)]
+        ),
+        "states .* bytes": lambda file: file.create_dataset("features", (10**9, 10**4), "f8", chunks=(1000, 1000)),
+    }
+    for words, write in faults.items():
+        with h5py.File(path, "w") as file:
+            file["labels"] = labels
+            write(file)
+        with pytest.raises(UserError, match=words):
+            load_samples(f"features:{path}")
+
+
+def test_a_small_archive_cannot_state_arrays_beyond_memory(tmp_path: Path) -> None:
+    header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (10000000000, 10000), }"
+    header += b" " * (117 - len(header)) + b"\n"
+    with zipfile.ZipFile(tmp_path / "huge.npz", "w") as archive:
+        archive.writestr("features.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    with pytest.raises(UserError, match="states 800000000000000 bytes"):
+        load_samples(f"features:{tmp_path / 'huge.npz'}")
