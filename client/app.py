@@ -80,7 +80,8 @@ def _local_site(
     from fedhead.client.local_site import LocalSite
     from fedhead.client.release.guard import Guard
 
-    guard, accepted = Guard(min_class_count, min_rows), AcceptedBackbones(frozenset(backbones.split()))
+    guard = Guard(min_class_count, min_rows, plain_clusters=False)
+    accepted = AcceptedBackbones(frozenset(backbones.split()))
     return LocalSite(name, data, device, strict_data, guard, backbones=accepted, holdout=holdout)
 
 
