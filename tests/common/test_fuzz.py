@@ -306,7 +306,7 @@ def test_any_table(folder: Path, table: tuple[str, bytes], options: str, flags: 
 
 
 @pytest.mark.slow
-@settings(MANY, max_examples=3000)
+@MANY
 @given(**ANY_TABLE)
 def test_any_of_many_tables(folder: Path, table: tuple[str, bytes], options: str, flags: list[str]) -> None:
     on_tables(folder, table, options, flags)

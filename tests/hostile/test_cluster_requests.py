@@ -10,6 +10,7 @@ from fedhead.protocol.actions import CLUSTER, STATISTICS
 from fedhead.protocol.clusters import ClusterRequest
 from fedhead.protocol.messages import MessageError, Payload
 from fedhead.solvers.clusters import Clusterings, Directions
+
 from .test_rows import Attack, own_home
 
 __all__ = ["own_home"]

@@ -13,6 +13,7 @@ from fedhead.flower import in_process_identity
 from fedhead.protocol.actions import STATISTICS
 from fedhead.protocol.messages import Payload
 from fedhead.tasks.survival import Survival
+
 from .test_rows import FEATURES, Attack
 
 ROWS = 120
