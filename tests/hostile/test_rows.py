@@ -474,6 +474,6 @@ def test_a_private_run_of_another_task_is_refused(tmp_path: Path) -> None:
     attack = Attack(tmp_path, privacy={"epsilon": 3.0})
     terms = PrivacyTerms(epsilon=1.0, delta=1e-5, unit="row", noise="own", evaluate=0.1).model_dump()
     attack.describe(privacy=terms)
-    for task in ("regression", "clusters"):
+    for task in ("regression", "ordinal"):
         with pytest.raises(AssertionError, match=f"are for classification .* of the task {task}"):
             attack.describe(privacy=terms, task=task)
