@@ -172,17 +172,34 @@ class Head(nn.Module, ABC):
             value.copy_(parameters[name])
 
 
-@heads.register("linear")
-class LinearHead(Head):
-    """Outputs `x W^T + b`, weight `[C, d]`, bias `[C]`, initially zero."""
-
-    inits = ("lda", "lda-gcv", "ridge", "nearest-mean", "hazards", "zeros", "random")
-    averages_in_coefficients = True
+class AffineHead(Head):
+    """A head whose last step is `z W^T + b`, weight `[C, d]`, bias `[C]`, initially zero."""
 
     def __init__(self, num_features: int, num_classes: int) -> None:
         super().__init__(num_features, num_classes)
         self.weight = nn.Parameter(torch.zeros(num_classes, num_features))
         self.bias = nn.Parameter(torch.zeros(num_classes))
+
+    def randomise(self, generator: torch.Generator) -> None:
+        fill_normal(self.weight, self.num_features**-0.5, generator)
+
+    @torch.no_grad()
+    def rescale(self, shift: Tensor, scale: Tensor) -> None:
+        self.weight.mul_(scale[:, None])
+        self.bias.mul_(scale).add_(shift)
+
+    @torch.no_grad()
+    def absorb_temperature(self, temperature: float) -> None:
+        self.weight.div_(temperature)
+        self.bias.div_(temperature)
+
+
+@heads.register("linear")
+class LinearHead(AffineHead):
+    """Outputs `x W^T + b`, weight `[C, d]`, bias `[C]`, initially zero."""
+
+    inits = ("lda", "lda-gcv", "ridge", "nearest-mean", "hazards", "zeros", "random")
+    averages_in_coefficients = True
 
     @classmethod
     def from_weights(cls, weight: Tensor, bias: Tensor) -> Self:
@@ -203,9 +220,6 @@ class LinearHead(Head):
         residuals *= weights.unsqueeze(-2)
         return {"weight": residuals @ features, "bias": residuals.sum(-1)}, (values * weights).sum(-1)
 
-    def randomise(self, generator: torch.Generator) -> None:
-        fill_normal(self.weight, self.num_features**-0.5, generator)
-
     def _solved(self, init: str, solutions: Solutions) -> Mapping[str, Tensor]:
         weight, bias = solutions.affine(init)
         return {"weight": weight, "bias": bias}
@@ -217,16 +231,6 @@ class LinearHead(Head):
     def fold(self, mean: Tensor, scale: Tensor) -> None:
         self.weight.div_(scale)
         self.bias.sub_(self.weight @ mean)
-
-    @torch.no_grad()
-    def rescale(self, shift: Tensor, scale: Tensor) -> None:
-        self.weight.mul_(scale[:, None])
-        self.bias.mul_(scale).add_(shift)
-
-    @torch.no_grad()
-    def absorb_temperature(self, temperature: float) -> None:
-        self.weight.div_(temperature)
-        self.bias.div_(temperature)
 
 
 @heads.register("mlp")

@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
-from fedhead.heads.head import Head, fill_normal, heads
+from fedhead.heads.head import AffineHead, heads
 
 
 @heads.register("unit")
-class UnitHead(Head):
+class UnitHead(AffineHead):
     """Outputs `z W^T + b` of `z = u(u((x - origin) / scale) - shift)`, where `u` divides a row by its norm.
 
     Weight `[C, d]` and bias `[C]` are trained; origin, scale and shift `[d]` are constants. The first normalisation
@@ -24,8 +24,6 @@ class UnitHead(Head):
 
     def __init__(self, num_features: int, num_classes: int) -> None:
         super().__init__(num_features, num_classes)
-        self.weight = nn.Parameter(torch.zeros(num_classes, num_features))
-        self.bias = nn.Parameter(torch.zeros(num_classes))
         self.register_buffer("origin", torch.zeros(num_features))
         self.register_buffer("scale", torch.ones(num_features))
         self.register_buffer("shift", torch.zeros(num_features))
@@ -45,21 +43,7 @@ class UnitHead(Head):
         return rows @ parameters["weight"].mT + parameters["bias"].unsqueeze(-2)
 
     @torch.no_grad()
-    def randomise(self, generator: torch.Generator) -> None:
-        fill_normal(self.weight, self.num_features**-0.5, generator)
-
-    @torch.no_grad()
     def fold(self, mean: Tensor, scale: Tensor) -> None:
         # ((x - mean) / scale - origin) / own_scale, written with one origin and one scale.
         self.origin.mul_(scale).add_(mean)
         self.scale.mul_(scale)
-
-    @torch.no_grad()
-    def rescale(self, shift: Tensor, scale: Tensor) -> None:
-        self.weight.mul_(scale[:, None])
-        self.bias.mul_(scale).add_(shift)
-
-    @torch.no_grad()
-    def absorb_temperature(self, temperature: float) -> None:
-        self.weight.div_(temperature)
-        self.bias.div_(temperature)
