@@ -17,8 +17,8 @@ from fedhead.server.report.layout import Section
 from fedhead.server.report.personal import personal
 from fedhead.server.report.privacy import solver_of
 from fedhead.server.report.quality import interval, quality
-from fedhead.server.report.regression import number_interval
 from fedhead.server.report.releases import releases
+from fedhead.server.report.scores import number_interval
 from fedhead.server.report.worth import worth
 from fedhead.server.runs.record import REPORT, RunRecord
 from fedhead.wording import counted, duration, size, without_controls

@@ -6,7 +6,8 @@ from typing import Any
 from fedhead.server.report import charts
 from fedhead.server.report.layout import DASH, Figure, Section, Table
 from fedhead.server.report.privacy import noisy_accuracy
-from fedhead.server.report.regression import interval_sentences, number_interval, regression_quality
+from fedhead.server.report.regression import interval_sentences, regression_quality
+from fedhead.server.report.scores import number_interval
 from fedhead.server.report.survival import calibration_sentences, survival_quality
 from fedhead.server.runs.record import RunRecord, Values
 from fedhead.wording import counted, listed, percent

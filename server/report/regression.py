@@ -3,24 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from markupsafe import Markup
-
 from fedhead.server.report import charts
-from fedhead.server.report.layout import DASH, Figure, Section, Table
+from fedhead.server.report.layout import Figure, Section, Table
+from fedhead.server.report.scores import number_interval, score_by_site, score_forest, worst_first
 from fedhead.server.runs.record import RunRecord, Values
 from fedhead.wording import counted, percent
-
-_MOST_SITES = 36
-
-
-def number_interval(figure: Sequence[float | None] | None, digits: str = ".3f") -> str:
-    """Return a number with its 95 % interval."""
-    if not figure or figure[0] is None:
-        return DASH
-    value, low, high = figure
-    if low is None or high is None:
-        return f"{value:{digits}}"
-    return f"{value:{digits}} ({low:{digits}} to {high:{digits}})"
 
 
 def regression_quality(record: RunRecord, key: str, question: str, unknown: Callable[[RunRecord], str]) -> Section:
@@ -93,11 +80,11 @@ def _by_target(record: RunRecord) -> list[Figure]:
         note="Errors are in the target's own units. Bias is the mean of prediction minus target.",
     )
     caption = "Dots with 95 % intervals."
-    return [Figure("R2 by target", _forest([(one["name"], one) for one in targets]), table, caption)]
+    return [Figure("R2 by target", score_forest([(one["name"], one) for one in targets], "r2", "R2"), table, caption)]
 
 
 def _by_site(record: RunRecord) -> list[Figure]:
-    sites = sorted(record.sites.items(), key=lambda pair: (_value(pair[1]), pair[0]))
+    sites = worst_first(record, "r2")
     if not sites:
         return []
     several = len(record.pooled["targets"]) > 1
@@ -113,25 +100,8 @@ def _by_site(record: RunRecord) -> list[Figure]:
             for name, one in sites
         ],
     )
-    title = "R2 by site"
-    if len(sites) > _MOST_SITES:
-        title = f"The {_MOST_SITES} sites of {len(sites):,} with the lowest R2"
-    chart = _forest(sites[:_MOST_SITES], record.pooled["r2"][0])
-    return [Figure(title, chart, table, "Dots with 95 % intervals; the dashed line is R2 on all sites' rows pooled.")]
-
-
-def _value(report: Values) -> float:
-    value: float | None = report["r2"][0]
-    return float("inf") if value is None else value
-
-
-def _forest(reports: Sequence[tuple[str, Values]], reference: float | None = None) -> Markup:
-    lines = [
-        charts.Interval(name, one["r2"][0], one["r2"][1], one["r2"][2], one["rows"])
-        for name, one in reports
-        if one["r2"][0] is not None
-    ]
-    return charts.forest(lines, "R2 on held-out rows", reference, wording=lambda value: f"{value:.2f}")
+    caption = "Dots with 95 % intervals; the dashed line is R2 on all sites' rows pooled."
+    return [score_by_site(record, sites, "r2", "R2", table, caption)]
 
 
 def _curves(record: RunRecord) -> list[Figure]:

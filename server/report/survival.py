@@ -1,17 +1,13 @@
 """The section on a survival model's quality: concordance, Kaplan-Meier curves by site and pooled, and calibration."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
-
-from markupsafe import Markup
 
 from fedhead.server.report import charts
 from fedhead.server.report.layout import DASH, Figure, Section, Table
-from fedhead.server.report.regression import number_interval
+from fedhead.server.report.scores import number_interval, score_by_site, worst_first
 from fedhead.server.runs.record import RunRecord, Values
 from fedhead.wording import counted
-
-_MOST_SITES = 36
 
 
 def survival_quality(record: RunRecord, key: str, question: str, unknown: Callable[[RunRecord], str]) -> Section:
@@ -89,7 +85,7 @@ def _number(value: float | None) -> str:
 
 
 def _by_site(record: RunRecord) -> list[Figure]:
-    sites = sorted(record.sites.items(), key=lambda pair: (_value(pair[1]), pair[0]))
+    sites = worst_first(record, "concordance")
     if not sites:
         return []
     table = Table(
@@ -105,22 +101,8 @@ def _by_site(record: RunRecord) -> list[Figure]:
             for name, one in sites
         ],
     )
-    chart = _forest(sites[:_MOST_SITES], record.pooled["concordance"][0])
-    return [Figure("Concordance by site", chart, table, "Dots with 95 % intervals; the dashed line is the pooled one.")]
-
-
-def _value(report: Values) -> float:
-    value: float | None = report["concordance"][0]
-    return float("inf") if value is None else value
-
-
-def _forest(reports: Sequence[tuple[str, Values]], reference: float | None) -> Markup:
-    lines = [
-        charts.Interval(name, one["concordance"][0], one["concordance"][1], one["concordance"][2], one["rows"])
-        for name, one in reports
-        if one["concordance"][0] is not None
-    ]
-    return charts.forest(lines, "concordance on held-out rows", reference, wording=lambda value: f"{value:.2f}")
+    caption = "Dots with 95 % intervals; the dashed line is the pooled one."
+    return [score_by_site(record, sites, "concordance", "concordance", table, caption)]
 
 
 def _calibration(record: RunRecord) -> list[Figure]:

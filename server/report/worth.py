@@ -8,7 +8,7 @@ from fedhead.server.report import charts
 from fedhead.server.report.fit import shares_of
 from fedhead.server.report.layout import Figure, Section, Table
 from fedhead.server.report.quality import MOST_LINES, interval
-from fedhead.server.report.regression import number_interval
+from fedhead.server.report.scores import number_interval
 from fedhead.server.runs.record import RunRecord, Values
 from fedhead.wording import counted, percent, size
 
@@ -71,9 +71,13 @@ def _baseline_sentences(record: RunRecord) -> list[str]:
     baseline = record.evaluation.get("baseline")
     if not baseline:
         return []
+    task = record.task
+    if task.score_name == "accuracy":
+        score = f"accuracy {interval(baseline['score'])}"
+    else:
+        score = f"{task.score_title if record.real else task.score_name} {number_interval(baseline['score'])}"
     return [
-        f"Without transfer, on {baseline['backbone']}, the head of one exchange has "
-        + (f"R2 {number_interval(baseline['score'])}" if record.real else f"accuracy {interval(baseline['score'])}")
+        f"Without transfer, on {baseline['backbone']}, the head of one exchange has {score}"
         + (f" ({record.words(baseline['score_test'])} on the test set)" if baseline.get("score_test") else "")
         + "."
     ]
@@ -159,5 +163,6 @@ def _progress(record: RunRecord) -> list[Figure]:
     where = "the pooled test set" if tested else "held-out rows"
     ringed = " The ring marks the kept one." if kept >= 0 else ""
     caption = f"A dot for each head, on {where}.{ringed}"
-    title = f"{'R2' if record.real else 'Accuracy'} over the bytes exchanged"
-    return [Figure(title, charts.progress(points, kept, reference, shares=not record.real), table, caption)]
+    shares = record.task.score_name == "accuracy"
+    title = f"{'Accuracy' if shares else record.task.score_title} over the bytes exchanged"
+    return [Figure(title, charts.progress(points, kept, reference, shares=shares), table, caption)]

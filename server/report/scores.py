@@ -1,0 +1,64 @@
+"""Scores that are numbers rather than shares, such as R2 and concordance: in words, and by site."""
+
+from collections.abc import Sequence
+
+from markupsafe import Markup
+
+from fedhead.server.report import charts
+from fedhead.server.report.layout import DASH, Figure, Table
+from fedhead.server.runs.record import RunRecord, Values
+
+_MOST_SITES = 36
+
+
+def number_interval(figure: Sequence[float | None] | None, digits: str = ".3f") -> str:
+    """Return a number with its 95 % interval."""
+    if not figure or figure[0] is None:
+        return DASH
+    value, low, high = figure
+    if low is None or high is None:
+        return f"{value:{digits}}"
+    return f"{value:{digits}} ({low:{digits}} to {high:{digits}})"
+
+
+def worst_first(record: RunRecord, score: str) -> list[tuple[str, Values]]:
+    """Return the sites' names and reports, those without the score last."""
+    known = {name: one[score][0] for name, one in record.sites.items()}
+    return sorted(
+        record.sites.items(), key=lambda pair: (float("inf") if (at := known[pair[0]]) is None else at, pair[0])
+    )
+
+
+def score_forest(
+    reports: Sequence[tuple[str, Values]], score: str, words: str, reference: float | None = None
+) -> Markup:
+    """Draw a score with its interval for each report that has it.
+
+    Args:
+        reports: names and reports.
+        score: its name in a report.
+        words: its name for readers.
+        reference: where a dashed line is.
+    """
+    known = [(name, one[score], one["rows"]) for name, one in reports if one[score][0] is not None]
+    lines = [charts.Interval(name, value, low, high, rows) for name, (value, low, high), rows in known]
+    return charts.forest(lines, f"{words} on held-out rows", reference, wording=lambda value: f"{value:.2f}")
+
+
+def score_by_site(
+    record: RunRecord, sites: Sequence[tuple[str, Values]], score: str, words: str, table: Table, caption: str
+) -> Figure:
+    """Return the figure of the sites with the lowest scores, beside the table of all.
+
+    Args:
+        record: of the run.
+        sites: names and reports, the worst first.
+        score: its name in a report.
+        words: its name for readers, in the middle of a sentence.
+        table: of all sites.
+        caption: of the figure.
+    """
+    title = f"{words[0].upper()}{words[1:]} by site"
+    if len(sites) > _MOST_SITES:
+        title = f"The {_MOST_SITES} sites of {len(sites):,} with the lowest {words}"
+    return Figure(title, score_forest(sites[:_MOST_SITES], score, words, record.pooled[score][0]), table, caption)
