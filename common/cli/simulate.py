@@ -17,7 +17,7 @@ from fedhead.cli.observers import watching
 from fedhead.cli.settings import SettingsCommand, with_settings
 from fedhead.cli.study import run_study
 from fedhead.errors import UserError
-from fedhead.wording import by_reason, listed, percent, score_words, size
+from fedhead.wording import by_reason, counted, listed, percent, score_words, size
 
 if TYPE_CHECKING:
     from fedhead.server.runs.history import Round
@@ -132,7 +132,7 @@ def _print_result(result: "RunResult", console: Console) -> None:
         shares = {name: percent(right / made.pooled.rows) for name, right in made.pooled.right.items()}
         lines.add_row("Own heads", ", ".join(f"{name} {share}" for name, share in shares.items()))
     if result.empty_sites:
-        lines.add_row("No rows", f"{len(result.empty_sites)} sites: {', '.join(result.empty_sites)}")
+        lines.add_row("No rows", f"{counted(len(result.empty_sites), 'site')}: {', '.join(result.empty_sites)}")
     for reason, refused in by_reason(result.outcome.refused).items():
         lines.add_row("Refused", f"{listed(refused, MOST_NAMES)}: {reason}")
     lines.add_row("Run folder", str(result.run_dir))
@@ -147,7 +147,7 @@ def _score(result: "RunResult") -> str:
     if result.sites:
         said += (
             f"{score_words(result.score_held_out, name)} on {result.evaluation.rows} held-out rows from "
-            f"{result.outcome.num_evaluated} sites"
+            f"{counted(result.outcome.num_evaluated, 'site')}"
         )
         if by_site := result.score_by_site:
             worst = min(by_site, key=lambda site: by_site[site])
@@ -190,12 +190,12 @@ def _add_cost(lines: Table, result: "RunResult") -> None:
         f"({summary['rows_extracted']} rows extracted), rounds {summary['seconds_rounds']:.1f} s",
     )
     if summary["rows_skipped"]:
-        lines.add_row("Skipped", f"{summary['rows_skipped']} unreadable rows")
+        lines.add_row("Skipped", counted(summary["rows_skipped"], "unreadable row"))
     if summary["rows_withheld"]:
         lines.add_row(
             "Withheld",
-            f"{summary['rows_withheld']} rows from {len(result.withheld)} sites, in classes or sites with too few rows "
-            "(--min-class-count, --min-rows)",
+            f"{counted(summary['rows_withheld'], 'row')} from {counted(len(result.withheld), 'site')}, in classes or "
+            "sites with too few rows (--min-class-count, --min-rows)",
         )
 
 
@@ -204,7 +204,7 @@ def _add_diagnosis(lines: Table, result: "RunResult") -> None:
     diagnoses = result.outcome.diagnoses
     joining = sum(one.recommendation == "join" for one in diagnoses)
     if diagnoses:
-        lines.add_row("Diagnosis", f"{joining} of {len(diagnoses)} sites gain by joining")
+        lines.add_row("Diagnosis", f"{joining} of {counted(len(diagnoses), 'site')} gain by joining")
     others = [one for one in diagnoses if one.recommendation not in ("join", "not enough rows to tell")]
     undecided = [one.site for one in diagnoses if one.recommendation == "not enough rows to tell"]
     for one in others[:MOST_DIAGNOSES]:
@@ -228,7 +228,7 @@ def _origin_of_head(result: "RunResult") -> str:
 
 def _history_table(result: "RunResult") -> Table:
     table = Table(
-        title=f"{result.config.strategy.name} on {len(result.outcome.participants)} sites",
+        title=f"{result.config.strategy.name} on {counted(len(result.outcome.participants), 'site')}",
         title_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,

@@ -106,6 +106,8 @@ def _table(features: npt.NDArray[Any], path: Path) -> FloatArray:
             features = np.stack(list(features))
         except ValueError:
             raise UserError(f"The features of {path} are ragged; expected a list of numbers in each row.") from None
+    if not len(features):
+        raise UserError(f"The features of {path} have no rows.")
     if features.ndim != 2 or 0 in features.shape or features.dtype.kind not in "biuf":
         raise UserError(f"The features of {path} have shape {list(features.shape)}; expected [n, d] numbers.")
     table = features.astype(np.float64)
@@ -184,6 +186,8 @@ def _find(held: Sequence[str], wanted: Mapping[str, str], path: Path) -> dict[st
 
 
 def _read_npz(path: Path, wanted: Mapping[str, str]) -> dict[str, npt.NDArray[Any]]:
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path} cannot be read: it is not a NumPy archive, or is damaged.")
     with np.load(path, allow_pickle=False) as archive:
         found = _find(archive.files, wanted, path)
         members = set(archive.zip.namelist())

@@ -71,7 +71,10 @@ def _curve(record: RunRecord) -> Figure:
     )
     lines = [("all sites", pooled), *list(record.sites.items())[: charts.COLOURS - 1]]
     curves = [(name, _points(one)) for name, one in lines]
-    caption = "Kaplan-Meier estimates on held-out rows: the share without an event until each time."
+    caption = (
+        "Kaplan-Meier estimates by time bin on held-out rows: the share without an event until each time. They are "
+        "somewhat low, since a row last followed within a bin is not at risk in it."
+    )
     return Figure("Survival by site and pooled", charts.steps(curves, pooled["edges"][-1]), table, caption)
 
 
