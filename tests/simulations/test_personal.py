@@ -153,7 +153,9 @@ def test_real_sites_keep_their_heads_and_predict_with_them(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("wrong", ["mode", "sums", "few", "nan", "missing"])
-def test_wrong_requests_are_refused_in_words(tmp_path: Path, wrong: str) -> None:
+def test_wrong_requests_are_refused_in_words(tmp_path: Path, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Sites of these names have ledgers of other tests in the shared home.
+    monkeypatch.setenv("FEDHEAD_HOME", str(tmp_path / "home"))
     seen: dict[str, Payload] = {}
     write_site(tmp_path / "a.csv", 0)
     site = LocalSite("a", f"csv:{tmp_path / 'a.csv'}?label=label", "cpu")
