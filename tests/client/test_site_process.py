@@ -187,7 +187,7 @@ def test_a_coordinator_that_is_killed_goes_on_with_the_sites_that_stayed(federat
     killed.kill()
     for client in clients:
         client.until("Nothing listens at")
-    assert ask(health) == "NOT_SERVING"
+    wait_until(lambda: ask(health) == "NOT_SERVING", clients[-1].said)
     resumed = federation.start("resumed", "server", "--kit", "kit/coordinator", "--resume", "run")
     assert resumed.ended() == 0, resumed.said()
     assert_same_head(federation.head("run"), federation.simulated(rounds=12, local={"epochs": 20}))
