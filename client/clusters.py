@@ -125,9 +125,7 @@ class _Rows:
         sizes, least = self.request.clusterings.sizes, self.holding.min_class_count
         banned = torch.zeros(sum(sizes), dtype=torch.bool)
         while least > 1:
-            counts = torch.zeros(len(banned), dtype=torch.int64)
-            for _, _, found in self.assigned(banned):
-                counts += found.flatten().bincount(minlength=len(counts))
+            counts = self._behind(banned)
             start, small = 0, False
             for part in torch.split(counts, list(sizes)):
                 few = part.where((part > 0) & (part < least), least)
@@ -137,3 +135,18 @@ class _Rows:
             if not small:
                 break
         return banned
+
+    def _behind(self, banned: Tensor) -> Tensor:
+        """Return `[M]`, the number of rows of each cluster or, where rows have groups such as patients, of these."""
+        counts = torch.zeros(len(banned), dtype=torch.int64)
+        if self.holding.people is None:
+            for _, _, found in self.assigned(banned):
+                counts += found.flatten().bincount(minlength=len(counts))
+            return counts
+        people = torch.from_numpy(self.holding.people[self.rows])
+        pairs, start = torch.empty(0, dtype=torch.int64), 0
+        for _, _, found in self.assigned(banned):
+            own = people[start : start + len(found)]
+            start += len(found)
+            pairs = torch.unique(torch.cat([pairs, (own[:, None] * len(banned) + found).flatten()]))
+        return counts + (pairs % len(banned)).bincount(minlength=len(counts))

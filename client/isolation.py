@@ -93,7 +93,7 @@ def isolation(features: Callable[[Tensor], Tensor], width: int, rows: IntArray) 
     )
 
 
-def commonly_marked(marks: BoolArray, least: int) -> BoolArray:
+def commonly_marked(marks: BoolArray, least: int, people: IntArray | None = None) -> BoolArray:
     """Return which rows `[n]` are left once none has, or lacks, a mark as one of fewer than `least`.
 
     The Gram matrix has the sum of all features over the rows with a mark, and by subtraction over those without.
@@ -101,15 +101,27 @@ def commonly_marked(marks: BoolArray, least: int) -> BoolArray:
     Args:
         marks: `[n, m]`, the marks that each row has.
         least: a number of rows.
+        people: `[n]`, a number for each row's group, such as its patient; groups are counted in place of rows.
     """
     kept = np.ones(len(marks), np.bool_)
     while True:
-        have = marks[kept].sum(axis=0)
-        lack = kept.sum() - have
+        have, lack = (_by_mark(one[kept], None if people is None else people[kept]) for one in (marks, ~marks))
         rare = (marks & (have < least)) | (~marks & (lack < least) & (have > 0))
         if not (lost := kept & rare.any(axis=1)).any():
             return kept
         kept &= ~lost
+
+
+def _by_mark(marks: BoolArray, people: IntArray | None) -> IntArray:
+    """Return `[m]`, how many rows, or people, have each mark."""
+    if people is None:
+        found = marks
+    else:
+        _, inverse = np.unique(people, return_inverse=True)
+        found = np.zeros((int(inverse.max(initial=-1)) + 1, marks.shape[1]), np.bool_)
+        np.logical_or.at(found, inverse, marks)
+    have: IntArray = found.sum(axis=0)
+    return have
 
 
 def _spread(features: Tensor) -> float:

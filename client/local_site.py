@@ -18,7 +18,7 @@ from fedhead.client.backbones import AcceptedBackbones, Agree, check_backbone, n
 from fedhead.client.isolation import Isolation, commonly_marked, isolation
 from fedhead.client.release.accounts import Accounts, accounts_path
 from fedhead.client.release.atoms import Atoms, Population
-from fedhead.client.release.guard import Guard, count_rows
+from fedhead.client.release.guard import Guard, count_rows, labels_of, named_people, people_of
 from fedhead.client.release.ledger import Ledger, Note, ledger_path
 from fedhead.client.release.masking import Asked, SecureSum
 from fedhead.client.release.noise import Noise
@@ -136,7 +136,8 @@ class LocalSite:
         targets = self._targets(task)
         every = np.arange(len(targets))
         if manifest.privacy is None:
-            refuse_if_withheld(self.guard.allowed_rows(every, targets, np.zeros(len(every), np.bool_), task))
+            people = named_people(self.samples)
+            refuse_if_withheld(self.guard.allowed_rows(every, targets, np.zeros(len(every), np.bool_), task, people))
         if manifest.holdout != self.holdout:
             logger.info(
                 "The run asks to hold out a share of %g of the rows. The site decides: it holds out %g, the holdout of "
@@ -220,6 +221,8 @@ class LocalSite:
             self.guard,
             share=self.holdout,
             contents=store.contents,
+            people=people_of(store.keys, store.contents),
+            labels=labels_of(self.samples),
         )
         refuse_if_withheld(holding.guarded)
         if not holding.guarded.num_rows:
@@ -246,7 +249,8 @@ class LocalSite:
         if not marks:
             return rows
         marked = store.features[torch.from_numpy(rows)][:, list(marks)].cpu().numpy() != 0
-        kept = commonly_marked(marked, self.guard.min_class_count)
+        people = people_of(store.keys[rows], store.contents[rows])
+        kept = commonly_marked(marked, self.guard.min_class_count, people)
         if not kept.all():
             have = np.minimum(marked.sum(axis=0), (~marked).sum(axis=0))
             rare = np.flatnonzero((have > 0) & (have < self.guard.min_class_count))

@@ -10,7 +10,7 @@ from fedhead.backbones import Backbone
 from fedhead.client.agreement import Agreement
 from fedhead.client.handlers import sum_rows
 from fedhead.client.release.atoms import Atoms, Population
-from fedhead.client.release.guard import Guard
+from fedhead.client.release.guard import Guard, labels_of, people_of
 from fedhead.client.release.ledger import Ledger, ledger_path
 from fedhead.client.release.required import refuse_plain_sums
 from fedhead.client.release.step import release
@@ -119,6 +119,8 @@ def sum_own_rows(
         guard,
         share=manifest.holdout,
         contents=store.contents,
+        people=people_of(store.keys, store.contents),
+        labels=labels_of(samples),
     )
     _require_rows_for(guard, holding, mapping)
     agreed = Agreement(manifest, probe, None, mapping=mapping, own_origin=origin)

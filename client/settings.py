@@ -46,7 +46,7 @@ class _Table(BaseModel):
 class Limits(_Table):
     """The site's limits: it computes nothing from fewer rows, takes no larger backbone, and trains no further."""
 
-    min_class_count: int = Field(5, ge=0)
+    min_class_count: int = Field(5, ge=0, description="Least rows of a class, or groups where the data has these.")
     min_rows: int = Field(20, ge=0)
     max_backbone_bytes: int = Field(
         MAX_BACKBONE_BYTES, ge=0, description="Largest file of weights that a coordinator may send, in bytes."

@@ -39,6 +39,7 @@ class Holding:
         task: names the groups that sums tell apart.
         share: of the rows that are held out.
         min_class_count: the guard's least number of rows behind a sum.
+        people: of all rows of `data`, see `people_of`.
     """
 
     data: LabelledFeatures
@@ -51,6 +52,7 @@ class Holding:
     task: Task
     share: float | None = None
     min_class_count: int = 0
+    people: IntArray | None = None
 
     @cached_property
     def keys_by_group(self) -> Mapping[str, KeyArray]:
@@ -75,6 +77,8 @@ def hold(
     guard: Guard,
     share: float | None = None,
     contents: KeyArray | None = None,
+    people: IntArray | None = None,
+    labels: Targets | None = None,
 ) -> Holding:
     """Let the guard withhold the rows that must not be computed on.
 
@@ -89,19 +93,28 @@ def hold(
         guard: the site's own.
         share: of rows that are held out.
         contents: `[N]`, the identities of rows in the ledger; by default `keys`.
+        people: `[N]`, see `people_of`.
+        labels: `[N]` or `[N, C]`, the site's own labels, whatever the run's task; None for rows with real targets.
     """
-    guarded = guard.allowed_rows(rows, targets[rows], out, task)
+
+    def of(values: IntArray | None, chosen: IntArray) -> IntArray | None:
+        return None if values is None else values[chosen]
+
+    guarded = guard.allowed_rows(rows, targets[rows], out, task, of(people, rows))
+    held = guarded.held_out
+    summable = guard.summable(held, targets[held], task, of(people, held), None if labels is None else labels[held])
     return Holding(
         data=data,
         train=SiteRows(name, guarded.train),
         held_out=SiteRows(name, guarded.held_out),
-        summable=SiteRows(name, guard.summable(guarded.held_out, targets[guarded.held_out], task)),
+        summable=SiteRows(name, summable),
         guarded=guarded,
         keys=keys,
         contents=keys if contents is None else contents,
         task=task,
         share=share,
         min_class_count=guard.min_class_count,
+        people=people,
     )
 
 

@@ -86,7 +86,8 @@ class SimulationConfig(_Table):
     min_class_count: int = Field(
         5,
         ge=0,
-        description="Minimum training rows of a class; a site withholds classes with fewer. 0 for no limit.",
+        description="Minimum training rows of a class, or groups where the data has these; a site withholds classes "
+        "with fewer. 0 for no limit.",
     )
     min_rows: int = Field(
         20, ge=0, description="Minimum rows of a site; a site with fewer takes no part. 0 for no limit."

@@ -35,6 +35,8 @@ from fedhead.server.runs.history import Outcome
 from fedhead.simulations.sites import SharedData, SimulatedSite
 from fedhead.tasks import Targets, make_task
 
+_OWN_LABELS = "own_labels.npy"
+
 START_SECONDS = 120.0
 """How long sites may take to register with Flower's engine, which is in memory."""
 
@@ -86,6 +88,7 @@ def run_on_ray(
     config: RunConfig,
     rows: Mapping[str, IntArray],
     labels: Targets,
+    own_labels: Targets | None,
     store: FeatureStore,
     coordinate: Callable[[Grid], Outcome],
 ) -> Outcome:
@@ -95,6 +98,7 @@ def run_on_ray(
         config: of the run.
         rows: `[n]`, of each site by name.
         labels: of all rows.
+        own_labels: the labels in the data, whatever the run's task; None for real targets.
         store: their features.
         coordinate: runs the coordinator over a Grid.
 
@@ -104,7 +108,7 @@ def run_on_ray(
     require_ray()
     home().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="ray-run-", dir=home()) as folder:
-        _write(Path(folder), config, rows, labels, store)
+        _write(Path(folder), config, rows, labels, own_labels, store)
         return _run(partial(_site_of, folder), len(rows), config.simulation.cluster, coordinate)
 
 
@@ -113,6 +117,7 @@ def _write(
     config: RunConfig,
     rows: Mapping[str, IntArray],
     labels: Targets,
+    own_labels: Targets | None,
     store: FeatureStore,
 ) -> None:
     table = config.simulation
@@ -131,6 +136,8 @@ def _write(
     write_atomically(folder / "told.json", json.dumps(asdict(told)))
     write_atomically(folder / "names.json", json.dumps(list(rows)))
     np.save(folder / "labels.npy", labels)
+    if own_labels is not None:
+        np.save(folder / _OWN_LABELS, own_labels)
     np.save(folder / "rows.npy", np.concatenate(list(rows.values())))
     np.save(folder / "ends.npy", np.cumsum([len(own) for own in rows.values()]))
 
@@ -140,13 +147,14 @@ def _shared(folder: str) -> SharedData:
     told = _Told(**json.loads((Path(folder) / "told.json").read_text()))
     backbone = load_backbone(told.backbone, weights=told.weights, layer=told.layer, seed=told.seed)
     store = FeatureStore.read(Path(told.features))
-    labels = np.load(Path(folder) / "labels.npy")
+    labels, own = np.load(Path(folder) / "labels.npy"), Path(folder) / _OWN_LABELS
     return SharedData(
         backbone.to(pick_device(told.device)),
         store,
         labels,
         Guard(told.min_class_count, told.min_rows),
         make_task(told.task, told.classes),
+        own_labels=np.load(own) if own.exists() else None,
     )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fedhead.backbones import load_backbone
 from fedhead.backbones.identity import identity_for
+from fedhead.client.release.guard import labels_of
 from fedhead.config import RunConfig
 from fedhead.data import IntArray, Samples
 from fedhead.errors import UserError
@@ -118,7 +119,13 @@ def run_plan(
     if parts is not None:
         parts.checkpoint.data = _data_digest(plan, store, test_store)
     shared = SharedData(
-        plan.backbone, store, plan.labels, plan.guard, make_task(config.task, config.classes), plan.steps
+        plan.backbone,
+        store,
+        plan.labels,
+        plan.guard,
+        make_task(config.task, config.classes),
+        plan.steps,
+        labels_of(plan.samples),
     )
     held, empty = _held_rows(plan, store, apps)
     allowed = dict(zip(held, shared.count_allowed(list(held.values()), config).tolist(), strict=True))
@@ -131,7 +138,7 @@ def run_plan(
 
     coordinate = partial(_coordinate, plan, parts, test, deliver)
     if config.simulation.engine == "ray":
-        outcome = run_on_ray(config, held, plan.labels, store, coordinate)
+        outcome = run_on_ray(config, held, plan.labels, labels_of(plan.samples), store, coordinate)
     else:
         present = [SimulatedSite(name, rows, shared, allowed[name]) for name, rows in held.items()]
         with in_process_identity(run_id=1):

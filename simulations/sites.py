@@ -10,7 +10,7 @@ from torch import Tensor
 from fedhead.backbones import Backbone
 from fedhead.backbones.weights import PACKAGED, weights_path
 from fedhead.client.backbones import check_backbone
-from fedhead.client.release.guard import Guard
+from fedhead.client.release.guard import Guard, people_of
 from fedhead.client.release.masking import Asked
 from fedhead.client.release.noise import Noise
 from fedhead.client.release.secure_sessions import SecureSessions, packed
@@ -41,6 +41,7 @@ class SharedData:
         guard: every site's.
         task: of the run.
         steps: after the guard, the other release steps of every site.
+        own_labels: `[N]` or `[N, C]`, the labels in the data, whatever the run's task; None for real targets.
     """
 
     def __init__(
@@ -51,7 +52,10 @@ class SharedData:
         guard: Guard,
         task: Task,
         steps: Sequence[Step] = (),
+        own_labels: Targets | None = None,
     ) -> None:
+        self.own_labels = own_labels
+        self.people = people_of(store.keys, store.contents)
         self.backbone = backbone
         self.labels = labels
         self.keys = store.keys
@@ -82,7 +86,9 @@ class SharedData:
         for start in range(0, len(sites), _COUNTED_AT_ONCE):
             part = sites[start : start + _COUNTED_AT_ONCE]
             owners, rows = np.repeat(np.arange(len(part)), [len(own) for own in part]), np.concatenate(part)
-            allowed.append(self.guard.count_allowed(owners, self.labels[rows], out[rows], len(part), self.task))
+            people = None if self.people is None else self.people[rows]
+            counted = self.guard.count_allowed(owners, self.labels[rows], out[rows], len(part), self.task, people)
+            allowed.append(counted)
         return np.concatenate(allowed)
 
     def require_two_classes(self, sites: Sequence[IntArray], config: RunConfig) -> None:
@@ -186,6 +192,15 @@ class SimulatedSite:
             shared = self._shared
             out = held_out(shared.keys[self._rows], manifest.holdout)
             self._holding = hold(
-                self.name, self._rows, out, shared.data, shared.labels, shared.keys, shared.task, shared.guard
+                self.name,
+                self._rows,
+                out,
+                shared.data,
+                shared.labels,
+                shared.keys,
+                shared.task,
+                shared.guard,
+                people=shared.people,
+                labels=shared.own_labels,
             )
         return self._holding

@@ -2,8 +2,9 @@
 
 Rows are divided into atoms when they are first admitted. An atom is of one part (training or held-out rows) and, where
 sums are by class, of one class. It has at least `min_class_count` rows whose contents were in no atom before, in each
-group that it has rows of; held-out rows are grouped by their calibration half, too. Atoms are kept and never changed. A
-release rests on whole atoms only, all of whose rows are there and which share no row.
+group that it has rows of (of so many patients, where the data has these); held-out rows are grouped by their
+calibration half, too. Atoms are kept and never changed. A release rests on whole atoms only, all of whose rows are
+there and which share no row.
 
 So the rows of two releases are equal, or differ by `min_class_count` or more in each part and group: the latest of the
 atoms that only one of them rests on has that many contents that no earlier one has. Later rows wait until they are
@@ -27,7 +28,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from fedhead.client.release.guard import Guard
+from fedhead.client.release.guard import Guard, count_people, people_of
 from fedhead.data import BoolArray, IntArray, KeyArray, Samples, calibration_half, held_out, mix
 from fedhead.data.labels import name_of
 from fedhead.errors import FedheadError
@@ -51,12 +52,14 @@ class Population:
         contents: `[n]`, of content alone.
         keys: `[n]`, what rows are held out by.
         strata: `[n]`, of the class of each row; 0 where a row has any number of classes, or real targets.
+        people: `[n]`, see `people_of`.
     """
 
     ids: KeyArray
     contents: KeyArray
     keys: KeyArray
     strata: KeyArray
+    people: IntArray | None = None
 
     @classmethod
     def of(cls, samples: Samples, rows: IntArray, keys: KeyArray, contents: KeyArray) -> Self:
@@ -76,7 +79,12 @@ class Population:
         occurrence[order] = np.arange(len(rows)) - np.repeat(starts, counts)
         by_class = samples.targets is None and not samples.multi_label
         ids = mix(ids + occurrence * _GOLDEN)
-        return cls(ids, contents[rows], keys[rows], targets if by_class else np.zeros_like(targets))
+        people = people_of(keys[rows], contents[rows])
+        return cls(ids, contents[rows], keys[rows], targets if by_class else np.zeros_like(targets), people)
+
+    def people_at(self, rows: IntArray) -> IntArray | None:
+        """Return the people of some rows, by their positions."""
+        return None if self.people is None else self.people[rows]
 
 
 def _target_keys(samples: Samples) -> KeyArray:
@@ -236,7 +244,8 @@ class Atoms:
                 out = _parts(kept, rows.keys, share)
                 made = _Admission(kept, rows, targets, task, guard, out)
                 admitted = made.admitted()
-                left = guard.allowed_rows(admitted, targets[admitted], out[admitted], task)
+                people = rows.people_at(admitted)
+                left = guard.allowed_rows(admitted, targets[admitted], out[admitted], task, people)
                 if task.grid and len(admitted) and not left.refusal and not self.grid_path.exists():
                     write_atomically(self.grid_path, json.dumps(task.grid))
                     sync_folder(self.path.parent)
@@ -289,7 +298,8 @@ class _Admission:
             admitted &= ~np.isin(self.atom, lost)
 
     def _left_by_guard(self, rows: IntArray) -> BoolArray:
-        return self.guard.largest(self.task.memberships(self.targets[rows]), ~self.out[rows])
+        memberships = self.task.memberships(self.targets[rows])
+        return self.guard.largest(memberships, ~self.out[rows], people=self.rows.people_at(rows))
 
     def _admit_training_rows(self) -> None:
         waiting = np.flatnonzero((self.atom < 0) & ~self.out)
@@ -318,8 +328,9 @@ class _Admission:
         held = np.flatnonzero((self.atom >= 0) & self.out & (self.rows.strata == stratum))
         for atom in np.unique(self.atom[held]).tolist():
             rows: IntArray = held[self.atom[held] == atom]
-            _, groups = self._groups(rows)
-            if np.bincount(groups)[groups].min() < self.guard.min_class_count:
+            positions, groups = self._groups(rows)
+            counts = count_people(groups, np.ones(len(groups), np.bool_), self.rows.people_at(rows[positions]))
+            if counts[groups].min() < self.guard.min_class_count:
                 return rows
         return held[:0]
 
@@ -336,7 +347,8 @@ class _Admission:
 
     def _divided(self, waiting: IntArray) -> list[IntArray]:
         """Divide waiting rows of one part into atoms, leaving out those that are too few."""
-        rows = waiting[self.guard.largest(self._groups(waiting), self.new[waiting])]
+        people = self.rows.people_at(waiting)
+        rows = waiting[self.guard.largest(self._groups(waiting), self.new[waiting], people=people)]
         rows = rows[np.lexsort((self.rows.ids[rows], self.rows.keys[rows]))]
         positions, groups = self._groups(rows)
         alike, has_group = groups, np.empty((0, 0), np.bool_)
@@ -350,8 +362,13 @@ class _Admission:
             atoms += cut
             rest += remainder
         if rest:
-            atoms = _joined(atoms, np.array(rest), has_group, self.new[rows], self.guard.min_class_count)
+            people = self._people(rows)
+            atoms = _joined(atoms, np.array(rest), has_group, self.new[rows], people, self.guard.min_class_count)
         return [rows[atom] for atom in atoms]
+
+    def _people(self, rows: IntArray) -> IntArray:
+        people = self.rows.people_at(rows)
+        return rows if people is None else people
 
     def _cut(self, rows: IntArray, places: IntArray) -> tuple[list[IntArray], list[int]]:
         """Cut rows of the same groups into atoms, without dividing a group of rows such as a patient.
@@ -361,16 +378,17 @@ class _Admission:
         """
         enough, atoms = self.guard.min_class_count, []
         current: list[int] = []
-        count, last = 0, -1
+        count, last, counted = 0, -1, -1
         chosen = rows[places]
-        for place, key, new in zip(
-            places.tolist(), self.rows.keys[chosen].tolist(), self.new[chosen].tolist(), strict=True
-        ):
+        people = np.where(self.new[chosen], self._people(chosen), -1)
+        for place, key, person in zip(places.tolist(), self.rows.keys[chosen].tolist(), people.tolist(), strict=True):
             if count >= enough and key != last:
                 atoms.append(current)
                 current, count = [], 0
             current.append(place)
-            count, last = count + new, key
+            last = key
+            if person not in (-1, counted):
+                count, counted = count + 1, person
         if count >= enough:
             atoms.append(current)
         elif atoms:
@@ -380,10 +398,16 @@ class _Admission:
         return [np.array(atom) for atom in atoms], []
 
 
-def _joined(atoms: list[IntArray], rest: IntArray, has_group: BoolArray, new: BoolArray, enough: int) -> list[IntArray]:
+def _joined(
+    atoms: list[IntArray], rest: IntArray, has_group: BoolArray, new: BoolArray, people: IntArray, enough: int
+) -> list[IntArray]:
     """Make one atom of the rest, with as many of the other atoms as give each of its groups enough new rows."""
     while True:
-        counts = has_group[rest[new[rest]]].sum(0)
+        places, groups = np.nonzero(has_group[rest])
+        of_pair = rest[places]
+        counts = np.zeros(has_group.shape[1], np.int64)
+        found = count_people(groups, new[of_pair], people[of_pair])
+        counts[: len(found)] = found
         thin = has_group[rest].any(0) & (counts < enough)
         if not thin.any():
             return [*atoms, rest]

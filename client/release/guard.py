@@ -1,6 +1,7 @@
 """The guard: it removes rows before anything is computed from them, so that nothing rests on a few rows of a class.
 
-It prevents accidents. It does not hide a row from someone who analyses the sums or heads of one site.
+Where the data has groups, such as patients, it counts these in place of rows: a class with five rows of one patient is
+about one person. It prevents accidents. It does not hide a row from someone who analyses the sums or heads of one site.
 """
 
 import math
@@ -10,7 +11,7 @@ from typing import Self
 
 import numpy as np
 
-from fedhead.data import BoolArray, IntArray
+from fedhead.data import BoolArray, IntArray, KeyArray, Samples
 from fedhead.errors import FedheadError, UserError
 from fedhead.protocol.messages import Manifest, Payload
 from fedhead.protocol.steps import Release, Step
@@ -49,7 +50,8 @@ class Guard(Step):
     """A site's own limits on what may be computed from few rows; 0 is no limit.
 
     Attributes:
-        min_class_count: the least number of rows of a class that are trained on, or summed.
+        min_class_count: the least number of rows of a class that are trained on, or summed; of groups, where rows have
+            them.
         min_rows: the least number of rows of the site.
         evaluate_few: whether a class may have fewer than `min_class_count` held-out rows, in either calibration half.
         plain_clusters: whether the site takes part in runs of the task `clusters` without secure summation.
@@ -139,7 +141,9 @@ class Guard(Step):
         """Return a guard that removes nothing."""
         return cls(0, 0)
 
-    def allowed_rows(self, rows: IntArray, targets: Targets, held_out: BoolArray, task: Task) -> GuardedRows:
+    def allowed_rows(
+        self, rows: IntArray, targets: Targets, held_out: BoolArray, task: Task, people: IntArray | None = None
+    ) -> GuardedRows:
         """Remove the rows of classes with few rows, then all of them where few remain.
 
         What sites train on and sum decides: a class with too few training rows goes, its held-out rows with it. Of
@@ -152,8 +156,9 @@ class Guard(Step):
             targets: `[n, ...]`, their targets.
             held_out: `[n]`, which of the rows are held out.
             task: names the groups that rows are in.
+            people: `[n]`, see `people_of`.
         """
-        keep = self.largest(task.memberships(targets), ~held_out)
+        keep = self.largest(task.memberships(targets), ~held_out, people=people)
         refusal = ""
         if keep.sum() < self._fewest(np.array(len(rows))):
             keep[:] = False
@@ -167,7 +172,13 @@ class Guard(Step):
         )
 
     def count_allowed(
-        self, owners: IntArray, targets: Targets, held_out: BoolArray, sites: int, task: Task
+        self,
+        owners: IntArray,
+        targets: Targets,
+        held_out: BoolArray,
+        sites: int,
+        task: Task,
+        people: IntArray | None = None,
     ) -> IntArray:
         """Return `[sites]`, how many rows `allowed_rows` leaves of each of many sites; 0 of those that it refuses.
 
@@ -177,41 +188,139 @@ class Guard(Step):
             held_out: `[n]`, which of the rows are held out.
             sites: how many there are.
             task: names the groups that rows are in.
+            people: `[n]`, see `people_of`.
         """
-        left = np.bincount(owners[self.largest(task.memberships(targets), ~held_out, owners)], minlength=sites)
+        kept = self.largest(task.memberships(targets), ~held_out, owners, people)
+        left = np.bincount(owners[kept], minlength=sites)
         return np.where(left < self._fewest(np.bincount(owners, minlength=sites)), 0, left)
 
     def _fewest(self, rows: IntArray) -> IntArray:
         """Return how many rows must be left of sites that have so many."""
         return np.maximum(self.min_rows, np.minimum(rows, 1))
 
-    def summable(self, rows: IntArray, targets: Targets, task: Task) -> IntArray:
+    def summable(
+        self,
+        rows: IntArray,
+        targets: Targets,
+        task: Task,
+        people: IntArray | None = None,
+        labels: Targets | None = None,
+    ) -> IntArray:
         """Return those of a site's held-out rows that may be summed: not the rows of classes with few of them.
+
+        The classes are those of the run and, whatever its task, those of the site's own labels: sums without classes
+        less the sums of all classes would otherwise be the sums of these few rows. Where rows have no labels that every
+        run would know, the rows that are left out are themselves enough, for the same reason.
 
         Args:
             rows: `[n]`, row numbers that `allowed_rows` left.
             targets: `[n, ...]`, their targets.
             task: names the groups that rows are in.
+            people: `[n]`, see `people_of`.
+            labels: `[n]` or `[n, C]`, the site's own labels; None for rows with real targets.
         """
-        return rows[self.largest(task.memberships(targets), np.ones(len(rows), dtype=np.bool_))]
+        positions, groups = task.memberships(targets)
+        every = np.ones(len(rows), dtype=np.bool_)
+        if labels is None:
+            return rows[self._without_few(positions, groups, every, people)]
+        own, classes = _classes(labels)
+        together = np.concatenate([groups, classes + int(groups.max(initial=-1)) + 1])
+        return rows[self.largest((np.concatenate([positions, own]), together), every, people=people)]
+
+    def _without_few(
+        self, positions: IntArray, groups: IntArray, every: BoolArray, people: IntArray | None
+    ) -> BoolArray:
+        """Return the largest set whose rest is empty or enough, by leaving out the smallest groups further."""
+        counted = every.copy()
+        while True:
+            keep = self.largest((positions, groups), counted, people=people)
+            left = np.flatnonzero(~keep)
+            few = len(left if people is None else np.unique(people[left]))
+            if not 0 < few < self.min_class_count or not keep.any():
+                return keep
+            sizes = np.bincount(groups, weights=keep[positions])
+            smallest = np.where(sizes > 0, sizes, np.inf).argmin()
+            counted[positions[groups == smallest]] = False
 
     def largest(
-        self, memberships: tuple[IntArray, IntArray], counted: BoolArray, owners: IntArray | None = None
+        self,
+        memberships: tuple[IntArray, IntArray],
+        counted: BoolArray,
+        owners: IntArray | None = None,
+        people: IntArray | None = None,
     ) -> BoolArray:
         """Return which rows `[n]` are in the largest set without groups that have few of its `counted` rows `[n]`.
 
-        With `owners` `[n]`, the sites of the rows, each site's groups are counted by themselves.
+        With `owners` `[n]`, the sites of the rows, each site's groups are counted by themselves. With `people` `[n]`,
+        see `people_of`, these are counted in place of rows.
         """
         positions, groups = memberships
         if owners is not None and len(groups):
             groups = groups + (int(groups.max()) + 1) * owners[positions]
         keep = np.ones(len(counted), dtype=np.bool_)
+        among = None if people is None else people[positions]
         while True:
-            counts = np.bincount(groups, weights=(keep & counted)[positions])
+            counts = count_people(groups, (keep & counted)[positions], among)
             thin = keep[positions] & (counts[groups] < self.min_class_count)
             if not thin.any():
                 return keep
             keep[positions[thin]] = False
+
+
+def count_people(groups: IntArray, counted: BoolArray, people: IntArray | None = None) -> IntArray:
+    """Return how many of the `counted` rows are in each group; with `people`, how many of these.
+
+    Args:
+        groups: `[m]`, of each pair of a row and a group.
+        counted: `[m]`, which pairs count.
+        people: `[m]`, of each pair's row, see `people_of`.
+    """
+    size = int(groups.max(initial=-1)) + 1
+    chosen = groups[counted]
+    if people is not None:
+        chosen = np.unique(people[counted] * max(size, 1) + chosen) % max(size, 1)
+    counts: IntArray = np.bincount(chosen, minlength=size)
+    return counts
+
+
+def people_of(keys: KeyArray, contents: KeyArray) -> IntArray | None:
+    """Return `[n]`, a number for the group of each row, such as its patient; None if no row has a group.
+
+    A row without a group has a number of its own.
+
+    Args:
+        keys: `[n]`, what rows are held out by: the identity of the group or, without one, of the content.
+        contents: `[n]`, the identities of the contents.
+    """
+    grouped = keys != contents
+    if not grouped.any():
+        return None
+    people = np.arange(len(keys))
+    _, first, inverse = np.unique(keys[grouped], return_index=True, return_inverse=True)
+    people[grouped] = np.flatnonzero(grouped)[first][inverse]
+    return people
+
+
+def named_people(samples: Samples) -> IntArray | None:
+    """Return `people_of` as far as it is known before rows are read: groups may also be in the files of rows."""
+    if samples.groups is None:
+        return None
+    first: dict[str, int] = {}
+    people = [row if group is None else first.setdefault(group, row) for row, group in enumerate(samples.groups)]
+    return np.array(people, dtype=np.int64)
+
+
+def labels_of(samples: Samples) -> Targets | None:
+    """Return a site's own labels, `[n]` or `[n, C]`; None if its rows have real targets."""
+    return samples.labels if samples.targets is None else None
+
+
+def _classes(labels: Targets) -> tuple[IntArray, IntArray]:
+    """Return pairs of a row and a class that it has, or of several classes also one that it lacks."""
+    if labels.ndim == 1:
+        return np.arange(len(labels)), labels
+    positions, classes = np.nonzero(np.hstack([labels, 1 - labels]))
+    return positions, classes
 
 
 def count_rows(targets: Targets, task: Task) -> dict[str, int]:

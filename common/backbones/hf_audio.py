@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fedhead.backbones.audio import MAX_SECONDS, SHORTEST, AudioPreprocessing, Waveform
+from fedhead.backbones.audio import MAX_SECONDS, RATE, SHORTEST, AudioPreprocessing, Waveform
 from fedhead.backbones.pooling import Sequences
 from fedhead.data.sounds import LONGEST
 from fedhead.errors import UserError
@@ -42,7 +42,7 @@ recognised less well."""
 INPUTS = ("input_features", "input_values")
 """Main inputs of models of sound in transformers."""
 
-_BOUNDS = {
+_COUNTS = {
     "sampling_rate": (4_000, 96_000),
     "feature_size": (1, 512),
     "num_mel_bins": (1, 512),
@@ -51,10 +51,24 @@ _BOUNDS = {
     "chunk_length": (1, 600),
     "max_length": (16, 65_536),
 }
-"""Limits of an extractor's settings, which may come from a file of a coordinator."""
+"""Limits of an extractor's whole numbers; all its settings may come from a file of a coordinator."""
 
-_UNREAD = ("feature_extractor_type", "processor_class", "mel_filters", "window", "n_samples", "nb_max_frames")
-"""Values of an extractor's description that follow from others."""
+_NUMBERS = {"padding_value": (-1e4, 1e4), "mean": (-1e4, 1e4), "std": (1e-3, 1e4), "dither": (0.0, 0.0)}
+"""Limits of its other numbers."""
+
+_FLAGS = ("do_normalize", "return_attention_mask")
+
+_SETTINGS: dict[str, tuple[str, ...]] = {
+    "WhisperFeatureExtractor": ("hop_length", "chunk_length", "n_fft", "dither"),
+    "Wav2Vec2FeatureExtractor": ("do_normalize",),
+    "ASTFeatureExtractor": ("num_mel_bins", "max_length", "mean", "std", "do_normalize"),
+}
+"""Settings of each extractor, beside those of all; it gets no others."""
+
+_SHARED = ("sampling_rate", "feature_size", "padding_value", "padding_side", "return_attention_mask")
+
+_MOST_SAMPLES = 600 * RATE
+"""Longest input of a model, padding included: 38 MB."""
 
 
 def audio_arguments(folder: Path, config: "PreTrainedConfig", spec: str) -> dict[str, Any]:
@@ -76,7 +90,7 @@ def audio_arguments(folder: Path, config: "PreTrainedConfig", spec: str) -> dict
         ) from None
     if type(extractor).__name__ != wanted:
         raise UserError(f"{spec} prepares sounds with {type(extractor).__name__}; fedhead supports {wanted} for it.")
-    settings = {name: value for name, value in extractor.to_dict().items() if name not in _UNREAD}
+    settings = {name: value for name, value in extractor.to_dict().items() if name in (*_SHARED, *_SETTINGS[wanted])}
     # Random noise would make features differ from one extraction to the next.
     settings |= {"dither": 0.0} if "dither" in settings else {}
     try:
@@ -89,18 +103,45 @@ def checked_audio(audio: Any) -> dict[str, Any]:
     """Return the name and the settings of a feature extractor, without any other value.
 
     Raises:
-        ValueError: if the name is unknown or a setting is out of bounds.
+        ValueError: if the name or a setting is unknown, or a setting is out of bounds.
     """
     name, settings = audio["extractor"], audio["settings"]
-    if name not in EXTRACTORS.values() or not isinstance(settings, dict):
+    if name not in _SETTINGS or not isinstance(settings, dict):
         raise ValueError(f"its feature extractor {str(name)[:60]!r} is not supported")
-    if settings.get("dither"):
-        raise ValueError("its feature extractor adds noise")
-    for key, (least, most) in _BOUNDS.items():
-        value = settings.get(key, least)
-        if type(value) is not int or not least <= value <= most:
-            raise ValueError(f"its {key} is {str(value)[:60]}; expected {least} to {most}")
+    allowed = (*_SHARED, *_SETTINGS[name])
+    for key, value in settings.items():
+        if key not in allowed:
+            raise ValueError(f"its feature extractor has an unknown setting {str(key)[:60]!r}")
+        _check_setting(key, value)
+    rate = settings.get("sampling_rate", RATE)
+    if settings.get("hop_length", 1) > rate:
+        raise ValueError(f"its hop_length is {settings['hop_length']}, longer than a second of {rate} samples")
+    if settings.get("chunk_length", 1) * rate > _MOST_SAMPLES:
+        raise ValueError(f"its chunk_length is {settings['chunk_length']}: more than {_MOST_SAMPLES} samples")
     return {"extractor": name, "settings": settings}
+
+
+def _check_setting(key: str, value: Any) -> None:
+    """Check a setting's type and range.
+
+    Raises:
+        ValueError: if it is none that an extractor may have.
+    """
+    if key == "dither" and value:
+        raise ValueError("its feature extractor adds noise")
+    if key in _FLAGS:
+        if not isinstance(value, bool):
+            raise ValueError(f"its {key} is {str(value)[:60]}; expected true or false")
+        return
+    if key == "padding_side":
+        if value != "right":
+            raise ValueError(f"its padding_side is {str(value)[:60]}; expected right")
+        return
+    least, most = _COUNTS.get(key) or _NUMBERS[key]
+    kinds = (int,) if key in _COUNTS else (int, float)
+    # Comparison with NaN is false.
+    if type(value) not in kinds or not least <= value <= most:
+        raise ValueError(f"its {key} is {str(value)[:60]}; expected {least:g} to {most:g}")
 
 
 def form_of(config: "PreTrainedConfig", spec: str) -> Form:
@@ -141,6 +182,10 @@ def audio_preprocessing(audio: Mapping[str, Any], config: "PreTrainedConfig") ->
     name, settings = audio["extractor"], audio["settings"]
     extractor = getattr(transformers, name)(**settings)
     rate, limit = int(extractor.sampling_rate), limit_of(audio, config)
+    if name == EXTRACTORS["mel"] and 2 * config.max_source_positions * extractor.hop_length > _MOST_SAMPLES:
+        raise UserError(
+            f"The model takes {config.max_source_positions} positions, which are more than {_MOST_SAMPLES} samples."
+        )
 
     def mel(waveform: Waveform) -> Tensor:
         hop = extractor.hop_length

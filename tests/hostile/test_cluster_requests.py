@@ -1,15 +1,18 @@
 """A coordinator that asks a site about clusters of its own choice."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from fedhead.data import held_out, samples_from_numbers
 from fedhead.protocol.actions import CLUSTER, STATISTICS
 from fedhead.protocol.clusters import ClusterRequest
 from fedhead.protocol.messages import MessageError, Payload
 from fedhead.solvers.clusters import Clusterings, Directions
+from fedhead.sums.features import FeatureStatistics
 
 from .test_rows import Attack, own_home
 
@@ -48,3 +51,63 @@ def test_a_site_sums_by_chosen_clusters_only_under_secure_summation_or_where_its
     for action, payload in ((CLUSTER, request(2)), (STATISTICS, Payload({"rows": "train"}))):
         with pytest.raises(AssertionError, match="only under secure summation"):
             attack.ask(action, payload)
+
+
+HELD_OUT = Payload({"rows": "held_out"})
+
+
+def held_out_sums(attack: Attack, **changes: Any) -> FeatureStatistics:
+    """Return the sums over held-out rows that a new run gets."""
+    attack.describe(**changes)
+    arrays = attack.ask(STATISTICS, HELD_OUT).arrays
+    return FeatureStatistics.from_tensors({name: torch.from_numpy(array.copy()) for name, array in arrays.items()})
+
+
+@pytest.mark.parametrize("clusters_first", [False, True])
+def test_sums_of_all_rows_less_those_of_classes_are_not_of_few_rows(tmp_path: Path, clusters_first: bool) -> None:
+    """A class with 3 held-out rows: a run of classes leaves them out of sums, and so does a run without classes."""
+    attack = Attack(tmp_path, limits={"plain_clusters": True})
+    generator = np.random.default_rng(3)
+    for label, train, out in (("cat", 20, 9), ("dog", 20, 3)):
+        attack.rows = [row for row in attack.rows if row[1] != label]
+        attack.rows += rows_of(generator, label, train, out)
+    attack.write()
+    attack.restart()
+    runs: list[dict[str, Any]] = [{}, CLUSTERS]
+    found = [held_out_sums(attack, **run) for run in (reversed(runs) if clusters_first else runs)]
+    of_classes, of_all = reversed(found) if clusters_first else found
+    assert of_classes.counts.tolist() == [9, 0]
+    left = float((of_all.counts.sum() - of_classes.counts.sum()).abs())
+    assert left == 0 or left >= 5
+    assert torch.allclose(of_all.sums.sum(0), of_classes.sums.sum(0))
+
+
+def rows_of(generator: np.random.Generator, label: str, train: int, out: int) -> list[tuple[list[float], str]]:
+    """Return so many training and held-out rows of a class, as a site divides them."""
+    wanted = {False: train, True: out}
+    rows: list[tuple[list[float], str]] = []
+    while any(wanted.values()):
+        values = generator.normal(size=3).round(4).tolist()
+        samples = samples_from_numbers(np.array([values]), labels=[label], classes=[label])
+        held = bool(held_out(np.array([samples.key(0, samples.read(0))], np.uint64), 0.2)[0])
+        if wanted[held]:
+            wanted[held] -= 1
+            rows.append((values, label))
+    return rows
+
+
+def test_a_cluster_of_one_patient_gives_its_rows_to_another(tmp_path: Path) -> None:
+    attack = Attack(tmp_path, limits={"plain_clusters": True, "min_rows": 0})
+    generator = np.random.default_rng(0)
+    lines = ["x0,x1,x2,label,patient"]
+    for number in range(60):
+        # The first 20 rows are one patient's, and far from all others.
+        one = number < 20
+        values = [-9.0, 0.1 * number, 0.0] if one else [9.0, *generator.normal(size=2)]
+        lines.append(f"{','.join(map(str, values))},cat,{'p' if one else f'q{number}'}")
+    attack.table.write_text("\n".join([*lines, ""]))
+    attack.restart(data=f"csv:{attack.table}?label=label&group=patient")
+    attack.describe(**CLUSTERS)
+    counts = attack.ask(CLUSTER, request(2)).arrays["counts"]
+    assert sorted(counts.tolist())[0] == 0
+    assert counts.sum() > 20

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedhead.client.release.guard import Guard, GuardedRows
+from fedhead.client.release.guard import Guard, GuardedRows, people_of
 from fedhead.data import BoolArray, IntArray
 from fedhead.errors import UserError
 from fedhead.tasks import Task, make_task
@@ -92,7 +92,8 @@ def test_held_out_rows_are_summed_only_where_they_are_enough() -> None:
     rows, labels, held_out = site_of(cat=(9, 5), dog=(20, 4))
     left = Guard(min_rows=0).allowed_rows(rows, labels, held_out, task_of(labels))
     assert len(left.held_out) == 9
-    summable = Guard(min_rows=0).summable(left.held_out, labels[left.held_out], task_of(labels))
+    own = labels[left.held_out]
+    summable = Guard(min_rows=0).summable(left.held_out, own, task_of(labels), labels=own)
     assert labels[summable].tolist() == [0] * 5
     assert (
         Guard.off().summable(left.held_out, labels[left.held_out], task_of(labels)).tolist() == left.held_out.tolist()
@@ -203,3 +204,60 @@ def test_a_guard_that_is_off_removes_nothing(data: SiteData) -> None:
 def test_a_negative_limit_is_refused(values: dict[str, int]) -> None:
     with pytest.raises(UserError, match=next(iter(values))):
         Guard(**values)
+
+
+def patients(counts: list[int]) -> IntArray:
+    """Return the patient of each row, for so many rows of each."""
+    return np.repeat(np.arange(len(counts)), counts)
+
+
+def test_a_class_with_rows_of_few_patients_is_withheld() -> None:
+    # 12 rows of 4 patients, and 6 of 6.
+    people = patients([9, 1, 1, 1, *[1] * 6])
+    labels = np.repeat([0, 1], [12, 6])
+    rows, out = np.arange(18), np.zeros(18, np.bool_)
+    guard = Guard(5, 0)
+    assert guard.allowed_rows(rows, labels, out, task_of(labels)).counts == {"cat": 12, "dog": 6}
+    assert guard.allowed_rows(rows, labels, out, task_of(labels), people).counts == {"dog": 6}
+    counted = guard.count_allowed(np.zeros(18, np.int64), labels, out, 1, task_of(labels), people)
+    assert counted.tolist() == [6]
+    assert labels[guard.summable(rows, labels, task_of(labels), people, labels)].tolist() == [1] * 6
+
+
+@given(site_data(), limits, st.data())
+def test_every_class_that_is_left_has_enough_people(data: SiteData, least: int, draw: st.DataObject) -> None:
+    rows, labels, out = data
+    owned = draw.draw(st.lists(st.integers(0, 9), min_size=len(rows), max_size=len(rows)))
+    people = np.array(owned, np.int64)
+    left = Guard(least, 0).allowed_rows(rows, labels, out, task_of(labels), people)
+    place = {row: at for at, row in enumerate(rows.tolist())}
+    chosen = [place[row] for row in left.train.tolist()]
+    positions, groups = task_of(labels).memberships(labels[chosen])
+    for group in np.unique(groups):
+        assert len(set(people[chosen][positions[groups == group]])) >= least
+    plain = allowed(Guard(least, 0), data)
+    assert rows_of(left) <= rows_of(plain)
+    alone = Guard(least, 0).allowed_rows(rows, labels, out, task_of(labels), np.arange(len(rows)))
+    assert rows_of(alone) == rows_of(plain)
+
+
+@given(st.lists(st.integers(0, 2), max_size=40), st.integers(0, 9))
+def test_rows_left_out_of_sums_without_labels_are_none_or_enough(bins: list[int], least: int) -> None:
+    cells = np.array(bins, np.int64)
+    summable = Guard(least, 0).summable(np.arange(len(cells)), cells, make_task("classification", CLASSES))
+    left = len(cells) - len(summable)
+    assert not 0 < left < min(least, len(cells))
+    counts = np.bincount(cells[summable], minlength=3)
+    assert ((counts == 0) | (counts >= least)).all()
+
+
+def test_people_are_groups_and_rows_without_one() -> None:
+    keys = np.array([7, 7, 3, 4, 9, 9], np.uint64)
+    contents = np.array([1, 2, 3, 4, 5, 5], np.uint64)
+    people = people_of(keys, contents)
+    assert people is not None
+    assert people[0] == people[1]
+    assert people[4] == people[5]
+    assert len(np.unique(people)) == 4
+    # Without groups, copies of one row are rows of their own.
+    assert people_of(contents, contents) is None
