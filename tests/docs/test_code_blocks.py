@@ -234,6 +234,11 @@ def foreign_page(folder: Path) -> None:
         digit(folder / "today" / f"{number}.png", number)
 
 
+def similar_page(folder: Path) -> None:
+    digit(folder / "one.png", 1)
+    digit(folder / "other.png", 11)
+
+
 def model_page(folder: Path) -> None:
     first_run(folder)
     digit(folder / "new.png", 3)
@@ -251,6 +256,7 @@ STAND_INS: Mapping[str, Callable[[Path], None]] = {
     "docs/how-to/use-a-model.md": model_page,
     "docs/how-to/fairness.md": fairness_page,
     "docs/how-to/foreign-inputs.md": foreign_page,
+    "docs/how-to/similar.md": similar_page,
     "docs/how-to/membership.md": membership_page,
     "docs/how-to/questions.md": questions_page,
     "docs/how-to/large-simulations.md": interrupted,
