@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 sources: Registry[Callable[[str], "Samples"]] = Registry(
     "data source",
     {
+        "coco": "fedhead.data.coco",
         "csv": "fedhead.data.tables",
         "digits": "fedhead.data.arrays",
         "features": "fedhead.data.features_file",
@@ -39,6 +41,8 @@ sources: Registry[Callable[[str], "Samples"]] = Registry(
         "parquet": "fedhead.data.tables",
         "python": "fedhead.data.python",
         "torchvision": "fedhead.data.torchvision",
+        "voc": "fedhead.data.voc",
+        "yolo": "fedhead.data.yolo",
     },
 )
 
@@ -104,6 +108,8 @@ class Samples:
         incomplete: the columns with missing numbers.
         former: the fingerprint of the previous version, if it differs.
         left_out: unused parts of the data.
+        annotation: reads what the places of a row are, for dense tasks: a mask, boxes, or tags.
+        annotated: the kind of annotations, such as "mask"; empty if there are none.
         cautions: sentences on ambiguous data and its interpretation.
     """
 
@@ -124,6 +130,8 @@ class Samples:
     former: Former | None = None
     left_out: tuple[LeftOut, ...] = ()
     cautions: tuple[str, ...] = ()
+    annotation: Callable[[int], Any] | None = None
+    annotated: str = ""
 
     def __len__(self) -> int:
         return len(self.labels)
