@@ -111,6 +111,8 @@ def answer(
     about = None
     if action in ABOUT_ROWS:
         manifest = agreement(context).manifest
+        if agreement(context).task.dense and action not in ABOUT_PLACES:
+            raise MessageError(f"it asks for {action}, which the task {manifest.task!r} does not answer")
         _admit(action, sites, manifest, masked=SECURE in payload.values)
         about = manifest if len(sites) == 1 else None
     payload, maskings = _maskings(action, sites, payload, context)
@@ -394,7 +396,14 @@ def sum_rows(sites: Sequence[OpenSite], agreed: Agreement, request: StatisticsRe
     targets = data.labels
     counts: Arrays = {}
     total: FeatureMoments | FeatureStatistics
-    if request.what == "moments":
+    if data.places is not None:
+        if request.what == "moments":
+            raise MessageError("it asks for moments of features, which are not standardised in tasks about places")
+        total = agreed.task.statistics(len(agreed.origin), agreed.origin)
+        for rows in doublings(together):
+            total += total
+            data.places.add(total, data.features, rows.numpy())
+    elif request.what == "moments":
         plain = agreed.probe.mean(0) if agreed.mapping is None else agreed.origin
         total = FeatureMoments.empty(agreed.task.origin_to_standardise(plain))
         for rows in doublings(together):
@@ -409,9 +418,9 @@ def sum_rows(sites: Sequence[OpenSite], agreed: Agreement, request: StatisticsRe
             for block in torch.split(rows, BLOCK_ROWS):
                 chosen = data.exact(block)
                 total.update(chosen if project is None else project(chosen), targets[block].cpu())
-        if len(sites) > 1:
-            owners = np.repeat(np.arange(len(summed)), [len(own) for own in summed])
-            counts = {SITE_COUNTS: agreed.task.count_rows(targets.cpu().numpy()[together], owners, len(summed))}
+    if request.what == "gram" and len(sites) > 1:
+        owners = np.repeat(np.arange(len(summed)), [len(own) for own in summed])
+        counts = {SITE_COUNTS: agreed.task.count_rows(targets.cpu().numpy()[together], owners, len(summed))}
     return of_several(total.to_arrays(), len(sites), counts)
 
 
@@ -485,3 +494,6 @@ HANDLERS: Mapping[str, Handler] = {
 
 ABOUT_ROWS = frozenset(HANDLERS) - {DESCRIBE, INSTALL, OPEN, AGREE, UNMASK}
 """The actions whose handlers compute on rows."""
+
+ABOUT_PLACES = frozenset({STATISTICS, EVALUATE, REPORT, CALIBRATE})
+"""Those that are defined if rows are places of items."""

@@ -199,6 +199,11 @@ def report(sites: Sequence[Site], payload: Payload, context: Context, merged: bo
     agreed = agreement(context)
     request = ReportRequest.from_payload(payload, empty_head(agreed))
     ready = prepare(sites, agreed, request.head)
+    if ready.data.places is not None:
+        for positions in shared(sites, merged):
+            sums = places_report(ready, [ready.holdings[position].held_out.rows for position in positions])
+            yield Answer(positions, of_several(sums.to_arrays(), len(positions)), agreed.manifest, ("held_out",))
+        return
     owners = np.repeat(np.arange(len(sites)), [len(holding.held_out.rows) for holding in ready.holdings])
     outputs, targets = outputs_of(held_out_rows(ready), ready, agreed)
     if merged:
@@ -225,8 +230,11 @@ def calibration_sums(ready: "Prepared", agreed: Agreement, request: CalibrateReq
     rows = held_out_rows(ready)
     choosing = calibration_half(ready.holdings[0].keys[rows])
     wanted = rows[~choosing if request.temperature else choosing]
-    outputs, targets = outputs_of(wanted, ready, agreed)
     task = agreed.task
+    if ready.data.places is not None:
+        counted: Sums = places_report(ready, [wanted])
+        return counted
+    outputs, targets = outputs_of(wanted, ready, agreed)
     bins = request.bins or task.bins()
     sums: Sums = (
         task.judging(outputs, targets, request.temperature, bins)
@@ -271,12 +279,31 @@ def prepare(sites: Sequence[Site], agreed: Agreement, request: HeadRequest) -> P
 def evaluate_sites(ready: Prepared) -> FloatArray:
     """Evaluate the head on the held-out rows of all sites at once; return metrics `[S, len(METRICS)]`."""
     held = [holding.held_out for holding in ready.holdings]
+    if ready.data.places is not None:
+        sums = [places_report(ready, [one.rows]) for one in held]
+        metrics = np.zeros((len(held), len(METRICS)))
+        metrics[:, HELD_OUT] = [one.rows for one in sums]
+        metrics[:, LOSS_SUM] = [one.loss_sum for one in sums]
+        return metrics
     evaluation = evaluate_head(ready.head, ready.parameters, ready.data, held)
     metrics = np.zeros((len(held), len(METRICS)))
     metrics[:, HELD_OUT] = evaluation.rows
     metrics[:, LOSS_SUM] = evaluation.losses
     metrics[:, SCORE] = evaluation.scores
     return metrics
+
+
+def places_report(ready: Prepared, rows: Sequence[IntArray]) -> Any:
+    """Return the evaluation sums of the head over the places of items, given their rows by site."""
+    places = ready.data.places
+    assert places is not None
+    together = np.concatenate([np.empty(0, np.int64), *rows])
+
+    def outputs(features: Tensor) -> Tensor:
+        like = next(iter(ready.parameters.values()))
+        return ready.head.outputs(ready.parameters, features.to(like)).cpu()
+
+    return places.evaluate(outputs, ready.data.features, together)
 
 
 def held_out_rows(ready: Prepared) -> IntArray:

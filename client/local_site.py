@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedhead.backbones import Backbone
+from fedhead.backbones.geometry import Geometry
 from fedhead.backbones.identity import marks_of
 from fedhead.backbones.weights import PartialWeights, weights_path
 from fedhead.client.backbones import AcceptedBackbones, Agree, check_backbone, nobody_agrees, require_same
@@ -38,6 +39,7 @@ from fedhead.protocol.messages import Manifest, WeightsChunk
 from fedhead.protocol.steps import Masking, Step
 from fedhead.sums.calibration import Calibration
 from fedhead.tasks import Targets, Task, make_task
+from fedhead.tasks.dense import ItemPlaces
 from fedhead.wording import quoted
 
 logger = logging.getLogger(__name__)
@@ -195,16 +197,20 @@ class LocalSite:
 
     def _hold(self, manifest: Manifest) -> Holding:
         self.hides_rows = manifest.secure_sum or manifest.privacy is not None
-        store = self._store(self._backbone(manifest), manifest)
+        backbone = self._backbone(manifest)
+        store = self._store(backbone, manifest)
         if manifest.privacy is not None:
             return self._hold_all(manifest, store)
-        found = self._isolations.get(store.digest) or _isolation_of(store)
+        found = self._isolations.get(store.digest) or _isolation_of(store, backbone.geometry)
         _keep(self._isolations, store.digest, found)
         self.backbones.require_features(manifest.backbone, found)
         task = make_task(manifest.task, manifest.classes)
         labels = self._targets(task)
         data = LabelledFeatures(
-            store.features.to(self.device), torch.from_numpy(labels).to(self.device), loss=task.loss
+            store.features.to(self.device),
+            torch.from_numpy(labels).to(self.device),
+            loss=task.loss,
+            places=ItemPlaces.of(task, backbone.geometry, self.samples),
         )
         rows = self._commonly_marked(store, manifest.backbone)
         population = Population.of(self.samples, rows, store.keys, store.contents)
@@ -428,8 +434,15 @@ def require_data(settings: SiteSettings) -> None:
         raise UserError('Say what data this site has: --data folder:PATH, or data = "folder:PATH" in site.toml.')
 
 
-def _isolation_of(store: FeatureStore) -> Isolation:
-    return isolation(lambda rows: store.features[rows].cpu(), store.features.shape[1], store.readable())
+def _isolation_of(store: FeatureStore, geometry: Geometry | None) -> Isolation:
+    if geometry is None:
+        return isolation(lambda rows: store.features[rows].cpu(), store.features.shape[1], store.readable())
+    return isolation(lambda rows: _means(store, geometry, rows), geometry.num_features, store.readable())
+
+
+def _means(store: FeatureStore, geometry: Geometry, rows: Tensor) -> Tensor:
+    """Return each item's mean over its places, from a few items at a time."""
+    return torch.cat([geometry.means(store.features[some].cpu()) for some in torch.split(rows, 8)])
 
 
 def _keep(warm: dict[str, T], key: str, value: T) -> None:

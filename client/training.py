@@ -19,6 +19,7 @@ from fedhead.client.optimizers import OPTIMIZERS
 from fedhead.config import LocalConfig
 from fedhead.data import mix
 from fedhead.heads import FeatureMap, Head
+from fedhead.tasks.dense import ItemPlaces
 from fedhead.tasks.losses import CrossEntropy, Loss
 
 IntArray = npt.NDArray[np.int64]
@@ -44,6 +45,7 @@ class LabelledFeatures:
         loss: of outputs against targets.
         target_standardisation: the same for the targets, `[C]` each; heads are trained on `(y - mean) / scale`.
         mapping: of features `[..., d]` to `[..., D]`, before all else; None for plain features.
+        places: how items become the places that are learned from; None if rows are items.
         grams: cached products of the features.
     """
 
@@ -53,6 +55,7 @@ class LabelledFeatures:
     loss: Loss = field(default_factory=CrossEntropy)
     target_standardisation: tuple[Tensor, Tensor] | None = None
     mapping: FeatureMap | None = None
+    places: ItemPlaces | None = None
     grams: "GramCache" = field(default_factory=lambda: GramCache(), compare=False, repr=False)
 
     @property

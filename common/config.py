@@ -15,6 +15,9 @@ from fedhead.registry import suggest
 MOST_LIFTED = 4096
 """Largest width of a lift: the sums of wider features would be projected."""
 
+DENSE_LAYERS = {"segmentation": "maps"}
+"""Tasks about places of items, such as pixels, with the layers that each takes by default."""
+
 Scalar = bool | int | float | str
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -160,7 +163,8 @@ class RunConfig(_Table):
     layer: str = Field(
         "penultimate",
         description="Layer that gives the features: 'penultimate' or a name, with an optional pooling, as in "
-        "'hidden:6:cls'.",
+        "'hidden:6:cls'. Tasks about places keep whole maps: 'layer2+layer3:map', ':map@320' for images of 320 x 320, "
+        "or by default 'maps', the layers at strides 4, 8 and 16.",
     )
     basis: Literal["none", "unit", "root", "auto"] = Field(
         "none",
@@ -182,8 +186,8 @@ class RunConfig(_Table):
     classes_from: str = Field("", description="Data spec that supplies the class names.")
     task: str = Field(
         "classification",
-        description="Task: 'classification', 'multi-label', 'ordinal', 'regression', 'survival', 'clusters' for rows "
-        "without labels, or one of your own.",
+        description="Task: 'classification', 'multi-label', 'ordinal', 'regression', 'survival', 'segmentation', "
+        "'clusters' for rows without labels, or one of your own.",
     )
     clusters: int = Field(
         0, ge=0, le=200, description="Number of clusters for task 'clusters'; 0 chooses from 2 to 20 on held-out rows."
@@ -335,6 +339,29 @@ class RunConfig(_Table):
         return self
 
     @model_validator(mode="after")
+    def _places_are_learned_from_sums(self) -> Self:
+        if self.task not in DENSE_LAYERS:
+            return self
+        plain = {
+            "basis": "none",
+            "lift": "none",
+            "head": "linear",
+            "pooling": "sum",
+            "worth": False,
+            "foreign": False,
+        }
+        if wrong := [name for name, value in plain.items() if getattr(self, name) != value]:
+            raise ValueError(f"task {self.task!r} takes no {wrong[0]} but {plain[wrong[0]]!r}: its rows are places")
+        if "rounds" in self.model_fields_set and self.rounds:
+            raise ValueError(
+                f"task {self.task!r} solves its head from sums: set rounds to 0. Places of one item are alike, and "
+                "rounds overfit them"
+            )
+        if self.simulation.engine != "process":
+            raise ValueError(f"task {self.task!r} is simulated in this process: leave simulation.engine at 'process'")
+        return self
+
+    @model_validator(mode="after")
     def _one_source_of_classes(self) -> Self:
         if self.classes and self.classes_from:
             raise ValueError("give classes or classes_from, not both")
@@ -358,6 +385,9 @@ class RunConfig(_Table):
         """Return the configuration with the settings that the task or differential privacy decides."""
         if self.task == "clusters":
             return self.changed({"rounds": 0, "diagnose": False})
+        if self.task in DENSE_LAYERS:
+            layer = DENSE_LAYERS[self.task] if self.layer == "penultimate" else self.layer
+            return self.changed({"rounds": 0, "diagnose": False, "layer": layer})
         if not self.privacy.on:
             return self
         decided = {"head": "unit", "init": "zeros", "rounds": 0, "keep_sums": "total", "diagnose": False}

@@ -13,6 +13,7 @@ from fedhead.server.exchange import POOL, Exchange
 from fedhead.server.messenger import Messenger, Reply
 from fedhead.server.screening import SumsScreen, most_rows
 from fedhead.server.secure_sum import Summation
+from fedhead.sums.features import FeatureStatistics
 from fedhead.sums.sums import Arrays, Sums
 
 S = TypeVar("S", bound=Sums)
@@ -109,10 +110,11 @@ def collect(
         beside = {name: arrays.pop(name) for name in question.beside if reply.merged and name in arrays}
         sums = type(total).from_arrays(arrays, total)
         known = sum(rows[name] for name in reply.sites)
-        if sums.rows > known:
-            raise ValueError(f"it sums {sums.rows} rows, of {known} that it has")
-        if sums.rows > bar:
-            raise ValueError(f"it sums {sums.rows} rows; the sites' median allows {bar:.0f}")
+        summed = sums.independent if isinstance(sums, FeatureStatistics) else sums.rows
+        if summed > known:
+            raise ValueError(f"it sums {summed} rows, of {known} that it has")
+        if summed > bar:
+            raise ValueError(f"it sums {summed} rows; the sites' median allows {bar:.0f}")
         if messenger.in_process:
             add(reply.sites, sums, beside)
             return

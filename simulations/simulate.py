@@ -37,6 +37,7 @@ from fedhead.simulations.ray_engine import run_on_ray
 from fedhead.simulations.result import RunResult
 from fedhead.simulations.sites import SharedData, SimulatedSite
 from fedhead.tasks import Task, make_task
+from fedhead.tasks.dense import ItemPlaces
 
 logger = logging.getLogger(__name__)
 
@@ -118,22 +119,23 @@ def run_plan(
     store, test_store = _extract(plan, on_extraction)
     if parts is not None:
         parts.checkpoint.data = _data_digest(plan, store, test_store)
+    task = make_task(config.task, config.classes)
+    places = ItemPlaces.of(task, plan.backbone.geometry, plan.samples)
     shared = SharedData(
-        plan.backbone,
-        store,
-        plan.labels,
-        plan.guard,
-        make_task(config.task, config.classes),
-        plan.steps,
-        labels_of(plan.samples),
+        plan.backbone, store, plan.labels, plan.guard, task, plan.steps, labels_of(plan.samples), places
     )
     held, empty = _held_rows(plan, store, apps)
     allowed = dict(zip(held, shared.count_allowed(list(held.values()), config).tolist(), strict=True))
     if not apps:
         shared.require_two_classes([held[name] for name in held if allowed[name]], config)
     test = None
-    if test_store is not None and plan.test_labels is not None:
-        test = _score_on(test_store, torch.from_numpy(plan.test_labels), shared.task)
+    if test_store is not None and plan.test_samples is not None and plan.test_labels is not None:
+        tested = ItemPlaces.of(task, plan.backbone.geometry, plan.test_samples)
+        test = (
+            _score_places(test_store, tested)
+            if tested
+            else _score_on(test_store, torch.from_numpy(plan.test_labels), shared.task)
+        )
     extracted_at = time.perf_counter()
 
     coordinate = partial(_coordinate, plan, parts, test, deliver)
@@ -262,6 +264,10 @@ def _data_digest(plan: Plan, *stores: FeatureStore | None) -> str:
     for name, rows in (plan.own_rows or {}).items():
         digest.update(f"{name} ".encode() + rows.tobytes())
     return digest.hexdigest()
+
+
+def _score_places(store: FeatureStore, places: ItemPlaces) -> Callable[[Head], float | None]:
+    return lambda head: places.task.score_of(places.evaluate(head, store.features, store.readable()))
 
 
 def _score_on(store: FeatureStore, targets: Tensor, task: Task) -> Callable[[Head], float | None]:

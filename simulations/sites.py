@@ -26,6 +26,7 @@ from fedhead.protocol.messages import Manifest, MessageError, WeightsChunk
 from fedhead.protocol.steps import Masking, Step
 from fedhead.secure.layout import Layout
 from fedhead.tasks import Targets, Task
+from fedhead.tasks.dense import ItemPlaces
 
 _COUNTED_AT_ONCE = 50_000
 """Sites per batch when counting allowed rows."""
@@ -42,6 +43,7 @@ class SharedData:
         task: of the run.
         steps: after the guard, the other release steps of every site.
         own_labels: `[N]` or `[N, C]`, the labels in the data, whatever the run's task; None for real targets.
+        places: how items become the places that are learned from; None if rows are items.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class SharedData:
         task: Task,
         steps: Sequence[Step] = (),
         own_labels: Targets | None = None,
+        places: ItemPlaces | None = None,
     ) -> None:
         self.own_labels = own_labels
         self.people = people_of(store.keys, store.contents)
@@ -65,7 +68,9 @@ class SharedData:
         # A simulated site's minibatches are those of a real one.
         self.training = TrainingLimits.off(guard.min_class_count)
         device = backbone.device
-        self.data = LabelledFeatures(store.features.to(device), torch.from_numpy(labels).to(device), loss=task.loss)
+        self.data = LabelledFeatures(
+            store.features.to(device), torch.from_numpy(labels).to(device), loss=task.loss, places=places
+        )
         self._compared: Tensor | None = None
 
     @cached_property

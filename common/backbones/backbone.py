@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Self
@@ -15,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
+from fedhead.backbones.geometry import DENSE_SIZE, MAP, Geometry, split_map, split_maps
 from fedhead.backbones.pooling import pool, poolings
-from fedhead.backbones.preprocessing import Batch, Preprocessing
+from fedhead.backbones.preprocessing import Batch, ImagePreprocessing, Preprocessing
 from fedhead.backbones.state_dict import require_finite
 from fedhead.data import Item, Kind
 from fedhead.data.items import ITEMS
@@ -87,7 +89,7 @@ class Backbone:
     def pooled(self, pooling: str, layer: str = "") -> Self:
         """Return this backbone with another pooling, which becomes part of the layer's name, or with a new name."""
         twin = copy.copy(self)
-        for name in ("digest", "num_features"):
+        for name in ("digest", "geometry", "num_features"):
             twin.__dict__.pop(name, None)
         twin.layer, twin.pooling = layer or f"{self.layer}:{pooling}", pooling
         return twin
@@ -110,7 +112,7 @@ class Backbone:
     def running(self, module: nn.Module) -> Self:
         """Return this backbone, with the same digests, running an equivalent `module`."""
         same = copy.copy(self)
-        for name in ("digest", "weights_digest", "num_parameters", "num_bytes", "num_features"):
+        for name in ("digest", "weights_digest", "num_parameters", "num_bytes", "geometry", "num_features"):
             same.__dict__[name] = getattr(self, name)
         same.module = module
         return same
@@ -149,24 +151,48 @@ class Backbone:
 
     @cached_property
     def num_features(self) -> int:
-        """`d`."""
+        """`d`, of an item, or of a place of an item if the backbone keeps maps."""
         return self.probe().shape[1]
+
+    @property
+    def num_values(self) -> int:
+        """The number of values that are stored of an item."""
+        return self.num_features if self.geometry is None else self.geometry.num_values
+
+    @cached_property
+    def geometry(self) -> Geometry | None:
+        """The maps that the backbone keeps of an item; None if it pools them.
+
+        Raises:
+            UserError: if it keeps the maps of some of its layers only.
+        """
+        kept = {name == MAP for name in self.pooling.split("+")}
+        if kept == {False}:
+            return None
+        if len(kept) > 1:
+            raise UserError(f"Layer {self.layer!r} of {self.spec} keeps the maps of some layers and pools others.")
+        items = [self.preprocessing(item) for item in self.preprocessing.probes()]
+        output, _ = self._run(self.preprocessing.collate(items))
+        size = self.preprocessing.size if isinstance(self.preprocessing, ImagePreprocessing) else (0, 0)
+        return Geometry.of(output, size)
+
+    def keeping_maps(self, size: int, layer: str) -> Self:
+        """Return this backbone with maps instead of pooled features, of whole images at a height and width `size`."""
+        twin = self.pooled("+".join([MAP] * (layer.count("+") + 1)), layer)
+        if isinstance(twin.preprocessing, ImagePreprocessing):
+            side = size or DENSE_SIZE
+            twin.preprocessing = replace(twin.preprocessing, resize=(side, side), crop=None)
+        return twin
 
     @torch.inference_mode()
     def features(self, batch: Batch) -> Tensor:
-        """Return float32 features `[n, d]` of a preprocessed batch, on the backbone's device.
+        """Return float32 features `[n, d]` of a preprocessed batch, or values `[n, V]` of maps, on its device.
 
         Raises:
             UserError: if the layer's output is not a vector, map or sequence per row.
         """
-        output: Tensor | Sequence[Tensor]
-        if isinstance(batch, Tensor):
-            rows, mask = len(batch), None
-            output = self.module(batch.to(self.device))
-        else:
-            moved = {name: tensor.to(self.device) for name, tensor in batch.items()}
-            rows, mask = len(next(iter(moved.values()))), moved.get("attention_mask")
-            output = self.module(**moved)
+        rows = len(batch) if isinstance(batch, Tensor) else len(next(iter(batch.values())))
+        output, mask = self._run(batch)
         output = pool(output, self.pooling, mask)
         if output.ndim != 2 or len(output) != rows:
             raise UserError(
@@ -175,13 +201,22 @@ class Backbone:
             )
         return output.to(torch.float32)
 
+    @torch.inference_mode()
+    def _run(self, batch: Batch) -> tuple[Tensor | Sequence[Tensor], Tensor | None]:
+        """Return the module's output for a batch, and the mask of the batch, if it has one."""
+        if isinstance(batch, Tensor):
+            return self.module(batch.to(self.device)), None
+        moved = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        return self.module(**moved), moved.get("attention_mask")
+
     def features_of(self, items: Sequence[Item]) -> Tensor:
         """Return float32 features `[n, d]` of items, on the backbone's device."""
         return self.features(self.preprocessing.collate([self.preprocessing(item) for item in items]))
 
     def probe(self) -> Tensor:
-        """Return the features `[PROBES, d]` of fixed items, for comparing two machines."""
-        return self.features_of(self.preprocessing.probes()).cpu()
+        """Return the features `[PROBES, d]` of fixed items, or their mean over places, for comparing two machines."""
+        values = self.features_of(self.preprocessing.probes()).cpu()
+        return values if self.geometry is None else self.geometry.means(values)
 
     def to_bytes(self) -> bytes:
         """Return the backbone as a safetensors file: the weights, and instructions for building the module."""
@@ -242,13 +277,16 @@ def load_backbone(spec: str, *, weights: str = "default", layer: str = "penultim
         weights: `default`, a safetensors or state-dict file, or `random`.
         layer: `penultimate`, or the name of one of the source's layers; optionally with a pooling for a layer with
             maps or sequences, as in `layer3:max` or `penultimate:cls`; or several, as in `layer3+penultimate`, whose
-            features are joined.
+            features are joined. `layer2+layer3:map` keeps the maps of both, and `:map@320` those of images of
+            320 x 320; `maps` stands for the layers at strides 4, 8 and 16.
         seed: seeds random weights.
 
     Raises:
         UserError: for an unknown source, name, layer or pooling, and for weights that do not fit.
     """
     source, name = split_spec(spec)
+    if split_maps(layer) is not None:
+        layer = default_maps(spec, layer)
     taps = [split_layer(part) for part in layer.split("+")]
     if len(taps) > 1 and source != "torchvision":
         raise UserError(f"Several layers can be joined of torchvision's backbones only, not of {spec}.")
@@ -256,10 +294,29 @@ def load_backbone(spec: str, *, weights: str = "default", layer: str = "penultim
     if backbone.trained:
         parameters = {parameter for parameter, _ in backbone.module.named_parameters()}
         require_finite(backbone.tensors(), parameters, spec, weights)
+    pooling = taps[-1][1]
+    if (kept := split_map(pooling or ""))[0]:
+        return backbone.keeping_maps(kept[1], layer)
     if len(taps) > 1:
         return backbone.pooled("+".join(pooling or "mean" for _, pooling in taps), layer)
-    pooling = taps[0][1]
     return backbone.pooled(pooling) if pooling else backbone
+
+
+def default_maps(spec: str, layer: str) -> str:
+    """Return the layers that `maps` or `maps@SIZE` stands for: the last at each of the strides 4, 8 and 16.
+
+    Raises:
+        UserError: if they are not known of the backbone.
+    """
+    source, name = split_spec(spec)
+    if source != "torchvision":
+        raise UserError(f"The layers at strides 4, 8 and 16 of {spec} are not known: name layers, as in 'layer2:map'.")
+    from fedhead.backbones.torchvision import map_layers
+
+    if not (found := map_layers(name)):
+        raise UserError(f"{spec} has no maps at strides 4, 8 or 16: name layers, as in 'layer2:map'.")
+    size = split_maps(layer)
+    return f"{'+'.join(found)}:{MAP}{f'@{size}' if size else ''}"
 
 
 def split_spec(spec: str) -> tuple[str, str]:
@@ -294,7 +351,8 @@ def split_layer(layer: str) -> tuple[str, str | None]:
     name, colon, pooling = layer.rpartition(":")
     if not colon or pooling.isdigit():
         return layer, None
-    _ = poolings[pooling]
+    if not split_map(pooling)[0]:
+        _ = poolings[pooling]
     return name or "penultimate", pooling
 
 

@@ -89,6 +89,17 @@ def last(sequences: Tensor, mask: Tensor | None) -> Tensor:
     return sequences[torch.arange(len(sequences), device=mask.device), (mask * places).argmax(1)]
 
 
+@poolings.register("map")
+def whole(sequences: Tensor, mask: Tensor | None) -> Tensor:
+    """Return all positions, channel by channel, for tasks whose rows are places of items.
+
+    Padding becomes zeros; the sequences of all batches must have one length.
+    """
+    if mask is not None:
+        sequences = sequences.where(mask.unsqueeze(-1) == 1, 0)
+    return sequences.mT.flatten(1)
+
+
 @poolings.register("flatten")
 def flatten(sequences: Tensor, mask: Tensor | None) -> Tensor:
     """Return all positions concatenated.

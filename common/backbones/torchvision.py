@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fedhead.backbones.backbone import Backbone, backbone_sources
 from fedhead.backbones.catalogue import Catalogue, Entry, catalogues, image_input
 from fedhead.backbones.downloads import fetch_torch_file, torch_file
+from fedhead.backbones.geometry import DENSE_SIZE, dense_layers
 from fedhead.backbones.layers import Graph
 from fedhead.backbones.preprocessing import ImagePreprocessing
 from fedhead.backbones.state_dict import align, fill_weights, read_weights, without_unneeded
@@ -80,6 +81,12 @@ def layers(name: str) -> Sequence[str]:
     """Return the nodes of a model's graph."""
     model_name, found = _entry(name)
     return Graph(_build(model_name, found, seed=0)).layers
+
+
+def map_layers(name: str) -> Sequence[str]:
+    """Return a model's last module at each of the default strides."""
+    model_name, found = _entry(name)
+    return dense_layers(_build(model_name, found, seed=0), torch.zeros(1, 3, DENSE_SIZE, DENSE_SIZE))
 
 
 catalogues.register("torchvision")(Catalogue(names, entry, layers))

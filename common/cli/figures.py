@@ -21,6 +21,11 @@ def figure_table(report: Any, title: str = "") -> Table:
             shown = "" if point is None else f"{point[0]:.3f} ({point[1]:.3f} to {point[2]:.3f})"
             table.add_row(f"{edge:g}", shown, "" if predicted is None else f"{predicted:.3f}")
         return table
+    if hasattr(report, "areas"):
+        table = _table(f"{title}95 % intervals in brackets", "class", ("images", "IoU", "Dice"))
+        for one in report.areas:
+            table.add_row(one.name, str(one.items), number_interval(one.iou, 3), number_interval(one.dice, 3))
+        return table
     targets = getattr(report, "targets", None)
     if targets is not None:
         columns = ("rows", "R2", "MAE", "RMSE", "bias")
@@ -42,6 +47,11 @@ def figure_lines(report: Any) -> list[tuple[str, str]]:
         return [
             ("Concordance", f"{number_interval(report.concordance, 3)} on {report.rows} rows"),
             ("Events", f"{report.events}{ratio}"),
+        ]
+    if hasattr(report, "areas"):
+        return [
+            ("Mean IoU", f"{number_interval(report.miou, 3)} on {report.rows} images"),
+            ("Mean Dice", number_interval(report.dice, 3)),
         ]
     if hasattr(report, "targets"):
         return [("R2", f"{number_interval(report.r2, 3)} on {report.rows} rows")]

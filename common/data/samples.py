@@ -37,6 +37,7 @@ sources: Registry[Callable[[str], "Samples"]] = Registry(
         "folder": "fedhead.data.folder",
         "hf": "fedhead.data.hub",
         "jsonl": "fedhead.data.tables",
+        "masks": "fedhead.data.masks",
         "npz": "fedhead.data.npz",
         "parquet": "fedhead.data.tables",
         "python": "fedhead.data.python",

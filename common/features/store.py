@@ -38,6 +38,9 @@ FORMAT = "fedhead-features-1"
 BLOCK = 1024
 """Rows per checkpoint of an extraction; batches never span blocks, so that resuming changes no bit."""
 
+BLOCK_VALUES = 2**24
+"""Most values per checkpoint, for items with many."""
+
 Progress = Callable[[int, int], None]
 """Called with the number of rows done and the total."""
 
@@ -48,7 +51,7 @@ class FeatureStore:
 
     Attributes:
         path: the store's folder.
-        features: `[n, d]` float32, mapped from disk; zeros for skipped rows.
+        features: `[n, d]` float32, mapped from disk, or `[n, V]` if the backbone keeps maps; zeros for skipped rows.
         keys: `[n]`, the keys that decide which rows are held out.
         contents: `[n]`, the identity of each row's content, which rows of one group do not share.
         skipped: the reason for each unreadable row.
@@ -145,6 +148,11 @@ class FeatureStore:
         return np.flatnonzero(mask)
 
 
+def block_rows(num_values: int) -> int:
+    """Return the rows per checkpoint of an extraction of so many values per row."""
+    return max(1, min(BLOCK, BLOCK_VALUES // num_values))
+
+
 def store_key(backbone: Backbone, fingerprint: str, precision: Precision) -> str:
     """Return the name of a store's folder, a hash of everything that determines its content."""
     made_by = backbone.digest if precision == "float32" else f"{backbone.digest} {precision}"
@@ -195,8 +203,9 @@ def _fill_contents(samples: Samples, path: Path) -> None:
 def _checksums(path: Path, meta: dict[str, Any]) -> Iterator[int]:
     """Yield the CRC-32 of each block's features and keys; nothing for truncated blocks."""
     with (path / "features.bin").open("rb") as features, (path / "keys.bin").open("rb") as keys:
-        for start in range(0, meta["rows"], BLOCK):
-            rows = min(BLOCK, meta["rows"] - start)
+        step = block_rows(meta["features"])
+        for start in range(0, meta["rows"], step):
+            rows = min(step, meta["rows"] - start)
             block = features.read(rows * meta["features"] * 4)
             if len(block) < rows * meta["features"] * 4:
                 return
@@ -216,7 +225,7 @@ def _extract(
     partial = path.with_suffix(".partial")
     partial.mkdir(exist_ok=True)
     meta = _resume(partial, samples, backbone)
-    needed = (len(samples) - meta["done"]) * (backbone.num_features * 4 + 8)
+    needed = (len(samples) - meta["done"]) * (backbone.num_values * 4 + 8)
     if shutil.disk_usage(partial).free < needed:
         raise FedheadError(
             f"The features of {samples.spec} need {needed / 1e6:.0f} MB more in {path.parent}, which has less free "
@@ -225,9 +234,10 @@ def _extract(
     begun = int(meta["done"])
     forward = arranged(backbone, len(samples))
     with multiplying(precision, backbone.device):
-        batch_size = min(batch_size or batch_size_for(forward), BLOCK)
+        size = block_rows(backbone.num_values)
+        batch_size = min(batch_size or batch_size_for(forward), size)
     # Texts are small: a whole block is read at once, so that texts of similar length share a batch; of clips, a few.
-    chunk = {"image": batch_size, "audio": min(4 * batch_size, BLOCK)}.get(backbone.kind, BLOCK)
+    chunk = {"image": batch_size, "audio": min(4 * batch_size, size)}.get(backbone.kind, size)
     prepare = functools.partial(_prepare, samples, backbone)
     with (
         (partial / "features.bin").open("ab") as features,
@@ -236,9 +246,9 @@ def _extract(
         multiplying(precision, backbone.device),
         closing(read_ahead(prepare, range(begun, len(samples)), ahead=2 * chunk)) as prepared,
     ):
-        for start in range(begun, len(samples), BLOCK):
+        for start in range(begun, len(samples), size):
             block, block_keys = [], []
-            stop = min(start + BLOCK, len(samples))
+            stop = min(start + size, len(samples))
             for first in range(start, stop, chunk):
                 rows = range(first, min(first + chunk, stop))
                 read = dict(zip(rows, islice(prepared, len(rows)), strict=True))
@@ -326,8 +336,9 @@ def _doubtful(path: Path, meta: dict[str, Any]) -> list[int]:
     width = meta["features"] * 4
     rows = {int(row) for row in meta["skipped"]}
     with (path / "features.bin").open("rb") as file:
-        for start in range(0, meta["rows"], BLOCK):
-            block = np.frombuffer(file.read(BLOCK * width), dtype="<f4").reshape(-1, meta["features"])
+        step = block_rows(meta["features"])
+        for start in range(0, meta["rows"], step):
+            block = np.frombuffer(file.read(step * width), dtype="<f4").reshape(-1, meta["features"])
             rows.update((start + np.flatnonzero(~np.isfinite(block).all(1))).tolist())
     return sorted(rows)
 
@@ -339,7 +350,7 @@ def _extract_rows(
     numbers, rows = list(read), list(read.values())
     readable = {position: row for position, row in enumerate(rows) if not isinstance(row, UnreadableSampleError)}
     keys = np.zeros((len(rows), 2), dtype="<u8")
-    features = np.zeros((len(rows), backbone.num_features), dtype="<f4")
+    features = np.zeros((len(rows), backbone.num_values), dtype="<f4")
     # Images have one size; texts and clips are padded to the longest of their batch.
     ordered = sorted(readable, key=lambda position: len(readable[position][1]))
     for start in range(0, len(ordered), batch_size):
@@ -361,7 +372,7 @@ def _resume(partial: Path, samples: Samples, backbone: Backbone) -> dict[str, An
     fresh = {
         "format": FORMAT,
         "rows": len(samples),
-        "features": backbone.num_features,
+        "features": backbone.num_values,
         "done": 0,
         "checksums": [],
         "skipped": {},

@@ -11,6 +11,7 @@ from fedhead.solvers.closed_form import (
 )
 from fedhead.solvers.cross_validated import cross_validation_error, solve_cross_validated_lda
 from fedhead.solvers.hazards import solve_hazards
+from fedhead.solvers.shares import solve_share_lda
 
 __all__ = [
     "ABSENT_MARGIN",
@@ -23,4 +24,5 @@ __all__ = [
     "solve_head",
     "solve_positive",
     "solve_prototypes",
+    "solve_share_lda",
 ]

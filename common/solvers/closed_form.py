@@ -218,7 +218,7 @@ def shrink_correlation(scatter: Tensor, stats: FeatureStatistics) -> ShrunkCorre
     `(1 - a) R + a I` for the correlation `R` of the `p` features that vary, with
     `a = (t + 1) / ((N + 1) (t - 1/p))`, at most 1, and `t = tr(R^2) / p^2`: only traces are needed. Equal to
     `sklearn.covariance.OAS(assume_centered=True)` on centred and standardised rows, which also omits the terms `2/p`
-    of the paper.
+    of the paper. If rows are places of items, `N` is the number of items: places of one item are alike.
 
     Args:
         scatter: `[d, d]`, symmetric; overwritten.
@@ -234,7 +234,7 @@ def shrink_correlation(scatter: Tensor, stats: FeatureStatistics) -> ShrunkCorre
     if p > 1:
         entries = correlation.view(-1)
         mean_square = float(entries @ entries) / p**2
-        excess = (stats.rows + 1) * (mean_square - 1 / p)
+        excess = (stats.independent + 1) * (mean_square - 1 / p)
         shrinkage = min((mean_square + 1) / excess, 1.0) if excess > 0 else 1.0
     correlation.mul_(1 - shrinkage).diagonal().fill_(1)
     return ShrunkCorrelation(correlation, inverse_deviation, shrinkage)

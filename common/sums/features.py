@@ -48,6 +48,7 @@ class FeatureStatistics:
         upper: `[d, d]`, the Gram matrix on and above the diagonal; the entries below are never read.
         kind: the kind of the targets.
         squares: `[C]`, the sum of each real target's squares; `[0]` for classes, since it equals their counts.
+        items: the number of items whose places the rows are; 0 if rows are items.
     """
 
     origin: Tensor
@@ -58,6 +59,7 @@ class FeatureStatistics:
     upper: Tensor
     kind: TargetKind = CLASSES
     squares: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    items: int = 0
 
     @classmethod
     def empty(
@@ -135,6 +137,11 @@ class FeatureStatistics:
         return self.sums.shape[0]
 
     @property
+    def independent(self) -> int:
+        """The number of independent rows: of items, if rows are their places."""
+        return self.items if self.kind.of_places else self.rows
+
+    @property
     def target_totals(self) -> Tensor:
         """`[C]`, float64, the sum of each target."""
         return self.counts.to(torch.float64)
@@ -195,11 +202,13 @@ class FeatureStatistics:
             self.upper.clone(),
             self.kind,
             self.squares.clone(),
+            self.items,
         )
 
     def __iadd__(self, other: Self) -> Self:
         self._check_same_kind(other)
         self.rows += other.rows
+        self.items += other.items
         self.counts += other.counts
         self.sums += other.sums
         self.total += other.total
@@ -223,9 +232,14 @@ class FeatureStatistics:
 
     def __isub__(self, other: Self) -> Self:
         self._check_same_kind(other)
-        if other.rows > self.rows or (not self.kind.real and bool((other.counts > self.counts).any())):
+        if (
+            other.rows > self.rows
+            or other.items > self.items
+            or (not self.kind.real and bool((other.counts > self.counts).any()))
+        ):
             raise ValueError("Cannot subtract statistics of rows that were never added.")
         self.rows -= other.rows
+        self.items -= other.items
         self.counts -= other.counts
         self.sums -= other.sums
         self.total -= other.total
@@ -296,7 +310,7 @@ class FeatureStatistics:
         """
         if self.sums.shape != other.sums.shape or self.kind is not other.kind:
             return False
-        if self.rows != other.rows or not self._targets_are_close(other, tolerance):
+        if self.rows != other.rows or self.items != other.items or not self._targets_are_close(other, tolerance):
             return False
         if not torch.equal(self.origin, other.origin):
             return False

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedhead.errors import UserError
 from fedhead.files import write_atomically
-from fedhead.sums.targets import CLASSES, LABELS, VALUES
+from fedhead.sums.targets import CLASSES, LABELS, PLACES, VALUES
 
 if TYPE_CHECKING:
     from fedhead.sums.features import FeatureStatistics
@@ -28,6 +28,7 @@ _COMMON = {
 }
 _OF_CLASSES = {"counts": (torch.int64, 1), "multi_label": (torch.bool, 1)}
 _OF_VALUES = {"target_squares": (torch.float64, 1), "target_totals": (torch.float64, 1)}
+_OF_PLACES = {**_OF_VALUES, "items": (torch.int64, 1)}
 LARGEST = 1e100
 """More than 2^53 rows of float32 features can sum to; larger sums may overflow when added."""
 _MOST_ROWS = 2**53
@@ -47,6 +48,8 @@ def pack(stats: "FeatureStatistics") -> dict[str, Tensor]:
     }
     if stats.kind.real:
         tensors |= {"target_squares": stats.squares, "target_totals": stats.counts}
+        if stats.kind.of_places:
+            tensors["items"] = torch.tensor([stats.items])
     else:
         tensors |= {"counts": stats.counts, "multi_label": torch.tensor([not stats.kind.exclusive])}
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
@@ -58,8 +61,8 @@ def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     Raises:
         ValueError: if a name, number type or shape differs, or a value is not finite.
     """
-    real = "target_totals" in tensors
-    _check_names(tensors, {**_COMMON, **(_OF_VALUES if real else _OF_CLASSES)})
+    real, places = "target_totals" in tensors, "items" in tensors
+    _check_names(tensors, {**_COMMON, **(_OF_PLACES if places else _OF_VALUES if real else _OF_CLASSES)})
     totals = tensors["target_totals" if real else "counts"]
     d, columns = len(tensors["origin"]), len(totals)
     if d == 0 or columns == 0:
@@ -70,6 +73,7 @@ def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "sums": (columns, d),
         "total": (d,),
         **({"target_squares": (columns,)} if real else {"multi_label": (1,)}),
+        **({"items": (1,)} if places else {}),
     }
     for name, shape in shapes.items():
         if tensors[name].shape != shape:
@@ -77,7 +81,7 @@ def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
                 f"Statistics of {d} features and {columns} targets need {name!r} as {list(shape)}, "
                 f"not {list(tensors[name].shape)}."
             )
-    kind = VALUES if real else LABELS if bool(tensors["multi_label"]) else CLASSES
+    kind = PLACES if places else VALUES if real else LABELS if bool(tensors["multi_label"]) else CLASSES
     packed = tensors["gram"]
     upper = torch.zeros(d, d, dtype=torch.float64, device=packed.device)
     upper.masked_scatter_(_upper_mask(d, packed.device), packed)
@@ -90,6 +94,7 @@ def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "upper": upper,
         "kind": kind,
         "squares": tensors["target_squares"].clone() if real else torch.zeros(0, dtype=torch.float64),
+        "items": int(tensors["items"]) if places else 0,
     }
 
 
@@ -102,6 +107,8 @@ def check_consistency(stats: "FeatureStatistics") -> None:
     counts, diagonal = stats.counts, stats.upper.diagonal()
     if stats.rows < 0 or (not stats.kind.real and bool((counts < 0).any())):
         raise ValueError("Statistics cannot have a negative number of rows.")
+    if not 0 <= stats.items <= stats.rows:
+        raise ValueError(f"There are {stats.items} items of {stats.rows} places.")
     if stats.rows > _MOST_ROWS:
         raise ValueError(f"No site has {stats.rows} rows.")
     if not stats.kind.real and bool((counts > stats.rows).any()):

@@ -18,6 +18,9 @@ class TargetKind(ABC):
     real: ClassVar[bool] = False
     """Whether targets are real numbers; else they are 0 or 1, and their sums are counts."""
 
+    of_places: ClassVar[bool] = False
+    """Whether rows are places of items, and statistics also count the items, which are what is independent."""
+
     @abstractmethod
     def check(self, targets: "Tensor", rows: int, columns: int) -> None:
         """Check the targets of `rows` rows.
@@ -109,6 +112,14 @@ class _Values(TargetKind):
         cross.addmm_(targets.T, block)
 
 
+class _Places(_Values):
+    """Real targets `[n, K]` of places, such as the shares of classes in a cell of an image."""
+
+    name = "targets of places"
+    of_places = True
+
+
 CLASSES: TargetKind = _Classes()
 LABELS: TargetKind = _Labels()
 VALUES: TargetKind = _Values()
+PLACES: TargetKind = _Places()

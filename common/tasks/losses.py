@@ -130,3 +130,21 @@ class HazardLikelihood(Loss):
         bins = outputs.shape[-1] // 2
         marks = targets.to(outputs)
         return outputs[..., :bins], marks[..., :bins], marks[..., bins:]
+
+
+class ShareCrossEntropy(Loss):
+    """Softmax cross entropy against shares of classes: targets are `[..., n, C]` and sum to 1.
+
+    A row is correct if the class with the largest share has the largest output.
+    """
+
+    def values(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return -(functional.log_softmax(outputs, -1) * targets.to(outputs)).sum(-1)
+
+    def slopes(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logs = functional.log_softmax(outputs, dim=-2)
+        wanted = targets.mT.to(outputs)
+        return -(logs * wanted).sum(-2), logs.exp() - wanted
+
+    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return outputs.argmax(-1) == targets.argmax(-1)

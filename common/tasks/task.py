@@ -37,6 +37,7 @@ tasks: Registry["type[Task]"] = Registry(
         "multi-label": "fedhead.tasks.multi_label",
         "ordinal": "fedhead.tasks.ordinal",
         "regression": "fedhead.tasks.regression",
+        "segmentation": "fedhead.tasks.segmentation",
         "survival": "fedhead.tasks.survival",
     },
 )
@@ -104,6 +105,9 @@ class Task(ABC):
 
     counts_scores: ClassVar[bool] = True
     """Whether each row adds 0 or 1 to the score, so that a score is a number of rows."""
+
+    dense: ClassVar[bool] = False
+    """Whether rows of sums and heads are places of items; see `fedhead.tasks.dense`."""
 
     standardises_targets: ClassVar[bool] = False
     """Whether heads are trained on standardised targets."""

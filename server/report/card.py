@@ -205,6 +205,8 @@ def _does(record: RunRecord) -> str:
         return f"A survival model with {record.outputs} on {ITEMS[_kind(record)]}"
     if record.real:
         return f"A regression of {counted(len(record.classes), 'target')} on {ITEMS[_kind(record)]}"
+    if record.task.dense:
+        return f"A {record.task.name} of {ITEMS[_kind(record)]} with {record.outputs}"
     answers = "one of" if record.one_class else "any number of"
     return (
         f"A classifier of {ITEMS[_kind(record)]}, each of {answers} {counted(len(record.classes), 'class', 'classes')}"
@@ -228,6 +230,13 @@ def _use_and_limits(record: RunRecord) -> list[str]:
         said += [
             "Sites with few rows have wide intervals; check them before relying on a figure.",
             "A linear head extrapolates: its values are unreliable outside the range of the sites' rows.",
+        ]
+        return ["## Intended use and limits", _items(said)]
+    if record.task.dense:
+        said += [
+            "Classes and sites with few items have wide intervals; check them before relying on a figure.",
+            f"It was solved on {ITEMS[kind]} at one resolution: objects much smaller or larger than at the sites may "
+            "be missed.",
         ]
         return ["## Intended use and limits", _items(said)]
     said += [

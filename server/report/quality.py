@@ -1,6 +1,6 @@
 """The section on the model's quality: pooled, by site and by class, each with its interval."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fedhead.server.report import charts
@@ -8,6 +8,7 @@ from fedhead.server.report.layout import DASH, Figure, Section, Table
 from fedhead.server.report.privacy import noisy_accuracy
 from fedhead.server.report.regression import interval_sentences, regression_quality
 from fedhead.server.report.scores import number_interval
+from fedhead.server.report.segmentation import segmentation_quality
 from fedhead.server.report.survival import calibration_sentences, survival_quality
 from fedhead.server.runs.record import RunRecord, Values
 from fedhead.wording import counted, listed, percent
@@ -28,8 +29,8 @@ def quality(record: RunRecord) -> Section:
     """Return the section."""
     if record.real:
         return regression_quality(record, _KEY, QUESTION, _unknown)
-    if record.task.name == "survival":
-        return survival_quality(record, _KEY, QUESTION, _unknown)
+    if (section := _SECTIONS.get(record.task.name)) is not None:
+        return section(record, _KEY, QUESTION, _unknown)
     tested = record.tested
     on_test = f"On the pooled test set it is {percent(tested)}." if tested else ""
     if record.noisy:
@@ -55,6 +56,13 @@ def quality(record: RunRecord) -> Section:
             *_reliability(record),
         ],
     )
+
+
+_SECTIONS: Mapping[str, Callable[[RunRecord, str, str, Callable[[RunRecord], str]], Section]] = {
+    "segmentation": segmentation_quality,
+    "survival": survival_quality,
+}
+"""The sections of tasks that have their own."""
 
 
 def interval(figure: Sequence[float | None] | None) -> str:
@@ -121,6 +129,8 @@ def calibration(record: RunRecord) -> list[str]:
         return calibration_sentences(record)
     if record.real:
         return interval_sentences(record)
+    if record.task.dense:
+        return ["Not measured: places of one image are alike, so their probabilities are not calibrated by counts."]
     if record.private:
         return [
             "Not measured on rows: the temperature follows from the noisy sums that the head was solved from, and its "

@@ -162,7 +162,7 @@ class RunRecord(BaseModel):
     @property
     def real(self) -> bool:
         """Whether real targets are predicted."""
-        return "targets" in self.pooled or self.task.kind.real
+        return "targets" in self.pooled or (self.task.kind.real and not self.task.dense)
 
     @property
     def outputs(self) -> str:

@@ -1,0 +1,223 @@
+"""Dense tasks: rows of sums and heads are places of items, such as cells of an image or tokens of a sentence.
+
+Items are what sites hold out, guard and count. A store keeps an item's maps whole; the task expands them to places at
+the last moment, a few items at a time.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import numpy as np
+
+from fedhead.backbones.geometry import Geometry
+from fedhead.data import IntArray, Samples
+from fedhead.errors import UserError
+from fedhead.sums.calibration import Calibration
+from fedhead.sums.evaluation import ScoreBins
+from fedhead.sums.features import FeatureStatistics
+from fedhead.sums.targets import PLACES
+from fedhead.tasks.task import Calibrated, Targets, Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fedhead.heads import Head
+
+BLOCK_PLACES = 2**15
+"""Places whose features are in memory at a time."""
+
+
+class Places(NamedTuple):
+    """The places of a few items that a task learns from.
+
+    Attributes:
+        features: `[p, d]`.
+        targets: `[p, K]`.
+        items: the number of items with such places.
+    """
+
+    features: "Tensor"
+    targets: "Tensor"
+    items: int
+
+
+class DenseTask(Task):
+    """A task whose rows are places of items.
+
+    Its targets `[n, C]` are those of items, 0 or 1 for each class that an item contains: by them items are guarded,
+    counted and divided over sites. What places are of comes from an item's annotation.
+    """
+
+    dense = True
+    kind = PLACES
+    scales_outputs: ClassVar[bool] = False
+    pairs_losses: ClassVar[bool] = False
+    counts_scores: ClassVar[bool] = False
+
+    @abstractmethod
+    def annotations(self, samples: Samples) -> Callable[[int], Any]:
+        """Return a function that reads the annotation of an item, in terms of the task's columns."""
+
+    @abstractmethod
+    def expand(self, values: "Tensor", annotations: Sequence[Any], geometry: Geometry) -> Places:
+        """Return the places of `n` items, given their stored values `[n, V]`."""
+
+    @abstractmethod
+    def count_items(self, outputs: "Tensor", annotations: Sequence[Any], geometry: Geometry) -> Any:
+        """Return the evaluation sums of `n` items, given the head's outputs `[n, P, C]` at all of their places.
+
+        They have the attributes `rows`, the number of items, and `loss_sum`, each item's mean loss added up.
+        """
+
+    @abstractmethod
+    def decode(self, outputs: "Tensor", geometry: Geometry, size: tuple[int, int]) -> Any:
+        """Return the prediction for one item, given the head's outputs `[P, C]`.
+
+        Args:
+            outputs: of the head, at all places.
+            geometry: of the maps.
+            size: height and width of the original image.
+        """
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """All items, then the items with each class."""
+        return ("of all", *super().groups)
+
+    @property
+    def counted(self) -> tuple[str, ...]:
+        return ("all items",)
+
+    def memberships(self, targets: Targets) -> tuple[IntArray, IntArray]:
+        return tuple(np.nonzero(np.hstack([np.ones((len(targets), 1), np.int64), targets])))  # type: ignore[return-value]
+
+    def strata(self, targets: Targets) -> IntArray:
+        """Return `[n]`, the rarest class of each item, the first in a tie; -1 for items without classes."""
+        frequency = np.where(targets == 1, targets.sum(0), len(targets) + 1)
+        return np.where(targets.any(1), frequency.argmin(1), -1)
+
+    def inits(self, head: "type[Head]") -> tuple[str, ...]:
+        """Return the closed forms: heads of places are not trained in rounds."""
+        return () if head.directional else tuple(init for init in head.inits if init in self.solvers)
+
+    def counts_of(self, stats: FeatureStatistics) -> "Tensor":
+        return stats.counts.new_tensor([stats.items]).long()
+
+    def unlearned(self, stats: FeatureStatistics) -> tuple[str, ...]:
+        return tuple(name for name, places in zip(self.columns, stats.counts.tolist(), strict=True) if places <= 0)
+
+    def bins(
+        self,
+        head: "Head | None" = None,
+        stats: FeatureStatistics | None = None,
+        scale: "tuple[Tensor, Tensor] | None" = None,
+    ) -> ScoreBins:
+        """Return bins that are not used."""
+        return ScoreBins.default(len(self.columns))
+
+    def count(
+        self, outputs: "Tensor", targets: "Tensor", owners: IntArray, num_sites: int, bins: ScoreBins
+    ) -> Iterator[Any]:
+        raise UserError(f"Places of the task {self.name!r} are counted by item.")
+
+    def score(self, score: float, loss: float, rows: float) -> float | None:
+        """Return None: the score is known from the evaluation at the end only."""
+        return None
+
+    def score_on(self, outputs: "Tensor", targets: "Tensor") -> float | None:
+        raise UserError(f"Places of the task {self.name!r} are counted by item.")
+
+    def judged(self, outputs: "Tensor", targets: "Tensor", temperature: float, unlearned: "Tensor") -> Any:
+        raise UserError(f"Places of the task {self.name!r} are counted by item.")
+
+    def choosing(self, outputs: "Tensor | None", targets: "Tensor | None", bins: ScoreBins) -> Any:
+        return self.no_rows()
+
+    def judging(self, outputs: "Tensor | None", targets: "Tensor | None", temperature: float, bins: ScoreBins) -> Any:
+        return self.no_rows()
+
+    def temperature(self, chosen: Any) -> float:
+        return 1.0
+
+    def calibrated(self, chosen: Any, judged: Any) -> Calibrated:
+        """Return no calibration."""
+        return Calibrated(Calibration(), chosen.rows, {"rows_judged_on": judged.rows})
+
+    def regions(self, answers: "Tensor", calibration: Calibration, coverage: float) -> list[Any]:
+        raise UserError(self._no_regions)
+
+    def covers(self, region: Any, target: Any) -> bool:
+        raise UserError(self._no_regions)
+
+    def size(self, region: Any) -> float:
+        raise UserError(self._no_regions)
+
+    def say_regions(self, held: str, stated: str, size: float) -> tuple[str, str]:
+        raise UserError(self._no_regions)
+
+    @property
+    def _no_regions(self) -> str:
+        return f"A model of the task {self.name!r} gives no sets with a coverage."
+
+
+@dataclass(frozen=True)
+class ItemPlaces:
+    """How the items of a data set become places.
+
+    Attributes:
+        task: of the run.
+        geometry: of the backbone's maps.
+        annotation: reads the annotation of a row.
+    """
+
+    task: DenseTask
+    geometry: Geometry
+    annotation: Callable[[int], Any]
+
+    @classmethod
+    def of(cls, task: Task, geometry: Geometry | None, samples: Samples) -> "ItemPlaces | None":
+        """Return how items become places; None if rows are items.
+
+        Raises:
+            UserError: if the backbone keeps no maps, or keeps them for a task of whole items.
+        """
+        if not isinstance(task, DenseTask):
+            if geometry is not None:
+                raise UserError(f"The task {task.name!r} is about whole items: choose a layer without ':map'.")
+            return None
+        if geometry is None:
+            raise UserError(f"The task {task.name!r} is about places: choose layers with ':map', as in 'layer2:map'.")
+        return cls(task, geometry, task.annotations(samples))
+
+    @property
+    def block(self) -> int:
+        """The number of items to expand at a time."""
+        return max(1, BLOCK_PLACES // self.geometry.num_places)
+
+    def blocks(self, features: "Tensor", rows: IntArray) -> "Iterator[tuple[Tensor, list[Any]]]":
+        """Yield values `[k, V]` and annotations of `rows` `[n]`, a few items at a time."""
+        import torch
+
+        for some in torch.split(torch.from_numpy(rows), self.block):
+            values = features[some.to(features.device)].cpu()
+            yield values, [self.annotation(row) for row in some.tolist()]
+
+    def add(self, stats: FeatureStatistics, features: "Tensor", rows: IntArray) -> None:
+        """Add the places of items to statistics in place."""
+        for values, annotations in self.blocks(features, rows):
+            found = self.task.expand(values, annotations, self.geometry)
+            stats.update(found.features, found.targets)
+            stats.items += found.items
+
+    def evaluate(self, head: "Callable[[Tensor], Tensor]", features: "Tensor", rows: IntArray) -> Any:
+        """Return the evaluation sums of items."""
+        import torch
+
+        total = self.task.no_rows()
+        with torch.inference_mode():
+            for values, annotations in self.blocks(features, rows):
+                outputs = head(self.geometry.places(values))
+                total = total + self.task.count_items(outputs, annotations, self.geometry)
+        return total
