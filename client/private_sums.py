@@ -13,7 +13,7 @@ from fedhead.client.answers import Answer, of_several, shared
 from fedhead.client.site_data import Holding, Site
 from fedhead.data import IntArray
 from fedhead.privacy.sensitivity import group_weights, svec, unit_rows
-from fedhead.privacy.stages import BINS, LOSS_LIMIT, TEMPERATURES
+from fedhead.privacy.stages import BINS, CLIP, LOSS_LIMIT, TEMPERATURES
 from fedhead.protocol.messages import MessageError, Payload
 from fedhead.protocol.private import PrivateRequest
 from fedhead.sums.sums import Arrays
@@ -54,7 +54,8 @@ def private_sums(holdings: Sequence[Holding], agreed: Agreement, request: Privat
         if "gram" in total:
             total["gram"] += svec(gram)
     else:
-        add = {"centre": _add_centre, "calibration": _add_excess}.get(request.stage, _add_evaluation)
+        adders = {"centre": _add_centre, "gradient": _add_gradient, "calibration": _add_excess}
+        add = adders.get(request.stage, _add_evaluation)
         head = {name: torch.from_numpy(np.array(array)).double() for name, array in request.arrays.items()}
         for block in blocks(holdings, agreed, request):
             add(total, block, head)
@@ -88,6 +89,30 @@ def _add_centre(total: dict[str, Tensor], block: Block, head: dict[str, Tensor])
     rows, _, weights = block
     total["count"] += weights.sum()
     total["total"] += weights @ rows
+
+
+def _add_gradient(total: dict[str, Tensor], block: Block, head: dict[str, Tensor]) -> None:
+    rows, labels, weights = block
+    residuals = clipped_residuals(rows, labels, head) * weights[:, None]
+    total["gradient"] += torch.cat([residuals.T @ rows, residuals.sum(0)[:, None]], dim=1)
+
+
+def clipped_residuals(rows: Tensor, labels: Tensor, head: dict[str, Tensor]) -> Tensor:
+    """Return `[n, C]`, the gradient of each row's cross entropy by the logits, scaled by its limit.
+
+    The gradient by weight and bias is its outer product with the row and 1: their norms multiply. It is scaled so that
+    this norm is at most `CLIP` (Abadi et al., 2016), without a gradient for each row in memory.
+
+    Args:
+        rows: `[n, d]`.
+        labels: `[n]`.
+        head: `weight` `[C, d]` and `bias` `[C]`.
+    """
+    residuals = torch.softmax(_logits(rows, head), dim=1)
+    residuals[torch.arange(len(labels)), labels] -= 1
+    lengths = residuals.norm(dim=1) * (rows.square().sum(1) + 1).sqrt()
+    limited: Tensor = residuals * (CLIP / lengths.clamp_min(CLIP))[:, None]
+    return limited
 
 
 def _add_excess(total: dict[str, Tensor], block: Block, head: dict[str, Tensor]) -> None:

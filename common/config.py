@@ -377,8 +377,6 @@ class RunConfig(_Table):
             raise ValueError(f"differential privacy (epsilon) needs a linear head, not {self.head!r}")
         if self.basis != "none" or self.lift != "none":
             raise ValueError("differential privacy (epsilon) has a basis of its own: set basis and lift to 'none'")
-        if "rounds" in self.model_fields_set and self.rounds:
-            raise ValueError("a differentially private run solves its head from noisy sums: set rounds to 0")
         return self
 
     def settled(self) -> Self:
@@ -390,7 +388,8 @@ class RunConfig(_Table):
             return self.changed({"rounds": 0, "diagnose": False, "layer": layer})
         if not self.privacy.on:
             return self
-        decided = {"head": "unit", "init": "zeros", "rounds": 0, "keep_sums": "total", "diagnose": False}
+        rounds = self.rounds if "rounds" in self.model_fields_set else 0
+        decided = {"head": "unit", "init": "zeros", "rounds": rounds, "keep_sums": "total", "diagnose": False}
         return self.changed(decided)
 
     @classmethod

@@ -13,20 +13,24 @@ from torch import Tensor
 from fedhead.errors import FedheadError
 from fedhead.heads import UnitHead
 from fedhead.privacy.accountant import epsilon_for
+from fedhead.privacy.descent import descend
 from fedhead.privacy.heads import NoisySums, solve_noisy, temperature_of
 from fedhead.privacy.mechanism import Mechanism
 from fedhead.privacy.stages import (
     BINS,
     CALIBRATION_SHARE,
     CENTRE_SHARE,
+    LARGEST_WEIGHT,
     LOSS_LIMIT,
+    ROUNDS_SHARE,
     better_solver,
     calibrates,
     centre_of,
+    descends,
     temperature_from,
 )
 from fedhead.protocol.actions import PRIVATE
-from fedhead.protocol.private import LARGEST_WEIGHT, NoisyReply, PrivacyTerms, PrivateRequest
+from fedhead.protocol.private import NoisyReply, PrivacyTerms, PrivateRequest
 from fedhead.secure.session import threshold_for
 from fedhead.server.collect import Question, collect
 from fedhead.server.coordinator import Coordinator
@@ -45,9 +49,9 @@ _SETTLED = "settled"
 class PrivateCoordinator(Coordinator):
     """Runs a differentially private configuration on a Grid; see `Coordinator`.
 
-    Its `mu^2` of the training rows goes to their centre and to the sums that a head is solved from, and a share of that
-    of the held-out rows to the head's evaluation. What is asked for depends on public figures and earlier noisy replies
-    alone.
+    Its `mu^2` of the training rows goes to their centre, to the sums that a head is solved from and to rounds of noisy
+    gradients, if the run asks for these, and a share of that of the held-out rows to the head's evaluation. What is
+    asked for depends on public figures and earlier noisy replies alone.
     """
 
     def run(self) -> Outcome:
@@ -62,7 +66,7 @@ class PrivateCoordinator(Coordinator):
         assert terms is not None
         self._parties = self._settle_parties(terms)
         self.observer.on_step("statistics", 0)
-        solved = solve_private(self._ask, terms.mu, len(self.config.classes))
+        solved = solve_private(self._ask, terms.mu, len(self.config.classes), self.config.rounds)
         self.observer.on_step("evaluate", 0)
         evaluation = self._evaluate(terms.spends("held_out"), solved) if terms.evaluate else {}
         spent = {
@@ -74,6 +78,7 @@ class PrivateCoordinator(Coordinator):
             "parties": self._parties,
             "max_colluding": terms.max_colluding,
             "solver": solved.solver,
+            **({"rounds": solved.rounds, "asked_rounds": self.config.rounds} if self.config.rounds else {}),
             "accounts": {
                 "training rows": _account(terms.mu, terms.delta),
                 "held-out rows": _account(terms.spends("held_out"), terms.delta),
@@ -117,6 +122,8 @@ class PrivateCoordinator(Coordinator):
         Raises:
             FedheadError: if a site's reply is missing, or under secure summation too many are.
         """
+        if request.stage == "gradient":
+            self.observer.on_step("train", request.step)
         mechanism = request.mechanism(len(self.config.classes), self.backbone.num_features)
         asked = replace(request, parties=self._parties)
         key = asked.key(self.manifest.model_dump_json(), self._parties)
@@ -183,12 +190,14 @@ class Solved:
         weight: `[C, d]`, float32, for rows of norm 1 about the centre.
         bias: `[C]`.
         shift: `[d]`, the noisy centre.
+        rounds: of noisy gradients after that.
     """
 
     solver: str
     weight: Tensor
     bias: Tensor
     shift: Tensor
+    rounds: int = 0
 
     def head(self, probe: Tensor) -> UnitHead:
         """Return the head for features as they are, given the features `[PROBES, d]` of the probe."""
@@ -219,13 +228,17 @@ Ask = Callable[[PrivateRequest], Released]
 """Makes a release."""
 
 
-def solve_private(ask: Ask, mu: float, classes: int) -> Solved:
+def solve_private(ask: Ask, mu: float, classes: int, rounds: int = 0) -> Solved:
     """Solve a head from the centre of the rows and sums about it, and calibrate it if that is worth its share.
+
+    Rounds of noisy gradients start from the solved head, if they are asked for and worth their share: public figures
+    and the noisy number of rows decide it before the sums are asked for.
 
     Args:
         ask: makes the releases.
         mu: that all may spend.
         classes: `C`.
+        rounds: of gradients that are asked for.
     """
     released = ask(PrivateRequest("centre", mu * math.sqrt(CENTRE_SHARE)))
     count = float(released.sums["count"][0])
@@ -234,19 +247,29 @@ def solve_private(ask: Ask, mu: float, classes: int) -> Solved:
     calibrated = calibrates(count, calibrating / released.deviations)
     rest = mu * math.sqrt(1 - CENTRE_SHARE - (CALIBRATION_SHARE if calibrated else 0))
     solver = better_solver(count, classes, rest / released.deviations)
-    released = ask(PrivateRequest(solver, rest, {"shift": shift}))
+    descending = rounds > 0 and solver == "lda" and descends(count, classes, len(shift), rest / released.deviations)
+    one = rest * math.sqrt(1 - ROUNDS_SHARE) if descending else rest
+    released = ask(PrivateRequest(solver, one, {"shift": shift}))
     sums, sigmas = released.sums, [released.sigma(name) for name in released.mechanism.arrays]
     gram = torch.from_numpy(sums["gram"]) if "gram" in sums else None
     noisy = NoisySums(torch.from_numpy(sums["counts"]), torch.from_numpy(sums["sums"]), gram, *sigmas)
     head = solve_noisy(noisy)
     temperature = temperature_of(head, noisy)
     weight, bias = ((part / temperature).clamp(-LARGEST_WEIGHT, LARGEST_WEIGHT).float() for part in head.affine())
+    if descending:
+        each = rest * math.sqrt(ROUNDS_SHARE / rounds)
+
+        def gradient(step: int, weight: Tensor, bias: Tensor) -> Tensor:
+            arrays = {"shift": shift, "weight": weight.numpy(), "bias": bias.numpy()}
+            return torch.from_numpy(ask(PrivateRequest("gradient", each, arrays, step)).sums["gradient"])
+
+        weight, bias = descend(gradient, weight, bias, noisy, rounds)
     if calibrated:
         arrays = {"shift": shift, "weight": weight.numpy(), "bias": bias.numpy()}
         released = ask(PrivateRequest("calibration", calibrating, arrays))
         best = temperature_from(released.sums["excess"], released.sigma("excess"))
         weight, bias = weight / best, bias / best
-    return Solved(solver, weight, bias, torch.from_numpy(shift))
+    return Solved(solver, weight, bias, torch.from_numpy(shift), rounds if descending else 0)
 
 
 def evaluation_of(sums: Arrays, sigmas: Mapping[str, float]) -> dict[str, Any]:

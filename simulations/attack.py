@@ -138,7 +138,7 @@ def attack_membership(config: RunConfig, backbone: Backbone, shared: SharedData,
             mechanism = request.mechanism(len(config.classes), backbone.num_features)
             return Released(mechanism, mechanism.add_noise(private_sums([holding], agreed, request)))
 
-        return solve_private(ask, terms.mu, len(config.classes)).head(shared.probe)
+        return solve_private(ask, terms.mu, len(config.classes), config.rounds).head(shared.probe)
 
     return attack_heads(features, labels, solve_noisy, mu=terms.mu, seed=config.seed)
 

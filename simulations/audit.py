@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedhead.backbones import Backbone
 from fedhead.client.agreement import Agreement
-from fedhead.client.private_sums import blocks, private_sums
+from fedhead.client.private_sums import blocks, clipped_residuals, private_sums
 from fedhead.client.release.guard import Guard
 from fedhead.client.site_data import Holding, hold
 from fedhead.client.training import LabelledFeatures
@@ -135,10 +135,10 @@ def audit_private(
         # Half of the canaries are expected to be added.
         rest = {name: (noisy[name] - known[name] - every[name] / 2) / mechanism.sigma(name) ** 2 for name in known}
         own = blocks([mixed.canaries(np.ones(CANARIES, np.bool_))], agreed, request)
-        scores[:] += np.concatenate([_agreement_with(rest, features, labels) for features, labels, _ in own])
+        scores[:] += np.concatenate([_agreement_with(rest, features, labels, request) for features, labels, _ in own])
         return Released(mechanism, noisy)
 
-    solve_private(ask, terms.mu, len(config.classes))
+    solve_private(ask, terms.mu, len(config.classes), config.rounds)
     order = np.argsort(scores, kind="stable")
     half = GUESSES // 2
     right = int(added[order[-half:]].sum() + (~added[order[:half]]).sum())
@@ -172,10 +172,14 @@ class _Mixed:
         return hold("", rows, out, self._data, self._data.labels.numpy(), self._keys, shared.task, Guard.off())
 
 
-def _agreement_with(rest: Arrays, rows: Tensor, labels: Tensor) -> FloatArray:
+def _agreement_with(rest: Arrays, rows: Tensor, labels: Tensor, request: PrivateRequest) -> FloatArray:
     """Return `[n]`, the inner product of each row's part of a release with `rest`."""
     parts = {name: torch.from_numpy(np.asarray(array)) for name, array in rest.items()}
-    if "total" in parts:
+    if "gradient" in parts:
+        head = {name: torch.from_numpy(np.array(array)).double() for name, array in request.arrays.items()}
+        residuals, extended = clipped_residuals(rows, labels, head), nn.functional.pad(rows, (0, 1), value=1.0)
+        scores = (residuals * (extended @ parts["gradient"].T)).sum(1)
+    elif "total" in parts:
         scores = parts["count"] + rows @ parts["total"]
     else:
         scores = parts["counts"][labels] + (rows * parts["sums"][labels]).sum(1)

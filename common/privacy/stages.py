@@ -9,8 +9,9 @@ from typing import Literal
 from fedhead.privacy.mechanism import Mechanism
 from fedhead.privacy.noise import FloatArray
 
-Stage = Literal["centre", "lda", "nearest-mean", "calibration", "evaluation"]
+Stage = Literal["centre", "lda", "nearest-mean", "gradient", "calibration", "evaluation"]
 """`centre`: the mean of the rows. `lda`: counts, class sums and Gram matrix. `nearest-mean`: counts and class sums.
+`gradient`: of the cross entropy of a head, each row's limited to a norm of `CLIP`.
 `calibration`: how much surer than right a head is, at several temperatures. `evaluation`: of a head, on held-out
 rows."""
 
@@ -25,6 +26,19 @@ CALIBRATION_SHARE = 0.05
 
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """Temperatures at which a head's confidence is compared with its accuracy."""
+
+CLIP = 1.0
+"""Largest norm of a row's gradient by weight and bias, with features of norm 1; without a limit it is at most 2."""
+
+LARGEST_WEIGHT = 1e6
+"""Bar on the weights of a head for unit-norm rows; larger ones saturate every loss."""
+
+ROUNDS_SHARE = 0.4
+"""Share of the `mu^2` of sums and rounds together that rounds spend, where they are worth it."""
+
+LARGEST_STEP_NOISE = 0.2
+"""Largest norm of the noise on a class's gradient, for each row of a mean class, for which rounds are made; one round
+with all the budget would have this noise."""
 
 LARGEST_NOISE = 0.1
 """Largest standard deviation of the noise on a mean confidence for which a calibration is made."""
@@ -56,6 +70,8 @@ def forms(stage: Stage, classes: int, features: int) -> dict[str, Form]:
             "confusion": (0.2, (classes, classes), 1.0),
             "reliability": (0.1, (2, BINS), 1.0),
         }
+    if stage == "gradient":
+        return {"gradient": (1.0, (classes, features + 1), CLIP)}
     if stage == "calibration":
         return {"excess": (1.0, (len(TEMPERATURES),), math.sqrt(len(TEMPERATURES)))}
     if stage == "nearest-mean":
@@ -99,6 +115,18 @@ def calibrates(rows: float, mu: float) -> bool:
         mu: that the calibration may spend.
     """
     return forms("calibration", 1, 1)["excess"][2] / (mu * max(rows, 1.0)) < LARGEST_NOISE
+
+
+def descends(rows: float, classes: int, features: int, mu: float) -> bool:
+    """Return whether rounds of noisy gradients are worth their share of the budget, from public figures alone.
+
+    Args:
+        rows: about how many rows there are, as far as it is public.
+        classes: `C`.
+        features: `d`.
+        mu: that sums and rounds may spend together.
+    """
+    return CLIP * math.sqrt(features + 1) * classes / (mu * max(rows, 1.0)) < LARGEST_STEP_NOISE
 
 
 def temperature_from(excess: FloatArray, sigma: float) -> float:

@@ -15,15 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fedhead.config import MOST_EPSILON, PrivacyConfig
 from fedhead.privacy.accountant import MOST_MU, mu_for
 from fedhead.privacy.mechanism import Mechanism
-from fedhead.privacy.stages import Stage, mechanism
+from fedhead.privacy.stages import LARGEST_WEIGHT, Stage, mechanism
 from fedhead.protocol.fields import RoundNumber, wrong_fields
 from fedhead.sums.sums import Arrays, check_form
 
 if TYPE_CHECKING:
     from fedhead.protocol.messages import Payload
-
-LARGEST_WEIGHT = 1e6
-"""Bar on the weights of a head for unit-norm rows; larger ones saturate every loss."""
 
 MOST_PARTIES = 1_000_000
 
@@ -84,8 +81,8 @@ class PrivateRequest:
     Attributes:
         stage: the sums.
         mu: that the release spends.
-        arrays: `shift` `[d]`, except for the centre; for calibration and evaluation also `weight` `[C, d]` and
-            `bias` `[C]`.
+        arrays: `shift` `[d]`, except for the centre; for a gradient, calibration and evaluation also `weight`
+            `[C, d]` and `bias` `[C]`.
         step: tells repeated releases of one stage apart.
         parties: the number of sites whose noises add up to the variance, where sites share it; a real site checks it.
     """
@@ -148,7 +145,7 @@ class PrivateRequest:
         shapes: dict[str, tuple[int, ...]] = {}
         if values.stage != "centre":
             shapes["shift"] = (features,)
-        if values.stage in ("evaluation", "calibration"):
+        if values.stage in ("gradient", "evaluation", "calibration"):
             shapes |= {"weight": (classes, features), "bias": (classes,)}
         try:
             check_form(

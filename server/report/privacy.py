@@ -48,12 +48,22 @@ def promise(privacy: Mapping[str, Any]) -> list[str]:
 def solver_of(privacy: Mapping[str, Any] | None) -> str:
     """Return how a private run's head was solved, in words; empty if it was not."""
     solvers = {"lda": "discriminant analysis", "nearest-mean": "nearest class means"}
-    return f"{solvers[str(privacy['solver'])]} on noisy sums" if privacy else ""
+    if not privacy:
+        return ""
+    rounds = int(privacy.get("rounds", 0))
+    more = f" and {counted(rounds, 'round')} of noisy gradients" if rounds else ""
+    return f"{solvers[str(privacy['solver'])]} on noisy sums{more}"
 
 
 def outcome(privacy: Mapping[str, Any]) -> list[str]:
     """Return sentences on the head and its noisy evaluation."""
     said = [f"{solver_of(privacy).capitalize()}, chosen by public figures."]
+    if privacy.get("asked_rounds") and not privacy["rounds"]:
+        said.append(
+            "No rounds were made: for so few rows, the noise on gradients would outweigh what rounds gain, and the "
+            "sums got their share of the budget. The noisy number of rows, the classes, the features and epsilon "
+            "decided this."
+        )
     if evaluation := privacy.get("evaluation"):
         said.append(noisy_accuracy(evaluation))
     return said

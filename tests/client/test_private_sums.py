@@ -15,13 +15,13 @@ from fedhead.client.site_data import Holding, hold
 from fedhead.client.training import LabelledFeatures
 from fedhead.config import RunConfig
 from fedhead.privacy.sensitivity import unit_rows
-from fedhead.privacy.stages import LOSS_LIMIT, TEMPERATURES, Stage, forms
+from fedhead.privacy.stages import CLIP, LOSS_LIMIT, TEMPERATURES, Stage, forms
 from fedhead.protocol.messages import Manifest
 from fedhead.protocol.private import PrivacyTerms, PrivateRequest
 from fedhead.tasks import make_task
 
 CLASSES, FEATURES = ("a", "b", "c"), 4
-STAGES: tuple[Stage, ...] = ("centre", "lda", "nearest-mean", "calibration", "evaluation")
+STAGES: tuple[Stage, ...] = ("centre", "lda", "nearest-mean", "gradient", "calibration", "evaluation")
 
 
 def agreed(unit: str) -> Agreement:
@@ -133,3 +133,21 @@ def test_evaluation_counts_outcomes_losses_and_confidence() -> None:
     assert sums["confusion"].trace() == sums["outcomes"][1]
     assert sums["reliability"].sum(1).tolist() == sums["outcomes"].tolist()
     assert 0 < sums["loss"][0] <= 60 * LOSS_LIMIT
+
+
+def test_gradients_are_those_of_each_row_with_a_limited_norm() -> None:
+    features, labels = drawn(13, 40)
+    keys = np.arange(40, dtype=np.uint64)
+    request = request_for("gradient", 6)
+    sums = private_sums([holding(features, labels, keys, keys >= 0)], agreed("row"), request)
+    shift, weight, bias = (torch.from_numpy(request.arrays[name]).double() for name in ("shift", "weight", "bias"))
+    rows = unit_rows(unit_rows(features.double() - 0.25) - shift)
+    total, limited = torch.zeros(3, FEATURES + 1, dtype=torch.float64), 0
+    for row, label in zip(rows, labels, strict=True):
+        head = [part.clone().requires_grad_() for part in (weight, bias)]
+        loss = torch.nn.functional.cross_entropy((row @ head[0].T + head[1])[None], label[None])
+        own = torch.cat([part.reshape(3, -1) for part in torch.autograd.grad(loss, head)], dim=1)
+        limited += float(own.norm()) > CLIP
+        total += own / max(1.0, float(own.norm()) / CLIP)
+    np.testing.assert_allclose(sums["gradient"], total.numpy(), atol=1e-9)
+    assert 0 < limited < 40

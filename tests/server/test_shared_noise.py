@@ -62,29 +62,35 @@ class NoisyNetwork(MaskedNetwork):
 
     def site(self, name: str, row: int) -> LocalSite:
         made = super().site(name, row)
-        accounts = Accounts(self.folder / f"{name}.privacy", 10.0, 1e-5, 0.2)
+        accounts = Accounts(self.folder / f"{name}.privacy", 60.0, 1e-5, 0.2)
         made.noise = Noise(accounts, entropy=self.entropy, **self.noise)
         made.steps = [made.noise if isinstance(step, Noise) else step for step in made.steps]
         return made
 
 
-def simulated(entropy: Any, monkeypatch: pytest.MonkeyPatch) -> Outcome:
+def simulated(entropy: Any, monkeypatch: pytest.MonkeyPatch, config: RunConfig) -> Outcome:
     monkeypatch.setattr(sites, "Noise", partial(Noise, entropy=entropy))
     whole = load_samples("digits")
     samples = samples_from_arrays([whole.read(row) for row in range(ROWS)], whole.labels[:ROWS], classes=whole.classes)
     rows = [np.arange(number, ROWS, SITES) for number in range(SITES)]
-    return simulate(private(min_sites=1), data=samples, sites=rows).outcome
+    return simulate(config.changed({"min_sites": 1}), data=samples, sites=rows).outcome
 
 
-def test_real_sites_and_the_simulation_share_the_same_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    outcome, _ = run(NoisyNetwork(tmp_path, np.random.default_rng(7).bytes), private(), tmp_path / "run")
-    expected = simulated(np.random.default_rng(7).bytes, monkeypatch)
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_real_sites_and_the_simulation_share_the_same_noise(
+    rounds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # So few rows have rounds with much budget only.
+    config = private(privacy={"epsilon": 50.0}, rounds=rounds) if rounds else private()
+    outcome, _ = run(NoisyNetwork(tmp_path, np.random.default_rng(7).bytes), config, tmp_path / "run")
+    expected = simulated(np.random.default_rng(7).bytes, monkeypatch, config)
     for name, tensor in outcome.head.state_dict().items():
         other = expected.head.state_dict()[name]
         # Features that are extracted in other batches differ in their last bits; other noise would be of order 1.
         assert float((tensor - other).norm()) <= 1e-4 * float(other.norm())
     for key in ("parties", "accounts", "solver"):
         assert outcome.privacy[key] == expected.privacy[key]
+    assert outcome.privacy.get("rounds", 0) == expected.privacy.get("rounds", 0) == rounds
     assert outcome.privacy["parties"] == 3
 
 

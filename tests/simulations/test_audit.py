@@ -61,9 +61,9 @@ def test_audits_are_of_private_runs(tmp_path: Path) -> None:
         simulate(RunConfig(rounds=0), attack="audit", out=tmp_path / "run")
 
 
-@pytest.mark.parametrize("unit", ["row", "group"])
-def test_the_stated_epsilon_is_not_exceeded(unit: str, tmp_path: Path) -> None:
-    config = RunConfig.from_values({"privacy": {"epsilon": 4.0, "unit": unit}})
+@pytest.mark.parametrize(("unit", "rounds"), [("row", 0), ("group", 0), ("row", 4)])
+def test_the_stated_epsilon_is_not_exceeded(unit: str, rounds: int, tmp_path: Path) -> None:
+    config = RunConfig.from_values({"rounds": rounds, "privacy": {"epsilon": 4.0, "unit": unit}})
     result = simulate(config, attack="audit", out=tmp_path / "run")
     found = result.outcome.attack
     # So many canaries are found that the audit is no idle one.

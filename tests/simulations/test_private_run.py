@@ -160,12 +160,27 @@ def test_secure_summation_adds_the_same_noise(tmp_path: Path) -> None:
     assert "Differential privacy was on" in text
 
 
+def test_rounds_spend_their_share_and_are_reported(tmp_path: Path, run: RunResult) -> None:
+    result = simulate(private().changed({"rounds": 3}), out=tmp_path / "rounds")
+    assert result.accuracy is not None
+    assert result.accuracy > 0.93
+    assert result.outcome.privacy["rounds"] == 3
+    assert result.outcome.privacy["accounts"] == run.outcome.privacy["accounts"]
+    text = (tmp_path / "rounds" / "report.html").read_text()
+    assert "noisy sums and 3 rounds of noisy gradients" in text
+
+
+def test_rounds_that_noise_would_spoil_are_left_out(tmp_path: Path) -> None:
+    result = simulate(private(0.5).changed({"rounds": 3}), out=tmp_path / "rounds")
+    assert result.outcome.privacy["rounds"] == 0
+    assert "No rounds were made" in (tmp_path / "rounds" / "report.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"head": "mlp:8"}, "needs a linear head"),
         ({"task": "multi-label"}, "needs the task 'classification'"),
-        ({"rounds": 3}, "set rounds to 0"),
         ({"privacy": {"epsilon": -1}}, "epsilon"),
         ({"privacy": {"epsilon": 1, "delta": 0}}, "delta"),
     ],
