@@ -73,6 +73,13 @@ class ClusterCoordinator(Coordinator):
         kept = by_size(counts)
         if len(kept) < 2:
             raise FedheadError("All rows are in one cluster: the sites' guards merge smaller ones.")
+        if self.config.clusters and len(kept) < self.config.clusters:
+            logger.warning(
+                "The run asked for %d clusters, but only %d have rows: there are too few different rows, or the sites' "
+                "guards merge smaller clusters.",
+                self.config.clusters,
+                len(kept),
+            )
         chosen = Clusterings((len(kept),), found.chosen([number]).centres[kept])
         self.observer.on_step("finish", 0)
         self._pooling.forget()

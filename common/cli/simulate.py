@@ -235,26 +235,29 @@ def _history_table(result: "RunResult") -> Table:
     )
     history, name = result.history, result.task.score_name
     name = "R2" if name == "r2" else name
-    has_test = result.test_score is not None
-    for column in ("round", "sites", "loss", name, *(("test",) if has_test else ()), "down", "up", "seconds"):
+    has_test = any(finished.test_score is not None for finished in history)
+    # Some scores, such as concordance, are known from the evaluation at the end only.
+    has_score = any(finished.score is not None for finished in history)
+    scores = (name,) if has_score else ()
+    for column in ("round", "sites", "loss", *scores, *(("test",) if has_test else ()), "down", "up", "seconds"):
         table.add_column(column, justify="right")
     step = -(-len(history) // MOST_LINES)
     for finished in history:
         if finished.number % step and finished is not history[-1]:
             continue
         table.add_row(
-            *_cells(finished, has_test, result.task.score_name),
+            *_cells(finished, has_score, has_test, result.task.score_name),
             style="bold" if finished.number == result.outcome.kept_round else None,
         )
     return table
 
 
-def _cells(finished: "Round", has_test: bool, name: str) -> list[str]:
+def _cells(finished: "Round", has_score: bool, has_test: bool, name: str) -> list[str]:
     return [
         str(finished.number),
         f"{finished.sites}" + (f" (-{len(finished.dropped)})" if finished.dropped else "") if finished.number else "",
         "" if finished.loss is None else f"{finished.loss:.4f}",
-        score_words(finished.score, name),
+        *([score_words(finished.score, name)] if has_score else []),
         *([score_words(finished.test_score, name)] if has_test else []),
         size(finished.bytes_down),
         size(finished.bytes_up),

@@ -31,7 +31,7 @@ class SurvivalReport:
         concordance: the share of comparable pairs of rows in which the row with the earlier event has the higher risk.
         expected: the ratio of expected to observed events; None without events.
         edges: the upper edge of each time bin.
-        curve: the Kaplan-Meier estimate of survival at each edge, with its interval; None from the first bin with fewer
+        curve: the actuarial estimate of survival at each edge, with its interval; None from the first bin with fewer
             than `LEAST_CELL` rows at risk.
         predicted: the survival by the mean predicted hazards, likewise.
     """
@@ -74,7 +74,7 @@ def survival_report(sums: SurvivalSums, edges: Sequence[float]) -> SurvivalRepor
         concordance=concordance(sums),
         expected=float(sums.expected.sum()) / observed if observed else None,
         edges=tuple(edges),
-        curve=kaplan_meier(sums.events.sum(1), sums.at_risk.sum(1)),
+        curve=kaplan_meier(sums.events.sum(1), sums.at_risk.sum(1), sums.lost),
         predicted=_predicted(sums),
     )
 
@@ -103,22 +103,27 @@ def concordance(sums: SurvivalSums) -> Estimate:
     return Estimate(value, max(value - _Z * error, 0.0), min(value + _Z * error, 1.0))
 
 
-def kaplan_meier(events: Any, at_risk: Any) -> tuple[tuple[float, float, float] | None, ...]:
+def kaplan_meier(events: Any, at_risk: Any, lost: Any = 0) -> tuple[tuple[float, float, float] | None, ...]:
     """Return survival at the end of each bin with 95 % limits (Kaplan & Meier, 1958; Greenwood's variance, log-log).
+
+    A row last seen within a bin is at risk for half of it, as in actuarial life tables (Cutler & Ederer, 1958).
 
     Args:
         events: `[B]`, events in each bin.
-        at_risk: `[B]`, rows at risk in each bin.
+        at_risk: `[B]`, rows followed through each bin, or to an event in it.
+        lost: `[B]`, the other rows without an event before the bin: those last seen within it.
     """
     points: list[tuple[float, float, float] | None] = []
     survival, variance, ended = 1.0, 0.0, False
-    for lost, rows in zip(np.asarray(events).tolist(), np.asarray(at_risk).tolist(), strict=True):
-        ended = ended or rows < LEAST_CELL
+    exposed = np.asarray(at_risk) + np.asarray(lost) / 2
+    columns = np.asarray(events).tolist(), np.asarray(at_risk).tolist(), exposed.tolist()
+    for happened, followed, rows in zip(*columns, strict=True):
+        ended = ended or followed < LEAST_CELL
         if ended:
             points.append(None)
             continue
-        survival *= 1 - lost / rows
-        variance += lost / (rows * (rows - lost)) if rows > lost else math.inf
+        survival *= 1 - happened / rows
+        variance += happened / (rows * (rows - happened)) if rows > happened else math.inf
         points.append((survival, *_limits(survival, variance)))
     return tuple(points)
 

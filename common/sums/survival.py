@@ -44,6 +44,13 @@ class SurvivalSums:
     expected: FloatArray
     loss_sum: float
 
+    @property
+    def lost(self) -> IntArray:
+        """`[B]`, the rows without an event that were last seen within each bin."""
+        events, risk = self.events.sum(1), self.at_risk.sum(1)
+        lost: IntArray = np.concatenate([[self.rows], (risk - events)[:-1]]) - risk
+        return lost
+
     @classmethod
     def zeros(cls, bins: int) -> Self:
         """Return the sums over no rows."""

@@ -38,7 +38,8 @@ class ClassTask(Task):
 
     def check_columns(self) -> None:
         if len(self.columns) < 2:
-            raise UserError(f"A classifier needs two classes or more; this run has {list(self.columns)}.")
+            named = f"only {self.columns[0]!r}" if self.columns else "none"
+            raise UserError(f"A classifier needs two classes or more; this run has {named}.")
 
     @classmethod
     def columns_of(cls, samples: Samples) -> tuple[str, ...]:

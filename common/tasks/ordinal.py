@@ -53,8 +53,14 @@ class Ordinal(Classification):
         except ValueError:
             raise UserError(
                 f"The levels {', '.join(map(repr, samples.classes[:5]))} are not numbers, so they have no order. Name "
-                "them from the lowest to the highest, as in classes = ['mild', 'moderate', 'severe'] in run.toml."
+                'them from the lowest to the highest, as in --set \'classes=["mild", "moderate", "severe"]\' or, in '
+                "run.toml, classes = ['mild', 'moderate', 'severe']."
             ) from None
+
+    def check_columns(self) -> None:
+        if len(self.columns) < 2:
+            named = f"only {self.columns[0]!r}" if self.columns else "none"
+            raise UserError(f"An ordinal run needs two levels or more; this one has {named}.")
 
     def inits(self, head: "type[Head]") -> tuple[str, ...]:
         return () if head.directional else super().inits(head)

@@ -72,8 +72,9 @@ def _curve(record: RunRecord) -> Figure:
     lines = [("all sites", pooled), *list(record.sites.items())[: charts.COLOURS - 1]]
     curves = [(name, _points(one)) for name, one in lines]
     caption = (
-        "Kaplan-Meier estimates by time bin on held-out rows: the share without an event until each time. They are "
-        "somewhat low, since a row last followed within a bin is not at risk in it."
+        "Kaplan-Meier estimates by time bin on held-out rows: the share without an event until each time. A row last "
+        "seen within a bin counts as at risk for half of it. The predicted survival is somewhat low where many rows "
+        "are lost to follow-up, since the model learns from the bins through which a row was followed."
     )
     return Figure("Survival by site and pooled", charts.steps(curves, pooled["edges"][-1]), table, caption)
 

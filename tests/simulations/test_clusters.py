@@ -172,3 +172,12 @@ def test_rows_of_unit_length_and_a_given_number(table: str, tmp_path: Path) -> N
 def test_settings_without_a_meaning_are_refused(changes: dict[str, object], reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         RunConfig(**{"task": "clusters", **changes})  # type: ignore[arg-type]
+
+
+def test_fewer_clusters_than_asked_for_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "few.csv"
+    path.write_text("a,b\n1,1\n1,2\n5,1\n5,2\n9,9\n")
+    off = {**OFF, "sites": 1, "partition": "iid"}
+    config = RunConfig(task="clusters", clusters=10, holdout=0, backbone="identity", simulation=off)
+    result = simulate(config, data=f"csv:{path}?labels=no", out=tmp_path / "run")
+    assert f"asked for 10 clusters, but only {len(result.model.classes)} have rows" in caplog.text

@@ -142,3 +142,10 @@ def test_levels_need_an_order() -> None:
         RunConfig(task="ordinal", strategy={"name": "pooled-lbfgs"})
     with pytest.raises(UserError, match="real targets"):
         make_task("ordinal", ("a", "b")).encode(samples_from_numbers(np.ones((4, 1)), targets=[1.0, 2, 3, 4]))
+
+
+def test_one_level_is_named_without_a_classifier() -> None:
+    with pytest.raises(UserError, match="An ordinal run needs two levels or more; this one has only '1'"):
+        make_task("ordinal", ["1"])
+    with pytest.raises(UserError, match="A classifier needs two classes or more; this run has only '1'"):
+        make_task("classification", ["1"])

@@ -184,6 +184,33 @@ def test_kaplan_meier_by_hand() -> None:
     assert kaplan_meier([0], [10]) == ((1.0, 1.0, 1.0),)
 
 
+def test_rows_lost_within_a_bin_are_at_risk_for_half_of_it() -> None:
+    task = Survival(("3", "6", "9"))
+    generator = np.random.default_rng(0)
+    died, seen = generator.exponential(5, 4000), generator.uniform(0, 10, 4000)
+    times, events = np.minimum(died, seen), (died <= seen).astype(int)
+    (sums,) = task.count(
+        torch.zeros(4000, 6),
+        torch.from_numpy(marks_of(task, times, events)),
+        np.zeros(4000, int),
+        1,
+        task.bins(),
+    )
+    within = [((times > low) & (times < low + 3) & (events == 0)).sum() for low in (0, 3, 6)]
+    assert sums.lost.tolist() == within
+    curve = task.report(sums).curve
+    halved = kaplan_meier(sums.events.sum(1), sums.at_risk.sum(1))
+    order = np.argsort(times)
+    steps = np.cumprod(1 - events[order] / (4000 - np.arange(4000)))
+    for edge, found, before in zip((3, 6, 9), curve, halved, strict=True):
+        exact = steps[(times[order] <= edge).sum() - 1]
+        assert found is not None
+        assert before is not None
+        assert found[0] == pytest.approx(exact, abs=0.03)
+        assert before[0] < exact
+        assert abs(found[0] - exact) < 0.5 * abs(before[0] - exact)
+
+
 def test_no_sum_of_hazards_is_that_of_one_row_alone_in_its_bin_of_risk() -> None:
     task = Survival(EDGES)
     _, times, events = patients(0, 50)
