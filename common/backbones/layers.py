@@ -1,6 +1,6 @@
 """A model executed only up to one of its layers: as a graph if it can be traced, otherwise stopped by a hook."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,16 +9,29 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchvision.models.feature_extraction import NodePathTracer
 
+from fedhead.backbones.blocks import block_names
 from fedhead.errors import UserError
 from fedhead.registry import suggest
 
 PENULTIMATE = "penultimate"
 
 
+INSIDE = "inside"
+"""Key of a node's metadata: the name of the module that runs it."""
+
+BLOCKS = "blocks"
+"""Key of a graph's metadata: the names of the blocks of the model that it was traced from."""
+
+
 class _Tracer(NodePathTracer):  # type: ignore[misc]
-    """Distinguishes buffers from the constants that a model computes."""
+    """Distinguishes buffers from the constants that a model computes, and notes which module runs a node."""
 
     proxy_buffer_attributes = True
+
+    def create_proxy(self, *args: Any, **kwargs: Any) -> fx.Proxy:
+        proxy: fx.Proxy = super().create_proxy(*args, **kwargs)
+        proxy.node.meta[INSIDE] = self.current_module_qualname
+        return proxy
 
 
 class Graph:
@@ -26,11 +39,18 @@ class Graph:
 
     Args:
         model: one that `torch.fx` can trace.
+        leaves: classes of modules that are not traced.
+        wrapped: functions that are not traced.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        leaves: Sequence[type[nn.Module]] = (),
+        wrapped: Sequence[Callable[..., Any]] = (),
+    ) -> None:
         self.model = model.eval()
-        tracer = _Tracer()
+        tracer = _Tracer(leaf_modules=list(leaves), autowrap_functions=list(wrapped))
         self.graph = tracer.trace(self.model)
         self.names = {node: str(name) for node, name in tracer.node_to_qualname.items()}
 
@@ -61,7 +81,15 @@ class Graph:
         for later in reversed(graph.nodes):
             if not later.users and later.op not in ("placeholder", "output"):
                 graph.erase_node(later)
-        return fx.GraphModule(self.model, graph, type(self.model).__name__).eval()
+        cut = fx.GraphModule(self.model, graph, type(self.model).__name__).eval()
+        cut.meta[BLOCKS] = block_names(self.model)
+        return cut
+
+    def whole(self) -> fx.GraphModule:
+        """Return the computation of the model's own output."""
+        whole = fx.GraphModule(self.model, self.graph, type(self.model).__name__).eval()
+        whole.meta[BLOCKS] = block_names(self.model)
+        return whole
 
     def _last_node_of(self, layer: str, spec: str) -> fx.Node:
         inside: list[fx.Node] = [

@@ -1,0 +1,313 @@
+"""A backbone cut in two: a frozen trunk, whose output at the boundary is stored once, and a trainable tail.
+
+trunk, tail = split(load_backbone("torchvision:resnet18"), parse_tune("last:2"))
+values, mask = trunk.boundary(batch)
+features = tail.run(tail.trainable(), values, mask)
+"""
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fedhead.backbones.backbone import Backbone
+from fedhead.backbones.pooling import pool
+from fedhead.backbones.preprocessing import Batch
+from fedhead.backbones.split_graph import GraphCuts
+from fedhead.backbones.split_states import StateCuts
+from fedhead.data.items import ITEMS
+from fedhead.errors import UserError
+from fedhead.registry import suggest
+from fedhead.tuning import TuneSpec
+
+TOLERANCE = 1e-5
+"""Largest difference, relative to the largest feature, between the features of trunk and tail and of the whole."""
+
+NO_BLOCKS = ("bundled:logmel", "bundled:pixels", "features", "identity", "vectors")
+
+
+class Boundary(NamedTuple):
+    """Activations at the boundary.
+
+    Attributes:
+        values: `[n, *shape]`, for texts `[n, length, d]`, as float32.
+        mask: for texts `[n, length]`, 0 for padding; otherwise None.
+    """
+
+    values: Tensor
+    mask: Tensor | None
+
+
+class Cuts(Protocol):
+    """The places at which a model can be cut, in the order in which it runs."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The whole model."""
+        ...
+
+    @property
+    def blocks(self) -> Sequence[str]:
+        """The names of the blocks, in the order in which they run."""
+        ...
+
+    def parameters_of(self, block: int) -> Mapping[str, nn.Parameter]:
+        """Return the parameters that train if this block and the later ones do."""
+        ...
+
+    def start_of(self, names: Sequence[str]) -> str:
+        """Return the place before the first use of these parameters."""
+        ...
+
+    def place(self, block: int) -> str:
+        """Return the place before a block."""
+        ...
+
+    def shapes(self) -> list[tuple[int | None, ...]]:
+        """Return the shape of a row's activations before each block; None for the length of a text."""
+        ...
+
+    def cut(self, place: str) -> tuple[nn.Module, nn.Module, str]:
+        """Return the modules before and after a place, sharing the model's tensors, and the prefix of the names."""
+        ...
+
+
+class Trunk(Backbone):
+    """The frozen part below the boundary; `layer` names the cut, which its digest covers."""
+
+    def __init__(self, whole: Backbone, module: nn.Module, layer: str) -> None:
+        super().__init__(whole.spec, module, whole.preprocessing, layer=layer, trained=whole.trained, files=whole.files)
+        # The weights to transport are those of the whole backbone.
+        self.__dict__["weights_digest"] = whole.weights_digest
+
+    @torch.no_grad()
+    def boundary(self, batch: Batch) -> Boundary:
+        """Return the activations of a preprocessed batch, on the backbone's device."""
+        if isinstance(batch, Tensor):
+            return Boundary(self.module(batch.to(self.device)).to(torch.float32), None)
+        moved = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        return Boundary(self.module(**moved).to(torch.float32), moved.get("attention_mask"))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over spec, weights, the cut and preprocessing: the key of stored activations."""
+        described = {
+            "spec": self.spec,
+            "weights": self.weights_digest,
+            "boundary": self.layer,
+            "preprocessing": self.preprocessing.describe(),
+        }
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+class Tail(nn.Module):
+    """The part above the boundary, pooling included: a pure function of its parameters.
+
+    It stays in eval mode: batch norms use their stored statistics, and nothing is dropped.
+
+    Args:
+        module: takes the activations, and for texts their mask.
+        prefix: of the parameters' names in `module`, in front of their names in the backbone.
+        pooling: see `Backbone`.
+    """
+
+    def __init__(self, module: nn.Module, prefix: str, pooling: str) -> None:
+        super().__init__()
+        self.module = module
+        self.prefix = f"module.{prefix}"
+        self.pooling = pooling
+        self.eval()
+
+    def forward(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
+        output = self.module(values) if mask is None else self.module(values, mask)
+        return pool(output, self.pooling, mask).to(torch.float32)
+
+    def train(self, mode: bool = True) -> "Tail":
+        """Do nothing: a tail stays in eval mode."""
+        return super().train(False)
+
+    def trainable(self) -> dict[str, Tensor]:
+        """Return the parameters that train, detached, by their names in the backbone, in the order of the names."""
+        named = {
+            name.removeprefix(self.prefix): parameter.detach()
+            for name, parameter in self.named_parameters()
+            if parameter.requires_grad
+        }
+        return {name: named[name] for name in sorted(named)}
+
+    def run(self, parameters: Mapping[str, Tensor], values: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return features `[n, d]` with these parameters in place of the tail's own.
+
+        Args:
+            parameters: by name, as from `trainable`; others keep their values.
+            values: `[n, *shape]`.
+            mask: for texts `[n, length]`.
+        """
+        named = {f"{self.prefix}{name}": tensor for name, tensor in parameters.items()}
+        features: Tensor = functional_call(self, named, (values, mask))
+        return features
+
+
+class Split(NamedTuple):
+    """A backbone's two parts."""
+
+    trunk: Trunk
+    tail: Tail
+
+
+def split(backbone: Backbone, tune: TuneSpec, *, check: bool = True) -> Split:
+    """Cut a backbone before the first layer that trains.
+
+    Args:
+        backbone: the whole; its weights are shared by the trunk and copied where they train.
+        tune: the layers and parameters that train.
+        check: whether to compare trunk and tail with the whole on the probes.
+
+    Raises:
+        UserError: if the backbone cannot be cut, or has no such layers or parameters.
+    """
+    if tune.method == "head":
+        raise UserError("The head alone trains on features: there is nothing to cut.")
+    cuts = cuts_of(backbone)
+    place, names = _choose(cuts, tune, backbone.spec)
+    names = _of_method(cuts, names, tune, backbone.spec)
+    below, above, prefix = cuts.cut(place)
+    trunk = Trunk(backbone, _separate(below, set()), f"before {place}")
+    tail = Tail(_separate(above, {f"{prefix}{name}" for name in names}), prefix, backbone.pooling)
+    if check:
+        _require_equal(backbone, trunk, tail)
+    return Split(trunk, tail)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of a backbone.
+
+    Attributes:
+        name: of its layer.
+        parameters: the number of parameters of it and the layers up to the next block.
+        boundary: the shape of the activations before it, of one row; None for the length of a text.
+    """
+
+    name: str
+    parameters: int
+    boundary: tuple[int | None, ...]
+
+
+def blocks_of(backbone: Backbone) -> list[Block]:
+    """Return the blocks of a backbone, in the order in which they run; `last:K` are the last K.
+
+    Raises:
+        UserError: if the backbone cannot be cut.
+    """
+    cuts = cuts_of(backbone)
+    sizes = [
+        sum(parameter.numel() for parameter in cuts.parameters_of(block).values()) for block in range(len(cuts.blocks))
+    ]
+    own = [here - later for here, later in zip(sizes, [*sizes[1:], 0], strict=True)]
+    return [Block(*one) for one in zip(cuts.blocks, own, cuts.shapes(), strict=True)]
+
+
+def cuts_of(backbone: Backbone) -> Cuts:
+    """Return the places at which a backbone can be cut.
+
+    Raises:
+        UserError: if there are none, with the reason.
+    """
+    if backbone.spec.partition(":")[0] in NO_BLOCKS or backbone.spec in NO_BLOCKS or not backbone.num_parameters:
+        raise UserError(f"{backbone.spec} has no layers that could train.")
+    if backbone.kind == "audio":
+        raise UserError(f"{backbone.spec} takes sounds, whose backbones cannot be tuned yet; train the head alone.")
+    if backbone.spec.startswith("hf:"):
+        return StateCuts(backbone.module, backbone.spec)
+    example = _probes(backbone)
+    if not isinstance(example, Tensor):
+        raise UserError(f"{backbone.spec} takes {ITEMS[backbone.kind]}; of these, only models hf:NAME can be tuned.")
+    return GraphCuts(backbone.module, example.to(backbone.device), backbone.spec)
+
+
+def _probes(backbone: Backbone) -> Batch:
+    preprocessing = backbone.preprocessing
+    return preprocessing.collate([preprocessing(item) for item in preprocessing.probes()])
+
+
+def _choose(cuts: Cuts, tune: TuneSpec, spec: str) -> tuple[str, list[str]]:
+    """Return the place of the cut, and the names of the parameters of the chosen layers."""
+    if not tune.patterns:
+        count = len(cuts.blocks) if tune.where == "all" else tune.blocks or 0
+        if count > len(cuts.blocks):
+            if tune.chosen:
+                raise UserError(
+                    f"{spec} has {len(cuts.blocks)} blocks, so {tune.where!r} is too many. "
+                    f"'fedhead backbones show {spec} --layers' names them."
+                )
+            count = len(cuts.blocks)
+        first = len(cuts.blocks) - count
+        names = list(cuts.parameters_of(first))
+        return cuts.place(first), names
+    every = list(cuts.parameters_of(0))
+    for pattern in tune.patterns:
+        if not any(_matches(name, pattern) for name in every):
+            layers = sorted(
+                {".".join(name.split(".")[: depth + 1]) for name in every for depth in range(name.count("."))}
+            )
+            raise UserError(f"{spec} has no layer {pattern!r} with parameters. {suggest(pattern, layers)}")
+    names = [name for name in every if any(_matches(name, pattern) for pattern in tune.patterns)]
+    return cuts.start_of(names), names
+
+
+def _of_method(cuts: Cuts, names: Sequence[str], tune: TuneSpec, spec: str) -> list[str]:
+    """Return the parameters that a method trains."""
+    scales = _norm_parameters(cuts.module)
+    vectors = {name for name in names if name.rpartition(".")[2] == "bias"}
+    chosen = {"bitfit": vectors, "norm": scales & set(names)}.get(tune.method, set(names))
+    if not chosen:
+        what = {"bitfit": "biases", "norm": "normalisation with scale and shift"}.get(tune.method, "parameters")
+        raise UserError(f"The layers {tune.where!r} of {spec} have no {what} that could train.")
+    return sorted(chosen)
+
+
+def _norm_parameters(module: nn.Module) -> set[str]:
+    """Return the names of the scales and shifts of normalisations."""
+    return {
+        f"{name}.{own}"
+        for name, inside in module.named_modules()
+        if "norm" in type(inside).__name__.lower()
+        for own, parameter in inside.named_parameters(recurse=False)
+        if parameter.ndim == 1
+    }
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return name.startswith(f"{pattern}.") or name == pattern or fnmatchcase(name, pattern)
+
+
+def _separate(module: nn.Module, names: set[str]) -> nn.Module:
+    """Return a copy that owns the named parameters, which train, and shares all other tensors."""
+    shared = [tensor for name, tensor in module.named_parameters() if name not in names]
+    copied = copy.deepcopy(module, {id(tensor): tensor for tensor in [*shared, *module.buffers()]})
+    for name, parameter in copied.named_parameters():
+        if name in names:
+            parameter.requires_grad_(True)
+    return copied.eval()
+
+
+def _require_equal(backbone: Backbone, trunk: Trunk, tail: Tail) -> None:
+    batch = _probes(backbone)
+    whole = backbone.features(batch)
+    with torch.no_grad():
+        parts = tail(*trunk.boundary(batch))
+    worst = float((parts - whole).abs().max() / whole.abs().max().clamp_min(1e-12))
+    if not worst <= TOLERANCE:
+        raise UserError(
+            f"{backbone.spec} cannot be cut {trunk.layer}: trunk and tail give other features than the whole "
+            f"(by {worst:.1e}). Choose another layer, or train the head alone."
+        )

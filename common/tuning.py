@@ -1,0 +1,104 @@
+"""Specs of fine-tuning beyond the head: which parameters of a backbone train, and from which block on."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from fedhead.errors import UserError
+
+Method = Literal["head", "full", "bitfit", "norm", "lora"]
+Variant = Literal["", "ffa", "sa"]
+
+DEFAULT_WHERE = "last:4"
+"""The layers of `lora`, `bitfit` and `norm` without another choice; all of them in models with fewer blocks."""
+
+MOST_RANK = 1024
+MOST_LENGTH = 500
+EXAMPLES = "'head', 'last:2', 'lora:8', 'bitfit', 'norm', 'lora:8@last:2', or the name of a layer, as in 'layer4'"
+
+
+@dataclass(frozen=True)
+class TuneSpec:
+    """The parameters that train.
+
+    Attributes:
+        method: `head` for the head alone; `full` for all parameters of the layers; `bitfit` for their biases (Ben Zaken
+            et al., 2022), `norm` for the scale and shift of their normalisation (Frankle et al., 2021), `lora` for
+            low-rank adapters (Hu et al., 2022).
+        where: the layers: `last:K` for the last K blocks, `all` for all blocks, or names and patterns of layers, joined
+            by `+`. Empty for `head`.
+        rank: of the adapters; 0 without.
+        variant: `ffa` freezes the adapters' first matrix at its initial values (Sun et al., 2024), `sa` keeps the
+            second one at each site (Guo et al., 2025).
+        chosen: whether `where` was given, so that too many blocks are an error.
+    """
+
+    method: Method
+    where: str = ""
+    rank: int = 0
+    variant: Variant = ""
+    chosen: bool = True
+
+    def __str__(self) -> str:
+        if self.method in ("head", "full"):
+            return self.where or "head"
+        name = f"lora:{self.rank}" + (f":{self.variant}" if self.variant else "") if self.rank else self.method
+        return f"{name}@{self.where}" if self.chosen else name
+
+    @property
+    def blocks(self) -> int | None:
+        """K of `last:K`; None for other layers."""
+        found = re.fullmatch(r"last:(\d+)", self.where)
+        return int(found[1]) if found else None
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The names and patterns of layers; none for `last:K` and `all`."""
+        return () if self.blocks is not None or self.where in ("", "all") else tuple(self.where.split("+"))
+
+
+def parse_tune(text: str) -> TuneSpec:
+    """Parse a spec such as `last:2`, `lora:8`, `bitfit@last:1` or `layer4`.
+
+    Raises:
+        UserError: if it is malformed, with what was expected.
+    """
+    if len(text) > MOST_LENGTH or not text.isprintable():
+        raise UserError(f"A choice of what to tune has at most {MOST_LENGTH} printable characters.")
+    method, at, where = text.partition("@")
+    if at:
+        where = _where(where, text)
+    chosen = bool(at)
+    name, _, rest = method.partition(":")
+    if text == "head":
+        return TuneSpec("head")
+    if name == "lora":
+        rank, variant = _lora(rest, text)
+        return TuneSpec("lora", where or DEFAULT_WHERE, rank, variant, chosen)
+    if method in ("bitfit", "norm"):
+        return TuneSpec("bitfit" if method == "bitfit" else "norm", where or DEFAULT_WHERE, chosen=chosen)
+    if at or name == "head":
+        raise UserError(f"The choice of what to tune is {text!r}; expected {EXAMPLES}.")
+    return TuneSpec("full", _where(method, text))
+
+
+def _lora(text: str, whole: str) -> tuple[int, Variant]:
+    found = re.fullmatch(r"(\d{1,5})(?::(ffa|sa))?", text, re.ASCII)
+    rank = int(found[1]) if found else 0
+    if found is None or not 0 < rank <= MOST_RANK:
+        raise UserError(
+            f"LoRA takes a rank from 1 to {MOST_RANK} and optionally 'ffa' or 'sa', as in 'lora:8' or 'lora:8:ffa', "
+            f"not {whole!r}."
+        )
+    return rank, "ffa" if found[2] == "ffa" else "sa" if found[2] else ""
+
+
+def _where(text: str, whole: str) -> str:
+    name, colon, number = text.partition(":")
+    if name == "last":
+        if not (number.isascii() and number.isdigit() and int(number[:9]) > 0 and len(number) < 10):
+            raise UserError(f"The last blocks are counted from 1, as in 'last:2', not {whole!r}.")
+        return f"last:{int(number)}"
+    if colon or not all(part.strip() for part in text.split("+")):
+        raise UserError(f"The choice of what to tune is {whole!r}; expected {EXAMPLES}.")
+    return text

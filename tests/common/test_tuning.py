@@ -1,0 +1,48 @@
+import pytest
+
+from fedhead.errors import UserError
+from fedhead.tuning import TuneSpec, parse_tune
+
+
+@pytest.mark.parametrize(
+    ("text", "spec"),
+    [
+        ("head", TuneSpec("head")),
+        ("last:2", TuneSpec("full", "last:2")),
+        ("layer4", TuneSpec("full", "layer4")),
+        ("blocks.1?+norm", TuneSpec("full", "blocks.1?+norm")),
+        ("bitfit", TuneSpec("bitfit", "last:4", chosen=False)),
+        ("norm@all", TuneSpec("norm", "all")),
+        ("lora:8", TuneSpec("lora", "last:4", 8, chosen=False)),
+        ("lora:16:ffa@last:2", TuneSpec("lora", "last:2", 16, "ffa")),
+        ("lora:4:sa@layer4", TuneSpec("lora", "layer4", 4, "sa")),
+    ],
+)
+def test_specs_are_parsed_and_written_back(text: str, spec: TuneSpec) -> None:
+    assert parse_tune(text) == spec
+    assert str(spec) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "expected 'head', 'last:2'"),
+        ("last:0", "counted from 1"),
+        ("last:-1", "counted from 1"),
+        ("last:²", "counted from 1"),
+        ("last:", "counted from 1"),
+        ("lora", "rank from 1 to 1024"),
+        ("lora:0", "rank from 1 to 1024"),
+        ("lora:9999", "rank from 1 to 1024"),
+        ("lora:8:dora", "'ffa' or 'sa'"),
+        ("lora:8@", "expected 'head'"),
+        ("head@last:2", "expected 'head'"),
+        ("layer4@last:2", "expected 'head'"),
+        ("layer4+", "expected 'head'"),
+        ("last:1\n", "printable"),
+        ("x" * 501, "at most 500"),
+    ],
+)
+def test_malformed_specs_are_rejected(text: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        parse_tune(text)
