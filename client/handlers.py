@@ -15,6 +15,7 @@ from flwr.app import Context
 from pydantic import ValidationError
 from torch import Tensor
 
+from fedhead.client.adaptation import adapt
 from fedhead.client.agreement import (
     Agreement,
     agreement,
@@ -42,6 +43,7 @@ from fedhead.data import IntArray
 from fedhead.errors import FedheadError, UserError
 from fedhead.protocol.actions import (
     ACTIONS,
+    ADAPT,
     AGREE,
     CALIBRATE,
     CLUSTER,
@@ -484,6 +486,7 @@ HANDLERS: Mapping[str, Handler] = {
     COMPARE: compare,
     RIVALS: rivals,
     PERSONALISE: personalise,
+    ADAPT: adapt,
     DISTANCES: distances,
     CLUSTER: clusters,
     OPEN: _exchange(open_session),

@@ -221,6 +221,12 @@ class RunConfig(_Table):
         description="A head of its own for each site, kept there: 'closed' weighs pooled and own sums, 'head' trains "
         "the shared head further, 'ditto' does so near the shared head; 'none' makes none.",
     )
+    adapt: bool = Field(
+        False,
+        description="Compare adaptations of the head to rows without labels, with each site in turn treated as one "
+        "without, so that 'fedhead adapt' can use a proven one; this needs two more exchanges and sends each site the "
+        "pooled sums.",
+    )
     foreign: bool = Field(
         False,
         description="Let the model tell inputs that are unlike the sites' rows, by distances from their sums; this "
@@ -307,6 +313,18 @@ class RunConfig(_Table):
         return self
 
     @model_validator(mode="after")
+    def _adapted_heads_are_solved(self) -> Self:
+        if not self.adapt:
+            return self
+        if self.task != "classification" or self.head != "linear" or self.init in ("zeros", "random"):
+            raise ValueError("adapt is for task 'classification' with a solved 'linear' head")
+        if "rounds" in self.model_fields_set and self.rounds:
+            raise ValueError("adapt solves heads from sums: set rounds to 0")
+        if self.privacy.on:
+            raise ValueError("adapt needs exact sums, which differential privacy does not give: leave epsilon at 0")
+        return self
+
+    @model_validator(mode="after")
     def _robust_pooling_needs_sums(self) -> Self:
         if self.pooling == "robust" and self.keep_sums != "folder":
             raise ValueError("pooling 'robust' compares single sites' sums: leave keep_sums at 'folder'")
@@ -380,12 +398,14 @@ class RunConfig(_Table):
         return self
 
     def settled(self) -> Self:
-        """Return the configuration with the settings that the task or differential privacy decides."""
+        """Return the configuration with the settings that the task, adaptation or differential privacy decides."""
         if self.task == "clusters":
             return self.changed({"rounds": 0, "diagnose": False})
         if self.task in DENSE_LAYERS:
             layer = DENSE_LAYERS[self.task] if self.layer == "penultimate" else self.layer
             return self.changed({"rounds": 0, "diagnose": False, "layer": layer})
+        if self.adapt:
+            return self.changed({"rounds": 0})
         if not self.privacy.on:
             return self
         rounds = self.rounds if "rounds" in self.model_fields_set else 0

@@ -8,6 +8,7 @@ from typing import Any
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
+from fedhead.adaptation import Adaptation
 from fedhead.backbones import Backbone
 from fedhead.config import RunConfig
 from fedhead.evaluation.diagnosis import SiteDiagnosis, delivered
@@ -20,6 +21,7 @@ from fedhead.protocol.messages import (
     StatisticsRequest,
 )
 from fedhead.secure.roster import Roster as MemberRoster
+from fedhead.server.adaptation import prove_adaptations
 from fedhead.server.attendance import Attendance
 from fedhead.server.evaluation import DetailedEvaluation, some_sites
 from fedhead.server.exchange import Exchange
@@ -358,6 +360,7 @@ class Coordinator:
             foreign, asking = foreign_test(self._messenger, asked, self._roster.rows, self._probe, self.task)
             exchange.include(asking)
         diagnoses, personal = self._diagnose(request, stats, exchange)
+        adaptation = self._adaptation(stats, exchange)
         delivered_stats, all_rows = self._with_held_out(stats, number, exchange, held_out_rows=held_out_rows)
         if all_rows and delivered_stats is not None:
             head = self.form.deliver(delivered_stats).float()
@@ -381,6 +384,7 @@ class Coordinator:
             choices=self._choices,
             settled=self._maps.settled,
             foreign=foreign,
+            adaptation=adaptation and adaptation.of_sums(delivered_stats),
             traffic=progress.traffic,
             personal=personal,
         )
@@ -423,6 +427,17 @@ class Coordinator:
         personal, asking = personalise(self._messenger, self._roster, self.config.personal, request, stats)
         exchange.include(asking)
         return [delivered(one, personal) for one in diagnoses], personal
+
+    def _adaptation(self, stats: FeatureStatistics | None, exchange: Exchange) -> Adaptation | None:
+        """Have sites compare adaptations of the head to rows without labels, if the run asks for it."""
+        if stats is None or not self.config.adapt:
+            return None
+        found, choice, asking = prove_adaptations(
+            self._messenger, self._roster, self.form.init, stats, self.config.seed
+        )
+        exchange.include(asking)
+        self._choices = [*self._choices, *([choice.to_dict()] if choice else [])]
+        return found
 
     def _with_held_out(
         self, stats: FeatureStatistics | None, number: int, exchange: Exchange, *, held_out_rows: bool

@@ -4,6 +4,7 @@ import os
 import sys
 
 from fedhead.cli import (
+    adapt,
     approvals,
     backbones,
     client,
@@ -33,6 +34,7 @@ from fedhead.cli import (
 from fedhead.cli.application import INTERRUPTED, app
 
 __all__ = [
+    "adapt",
     "app",
     "approvals",
     "backbones",

@@ -20,7 +20,7 @@ def without_labels(options: Mapping[str, str], spec: str) -> bool:
         UserError: if it is neither yes nor no.
     """
     if (given := options.get("labels", "yes")) not in ("yes", "no"):
-        raise UserError(f"The option labels of {spec!r} is yes or no, not {given!r}.")
+        raise UserError(f"The option labels of {spec!r} is yes or no (in tables also some), not {given!r}.")
     return given == "no"
 
 

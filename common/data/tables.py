@@ -7,7 +7,7 @@ choose rows: `csv:all.csv?label=diagnosis&group=patient&split=train`.
 A table without any of the first four holds rows of numbers: `csv:heart.csv?label=disease&features=age,pulse`; without
 `features` all other columns of numbers are used. `categories=sex,stage` adds columns with a few levels, and
 `missing=pulse:0` names codes of missing values. `target=COLUMN` or `target=A,B` selects real targets for regression
-instead of classes; `labels=no` is for rows without either.
+instead of classes; `labels=no` is for rows without either, and `labels=some` leaves rows without a label out.
 """
 
 import hashlib
@@ -36,6 +36,9 @@ from fedhead.data.texts import plain_text
 from fedhead.data.walk import AUDIO_SUFFIXES, IMAGE_SUFFIXES
 from fedhead.errors import UserError
 from fedhead.wording import quoted
+
+SOME = "some"
+"""Value of the option `labels` for tables in which some rows have no label."""
 
 OPTIONS = frozenset(
     {*COLUMNS, "target", "labels", "time", "event", "features", "categories", "missing", "kind", "root", "separator"}
@@ -115,6 +118,8 @@ def samples_of_table(table: Table, options: dict[str, str], spec: str) -> Sample
         UserError: for a missing column, rows without a label, or invalid options.
     """
     rows, splits = _choose_rows(table, options, spec)
+    labelled, unlabelled = _labelled_rows(table, rows, options, spec)
+    rows, splits = rows[labelled], splits and [splits[row] for row in labelled.tolist()]
     annotations = _annotations(table, rows, options, spec)
     group = column_for(table, "group", options, spec, needed=False)
     site = column_for(table, "site", options, spec, needed=False)
@@ -176,7 +181,7 @@ def samples_of_table(table: Table, options: dict[str, str], spec: str) -> Sample
         columns=columns,
         incomplete=incomplete,
         former=None if fingerprint == before else replace(former, fingerprint=before),
-        left_out=tuple(left_out),
+        left_out=(*unlabelled, *left_out),
     )
 
 
@@ -238,7 +243,7 @@ class _Annotations:
 
 def _annotations(table: Table, rows: IntArray, options: dict[str, str], spec: str) -> _Annotations:
     """Read the targets or the times and events named in options, or else the labels, unless the data has none."""
-    if without_labels(options, spec):
+    if options.get("labels") != SOME and without_labels(options, spec):
         if named := [name for name in ("label", "target") if name in options]:
             raise UserError(f"{spec} says labels=no and names a {named[0]}; expected one of them.")
         return _Annotations(tuple(find_named(table, COLUMNS["label"])), (UNLABELLED,), np.zeros(len(rows), np.int64))
@@ -261,6 +266,30 @@ def _annotations(table: Table, rows: IntArray, options: dict[str, str], spec: st
     )
     warn_of_constants(targets, names, spec)
     return _Annotations(tuple(names), (), np.zeros(len(rows), dtype=np.int64), targets, tuple(names))
+
+
+def _labelled_rows(
+    table: Table, rows: IntArray, options: dict[str, str], spec: str
+) -> tuple[IntArray, tuple[LeftOut, ...]]:
+    """Return the positions in `rows` to use: with `labels=some` those that have a label, else all.
+
+    Raises:
+        UserError: if no row has one.
+    """
+    if options.get("labels") != SOME:
+        return np.arange(len(rows)), ()
+    if "target" in options or "time" in options or "separator" in options:
+        raise UserError(f"{spec} says labels=some, which is for data with one class in each row.")
+    column = column_for(table, "label", options, spec)
+    missing = np.array([is_missing(value) for value in _chosen(table, column, rows)], np.bool_)
+    if missing.all():
+        raise UserError(f"No row of {spec} has a label in column {column!r}: read all as unlabelled with ?labels=no.")
+    found = np.flatnonzero(missing)
+    if not len(found):
+        return np.arange(len(rows)), ()
+    examples = tuple(table.place(int(rows[row])) for row in found[:3].tolist())
+    things = "rows" if len(found) > 1 else "row"
+    return np.flatnonzero(~missing), (LeftOut(len(found), things, "no label, by labels=some", examples, warned=False),)
 
 
 def _times(table: Table, rows: IntArray, options: dict[str, str], spec: str) -> _Annotations:
@@ -421,8 +450,9 @@ def _labels(
     if missing:
         raise UserError(
             f"{len(missing)} of the {len(values)} rows of {spec} have no label in column {column!r}; the first: "
-            f"{table.place(int(rows[missing[0]]))}. Give each row a label, or remove it. Where rows may have "
-            "any number of classes, name the separator between them, as in ?separator=;."
+            f"{table.place(int(rows[missing[0]]))}. Give each row a label, remove it, or leave such rows out with "
+            "?labels=some. Where rows may have any number of classes, name the separator between them, as in "
+            "?separator=;."
         )
     if any(isinstance(value, list) for value in values):
         if not all(isinstance(value, list) for value in values):

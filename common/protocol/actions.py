@@ -31,6 +31,7 @@ STANDARDISE = "query.standardise"
 COMPARE = "query.compare"
 RIVALS = "evaluate.rivals"
 PERSONALISE = "query.personalise"
+ADAPT = "evaluate.adaptations"
 DISTANCES = "query.distances"
 CLUSTER = "query.clusters"
 PRIVATE = "query.private"
@@ -125,6 +126,13 @@ ACTIONS: Mapping[str, Action] = {
             PERSONALISE,
             "make a head for this site alone, keep it here, and compare it with the shared head",
             "the number of held-out rows that each combination of personal, shared and own head predicts correctly",
+            sums=True,
+        ),
+        Action(
+            ADAPT,
+            "adapt heads of the other sites' rows to this site's rows without their labels, and compare them",
+            "losses on held-out rows of heads adapted to this site's rows without their labels, summed and multiplied "
+            "in pairs, and correct predictions",
             sums=True,
         ),
         Action(

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fedhead.adaptation import adaptation_file
 from fedhead.backbones import Backbone, load_backbone
 from fedhead.backbones.weights import find_backbone, weights_path
 from fedhead.config import RunConfig
@@ -304,6 +305,7 @@ class FinishedRun:
         # These are about the sites before the change.
         (self.path / WORTH).unlink(missing_ok=True)
         foreign_file(self.model.path).unlink(missing_ok=True)
+        adaptation_file(self.model.path).unlink(missing_ok=True)
         if self.config.classes != classes:
             self.folder.write_config(self.config.changed({"classes": list(classes), "classes_from": ""}))
         self.result.after(record).write(self.path)

@@ -9,7 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
+from fedhead.adaptation import adaptation_file
 from fedhead.config import RunConfig
+from fedhead.drift import head_digest
 from fedhead.errors import UserError
 from fedhead.files import disk_errors, write_atomically
 from fedhead.model import BACKBONE_FILE, MODEL_FILE, TransferModel
@@ -121,6 +123,11 @@ class RunFolder(Observer):
         if config.with_backbone:
             model.backbone.save(self.path / BACKBONE_FILE)
         model.save(self.path / MODEL_FILE)
+
+    def write_adaptation(self, model: TransferModel, outcome: Outcome) -> None:
+        """Write all that adapts the model to rows without labels, if the run compared adaptations."""
+        if outcome.adaptation is not None:
+            outcome.adaptation.save(adaptation_file(self.path / MODEL_FILE), head_digest(model))
 
     def write_evaluation(self, outcome: Outcome, config: RunConfig, baseline: Mapping[str, Any] | None = None) -> None:
         """Write the figures of the delivered head, pooled and by site, with their intervals.

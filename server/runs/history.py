@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from fedhead.adaptation import Adaptation
 from fedhead.backbones import Backbone
 from fedhead.config import RunConfig
 from fedhead.evaluation.coverage import ClassCoverage
@@ -97,6 +98,7 @@ class Outcome:
         clusters: of a run without labels, the rows and sites of each cluster, and the likelihood of other numbers of
             clusters, as JSON types.
         personal: the results of the sites' personal heads, if they made any.
+        adaptation: of the head to rows without labels, if the run compared any.
         foreign: the test for foreign inputs, if the run asked for one.
         attack: the outcome of an attack on such heads, if a simulation asked for one.
         privacy: of a private run, what was protected and spent, and the head's noisy evaluation.
@@ -119,6 +121,7 @@ class Outcome:
     choices: Sequence[Mapping[str, Any]] = ()
     settled: Mapping[str, Any] = field(default_factory=dict)
     personal: PersonalHeads | None = None
+    adaptation: Adaptation | None = None
     foreign: Foreign | None = None
     privacy: Mapping[str, Any] = field(default_factory=dict)
     attack: Mapping[str, Any] = field(default_factory=dict)

@@ -12,7 +12,7 @@ from sklearn.datasets import load_diabetes
 from fedhead.config import RunConfig
 from fedhead.data import Samples, load_samples, samples_from_arrays
 from fedhead.flower import in_process_identity
-from fedhead.protocol.actions import DISTANCES, GRADIENT, MAP, PERSONALISE, RIVALS, STATISTICS
+from fedhead.protocol.actions import ADAPT, DISTANCES, GRADIENT, MAP, PERSONALISE, RIVALS, STATISTICS
 from fedhead.simulations import RunResult, simulate
 
 from .test_secure_network import MaskedNetwork, config, run, simulated
@@ -59,6 +59,7 @@ KINDS: Mapping[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "rivals": ({"rounds": 0, "lift": "auto"}, (RIVALS, STATISTICS)),
     "closed": ({"rounds": 0, "personal": "closed"}, (PERSONALISE,)),
     "ditto": ({"rounds": 0, "personal": "ditto"}, (PERSONALISE,)),
+    "adapt": ({"rounds": 0, "adapt": True}, (ADAPT,)),
     "foreign": ({"rounds": 0, "foreign": True}, (DISTANCES,)),
 }
 

@@ -323,3 +323,19 @@ def test_labels_that_differ_by_case_or_spaces_log_a_warning(tmp_path: Path, capl
     samples = load_samples(f"csv:{write_csv(tmp_path / 't.csv', rows)}")
     assert samples.classes == ("Cat", "cat", "cat ", "dog")
     assert "The classes 'Cat' and 'cat' and 'cat ' of" in caplog.text
+
+
+def test_rows_without_a_label_are_left_out_if_asked(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label,group\na,x,1\nb,,2\nc,y,3\nd,x,4\n")
+    samples = load_samples(f"csv:{path}?labels=some")
+    assert [samples.read(row) for row in range(len(samples))] == ["a", "c", "d"]
+    assert samples.groups == ["1", "3", "4"]
+    assert [samples.classes[label] for label in samples.labels] == ["x", "y", "x"]
+    assert [str(one) for one in samples.left_out] == [f"1 row left out (no label, by labels=some): {path}, line 3"]
+    assert len(load_samples(f"csv:{path}?labels=no")) == 4
+    with pytest.raises(UserError, match="labels=some"):
+        load_samples(f"csv:{path}")
+    path.write_text("text,label\na,\nb,\n")
+    with pytest.raises(UserError, match=r"\?labels=no"):
+        load_samples(f"csv:{path}?labels=some")
