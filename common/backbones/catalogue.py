@@ -14,6 +14,7 @@ import torch
 
 from fedhead.backbones.backbone import Backbone, backbone_sources, load_backbone, split_spec
 from fedhead.backbones.layers import PENULTIMATE
+from fedhead.backbones.split import Block, blocks_of
 from fedhead.data import Kind
 from fedhead.errors import FedheadError, UserError
 from fedhead.registry import Registry
@@ -148,7 +149,7 @@ def describe(spec: str, layer: str, installed: Sequence[Path]) -> Description:
         FedheadError: if the weights are needed for the description but not available.
     """
     entry = entry_of(spec)
-    backbone = load_backbone(spec, layer=layer) if entry is None else _without_weights(spec, layer)
+    backbone = _built(spec, layer)
     return Description(
         spec=spec,
         kind=backbone.kind,
@@ -161,6 +162,25 @@ def describe(spec: str, layer: str, installed: Sequence[Path]) -> Description:
         weights=(*([entry.weights] if entry and entry.weights else []), *installed),
         origin=None if entry is None else entry.origin,
     )
+
+
+def blocks(spec: str, layer: str) -> list[Block]:
+    """Return a backbone's blocks, in the order in which they run; built as by `describe`.
+
+    Raises:
+        UserError: if the backbone cannot be cut into blocks.
+    """
+    try:
+        return blocks_of(_built(spec, layer))
+    except FedheadError:
+        raise
+    # Code reacts in various ways to missing values.
+    except Exception:
+        return blocks_of(load_backbone(spec, weights="random", layer=layer))
+
+
+def _built(spec: str, layer: str) -> Backbone:
+    return load_backbone(spec, layer=layer) if entry_of(spec) is None else _without_weights(spec, layer)
 
 
 def _without_weights(spec: str, layer: str) -> Backbone:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fedhead.backbones.adapters import add_adapters, layers_to_adapt, merged_weights
 from fedhead.backbones.backbone import Backbone
 from fedhead.backbones.pooling import pool
 from fedhead.backbones.preprocessing import Batch
@@ -143,6 +144,19 @@ class Tail(nn.Module):
         }
         return {name: named[name] for name in sorted(named)}
 
+    def load(self, parameters: Mapping[str, Tensor]) -> None:
+        """Set the parameters that train.
+
+        Raises:
+            ValueError: for other names or shapes.
+        """
+        own = {name.removeprefix(self.prefix): one for name, one in self.named_parameters() if one.requires_grad}
+        if parameters.keys() != own.keys() or any(parameters[name].shape != one.shape for name, one in own.items()):
+            raise ValueError("The parameters are not those of this tail.")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(parameters[name])
+
     def run(self, parameters: Mapping[str, Tensor], values: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return features `[n, d]` with these parameters in place of the tail's own.
 
@@ -163,12 +177,13 @@ class Split(NamedTuple):
     tail: Tail
 
 
-def split(backbone: Backbone, tune: TuneSpec, *, check: bool = True) -> Split:
+def split(backbone: Backbone, tune: TuneSpec, *, seed: int = 0, check: bool = True) -> Split:
     """Cut a backbone before the first layer that trains.
 
     Args:
         backbone: the whole; its weights are shared by the trunk and copied where they train.
         tune: the layers and parameters that train.
+        seed: seeds the initial adapters of LoRA; the same at every site.
         check: whether to compare trunk and tail with the whole on the probes.
 
     Raises:
@@ -178,10 +193,14 @@ def split(backbone: Backbone, tune: TuneSpec, *, check: bool = True) -> Split:
         raise UserError("The head alone trains on features: there is nothing to cut.")
     cuts = cuts_of(backbone)
     place, names = _choose(cuts, tune, backbone.spec)
-    names = _of_method(cuts, names, tune, backbone.spec)
+    names = _of_method(cuts.module, names, tune, backbone.spec)
     below, above, prefix = cuts.cut(place)
     trunk = Trunk(backbone, _separate(below, set()), f"before {place}")
-    tail = Tail(_separate(above, {f"{prefix}{name}" for name in names}), prefix, backbone.pooling)
+    owned = set() if tune.method == "lora" else {f"{prefix}{name}" for name in names}
+    tail = Tail(_separate(above, owned), prefix, backbone.pooling)
+    if tune.method == "lora":
+        layers = [f"{prefix}{name.removesuffix('.weight')}" for name in names]
+        add_adapters(tail.module, layers, tune.rank, frozen_first=tune.variant == "ffa", seed=seed)
     if check:
         _require_equal(backbone, trunk, tail)
     return Split(trunk, tail)
@@ -214,6 +233,34 @@ def blocks_of(backbone: Backbone) -> list[Block]:
     ]
     own = [here - later for here, later in zip(sizes, [*sizes[1:], 0], strict=True)]
     return [Block(*one) for one in zip(cuts.blocks, own, cuts.shapes(), strict=True)]
+
+
+def merged(backbone: Backbone, tune: TuneSpec, parameters: Mapping[str, Tensor], *, seed: int = 0) -> Backbone:
+    """Return the whole backbone with tuned parameters: a copy with its own digests, adapters added to the weights.
+
+    Args:
+        backbone: the one that was tuned.
+        tune: the layers and parameters that trained.
+        parameters: as from `Tail.trainable`.
+        seed: of `split`.
+
+    Raises:
+        ValueError: if the parameters are not those of the tail.
+    """
+    tail = split(backbone, tune, seed=seed, check=False).tail
+    tail.load(parameters)
+    tuned = merged_weights(tail.module) if tune.method == "lora" else tail.trainable()
+    prefix = tail.prefix.removeprefix("module.")
+    named = {name if tune.method == "lora" else f"{prefix}{name}": tensor for name, tensor in tuned.items()}
+    whole = copy.copy(backbone)
+    for name in ("digest", "weights_digest", "num_features"):
+        whole.__dict__.pop(name, None)
+    whole.module = copy.deepcopy(backbone.module)
+    own = dict(whole.module.named_parameters())
+    for name, tensor in named.items():
+        own[name].copy_(tensor)
+    whole.trained = True
+    return whole
 
 
 def cuts_of(backbone: Backbone) -> Cuts:
@@ -264,13 +311,16 @@ def _choose(cuts: Cuts, tune: TuneSpec, spec: str) -> tuple[str, list[str]]:
     return cuts.start_of(names), names
 
 
-def _of_method(cuts: Cuts, names: Sequence[str], tune: TuneSpec, spec: str) -> list[str]:
-    """Return the parameters that a method trains."""
-    scales = _norm_parameters(cuts.module)
-    vectors = {name for name in names if name.rpartition(".")[2] == "bias"}
-    chosen = {"bitfit": vectors, "norm": scales & set(names)}.get(tune.method, set(names))
+def _of_method(module: nn.Module, names: Sequence[str], tune: TuneSpec, spec: str) -> list[str]:
+    """Return the parameters that a method trains, or with LoRA the weights that it adapts."""
+    chosen, what = set(names), "parameters"
+    if tune.method == "bitfit":
+        chosen, what = {name for name in names if name.rpartition(".")[2] == "bias"}, "biases"
+    elif tune.method == "norm":
+        chosen, what = _norm_parameters(module) & chosen, "normalisation with scale and shift"
+    elif tune.method == "lora":
+        chosen, what = {f"{name}.weight" for name in layers_to_adapt(module, chosen)}, "linear layers or convolutions"
     if not chosen:
-        what = {"bitfit": "biases", "norm": "normalisation with scale and shift"}.get(tune.method, "parameters")
         raise UserError(f"The layers {tune.where!r} of {spec} have no {what} that could train.")
     return sorted(chosen)
 

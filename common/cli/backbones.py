@@ -17,9 +17,12 @@ from fedhead.errors import UserError
 from fedhead.wording import size
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import click
 
     from fedhead.backbones.catalogue import Description, Entry
+    from fedhead.backbones.split import Block
 
 
 class _ListsByDefault(TyperGroup):
@@ -73,21 +76,27 @@ def list_(
 def show(
     spec: Spec,
     layer: Layer = "penultimate",
-    layers: Annotated[bool, typer.Option("--layers", help="List the layers too.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="List the layers too, and the blocks for --tune.")] = False,
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
     """Describe a backbone: features, parameters, size, input, licence, and where its weights are."""
-    from fedhead.backbones.catalogue import describe, layers_of
+    from fedhead.backbones.catalogue import blocks, describe, layers_of
     from fedhead.backbones.weights import installed_weights
 
     with errors.status(f"Building {spec}"):
         described = describe(spec, layer, installed_weights(spec))
         names = list(layers_of(spec)) if layers else []
+        cut, reason = _or_reason(lambda: blocks(spec, layer)) if layers else ([], "")
     if as_json:
-        typer.echo(json.dumps({**asdict(described), **({"layers": names} if layers else {})}, default=str))
-    else:
-        _print_description(described, names, output())
+        more = {"layers": names, "blocks": [asdict(block) for block in cut]} if layers else {}
+        typer.echo(json.dumps({**asdict(described), **more}, default=str))
+        return
+    _print_description(described, names, output())
+    if cut:
+        _print_blocks(cut, output())
+    elif reason:
+        output().print(reason, soft_wrap=True, highlight=False)
 
 
 @backbones.command(
@@ -164,6 +173,26 @@ def _print_entries(found: "list[Entry]", console: Console) -> None:
         millions = "" if entry.parameters is None else f"{entry.parameters / 1e6:.1f} M"
         here = "here" if entry.weights else "to fetch" if entry.origin else "none"
         table.add_row(entry.spec, entry.input, *([millions] if counted else []), entry.licence or "", here)
+    console.print(table, highlight=False)
+
+
+def _or_reason(find: "Callable[[], list[Block]]") -> "tuple[list[Block], str]":
+    try:
+        return find(), ""
+    except UserError as error:
+        return [], str(error)
+
+
+def _print_blocks(cut: "list[Block]", console: Console) -> None:
+    """Print a table of the blocks, with what storing the activations before each takes."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("--tune", no_wrap=True)
+    table.add_column("block", overflow="fold")
+    table.add_column("parameters", justify="right", no_wrap=True)
+    table.add_column("stored of a row", justify="right", no_wrap=True)
+    for number, block in enumerate(cut):
+        shape = " x ".join("tokens" if length is None else f"{length:,}" for length in block.boundary)
+        table.add_row(f"last:{len(cut) - number}", block.name, f"{block.parameters:,}", shape)
     console.print(table, highlight=False)
 
 

@@ -81,10 +81,17 @@ def test_show_describes_and_lists_layers() -> None:
     assert (shown["num_features"], shown["num_parameters"], shown["input"]) == (512, 11186112, "224 x 224")
     assert (shown["weights"], shown["kind"], shown["layer"]) == ([], "image", "penultimate")
     assert {"conv1", "layer3.0.add", "flatten"} < set(shown["layers"])
+    assert shown["blocks"][-1] == {"name": "layer4.1", "parameters": 4720640, "boundary": [512, 7, 7]}
     text = " ".join(backbones("show", "torchvision:vgg16").stdout.split())
     assert "Features 4096, of layer penultimate" in text
     assert "Parameters 134,260,544 (537 MB)" in text
     assert "not here; to fetch from https://download.pytorch.org" in text
+
+
+def test_show_lists_blocks_for_tuning_or_says_why_there_are_none() -> None:
+    lines = [line.split() for line in backbones("show", "bundled:glyphnet", "--layers").stdout.splitlines()]
+    assert ["last:2", "stage3.2", "147,584", "128", "x", "4", "x", "4"] in lines
+    assert "bundled:pixels has no layers that could train." in backbones("show", "bundled:pixels", "--layers").stdout
 
 
 def test_show_says_where_weights_are() -> None:
