@@ -12,4 +12,5 @@ from fedhead.simulations.benchmarks import time_to_accuracy as time_to_accuracy
 from fedhead.simulations.benchmarks import traffic as traffic
 from fedhead.simulations.benchmarks.measurement import app
 
-app()
+if __name__ == "__main__":
+    app()

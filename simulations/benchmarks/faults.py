@@ -2,10 +2,8 @@
 
 import contextlib
 import json
-import os
 import random
 import signal
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -21,14 +19,15 @@ from fedhead.backbones import ImagePreprocessing
 from fedhead.errors import FedheadError
 from fedhead.server.provision import provision
 from fedhead.simulations.benchmarks.cutting_proxy import Cut, CuttingProxy
+from fedhead.simulations.benchmarks.forks import Forked
 from fedhead.simulations.benchmarks.measurement import Json, Measurement, app
 from fedhead.simulations.benchmarks.problem import CLASSES, HEIGHT, Problem, own_home
-from fedhead.simulations.benchmarks.processes import CLIENT, FEDHEAD, answers, environment, free_ports
+from fedhead.simulations.benchmarks.processes import AS_CLIENT, answers, environment, free_ports
 
 COORDINATOR = 99
 LONGEST = 600.0
 """Seconds after the last fault within which a run has to end."""
-MOST_PAUSE = 4.0
+MOST_PAUSE = 2.0
 """Seconds before a fault."""
 WIDTH, HIDDEN = 64, 40_000
 CUTS: tuple[Cut, ...] = ("reset", "stall", "drop")
@@ -45,9 +44,9 @@ def shipped() -> tuple[nn.Module, ImagePreprocessing]:
 @app.command()
 def faults(
     count: Annotated[int, typer.Option(help="Kills, stops and cuts in all.", min=1)] = 1000,
-    each: Annotated[int, typer.Option(help="Faults in one run.", min=1)] = 20,
+    each: Annotated[int, typer.Option(help="Faults in one run.", min=1)] = 25,
     sites: Annotated[int, typer.Option(help="Processes of fedhead client.", min=1)] = 3,
-    rounds: Annotated[int, typer.Option(help="In one run.", min=1)] = 20,
+    rounds: Annotated[int, typer.Option(help="In one run.", min=1)] = 60,
     seed: Annotated[int, typer.Option(help="Seed of the faults.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -61,12 +60,15 @@ def faults(
         expected = Federation(problem, home / "undisturbed").run([])
         seconds["the undisturbed run"] = time.perf_counter() - began
         left, runs = count, 0
-        while left:
-            now = min(each, left)
-            left, runs = left - now, runs + 1
+        while left > 0:
+            runs += 1
             federation = Federation(problem, home / f"run-{runs}")
-            found = federation.run([generator.random() for _ in range(now)], generator)
+            found = federation.run([generator.random() for _ in range(min(each, left))], generator)
             faults_by_kind.update(federation.faults)
+            if not federation.faults:
+                raise FedheadError("A run ended before its first fault: give it more rounds.")
+            # A run that ends early has had fewer.
+            left -= federation.faults.total()
             if found != expected:
                 raise FedheadError(f"Run {runs} ended in another head, after {dict(federation.faults)}.")
         seconds[f"{runs} disturbed runs"] = time.perf_counter() - began - seconds["the undisturbed run"]
@@ -95,7 +97,7 @@ class Federation:
         self._names = [f"site-{number}" for number in range(problem.sites)]
         self._backbone = f"python:{__name__}:{shipped.__name__}"
         provision(home / "kit", f"127.0.0.1:{self._port}", self._names, backbones={self._backbone: "the benchmark's"})
-        self._processes: dict[int, subprocess.Popen[bytes]] = {}
+        self._processes: dict[int, Forked] = {}
         self._answered: dict[int, int] = {}
         self._proxies: list[CuttingProxy] = []
 
@@ -127,7 +129,7 @@ class Federation:
                 if time.monotonic() > stop:
                     break
                 time.sleep(0.05)
-            if self._processes[COORDINATOR].returncode != 0:
+            if self._processes[COORDINATOR].poll() != 0:
                 said = "".join(path.read_text()[-700:] for path in sorted(self.home.glob("*.log")))
                 raise FedheadError(f"The run failed after {dict(self.faults)}. {said}")
         return (self._out / "model.safetensors").read_bytes(), self._losses()
@@ -172,7 +174,7 @@ class Federation:
 
     def _restart(self, number: int, sent: signal.Signals) -> None:
         process = self._processes[number]
-        process.send_signal(sent)
+        process.send(sent)
         if process.wait(LONGEST) == 0 and number == COORDINATOR:
             # It had finished.
             return
@@ -180,9 +182,9 @@ class Federation:
 
     def _suspend(self, number: int, seconds: float) -> None:
         process = self._processes[number]
-        process.send_signal(signal.SIGSTOP)
+        process.send(signal.SIGSTOP)
         time.sleep(seconds)
-        process.send_signal(signal.SIGCONT)
+        process.send(signal.SIGCONT)
 
     def _cut(self, site: int, how: Cut, seconds: float) -> None:
         self._proxies[site].cut(how)
@@ -196,27 +198,17 @@ class Federation:
         kit = str(self.home / "kit" / ("coordinator" if number == COORDINATOR else self._names[number]))
         if number != COORDINATOR:
             address = f"127.0.0.1:{self._proxies[number].port}"
-            command = [*CLIENT, "--kit", kit, "--coordinator", address]
+            command = [*AS_CLIENT, "--kit", kit, "--coordinator", address]
         elif (self._out / "run.toml").exists():
-            command = [*FEDHEAD, "server", "--kit", kit, "--resume", str(self._out)]
+            command = ["server", "--kit", kit, "--resume", str(self._out)]
         else:
             classes = ",".join(str(each) for each in range(CLASSES))
-            command = [*FEDHEAD, "server", "--kit", kit, "--out", str(self._out), "--classes", classes]
+            command = ["server", "--kit", kit, "--out", str(self._out), "--classes", classes]
             command += ["--backbone", self._backbone, "--rounds", str(self.problem.rounds)]
             command += ["--round-deadline", str(LONGEST)]
-        with self._log(number).open("a") as log:
-            self._processes[number] = subprocess.Popen(
-                command,
-                env=environment(self.problem, self.home, number),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+        own = environment(self.problem, self.home, number)
+        self._processes[number] = Forked(command, own, self._log(number))
 
     def _end(self) -> None:
         for process in self._processes.values():
-            if process.poll() is None:
-                process.send_signal(signal.SIGCONT)
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            process.end()

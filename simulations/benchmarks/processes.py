@@ -33,7 +33,8 @@ def rows_of_site() -> Samples:
 
 
 DATA = f"python:{__name__}:{rows_of_site.__name__}"
-CLIENT = [*FEDHEAD, "client", "--data", DATA, "--min-class-count", "0", "--min-rows", "0", "--device", "cpu"]
+AS_CLIENT = ["client", "--data", DATA, "--min-class-count", "0", "--min-rows", "0", "--device", "cpu"]
+CLIENT = [*FEDHEAD, *AS_CLIENT]
 
 
 def free_ports(count: int) -> list[int]:
