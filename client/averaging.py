@@ -24,6 +24,7 @@ from fedhead.client.training import (
     SiteRows,
     chunks,
     evaluate_head,
+    sizes_of,
     table_of,
     train_chunk,
 )
@@ -178,7 +179,7 @@ def _step_coefficients(
     min_batch: int,
 ) -> Iterator[IntArray]:
     """Train in coefficient form if that is faster, and add the heads to `mean`; yield the positions of other sites."""
-    sizes = np.array([len(site.rows) for site in sites], dtype=np.int64)
+    sizes = sizes_of(sites)
     order = np.argsort(-sizes, kind="stable")
     room, start = data.grams.max_bytes, 0
     make_gram = partial(gram_of, data, like=incoming["weight"])

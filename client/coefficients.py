@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from fedhead.client.optimizers import OPTIMIZERS
-from fedhead.client.training import Evaluation, FloatArray, IntArray, LabelledFeatures, SiteRows, batches, table_of
+from fedhead.client.training import (
+    Evaluation,
+    FloatArray,
+    IntArray,
+    LabelledFeatures,
+    SiteRows,
+    batches,
+    sizes_of,
+    table_of,
+)
 from fedhead.config import LocalConfig
 
 BLOCK_BYTES = 8 * 2**20
@@ -102,7 +111,7 @@ class RowTable:
 
     def evaluate(self, incoming: Mapping[str, Tensor], data: LabelledFeatures, sites: Sequence[SiteRows]) -> Evaluation:
         """Evaluate a head at each site, as `evaluate_head` does."""
-        sizes = np.array([len(site.rows) for site in sites], dtype=np.int64)
+        sizes = sizes_of(sites)
         rows = np.concatenate([np.empty(0, dtype=np.int64), *(site.rows for site in sites)])
         owner = np.repeat(np.arange(len(sites)), sizes)
         logits = self.logits()[self.places(rows)] + incoming["bias"]
@@ -181,7 +190,7 @@ def gram_of(data: LabelledFeatures, sites: Sequence[SiteRows], *, like: Tensor) 
     for start in range(0, count, step):
         features, _ = data.gather(rows[start : start + step], like)
         gram[start : start + step] = features @ features.mT
-    own = torch.from_numpy(np.arange(width) < np.array([len(site.rows) for site in sites])[:, None]).to(like.device)
+    own = torch.from_numpy(np.arange(width) < sizes_of(sites)[:, None]).to(like.device)
     return gram.mul_(own[:, None, :]).mul_(own[:, :, None])
 
 
@@ -233,7 +242,7 @@ def train_coefficients(
         anchor=parameters["anchor"].view(-1),
         bias=parameters["bias"],
         losses=losses.cpu().double().numpy(),
-        rows=np.array([len(site.rows) for site in sites], dtype=np.int64),
+        rows=sizes_of(sites),
     )
 
 

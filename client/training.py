@@ -193,7 +193,7 @@ def orders(seed: int, sites: Sequence[SiteRows], round_number: int, epochs: IntA
 
     `n` is the largest number of rows; entries after a site's own rows are not valid rows.
     """
-    sizes = np.array([len(site.rows) for site in sites])
+    sizes = sizes_of(sites)
     keys = np.array([site.key for site in sites], dtype=np.uint64)
     different = epochs[:1] if (epochs == epochs[0]).all() else epochs
     drawn = np.array([_stream(seed, round_number, epoch) for epoch in different.tolist()], dtype=np.uint64)
@@ -269,7 +269,7 @@ def train_in_chunks(
     Yields:
         Positions `[k]` in `sites` and the heads trained there, larger sites first.
     """
-    sizes = np.array([len(site.rows) for site in sites], dtype=np.int64)
+    sizes = sizes_of(sites)
     for positions in chunks(sizes, settings, incoming, chunk_bytes):
         chosen = [sites[i] for i in positions]
         yield positions, train_chunk(head, incoming, data, chosen, settings, seed, round_number, min_batch)
@@ -286,7 +286,7 @@ def evaluate_head(
 ) -> Evaluation:
     """Evaluate one head at each site, with as many rows at once as fit in `chunk_bytes`."""
     like = next(iter(parameters.values()))
-    sizes = np.array([len(site.rows) for site in sites], dtype=np.int64)
+    sizes = sizes_of(sites)
     rows = np.concatenate([np.empty(0, dtype=np.int64), *(site.rows for site in sites)])
     losses, scores = np.empty(len(rows)), np.empty(len(rows))
     step = max(1, chunk_bytes // row_bytes(parameters))
@@ -359,7 +359,7 @@ def train_chunk(
             for name, value in active.items():
                 gradients[name] = gradients[name].add(value - incoming[name], alpha=settings.proximal_mu)
         optimizer.step(active, gradients)
-    sizes = np.array([len(site.rows) for site in sites], dtype=np.int64)
+    sizes = sizes_of(sites)
     return TrainedHeads(parameters, losses.cpu().double().numpy(), sizes)
 
 
@@ -386,7 +386,7 @@ def batches(
     The sites that still have batches are always the first of `sites`. A last minibatch of an epoch with fewer than
     `min_batch` rows is merged with the previous one.
     """
-    sizes = np.array([len(site.rows) for site in sites], dtype=np.int64)
+    sizes = sizes_of(sites)
     per_epoch = -(-sizes // settings.batch_size)
     per_epoch -= (per_epoch > 1) & (sizes - (per_epoch - 1) * settings.batch_size < min_batch)
     steps = per_epoch * settings.epochs
@@ -411,10 +411,16 @@ def batches(
 
 def table_of(sites: Sequence[SiteRows]) -> IntArray:
     """Return `[S, n]`, the rows of each site, padded with the site's first row."""
-    width = max((len(site.rows) for site in sites), default=0)
-    table = np.zeros((len(sites), width), dtype=np.int64)
-    for row, site in zip(table, sites, strict=True):
-        if count := len(site.rows):
-            row[:count] = site.rows
-            row[count:] = site.rows[0]
+    sizes = sizes_of(sites)
+    columns = np.arange(sizes.max(initial=0))
+    # One row more, for sites without rows.
+    rows = np.concatenate([*(site.rows for site in sites), np.zeros(1, dtype=np.int64)])
+    places = np.where(columns < sizes[:, None], columns, 0) + (np.cumsum(sizes) - sizes)[:, None]
+    table: IntArray = rows[places]
+    table[sizes == 0] = 0
     return table
+
+
+def sizes_of(sites: Sequence[SiteRows]) -> IntArray:
+    """Return `[S]`, the number of rows of each site."""
+    return np.fromiter((len(site.rows) for site in sites), np.int64, len(sites))

@@ -2,7 +2,7 @@
 
 import time
 from abc import ABC
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from flwr.serverapp import Grid
 
@@ -20,9 +20,9 @@ class SiteGrid(Grid, ABC):
         """Return the name that a node is registered under; None if it is not known."""
         return None
 
-    def together(self, node_ids: Sequence[int]) -> tuple[int | None, list[int]]:
-        """Return a node that answers for those of `node_ids` that can answer together, if any can, and all others."""
-        return None, list(node_ids)
+    def together(self, node_ids: Sequence[int]) -> tuple[Mapping[int, Sequence[int]], Sequence[int]]:
+        """Return nodes that each answer for several of `node_ids`, with these, and the rest of `node_ids`."""
+        return {}, list(node_ids)
 
     def forget(self, message_ids: Iterable[str]) -> None:
         """Drop messages that are no longer waited for, and replies to them."""

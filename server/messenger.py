@@ -152,13 +152,13 @@ class Messenger:
         """Return where to send a question for the sites of `nodes`; `together`, one reply may speak for several."""
         if not together or self._site_grid is None:
             return Addresses(nodes, {})
-        stand_in, alone = self._site_grid.together(list(nodes.values()))
-        apart = set(alone)
-        names = tuple(name for name, node in nodes.items() if node not in apart)
-        addresses = {name: node for name, node in nodes.items() if node in apart}
-        if stand_in is None or not names:
-            return Addresses(addresses, {})
-        return Addresses({**addresses, names[0]: stand_in}, {names[0]: names})
+        stand_ins, alone = self._site_grid.together(list(nodes.values()))
+        names = {node: name for name, node in nodes.items()}
+        addresses, merged = {names[node]: node for node in alone}, {}
+        for stand_in, group in stand_ins.items():
+            sites = tuple(names[node] for node in group)
+            addresses[sites[0]], merged[sites[0]] = stand_in, sites
+        return Addresses(addresses, merged)
 
     def ask(
         self, nodes: Mapping[str, int], action: str, content: RecordDict, read: Reader, *, together: bool = True

@@ -214,7 +214,9 @@ class Rounds:
         for site, reason in unusable.items():
             exchange.drop([site], reason)
             metrics.pop(site, None)
-            heads.pop(site, None)
+            # A merged reply does without the sites that it drops.
+            if site not in addresses.merged:
+                heads.pop(site, None)
         exchange.metrics = metrics
         exchange.replies = [heads[site] for site in sorted(heads)]
         return exchange

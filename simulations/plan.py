@@ -15,7 +15,7 @@ from fedhead.backbones.identity import identity_for
 from fedhead.client.release.guard import Guard
 from fedhead.client.release.masking import SecureSum
 from fedhead.client.release.noise import Noise
-from fedhead.config import RunConfig
+from fedhead.config import DENSE_LAYERS, RunConfig
 from fedhead.data import IntArray, Samples, load_samples, load_sites, require_kind
 from fedhead.devices import pick_device
 from fedhead.errors import UserError
@@ -25,6 +25,7 @@ from fedhead.protocol.steps import Step
 from fedhead.server.privacy import private_settings, require_enough_sites
 from fedhead.server.starting_head import UNSOLVED, resolve_init
 from fedhead.server.strategies import build_strategy
+from fedhead.simulations.cluster import require_ray
 from fedhead.simulations.partition import check_rows, divide
 from fedhead.sums.projection import MAX_WIDTH
 from fedhead.tasks import Targets, Task, make_task, tasks
@@ -152,10 +153,8 @@ def make_plan(config: RunConfig, inputs: Inputs = Inputs()) -> Plan:
         UserError: if something asked for does not exist or does not fit.
     """
     given = inputs.over(config).settled()
-    if given.simulation.engine == "ray":
-        from fedhead.simulations.ray_engine import require_ray
-
-        require_ray()
+    if given.simulation.engine != "process":
+        require_ray(given.simulation.engine)
     strategy = inputs.strategy or build_strategy(given.strategy)
     given = private_settings(given, strategy)
     _require_masks(given, strategy)
@@ -209,6 +208,8 @@ def _require_masks(config: RunConfig, strategy: Strategy) -> None:
         raise UserError("Private runs are simulated in this process: leave simulation.engine at 'process'.")
     if config.privacy.secure_sum and config.simulation.engine != "process":
         raise UserError("Secure summation is simulated in this process: leave simulation.engine at 'process'.")
+    if config.task in DENSE_LAYERS and config.simulation.engine != "process":
+        raise UserError("Maps of places are learned from in this process: leave simulation.engine at 'process'.")
 
 
 def _test_targets(test: Samples, targets: Targets, task: Task) -> Targets:

@@ -31,15 +31,20 @@ from fedhead.server.observer import Observer
 from fedhead.server.runs.execute import RunParts, execute
 from fedhead.server.runs.history import Outcome
 from fedhead.server.strategies import build_strategy
+from fedhead.simulations.blocks import count_blocks
+from fedhead.simulations.cluster import run_on_ray
+from fedhead.simulations.flower_engine import run_on_flower
 from fedhead.simulations.grid import InProcessGrid
 from fedhead.simulations.plan import Inputs, Plan, make_plan
-from fedhead.simulations.ray_engine import run_on_ray
 from fedhead.simulations.result import RunResult
 from fedhead.simulations.sites import SharedData, SimulatedSite
+from fedhead.simulations.worker import Shared
 from fedhead.tasks import Task, make_task
 from fedhead.tasks.dense import ItemPlaces
 
 logger = logging.getLogger(__name__)
+
+RUN_ID = 1
 
 
 def simulate(
@@ -138,13 +143,7 @@ def run_plan(
         )
     extracted_at = time.perf_counter()
 
-    coordinate = partial(_coordinate, plan, parts, test, deliver)
-    if config.simulation.engine == "ray":
-        outcome = run_on_ray(config, held, plan.labels, labels_of(plan.samples), store, coordinate)
-    else:
-        present = [SimulatedSite(name, rows, shared, allowed[name]) for name, rows in held.items()]
-        with in_process_identity(run_id=1):
-            outcome = coordinate(InProcessGrid(present, apps))
+    outcome = _run_on_engine(plan, held, store, shared, allowed, apps, partial(_coordinate, plan, parts, test, deliver))
     if attack:
         from fedhead.simulations.attack import attack_membership
         from fedhead.simulations.audit import audit_private
@@ -166,6 +165,38 @@ def run_plan(
         seconds={"extraction": extracted_at - started, "rounds": ended - extracted_at, "total": ended - started},
         run_dir=parts.path if parts else None,
     )
+
+
+def _run_on_engine(
+    plan: Plan,
+    held: Mapping[str, IntArray],
+    store: FeatureStore,
+    shared: SharedData,
+    allowed: Mapping[str, int],
+    apps: Mapping[str, ClientApp] | None,
+    coordinate: Callable[[Grid], Outcome],
+) -> Outcome:
+    """Run a coordinator over sites in this process, on Ray, or in Flower's own engine."""
+    config, table = plan.config, plan.config.simulation
+    if table.engine == "flower":
+        return run_on_flower(config, held, plan.labels, labels_of(plan.samples), store, coordinate)
+    sites = [SimulatedSite(name, rows, shared, allowed[name]) for name, rows in held.items()]
+    blocks = count_blocks(table.blocks, len(store.keys), len(sites))
+    with in_process_identity(run_id=RUN_ID):
+        if table.engine == "process":
+            return coordinate(InProcessGrid(sites, apps, RUN_ID, blocks))
+        told = Shared(
+            path=str(store.path.resolve()),
+            digest=store.digest,
+            labels=plan.labels,
+            own_labels=labels_of(plan.samples),
+            guard=plan.guard,
+            task=config.task,
+            classes=config.classes,
+            device=table.device,
+            run_id=RUN_ID,
+        )
+        return run_on_ray(config, sites, held, store, told, blocks, coordinate)
 
 
 def _require_plain_process(config: RunConfig) -> None:

@@ -36,7 +36,7 @@ class SharedData:
     """What all simulated sites of a process share: one backbone, and one store of features.
 
     Args:
-        backbone: of the run.
+        backbone: of the run; None in a worker, whose sites are described elsewhere.
         store: the features of all rows.
         labels: `[N]` or `[N, C]`, of all rows.
         guard: every site's.
@@ -44,11 +44,15 @@ class SharedData:
         steps: after the guard, the other release steps of every site.
         own_labels: `[N]` or `[N, C]`, the labels in the data, whatever the run's task; None for real targets.
         places: how items become the places that are learned from; None if rows are items.
+        device: for training; by default the backbone's.
+
+    Attributes:
+        has_weights: whether every site has the backbone's weights before it is sent any.
     """
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: Backbone | None,
         store: FeatureStore,
         labels: Targets,
         guard: Guard,
@@ -56,10 +60,12 @@ class SharedData:
         steps: Sequence[Step] = (),
         own_labels: Targets | None = None,
         places: ItemPlaces | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.own_labels = own_labels
         self.people = people_of(store.keys, store.contents)
         self.backbone = backbone
+        self.has_weights = backbone is not None and backbone.spec.startswith(PACKAGED) and backbone.trained
         self.labels = labels
         self.keys = store.keys
         self.guard = guard
@@ -67,7 +73,8 @@ class SharedData:
         self.steps: Sequence[Step] = (guard, Noise(), *steps)
         # A simulated site's minibatches are those of a real one.
         self.training = TrainingLimits.off(guard.min_class_count)
-        device = backbone.device
+        if device is None:
+            device = torch.device("cpu") if backbone is None else backbone.device
         self.data = LabelledFeatures(
             store.features.to(device), torch.from_numpy(labels).to(device), loss=task.loss, places=places
         )
@@ -75,12 +82,18 @@ class SharedData:
 
     @cached_property
     def probe(self) -> Tensor:
-        """The features of the probe."""
+        """The features of the probe.
+
+        Raises:
+            FedheadError: if there is no backbone here.
+        """
+        if self.backbone is None:
+            raise FedheadError("A worker has no backbone.")
         return self.backbone.probe()
 
     def check(self, manifest: Manifest, probe: Tensor) -> None:
         """Check the backbone against the coordinator's, for all sites once."""
-        if probe is not self._compared:
+        if probe is not self._compared and self.backbone is not None:
             check_backbone(self.backbone, self.probe, manifest, probe)
             self._compared = probe
 
@@ -139,7 +152,7 @@ class SimulatedSite:
         self.num_allowed = allowed
         self._rows = rows
         self._shared = shared
-        self._has_weights = shared.backbone.spec.startswith(PACKAGED) and shared.backbone.trained
+        self._has_weights = shared.has_weights
         self._holding: Holding | None = None
 
     @property

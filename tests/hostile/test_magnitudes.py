@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,8 +91,8 @@ class Elsewhere(InProcessGrid):
         }
         super().__init__(list(sites.values()), apps)
 
-    def together(self, node_ids: Sequence[int]) -> tuple[int | None, list[int]]:
-        return None, list(node_ids)
+    def together(self, node_ids: Sequence[int]) -> tuple[Mapping[int, Sequence[int]], Sequence[int]]:
+        return {}, list(node_ids)
 
 
 def _same(site: LocalSite, context: Context) -> LocalSite:

@@ -83,8 +83,8 @@ class GroupingGrid(ScriptedGrid, SiteGrid):
     def site_name(self, node_id: int) -> str | None:
         return {1: "a", 2: "b"}.get(node_id)
 
-    def together(self, node_ids: Sequence[int]) -> tuple[int | None, list[int]]:
-        return 100, [node for node in node_ids if node == 1]
+    def together(self, node_ids: Sequence[int]) -> tuple[Mapping[int, Sequence[int]], Sequence[int]]:
+        return {100: [node for node in node_ids if node != 1]}, [node for node in node_ids if node == 1]
 
 
 class ForgettingGrid(ScriptedGrid, SiteGrid):

@@ -98,8 +98,8 @@ class Network(InProcessGrid):
     def _site(self, name: str, context: Context) -> LocalSite:
         return self.sites[name]
 
-    def together(self, node_ids: Sequence[int]) -> tuple[int | None, list[int]]:
-        return None, list(node_ids)
+    def together(self, node_ids: Sequence[int]) -> tuple[Mapping[int, Sequence[int]], Sequence[int]]:
+        return {}, list(node_ids)
 
     def get_node_ids(self) -> Iterable[int]:
         return [node_id_of(name) for name in sorted(self.connected)]

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from fedhead.config import RunConfig
-from fedhead.errors import UserError
-from fedhead.simulations import ray_engine, simulate
+from fedhead.simulations import simulate
 
 CONFIG = RunConfig(
     rounds=3,
@@ -16,10 +15,10 @@ CONFIG = RunConfig(
 
 
 @pytest.mark.slow
-def test_both_engines_make_the_same_head(tmp_path: Path) -> None:
+def test_flowers_engine_makes_the_same_head(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     here = simulate(CONFIG, out=tmp_path / "process")
-    there = simulate(CONFIG.changed({"simulation": {"engine": "ray"}}), out=tmp_path / "ray")
+    there = simulate(CONFIG.changed({"simulation": {"engine": "flower"}}), out=tmp_path / "flower")
     assert there.outcome.refused == here.outcome.refused == {}
     assert there.outcome.participants == here.outcome.participants
     assert there.outcome.kept_round == here.outcome.kept_round
@@ -29,18 +28,3 @@ def test_both_engines_make_the_same_head(tmp_path: Path) -> None:
     assert there.accuracy_by_site == here.accuracy_by_site
     assert there.withheld == here.withheld
     assert there.bytes_down == here.bytes_down
-
-
-def test_without_ray_its_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(ray_engine, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'fedhead\[ray\]'"):
-        simulate(CONFIG.changed({"simulation": {"engine": "ray"}}), out=tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-def test_apps_of_ones_own_run_in_this_process(tmp_path: Path) -> None:
-    pytest.importorskip("ray")
-    from flwr.clientapp import ClientApp
-
-    with pytest.raises(UserError, match="process"):
-        simulate(CONFIG.changed({"simulation": {"engine": "ray"}}), apps={"site-0": ClientApp()}, out=tmp_path / "run")

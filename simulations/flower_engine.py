@@ -1,4 +1,4 @@
-"""The other engine: Flower's own simulation on Ray, for what one machine cannot hold, with the identical apps.
+"""The engine for comparison: Flower's own simulation on Ray, one task per site and message, with the identical apps.
 
 A site is described by files in a folder that all machines of the cluster see, and lives in whichever worker its next
 message goes to. Everything here is importable, because what is in `__main__` is pickled anew for every message.
@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from fedhead.client.release.guard import Guard
 from fedhead.config import RunConfig
 from fedhead.data import IntArray
 from fedhead.devices import pick_device
-from fedhead.errors import FedheadError, UserError
+from fedhead.errors import FedheadError
 from fedhead.features.store import FeatureStore
 from fedhead.files import home, safe_name, write_atomically
 from fedhead.flower import keep_identity
@@ -57,7 +56,7 @@ class _Told:
     classes: list[str]
 
 
-class RaySite(SimulatedSite):
+class FlowerSite(SimulatedSite):
     """A simulated site in whichever process its message reaches; that it has the backbone is noted in a file."""
 
     def __init__(self, name: str, rows: IntArray, shared: SharedData, folder: Path) -> None:
@@ -74,17 +73,7 @@ class RaySite(SimulatedSite):
         return received
 
 
-def require_ray() -> None:
-    """Check that Flower's simulation engine can run here.
-
-    Raises:
-        UserError: if Ray is not installed.
-    """
-    if find_spec("ray") is None:
-        raise UserError("The engine 'ray' needs Ray: pip install 'fedhead[ray]'.")
-
-
-def run_on_ray(
+def run_on_flower(
     config: RunConfig,
     rows: Mapping[str, IntArray],
     labels: Targets,
@@ -105,7 +94,6 @@ def run_on_ray(
     Raises:
         FedheadError: if the run fails.
     """
-    require_ray()
     home().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="ray-run-", dir=home()) as folder:
         _write(Path(folder), config, rows, labels, own_labels, store)
@@ -165,19 +153,19 @@ def _names(folder: str) -> list[str]:
 
 
 @cache
-def _site(folder: str, number: int) -> RaySite:
+def _site(folder: str, number: int) -> FlowerSite:
     ends = np.load(Path(folder) / "ends.npy", mmap_mode="r")
     start = int(ends[number - 1]) if number else 0
     rows = np.array(np.load(Path(folder) / "rows.npy", mmap_mode="r")[start : int(ends[number])])
-    return RaySite(_names(folder)[number], rows, _shared(folder), Path(folder))
+    return FlowerSite(_names(folder)[number], rows, _shared(folder), Path(folder))
 
 
-def _site_of(folder: str, context: Context) -> RaySite:
+def _site_of(folder: str, context: Context) -> FlowerSite:
     return _site(folder, int(str(context.node_config["partition-id"])))
 
 
 def _run(
-    site_of: Callable[[Context], RaySite], count: int, cluster: str, coordinate: Callable[[Grid], Outcome]
+    site_of: Callable[[Context], FlowerSite], count: int, cluster: str, coordinate: Callable[[Grid], Outcome]
 ) -> Outcome:
     """Start Flower's engine, have the coordinator run in its `ServerApp`, and stop it."""
     import ray
