@@ -81,6 +81,20 @@ class Cuts(Protocol):
         ...
 
 
+class Pretrained(NamedTuple):
+    """The backbone that a tail belongs to.
+
+    Attributes:
+        spec: `source:name`.
+        layer: of its features.
+        weights_digest: of its weights.
+    """
+
+    spec: str
+    layer: str
+    weights_digest: str
+
+
 class Trunk(Backbone):
     """The frozen part below the boundary; `layer` names the cut, which its digest covers."""
 
@@ -117,14 +131,17 @@ class Tail(nn.Module):
     Args:
         module: takes the activations, and for texts their mask.
         prefix: of the parameters' names in `module`, in front of their names in the backbone.
-        pooling: see `Backbone`.
+        whole: the backbone.
+        tune: the layers and parameters that train.
     """
 
-    def __init__(self, module: nn.Module, prefix: str, pooling: str) -> None:
+    def __init__(self, module: nn.Module, prefix: str, whole: Backbone, tune: TuneSpec) -> None:
         super().__init__()
         self.module = module
         self.prefix = f"module.{prefix}"
-        self.pooling = pooling
+        self.pooling = whole.pooling
+        self.pretrained = Pretrained(whole.spec, whole.layer, whole.weights_digest)
+        self.tune = tune
         self.eval()
 
     def forward(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -143,6 +160,14 @@ class Tail(nn.Module):
             if parameter.requires_grad
         }
         return {name: named[name] for name in sorted(named)}
+
+    def adapters(self) -> dict[str, Tensor]:
+        """Return both matrices of each adapter, detached, also a frozen one; none without LoRA."""
+        return {
+            name.removeprefix(self.prefix): parameter.detach()
+            for name, parameter in self.named_parameters()
+            if ".lora_" in name
+        }
 
     def load(self, parameters: Mapping[str, Tensor]) -> None:
         """Set the parameters that train.
@@ -197,7 +222,7 @@ def split(backbone: Backbone, tune: TuneSpec, *, seed: int = 0, check: bool = Tr
     below, above, prefix = cuts.cut(place)
     trunk = Trunk(backbone, _separate(below, set()), f"before {place}")
     owned = set() if tune.method == "lora" else {f"{prefix}{name}" for name in names}
-    tail = Tail(_separate(above, owned), prefix, backbone.pooling)
+    tail = Tail(_separate(above, owned), prefix, backbone, tune)
     if tune.method == "lora":
         layers = [f"{prefix}{name.removesuffix('.weight')}" for name in names]
         add_adapters(tail.module, layers, tune.rank, frozen_first=tune.variant == "ffa", seed=seed)
@@ -235,31 +260,29 @@ def blocks_of(backbone: Backbone) -> list[Block]:
     return [Block(*one) for one in zip(cuts.blocks, own, cuts.shapes(), strict=True)]
 
 
-def merged(backbone: Backbone, tune: TuneSpec, parameters: Mapping[str, Tensor], *, seed: int = 0) -> Backbone:
+def merged(backbone: Backbone, tail: Tail, parameters: Mapping[str, Tensor]) -> Backbone:
     """Return the whole backbone with tuned parameters: a copy with its own digests, adapters added to the weights.
 
     Args:
-        backbone: the one that was tuned.
-        tune: the layers and parameters that trained.
+        backbone: the one that was cut; it is not modified.
+        tail: its tail; it is not modified.
         parameters: as from `Tail.trainable`.
-        seed: of `split`.
 
     Raises:
         ValueError: if the parameters are not those of the tail.
     """
-    tail = split(backbone, tune, seed=seed, check=False).tail
-    tail.load(parameters)
-    tuned = merged_weights(tail.module) if tune.method == "lora" else tail.trainable()
+    loaded = copy.deepcopy(tail)
+    loaded.load(parameters)
+    tuned = merged_weights(loaded.module) if tail.tune.method == "lora" else loaded.trainable()
     prefix = tail.prefix.removeprefix("module.")
-    named = {name if tune.method == "lora" else f"{prefix}{name}": tensor for name, tensor in tuned.items()}
     whole = copy.copy(backbone)
     for name in ("digest", "weights_digest", "num_features"):
         whole.__dict__.pop(name, None)
     whole.module = copy.deepcopy(backbone.module)
-    own = dict(whole.module.named_parameters())
-    for name, tensor in named.items():
-        own[name].copy_(tensor)
     whole.trained = True
+    own = dict(whole.module.named_parameters())
+    for name, tensor in tuned.items():
+        own[f"{prefix}{name.removeprefix(prefix)}"].copy_(tensor)
     return whole
 
 

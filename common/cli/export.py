@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,6 +10,9 @@ from fedhead.cli import options
 from fedhead.cli.application import app, in_sentences, output
 from fedhead.cli.predict import Model, Weights
 from fedhead.wording import size
+
+if TYPE_CHECKING:
+    from fedhead.export import Exported
 
 
 @app.command(epilog="Example: [bold]fedhead export runs/flowers --format onnx --out flowers.onnx[/bold]")
@@ -19,7 +22,8 @@ def export(
     file_format: Annotated[
         str,
         typer.Option(
-            "--format", help="'onnx', 'torch-export', 'state-dict', or 'fedhead': a folder, with the backbone."
+            "--format",
+            help="'onnx', 'torch-export', 'state-dict', or as a folder 'fedhead' (with the backbone) or 'peft'.",
         ),
     ],
     weights: Weights = "",
@@ -33,13 +37,18 @@ def export(
     """Export a model; the export is run on samples first, and refused if its answers differ."""
     from fedhead.errors import UserError
     from fedhead.export import BATCH_SIZES, FORMATS, check_format, export_model
+    from fedhead.export_adapter import FOLDER, PEFT_FORMAT, export_adapter
     from fedhead.files import write_atomically
     from fedhead.model import MODEL_FILE, TransferModel
     from fedhead.server.report.card import CARD
 
+    folder = model if model.is_dir() else model.parent
+    if file_format == PEFT_FORMAT:
+        adapted = export_adapter(TransferModel.load(model, weights=weights), folder, out or folder / FOLDER)
+        _print_adapter(adapted, as_json)
+        return
     check_format(file_format)
     loaded = TransferModel.load(model, weights=weights)
-    folder = model if model.is_dir() else model.parent
     path = folder / FORMATS[file_format] if out is None else out
     if out is not None and out.is_dir() and file_format != "fedhead":
         path = out / FORMATS[file_format]
@@ -49,14 +58,28 @@ def export(
     if file_format == "fedhead" and (folder / CARD).is_file():
         write_atomically(path / CARD, (folder / CARD).read_bytes())
     if as_json:
-        typer.echo(
-            json.dumps({"path": str(written.path), "bytes": written.size, "largest_difference": written.difference})
-        )
+        typer.echo(_as_json(written))
         return
     *some, last = map(str, BATCH_SIZES)
     output().print(
         f"{written.path}: {size(written.size)}, {loaded.task.description}. Run back on {', '.join(some)} and "
         f"{last} samples: {loaded.task.answer_name} differ by {written.difference:.1g} at most.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _as_json(written: "Exported") -> str:
+    return json.dumps({"path": str(written.path), "bytes": written.size, "largest_difference": written.difference})
+
+
+def _print_adapter(written: "Exported", as_json: bool) -> None:
+    if as_json:
+        typer.echo(_as_json(written))
+        return
+    output().print(
+        f"{written.path}: {size(written.size)}, adapters for PEFT. Merged by PEFT, features differ by "
+        f"{written.difference:.1g} at most.",
         highlight=False,
         soft_wrap=True,
     )

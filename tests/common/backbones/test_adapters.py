@@ -74,7 +74,7 @@ def test_merged_backbone_gives_the_tuned_features(bert: Backbone, tmp_path: Path
     values, mask = trunk.boundary(batch)
     torch.manual_seed(0)
     trained = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in tail.trainable().items()}
-    whole = merged(backbone, parse_tune(tune), trained)
+    whole = merged(backbone, tail, trained)
     expected = tail.run(trained, values, mask)
     torch.testing.assert_close(whole.features(batch), expected, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(expected, backbone.features(batch), rtol=1e-3, atol=1e-4)
@@ -84,7 +84,7 @@ def test_merged_backbone_gives_the_tuned_features(bert: Backbone, tmp_path: Path
     again = Backbone.load(tmp_path / "tuned.safetensors")
     assert again.digest == whole.digest
     with pytest.raises(ValueError, match="not those of this tail"):
-        merged(backbone, parse_tune(tune), dict(list(trained.items())[1:]))
+        merged(backbone, tail, dict(list(trained.items())[1:]))
 
 
 def test_initial_adapters_depend_on_the_seed_alone(bert: Backbone) -> None:

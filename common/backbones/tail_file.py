@@ -1,0 +1,100 @@
+"""A file of tuned parameters: what a run trained of a backbone, apart from its pretrained weights."""
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fedhead.backbones.adapters import ADAPTER, lora_config
+from fedhead.backbones.split import Tail
+from fedhead.errors import UserError
+from fedhead.files import write_atomically
+from fedhead.tuning import TuneSpec, parse_tune
+
+TAIL_FILE = "tail.safetensors"
+FORMAT = "fedhead-tail-1"
+PEFT_WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class TailFile:
+    """Tuned parameters and what they belong to.
+
+    Attributes:
+        spec: the backbone, `source:name`.
+        layer: of the backbone.
+        weights_digest: of its pretrained weights.
+        tune: the layers and parameters that trained.
+        tensors: by their names in the backbone; with LoRA both matrices of each adapter, also a frozen one.
+    """
+
+    spec: str
+    layer: str
+    weights_digest: str
+    tune: TuneSpec
+    tensors: Mapping[str, Tensor]
+
+
+def save_tail(path: Path, tail: Tail, parameters: Mapping[str, Tensor]) -> None:
+    """Write tuned parameters atomically.
+
+    Args:
+        path: the file.
+        tail: of the pretrained backbone.
+        parameters: as from `Tail.trainable`.
+
+    Raises:
+        ValueError: if the parameters are not those of the tail.
+    """
+    loaded = copy.deepcopy(tail)
+    loaded.load(parameters)
+    tensors = loaded.adapters() or loaded.trainable()
+    metadata = {"format": FORMAT, **tail.pretrained._asdict(), "tune": str(tail.tune)}
+    write_atomically(path, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata))
+
+
+def load_tail(path: Path) -> TailFile:
+    """Read a file written by `save_tail`.
+
+    Raises:
+        UserError: if it is missing, damaged or another kind of file.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            said = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"The tuned parameters {path} cannot be read: {error}.") from None
+    if said.get("format") != FORMAT or not {"spec", "layer", "weights_digest", "tune"} <= said.keys():
+        raise UserError(f"{path} does not contain tuned parameters of a run.")
+    return TailFile(said["spec"], said["layer"], said["weights_digest"], parse_tune(said["tune"]), tensors)
+
+
+def peft_files(tail: TailFile) -> dict[str, bytes]:
+    """Return the two files of an adapter from which PEFT loads it, by name.
+
+    Raises:
+        UserError: if the run trained no adapters, or PEFT is not installed.
+    """
+    if tail.tune.method != "lora":
+        raise UserError(
+            f"The run tuned {str(tail.tune)!r}, which has no adapters for PEFT; export the whole model, for example "
+            "with --format fedhead."
+        )
+    config = lora_config(tail.tune.rank, {name.partition(".lora_")[0] for name in tail.tensors})
+    source, _, name = tail.spec.partition(":")
+    if source == "hf":
+        config.base_model_name_or_path, config.task_type = name.partition("?")[0], "FEATURE_EXTRACTION"
+    config.inference_mode = True
+    said = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    tensors = {f"{_PREFIX}{name.replace(f'.{ADAPTER}.', '.')}": tensor for name, tensor in tail.tensors.items()}
+    return {
+        "adapter_config.json": json.dumps(said, indent=2, sort_keys=True, default=str).encode(),
+        PEFT_WEIGHTS: save(tensors, {"format": "pt"}),
+    }
