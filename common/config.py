@@ -15,7 +15,7 @@ from fedhead.registry import suggest
 MOST_LIFTED = 4096
 """Largest width of a lift: the sums of wider features would be projected."""
 
-DENSE_LAYERS = {"segmentation": "maps"}
+DENSE_LAYERS = {"detection": "maps@416", "segmentation": "maps"}
 """Tasks about places of items, such as pixels, with the layers that each takes by default."""
 
 Scalar = bool | int | float | str
@@ -195,7 +195,7 @@ class RunConfig(_Table):
     task: str = Field(
         "classification",
         description="Task: 'classification', 'multi-label', 'ordinal', 'regression', 'survival', 'segmentation', "
-        "'clusters' for rows without labels, or one of your own.",
+        "'detection', 'clusters' for rows without labels, or one of your own.",
     )
     clusters: int = Field(
         0, ge=0, le=200, description="Number of clusters for task 'clusters'; 0 chooses from 2 to 20 on held-out rows."

@@ -21,6 +21,12 @@ def figure_table(report: Any, title: str = "") -> Table:
             shown = "" if point is None else f"{point[0]:.3f} ({point[1]:.3f} to {point[2]:.3f})"
             table.add_row(f"{edge:g}", shown, "" if predicted is None else f"{predicted:.3f}")
         return table
+    if hasattr(report, "boxes"):
+        table = _table(f"{title}95 % intervals in brackets", "class", ("images", "boxes", "AP50", "AP"))
+        for one in report.boxes:
+            averages = number_interval(one.ap50, 3), number_interval(one.ap, 3)
+            table.add_row(one.name, str(one.items), str(one.boxes), *averages)
+        return table
     if hasattr(report, "areas"):
         table = _table(f"{title}95 % intervals in brackets", "class", ("images", "IoU", "Dice"))
         for one in report.areas:
@@ -47,6 +53,11 @@ def figure_lines(report: Any) -> list[tuple[str, str]]:
         return [
             ("Concordance", f"{number_interval(report.concordance, 3)} on {report.rows} rows"),
             ("Events", f"{report.events}{ratio}"),
+        ]
+    if hasattr(report, "boxes"):
+        return [
+            ("AP50", f"{number_interval(report.ap50, 3)} on {report.rows} images"),
+            ("AP", number_interval(report.ap, 3)),
         ]
     if hasattr(report, "areas"):
         return [

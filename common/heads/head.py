@@ -198,7 +198,7 @@ class AffineHead(Head):
 class LinearHead(AffineHead):
     """Outputs `x W^T + b`, weight `[C, d]`, bias `[C]`, initially zero."""
 
-    inits = ("lda", "lda-gcv", "lda-shares", "ridge", "nearest-mean", "hazards", "zeros", "random")
+    inits = ("lda", "lda-gcv", "lda-shares", "boxes", "ridge", "nearest-mean", "hazards", "zeros", "random")
     averages_in_coefficients = True
 
     @classmethod

@@ -1,5 +1,6 @@
 """Closed-form heads and scores from feature statistics alone."""
 
+from fedhead.solvers.boxes import solve_boxes
 from fedhead.solvers.closed_form import (
     ABSENT_MARGIN,
     negligible_eigenvalue,
@@ -19,6 +20,7 @@ __all__ = [
     "negligible_eigenvalue",
     "positive_spectrum",
     "shrink_correlation",
+    "solve_boxes",
     "solve_cross_validated_lda",
     "solve_hazards",
     "solve_head",

@@ -34,6 +34,7 @@ tasks: Registry["type[Task]"] = Registry(
     {
         "classification": "fedhead.tasks.classification",
         "clusters": "fedhead.tasks.clusters",
+        "detection": "fedhead.tasks.detection",
         "multi-label": "fedhead.tasks.multi_label",
         "ordinal": "fedhead.tasks.ordinal",
         "regression": "fedhead.tasks.regression",

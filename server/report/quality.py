@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fedhead.server.report import charts
+from fedhead.server.report.detection import detection_quality
 from fedhead.server.report.layout import DASH, Figure, Section, Table
 from fedhead.server.report.privacy import noisy_accuracy
 from fedhead.server.report.regression import interval_sentences, regression_quality
@@ -59,6 +60,7 @@ def quality(record: RunRecord) -> Section:
 
 
 _SECTIONS: Mapping[str, Callable[[RunRecord, str, str, Callable[[RunRecord], str]], Section]] = {
+    "detection": detection_quality,
     "segmentation": segmentation_quality,
     "survival": survival_quality,
 }

@@ -1,0 +1,260 @@
+"""Detection: boxes around the objects in images, from the maps of a frozen backbone."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedhead.backbones.geometry import Geometry
+from fedhead.data import Samples
+from fedhead.data.boxes import Boxes
+from fedhead.errors import UserError
+from fedhead.evaluation.detection import DetectionReport, average_precisions, detection_report
+from fedhead.registry import suggest
+from fedhead.sums.detection import DetectionSums, detection_sums
+from fedhead.sums.evaluation import ScoreBins
+from fedhead.sums.features import FeatureStatistics
+from fedhead.tasks.cells import Found, assign, corners_of, find_boxes, within
+from fedhead.tasks.dense import DenseTask, Places
+from fedhead.tasks.losses import BinaryCrossEntropy
+from fedhead.tasks.task import Targets, tasks
+from fedhead.wording import counted
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+OBJECTNESS = "objectness"
+SHAPE = ("x", "y", "log width", "log height")
+"""Columns of a head after those of the classes: objectness, and the shape of a box of each class."""
+
+MOST_CLASSES = 1000
+
+
+@tasks.register("detection")
+class Detection(DenseTask):
+    """Boxes of objects: each cell of the finest map has the logits of classes and of objectness, and a box.
+
+    Args:
+        columns: the classes of objects, or the columns that follow from them.
+    """
+
+    name = "detection"
+    score_name = "ap50"
+    score_title = "AP50"
+    loss = BinaryCrossEntropy()
+    answer_name = "values"
+    answer_meaning = "Of each cell, the logits of classes and of objectness, and the place and size of a box."
+    family = "classification"
+    misfit = "Its boxes do not fit the classes of this run; the site's own log has the details."
+    solvers = ("boxes",)
+    baseline_solver = "boxes"
+
+    def __init__(self, columns: Sequence[str]) -> None:
+        named = tuple(columns)
+        classes = named[: len(named) // (1 + len(SHAPE))]
+        super().__init__(named if named == _columns(classes) else _columns(named))
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes of objects."""
+        return self.columns[: len(self.columns) // (1 + len(SHAPE))]
+
+    def check_columns(self) -> None:
+        if not 1 <= len(self.classes) <= MOST_CLASSES or len(set(self.columns)) < len(self.columns):
+            raise UserError(
+                f"A detection needs 1 to {MOST_CLASSES} different classes of objects, other than {OBJECTNESS!r}; this "
+                f"run has {list(self.classes)[:5]}."
+            )
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        return super().groups[: 1 + len(self.classes)]
+
+    # Data.
+
+    @classmethod
+    def columns_of(cls, samples: Samples) -> tuple[str, ...]:
+        cls.require(samples)
+        return cls(samples.classes).columns
+
+    @classmethod
+    def require(cls, samples: Samples) -> None:
+        if samples.annotation is None or samples.annotated != "boxes":
+            raise UserError(
+                "This run finds boxes, but its data has none. Name data with boxes, as in "
+                "'coco:FILE.json?images=FOLDER', 'voc:FOLDER' or 'yolo:DATA.yaml'."
+            )
+
+    def encode(self, samples: Samples) -> Targets:
+        self.require(samples)
+        known = {name: place for place, name in enumerate(samples.classes)}
+        if unknown := self.unknown(samples):
+            raise UserError(
+                f"{samples.spec} has boxes of the class {unknown[0]!r}, which this run does not know. "
+                f"{suggest(unknown[0], list(self.classes))} Leave them out by naming the others, as in ?classes=A,B."
+            )
+        for name in self.classes:
+            if name not in known:
+                raise UserError(
+                    f"{samples.spec} does not annotate the class {name!r} of this run, so its objects would count as "
+                    f"background. Annotated are: {', '.join(samples.classes)}. If it is annotated and only absent "
+                    f"here, name all classes, as in ?classes={','.join(self.classes)}."
+                )
+        return samples.labels[:, [known[name] for name in self.classes]]
+
+    def unknown(self, samples: Samples) -> list[str]:
+        held = [samples.classes[place] for place in np.flatnonzero(samples.labels.any(0)).tolist()]
+        return sorted(name for name in held if name not in self.classes)
+
+    def annotations(self, samples: Samples) -> Callable[[int], Boxes]:
+        assert samples.annotation is not None
+        read = samples.annotation
+        places = {name: place for place, name in enumerate(self.classes)}
+        table = np.array([places.get(name, -1) for name in samples.classes], np.int64)
+
+        def boxes(row: int) -> Boxes:
+            one: Boxes = read(row)
+            return Boxes(one.corners, table[one.labels], one.ignored)
+
+        return boxes
+
+    # Heads.
+
+    def statistics(self, num_features: int, origin: "Tensor | None" = None, device: "str" = "cpu") -> FeatureStatistics:
+        """Return the sums of no places, with the products of `solve_boxes` among the targets."""
+        targets = len(self.columns) + num_features
+        return FeatureStatistics.empty(num_features, targets, origin, kind=self.kind, device=device)
+
+    def expand(self, values: "Tensor", annotations: Sequence[Boxes], geometry: Geometry) -> Places:
+        import torch
+
+        features = geometry.places(values)
+        kept, targets, items = [], [], 0
+        for own, boxes in zip(features, annotations, strict=True):
+            used, columns = self._targets(boxes, geometry)
+            found = columns[:, : len(self.classes)].sum(1, keepdim=True)
+            kept.append(own[used])
+            targets.append(torch.cat([columns, found * own[used].double()], 1))
+            items += bool(used.any())
+        return Places(torch.cat(kept), torch.cat(targets), items)
+
+    def _targets(self, boxes: Boxes, geometry: Geometry) -> "tuple[Tensor, Tensor]":
+        """Return which places `[P]` are learned from, and the targets of these `[p, 5 C + 1]`."""
+        import torch
+        from torch.nn import functional
+
+        corners = torch.from_numpy(boxes.corners)
+        ignored = torch.from_numpy(boxes.ignored)
+        given = assign(corners[~ignored], geometry.grid)
+        positive = given.box >= 0
+        labels = torch.from_numpy(boxes.labels)[~ignored]
+        marked = torch.zeros(len(positive), len(self.classes), dtype=torch.float64)
+        marked[positive] = functional.one_hot(labels[given.box[positive]], len(self.classes)).double()
+        used = positive | ~within(corners[ignored], geometry.grid)
+        shapes = (marked[:, :, None] * given.shape[:, None]).flatten(1)
+        return used, torch.cat([marked, given.objectness[:, None], shapes], 1)[used]
+
+    def unlearned(self, stats: FeatureStatistics) -> tuple[str, ...]:
+        counts = stats.counts[: len(self.classes)].tolist()
+        return tuple(name for name, places in zip(self.classes, counts, strict=True) if places <= 0)
+
+    # Evaluation.
+
+    def found(self, outputs: "Tensor", geometry: Geometry, least: float | None = None) -> Found:
+        """Return the boxes of an item, as shares of its width and height, given the outputs `[P, 5 C + 1]`."""
+        corners, scores = self.candidates(outputs, geometry)
+        return find_boxes(corners, scores) if least is None else find_boxes(corners, scores, least)
+
+    def candidates(self, outputs: "Tensor", geometry: Geometry) -> "tuple[Tensor, Tensor]":
+        """Return boxes `[..., P, C, 4]` of all cells and their scores `[..., P, C]`, with torch operations only."""
+        count = len(self.classes)
+        scores = outputs[..., :count].softmax(-1) * outputs[..., count : count + 1].sigmoid()
+        shapes = outputs[..., count + 1 :].reshape(*outputs.shape[:-1], count, len(SHAPE))
+        return corners_of(shapes, geometry.grid), scores
+
+    def decode(self, outputs: "Tensor", geometry: Geometry, size: tuple[int, int]) -> list[dict[str, Any]]:
+        """Return the boxes of an image as JSON types: class, score, and left, top, width and height in pixels."""
+        found = self.found(outputs, geometry)
+        height, width = size
+        pixels = found.corners * found.corners.new_tensor([width, height, width, height])
+        return [
+            {
+                "class": self.classes[label],
+                "score": round(score, 4),
+                "bbox": [round(side, 2) for side in (left, top, right - left, bottom - top)],
+            }
+            for (left, top, right, bottom), score, label in zip(
+                pixels.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True
+            )
+        ]
+
+    def count_items(self, outputs: "Tensor", annotations: Sequence[Boxes], geometry: Geometry) -> DetectionSums:
+        total = self.no_rows()
+        for own, boxes in zip(outputs.cpu().double(), annotations, strict=True):
+            if not bool(own.isfinite().all()):
+                raise ValueError("The head produces outputs that are not finite.")
+            total = total + self._of_item(own, boxes, geometry)
+        return total
+
+    def _of_item(self, outputs: "Tensor", boxes: Boxes, geometry: Geometry) -> DetectionSums:
+        from torch.nn import functional
+
+        found = self.found(outputs, geometry)
+        used, targets = self._targets(boxes, geometry)
+        count = len(self.classes)
+        loss = functional.binary_cross_entropy_with_logits(outputs[used, count], targets[:, count])
+        return detection_sums(
+            found.corners.numpy(),
+            found.scores.numpy(),
+            found.labels.numpy(),
+            boxes.corners,
+            boxes.labels,
+            boxes.ignored,
+            count,
+            float(loss) if len(targets) else 0.0,
+        )
+
+    def no_rows(self, bins: ScoreBins | None = None) -> DetectionSums:
+        return DetectionSums.zeros(len(self.classes))
+
+    def score_of(self, sums: DetectionSums) -> float | None:
+        return self.report(sums).ap50.value
+
+    def report(self, sums: DetectionSums) -> DetectionReport:
+        return detection_report(sums, self.classes)
+
+    def curves(self, sums: DetectionSums) -> dict[str, Any]:
+        """Return each class's average precision at each overlap; null for classes without boxes."""
+        table = average_precisions(sums)
+        return {"average_precision": [[None if value != value else value for value in row] for row in table.tolist()]}
+
+    # Predictions.
+
+    def answers(self, outputs: "Tensor", temperature: float, unlearned: "Tensor") -> "Tensor":
+        """Return the outputs with the logits of unlearned classes at minus infinity."""
+        return outputs.masked_fill(unlearned, -float("inf"))
+
+    @property
+    def description(self) -> str:
+        return f"a detector of {counted(len(self.classes), 'class', 'classes')} of objects"
+
+    def header(self, *, every: bool = False, regions: bool = False) -> list[str]:
+        return ["class", "score", "left", "top", "width", "height"]
+
+    def cells(
+        self, decision: Any, answers: Sequence[float], region: Any, *, every: bool = False, regions: bool = False
+    ) -> list[str]:
+        return [""] * len(self.header())
+
+    def record(
+        self, decision: Any, answers: Sequence[float], region: Any, *, every: bool = False, regions: bool = False
+    ) -> dict[str, Any]:
+        return {"boxes": decision}
+
+    def decide(self, answers: "Tensor") -> list[Any]:
+        raise UserError("A detector decides by image: its boxes are found together.")
+
+
+def _columns(classes: Sequence[str]) -> tuple[str, ...]:
+    return (*classes, OBJECTNESS, *(f"{name}: {part}" for name in classes for part in SHAPE))
