@@ -82,6 +82,7 @@ from fedhead.protocol.steps import Masking, Part
 from fedhead.secure.replies import SECURE, without_session
 from fedhead.sums.features import FeatureStatistics
 from fedhead.sums.moments import FeatureMoments
+from fedhead.sums.packing import narrowed
 from fedhead.sums.projection import projection_for
 from fedhead.sums.sums import Arrays, Sums
 
@@ -386,7 +387,18 @@ def statistics(sites: Sequence[Site], payload: Payload, context: Context, merged
         raise MessageError("it asks for sums of features under another map than the site was sent")
     for positions in shared(sites, merged):
         sums = sum_rows([sites[position] for position in positions], agreed, request)
+        if request.wire == "float32" and len(positions) == 1:
+            sums = _as_float32(sums, agreed.manifest)
         yield Answer(positions, sums, agreed.manifest, (request.rows,))
+
+
+def _as_float32(sums: Payload, manifest: Manifest) -> Payload:
+    if manifest.secure_sum or manifest.privacy:
+        raise MessageError("it asks for float32 sums, which can be neither masked nor noisy")
+    try:
+        return Payload(sums.values, narrowed(sums.arrays))
+    except ValueError as error:
+        raise FedheadError(f"Its sums cannot be sent as float32: {error}; set wire = 'float64' in the run.") from None
 
 
 def sum_rows(sites: Sequence[OpenSite], agreed: Agreement, request: StatisticsRequest) -> Payload:

@@ -210,6 +210,10 @@ class RunConfig(_Table):
         description="Keep the sums of each site ('folder'), their total and digests ('none'), or the total only "
         "('total').",
     )
+    wire: Literal["float64", "float32"] = Field(
+        "float64",
+        description="Sums of features on the wire: 'float64', exact to 1e-8, or 'float32' for half the bytes.",
+    )
     pooling: Literal["sum", "robust"] = Field(
         "sum",
         description="Pooling of the sites' sums: all of them ('sum'), or without sites whose sums make the head worse "
@@ -330,6 +334,12 @@ class RunConfig(_Table):
             raise ValueError("adapt solves heads from sums: set rounds to 0")
         if self.privacy.on:
             raise ValueError("adapt needs exact sums, which differential privacy does not give: leave epsilon at 0")
+        return self
+
+    @model_validator(mode="after")
+    def _masks_and_noise_need_float64(self) -> Self:
+        if self.wire == "float32" and (self.privacy.secure_sum or self.privacy.on):
+            raise ValueError("wire 'float32' is for plain sums: leave it at 'float64' under secure_sum or with epsilon")
         return self
 
     @model_validator(mode="after")

@@ -29,6 +29,7 @@ class Question(Generic[S]):
         nothing: the sums over no rows, which give the form that replies must have; they may be added to in place.
         together: whether one reply may be the sum of several sites of this process.
         beside: arrays that such a reply may hold beside the sums, by name.
+        widen: turns the arrays of a single site's reply into those of sums; None if they are.
     """
 
     action: str
@@ -36,6 +37,7 @@ class Question(Generic[S]):
     nothing: S
     together: bool = True
     beside: tuple[str, ...] = ()
+    widen: Callable[[Arrays], Arrays] | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,8 @@ def collect(
     def read(reply: Reply) -> None:
         arrays = dict(reply.payload.arrays)
         beside = {name: arrays.pop(name) for name in question.beside if reply.merged and name in arrays}
+        if question.widen is not None and len(reply.sites) == 1:
+            arrays = dict(question.widen(arrays))
         sums = type(total).from_arrays(arrays, total)
         known = sum(rows[name] for name in reply.sites)
         summed = sums.independent if isinstance(sums, FeatureStatistics) else sums.rows

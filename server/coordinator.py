@@ -122,7 +122,7 @@ class Coordinator:
             config.round_deadline,
             checkpoint.hint if checkpoint is not None else "",
         )
-        self._pooling = Pooling(self._messenger, self.manifest, self._roster, probe, sums, self.task)
+        self._pooling = Pooling(self._messenger, self.manifest, self._roster, probe, sums, self.task, config.wire)
         self._pooling.wait = self._attendance.wait_to_sum_again
         self._standardising = Standardising(self.form, self._pooling, self._latecomers, self.observer)
         self._maps = FeatureMaps(

@@ -19,6 +19,7 @@ from fedhead.server.site_sums import SiteSums
 from fedhead.server.timeout import Timeout
 from fedhead.sums.features import FeatureStatistics
 from fedhead.sums.moments import FeatureMoments
+from fedhead.sums.packing import widened
 from fedhead.sums.projection import origin_of
 from fedhead.sums.sums import Arrays, Sums
 from fedhead.tasks import Task
@@ -36,6 +37,7 @@ class Pooling:
         probe: the features `[PROBES, d]` of the probe; sums are about their mean.
         sums: where each site's statistics are kept, if anywhere.
         task: of the run.
+        wire: the number type of sums of features in the sites' replies.
 
     Attributes:
         counts: each site's training rows by class, `[C]`, once statistics were summed; `[0]` under secure summation,
@@ -54,6 +56,7 @@ class Pooling:
         probe: torch.Tensor,
         sums: SiteSums | None,
         task: Task,
+        wire: Literal["float64", "float32"] = "float64",
     ) -> None:
         self.counts: dict[str, torch.Tensor] = {}
         self.mapping: FeatureMap | None = None
@@ -65,6 +68,7 @@ class Pooling:
         self._probe = probe
         self._kept = sums
         self._task = task
+        self._wire = wire
 
     def statistics(
         self, request: StatisticsRequest, *, into: SiteSums | Literal["folder"] | None = "folder"
@@ -78,10 +82,11 @@ class Pooling:
         kept = self._kept if into == "folder" else into
         question = Question(
             STATISTICS,
-            self._named(request).payload().to_content(),
+            self._named(request.model_copy(update={"wire": self._wire})).payload().to_content(),
             self._task.statistics(len(origin), origin),
             together=kept is None,
             beside=(SITE_COUNTS,),
+            widen=widened if self._wire == "float32" else None,
         )
 
         def note(sites: tuple[str, ...], stats: FeatureStatistics, beside: Arrays) -> None:

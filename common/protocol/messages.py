@@ -222,6 +222,7 @@ class StatisticsRequest(BaseModel):
         what: `gram` for feature statistics, or `moments`.
         rows: the rows to sum.
         map: the digest of the map of features that the coordinator takes the site to have; empty for any.
+        wire: the number type of the sums of features in the reply of one site.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -229,10 +230,12 @@ class StatisticsRequest(BaseModel):
     what: Literal["gram", "moments"] = "gram"
     rows: Literal["train", "held_out"] = "train"
     map: Digest | Literal[""] = ""
+    wire: Literal["float64", "float32"] = "float64"
 
     def payload(self) -> Payload:
-        """Return the values for the wire, without an empty digest, which earlier versions do not know."""
-        return Payload(self.model_dump(exclude=set() if self.map else {"map"}))
+        """Return the values for the wire, without defaults that earlier versions do not know."""
+        unset = {name for name in ("map", "wire") if getattr(self, name) == type(self).model_fields[name].default}
+        return Payload(self.model_dump(exclude=unset))
 
 
 class Description(BaseModel):

@@ -6,13 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from fedhead.errors import UserError
 from fedhead.files import write_atomically
+from fedhead.sums.sums import Arrays
 from fedhead.sums.targets import CLASSES, LABELS, PLACES, VALUES
 
 if TYPE_CHECKING:
@@ -29,6 +32,8 @@ _COMMON = {
 _OF_CLASSES = {"counts": (torch.int64, 1), "multi_label": (torch.bool, 1)}
 _OF_VALUES = {"target_squares": (torch.float64, 1), "target_totals": (torch.float64, 1)}
 _OF_PLACES = {**_OF_VALUES, "items": (torch.int64, 1)}
+NARROWED = frozenset({"gram", "sums", "total"})
+"""The sums that may travel as float32; numbers of rows and the origin, which has to be the same everywhere, do not."""
 LARGEST = 1e100
 """More than 2^53 rows of float32 features can sum to; larger sums may overflow when added."""
 _MOST_ROWS = 2**53
@@ -96,6 +101,34 @@ def unpack(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "squares": tensors["target_squares"].clone() if real else torch.zeros(0, dtype=torch.float64),
         "items": int(tensors["items"]) if places else 0,
     }
+
+
+def narrowed(arrays: Arrays) -> dict[str, NDArray[Any]]:
+    """Return packed statistics with their sums of features as float32.
+
+    Raises:
+        ValueError: if a sum is too large for float32.
+    """
+    made = dict(arrays)
+    for name in NARROWED & arrays.keys():
+        if np.abs(arrays[name]).max(initial=0) > np.finfo(np.float32).max:
+            raise ValueError(f"{name!r} has a sum that is too large for float32")
+        made[name] = arrays[name].astype(np.float32)
+    return made
+
+
+def widened(arrays: Arrays) -> dict[str, NDArray[Any]]:
+    """Undo `narrowed`, to the precision of float32.
+
+    Raises:
+        ValueError: if sums of features are not float32.
+    """
+    made = dict(arrays)
+    for name in NARROWED & arrays.keys():
+        if arrays[name].dtype != np.float32:
+            raise ValueError(f"{name!r} is {arrays[name].dtype} instead of float32")
+        made[name] = arrays[name].astype(np.float64)
+    return made
 
 
 def check_consistency(stats: "FeatureStatistics") -> None:
