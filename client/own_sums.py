@@ -25,6 +25,7 @@ from fedhead.protocol.messages import Manifest, StatisticsRequest
 from fedhead.protocol.steps import Part, Step
 from fedhead.sums.features import FeatureStatistics
 from fedhead.tasks import Targets, Task, make_task
+from fedhead.tasks.dense import ItemPlaces
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,10 @@ def sum_own_rows(
     task = make_task(manifest.task, manifest.classes)
     rows = store.readable()
     data = LabelledFeatures(
-        store.features.to(backbone.device), torch.from_numpy(targets).to(backbone.device), loss=task.loss
+        store.features.to(backbone.device),
+        torch.from_numpy(targets).to(backbone.device),
+        loss=task.loss,
+        places=ItemPlaces.of(task, backbone.geometry, samples),
     )
     ledger = Ledger(ledger_path(site), guard.min_class_count)
     admitted = Atoms(ledger.atoms).admit(

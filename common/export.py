@@ -34,6 +34,7 @@ from fedhead.extras import require
 from fedhead.files import disk_errors, write_atomically
 from fedhead.model import BACKBONE_FILE, MODEL_FILE, TransferModel
 from fedhead.registry import suggest
+from fedhead.tasks.dense import DenseTask
 
 FORMATS: Mapping[str, str] = {
     "onnx": "model.onnx",
@@ -136,7 +137,7 @@ def describe_export(model: TransferModel) -> dict[str, Any]:
         "preprocessing": describe_preprocessing(backbone),
         "output": {
             "name": model.task.answer_name,
-            "shape": ["batch", len(model.classes)],
+            "shape": ["batch", len(model.classes), *(backbone.geometry.size if backbone.geometry else ())],
             "meaning": model.task.answer_meaning,
         },
         **({} if model.foreign is None else {"foreign": _describe_foreign(model.foreign)}),
@@ -261,9 +262,16 @@ class _Classifier(nn.Module):
         self.pooling = model.backbone.pooling
         self.excess = None if model.foreign is None else _Excess(model.foreign)
         self.answers_of = model.answers_of
+        self.geometry = model.backbone.geometry
+        self.task = model.task
+        self.register_buffer("unlearned", model.unlearned_mask, persistent=False)
 
     def finish(self, output: Tensor, mask: Tensor | None) -> Outputs:
         features = pool(output, self.pooling, mask).to(torch.float32)
+        if isinstance(self.task, DenseTask) and self.geometry is not None:
+            return self.task.program(
+                self.head(self.geometry.places(features)), self.get_buffer("unlearned"), self.geometry
+            )
         answers: Tensor = self.answers_of(self.head(features))
         return answers if self.excess is None else (answers, self.excess(features))
 

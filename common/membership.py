@@ -208,7 +208,7 @@ def _come(
         site,
         draft,
         added=added,
-        rows=sum(stats.rows for stats in site_rows.parts.values()),
+        rows=sum(stats.independent for stats in site_rows.parts.values()),
         digests={part: digest_of(stats) for part, stats in site_rows.parts.items()},
         measured=measured,
         withheld=site_rows.withheld,
@@ -297,6 +297,11 @@ def _load(run: FinishedRun, data: str | Samples) -> Samples:
 
 
 def _check_names(names: tuple[str, ...], run: FinishedRun) -> None:
+    if tasks[run.config.task].dense:
+        raise UserError(
+            "The masks of the sites do not annotate a new class, so its pixels count as others in their sums: start a "
+            "run with all classes."
+        )
     if tasks[run.config.task].family != "classification":
         raise UserError(
             "This run predicts numbers and has no classes to add; a site with its targets joins: fedhead join."
@@ -324,6 +329,8 @@ def _measure(run: FinishedRun, draft: Draft, holding: Holding, known: bool) -> M
 
 @torch.inference_mode()
 def _score(head: Head, holding: Holding, rows: Tensor, task: Task) -> float | None:
+    if (places := holding.data.places) is not None:
+        return places.task.score_of(places.evaluate(head, holding.data.features, rows.numpy()))
     head = head.to(holding.data.features.device)
     outputs = torch.cat([head(holding.data.features[block]).cpu() for block in torch.split(rows, _ROWS)])
     return task.score_on(outputs, holding.data.labels[rows].cpu())

@@ -1,12 +1,13 @@
 """TransferModel: a backbone and a head that classify or regress images, texts or tables; the result of a run."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import torch
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
@@ -15,6 +16,7 @@ from torch import Tensor
 from fedhead.backbones import Backbone, load_backbone
 from fedhead.backbones.backbone import digest_tensors
 from fedhead.backbones.weights import find_backbone, weights_path
+from fedhead.data import Item
 from fedhead.data.conversion import items_of
 from fedhead.errors import FedheadError, UserError
 from fedhead.evaluation.foreign import Foreign, foreign_file
@@ -22,11 +24,15 @@ from fedhead.files import home, safe_name, write_atomically
 from fedhead.heads import Head, make_delivered
 from fedhead.sums.calibration import Calibration
 from fedhead.tasks import make_task
+from fedhead.tasks.dense import DenseTask
 
 logger = logging.getLogger(__name__)
 
 MODEL_FILE = "model.safetensors"
 BACKBONE_FILE = "backbone.safetensors"
+
+UNLEARNED_MARGIN = 50.0
+"""Distance of unlearned classes below all outputs."""
 
 Digest = Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 
@@ -124,10 +130,34 @@ class TransferModel:
         remaining = items_of(items, self.backbone.kind, getattr(self.backbone.preprocessing, "columns", ()))
         parts = []
         while batch := list(islice(remaining, batch_size)):
-            features = self.backbone.features_of(batch)
-            outputs = self.head.to(features.device)(features)
-            parts.append(self.answers_of(outputs).cpu())
+            parts.append(self.answers_of(self.outputs(self.backbone.features_of(batch))).cpu())
         return torch.cat(parts) if parts else torch.empty(0, len(self.classes))
+
+    def outputs(self, features: Tensor) -> Tensor:
+        """Return the head's outputs `[n, C]`, or `[n, P, C]` at all places, given what the backbone returns."""
+        geometry = self.backbone.geometry
+        rows = features if geometry is None else geometry.places(features)
+        outputs: Tensor = self.head.to(features.device)(rows)
+        return outputs
+
+    def decoded(self, features: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Any]:
+        """Return the predictions of a task about places, such as masks.
+
+        Args:
+            features: what the backbone returns for `n` items.
+            sizes: `n`, the height and width of each item.
+
+        Raises:
+            UserError: if the model predicts whole items.
+        """
+        geometry = self.backbone.geometry
+        if not isinstance(self.task, DenseTask) or geometry is None:
+            raise UserError(f"This model is {self.task.description}: it predicts whole items and not their places.")
+        outputs = self.outputs(features)
+        # Finite, since outputs are interpolated.
+        lowest = outputs.min() - UNLEARNED_MARGIN
+        outputs = torch.where(self.unlearned_mask.to(outputs.device), lowest, outputs)
+        return [self.task.decode(one, geometry, size) for one, size in zip(outputs, sizes, strict=True)]
 
     def probabilities(self, items: Iterable[Any], *, batch_size: int = 64) -> Tensor:
         """Return class probabilities `[n, C]`; see `answers`.
@@ -165,8 +195,19 @@ class TransferModel:
         return [tuple(one for one in region if one not in self.unlearned) for region in regions]
 
     def predict(self, items: Iterable[Any], *, batch_size: int = 64) -> list[Any]:
-        """Return the prediction for each item: the most probable class, all classes above one half, or numbers."""
+        """Return the prediction for each item: the most probable class, all classes above one half, or numbers.
+
+        For tasks about places, what `decode` of the task returns, such as masks of class numbers `[height, width]`.
+        """
+        if self.task.dense:
+            return list(self._places(items, batch_size))
         return self.task.decide(self.answers(items, batch_size=batch_size))
+
+    @torch.inference_mode()
+    def _places(self, items: Iterable[Any], batch_size: int) -> Iterator[Any]:
+        remaining = items_of(items, self.backbone.kind)
+        while batch := list(islice(remaining, batch_size)):
+            yield from self.decoded(self.backbone.features_of(batch), [size_of(one) for one in batch])
 
     def save(self, path: Path | str) -> None:
         """Write the head as safetensors, with the backbone's digest and the classes; nothing in it is executable.
@@ -243,6 +284,11 @@ class TransferModel:
             unlearned=described.unlearned,
             foreign=_foreign(path, described.head_digest, backbone.num_features),
         )
+
+
+def size_of(item: Item) -> tuple[int, int]:
+    """Return the height and width of an image; 0 and 0 of other items."""
+    return (item.height, item.width) if isinstance(item, Image.Image) else (0, 0)
 
 
 def site_model_path(site: str) -> Path:

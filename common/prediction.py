@@ -15,7 +15,8 @@ from fedhead.data.samples import require_kind
 from fedhead.errors import UserError
 from fedhead.features.extraction import arranged, batch_size_for, read_ahead
 from fedhead.features.store import FeatureStore, Progress
-from fedhead.model import TransferModel
+from fedhead.model import TransferModel, size_of
+from fedhead.tasks.dense import DenseTask, ItemPlaces
 
 BLOCK = 8192
 """Rows whose features are in memory at a time."""
@@ -35,6 +36,7 @@ class Prediction:
         region: the set of classes, or the intervals, for the coverage asked for; else empty.
         error: why the input could not be read; else empty.
         foreign: whether the input is unlike the rows that the model was solved on; None if the model has no test.
+        decoded: the prediction of a task about places, such as a mask; else None.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Prediction:
     region: Any = ()
     error: str = ""
     foreign: bool | None = None
+    decoded: Any = None
 
 
 def predict_inputs(
@@ -65,9 +68,10 @@ def predict_inputs(
     rows = batch_size_for(backbone)
     head = model.head.to(backbone.device)
 
-    def prepare(position: int) -> Tensor | UnreadableSampleError:
+    def prepare(position: int) -> tuple[Tensor, tuple[int, int]] | UnreadableSampleError:
         try:
-            return backbone.preprocessing(inputs[position].read())
+            item = inputs[position].read()
+            return backbone.preprocessing(item), size_of(item)
         except UnreadableSampleError as error:
             return error
         except UserError as error:
@@ -77,11 +81,17 @@ def predict_inputs(
     for start in range(0, len(inputs), rows):
         names = [one.name for one in inputs[start : start + rows]]
         read = list(islice(prepared, len(names)))
-        tensors = [one for one in read if not isinstance(one, UnreadableSampleError)]
+        found = [one for one in read if not isinstance(one, UnreadableSampleError)]
         answers: Iterator[Prediction] = iter(())
-        if tensors:
+        if found:
             with torch.inference_mode():
-                features = backbone.features(backbone.preprocessing.collate(tensors))
+                features = backbone.features(backbone.preprocessing.collate([tensor for tensor, _ in found]))
+        if found and isinstance(model.task, DenseTask):
+            with torch.inference_mode():
+                decoded = model.decoded(features, [size for _, size in found])
+            answers = iter([Prediction("", *model.task.summarise(one), decoded=one) for one in decoded])
+        elif found:
+            with torch.inference_mode():
                 given = model.answers_of(head(features)).cpu()
                 strange = [None] * len(given) if model.foreign is None else model.foreign.is_foreign(features)
             answers = _predictions(model, given, coverage, strange)
@@ -140,11 +150,18 @@ def evaluate_model(
     """
     require_kind(model.backbone.spec, model.backbone.kind, samples.kind)
     targets = torch.from_numpy(model.task.encode(samples))
+    places = ItemPlaces.of(model.task, model.backbone.geometry, samples)
     if coverage is not None:
         model.sets(torch.empty(0, len(model.classes)), coverage)
     store = FeatureStore.open(model.backbone, samples, strict=strict, progress=progress)
     rows = torch.from_numpy(store.readable())
     head = model.head.to("cpu")
+    if places is not None:
+        if coverage is not None:
+            raise UserError(f"{model.task.description[0].upper()}{model.task.description[1:]} has no coverage.")
+        sums = places.evaluate(head, store.features, store.readable())
+        curves = model.task.curves(sums)
+        return ModelEvaluation(model.task.report(sums), sums, curves, None, 0, 0.0, store.skipped)
     with torch.inference_mode():
         parts = [head(store.features[rows[start : start + BLOCK]]) for start in range(0, len(rows), BLOCK)]
     outputs, truth = torch.cat(parts).double(), targets[rows]

@@ -65,7 +65,7 @@ class Geometry:
         Coarser maps are interpolated bilinearly.
         """
         parts = torch.split(values, [channels * height * width for channels, height, width in self.taps], dim=1)
-        maps = [part.reshape(len(part), *tap) for part, tap in zip(parts, self.taps, strict=True)]
+        maps = [part.reshape(-1, *tap) for part, tap in zip(parts, self.taps, strict=True)]
         return torch.cat([self._on_grid(one) for one in maps], dim=1)
 
     def places(self, values: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from fedhead.cli.application import ANY_NAME, app, in_sentences, output, progres
 from fedhead.wording import percent
 
 if TYPE_CHECKING:
+    from fedhead.data.inputs import Input
     from fedhead.model import TransferModel
     from fedhead.prediction import ModelEvaluation, Prediction
 
@@ -42,6 +43,13 @@ def predict(
     site_model: Annotated[
         bool, typer.Option("--site-model", help="MODEL is a site's name: use the personal head that it keeps here.")
     ] = False,
+    draw: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for drawings of each image, such as its mask and the image under the mask.",
+            rich_help_panel=options.OUTPUT,
+        ),
+    ] = None,
     weights: Weights = "",
     device: Device = "auto",
     out: Annotated[
@@ -59,13 +67,16 @@ def predict(
     loaded = load_model(_site_model(str(model)) if site_model else model, weights, device)
     inputs = find_inputs(paths, loaded.backbone.kind, getattr(loaded.backbone.preprocessing, "columns", ()))
     unreadable = 0
+    drawn = _drawer(draw, loaded) if draw is not None else None
     with _writer(out) as file, progress_bars() as progress:
         lines = as_json or (out is not None and out.suffix.lower() in (".jsonl", ".ndjson"))
         write = (_write_json if lines else _write_csv)(file, loaded, every, coverage is not None)
         # Where predictions appear on the terminal, a bar among them would only be in the way.
         task = progress.add_task("Predicted", total=len(inputs), visible=out is not None or not sys.stdout.isatty())
-        for prediction in predict_inputs(loaded, inputs, coverage=coverage):
+        for one, prediction in zip(inputs, predict_inputs(loaded, inputs, coverage=coverage), strict=True):
             write(prediction)
+            if drawn is not None and not prediction.error:
+                drawn(one, prediction)
             unreadable += bool(prediction.error)
             progress.advance(task)
     if unreadable:
@@ -137,6 +148,37 @@ def load_model(path: Path, weights: str, device: str) -> "TransferModel":
     model = TransferModel.load(path, weights=weights)
     model.backbone.to(pick_device(device))
     return model
+
+
+def _drawer(folder: Path, model: "TransferModel") -> "Callable[[Input, Prediction], None]":
+    """Return a function that writes drawings of a prediction.
+
+    Raises:
+        UserError: if the model's predictions cannot be drawn.
+    """
+    from PIL.Image import Image
+
+    from fedhead.errors import UserError
+    from fedhead.files import disk_errors
+    from fedhead.tasks.dense import DenseTask
+
+    task = model.task
+    if not isinstance(task, DenseTask):
+        raise UserError(f"--draw is for models of places in images; this model is {task.description}.")
+    taken: dict[str, int] = {}
+
+    def draw(one: "Input", prediction: "Prediction") -> None:
+        image = one.read()
+        if not isinstance(image, Image):
+            raise UserError(f"--draw is for images, and {one.name} is none.")
+        stem = Path(one.name).stem
+        number = taken[stem] = taken.get(stem, 0) + 1
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for ending, drawing in task.drawings(prediction.decoded, image).items():
+                drawing.save(folder / f"{stem}{f'-{number}' if number > 1 else ''}{ending}")
+
+    return draw
 
 
 @contextmanager

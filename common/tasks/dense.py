@@ -21,6 +21,7 @@ from fedhead.sums.targets import PLACES
 from fedhead.tasks.task import Calibrated, Targets, Task
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
     from fedhead.heads import Head
@@ -79,6 +80,29 @@ class DenseTask(Task):
             outputs: of the head, at all places.
             geometry: of the maps.
             size: height and width of the original image.
+        """
+
+    @abstractmethod
+    def summarise(self, decoded: Any) -> tuple[Any, tuple[float, ...]]:
+        """Return the decision and the answers for one item in a table, given its prediction from `decode`."""
+
+    @abstractmethod
+    def drawings(self, decoded: Any, image: "Image") -> dict[str, "Image"]:
+        """Return images of a prediction by the ending of their file names.
+
+        Args:
+            decoded: the prediction for one item, from `decode`.
+            image: the item.
+        """
+
+    @abstractmethod
+    def program(self, outputs: "Tensor", unlearned: "Tensor", geometry: Geometry) -> "Tensor":
+        """Return the answers of an exported model for `n` items, with torch operations only.
+
+        Args:
+            outputs: `[n, P, C]`, of the head at all places.
+            unlearned: `[C]`, bool, the columns without places at any site.
+            geometry: of the maps.
         """
 
     @property

@@ -9,6 +9,7 @@ import numpy.typing as npt
 from fedhead.backbones.geometry import Geometry
 from fedhead.data import Samples
 from fedhead.data.masks import IGNORED
+from fedhead.data.overlays import mask_image, overlay
 from fedhead.errors import UserError
 from fedhead.evaluation.segmentation import SegmentationReport, segmentation_report
 from fedhead.sums.evaluation import ScoreBins
@@ -19,6 +20,7 @@ from fedhead.tasks.task import Targets, tasks
 from fedhead.wording import counted
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
 Mask = npt.NDArray[np.uint8]
@@ -35,8 +37,11 @@ class Segmentation(DenseTask):
     score_name = "miou"
     score_title = "Mean IoU"
     loss = ShareCrossEntropy()
-    answer_name = "shares"
-    answer_meaning = "The share of each class among the predicted pixels."
+    answer_name = "probabilities"
+    answer_meaning = (
+        "Probabilities of each class in each pixel of the prepared image (not calibrated), as batch, classes, height, "
+        "width; resize them to the original image bilinearly and take the largest."
+    )
     family = "classification"
     misfit = "Its masks do not fit the classes of this run; the site's own log has the details."
     solvers = ("lda-shares", "ridge")
@@ -120,6 +125,23 @@ class Segmentation(DenseTask):
         """Return the class numbers of an image's pixels, uint8 `[height, width]`."""
         decided: Mask = self.pixels(outputs, geometry, size).argmax(0).byte().cpu().numpy()
         return decided
+
+    def summarise(self, decoded: Mask) -> tuple[str, tuple[float, ...]]:
+        """Return the class with the most pixels, and each class's share of the pixels."""
+        shares = np.bincount(decoded.ravel(), minlength=len(self.columns)) / decoded.size
+        return self.columns[int(shares.argmax())], tuple(shares.tolist())
+
+    def drawings(self, decoded: Mask, image: "Image") -> "dict[str, Image]":
+        """Return the mask of class numbers, with colours as its palette, and the image with the classes' colours."""
+        return {".png": mask_image(decoded), "-overlay.png": overlay(image, decoded)}
+
+    def program(self, outputs: "Tensor", unlearned: "Tensor", geometry: Geometry) -> "Tensor":
+        """Return the probabilities of each class `[n, C, height, width]` in the pixels of the prepared image."""
+        from torch.nn import functional
+
+        maps = outputs.mT.reshape(-1, outputs.shape[2], *geometry.grid)
+        pixels = functional.interpolate(maps, geometry.size, mode="bilinear", align_corners=False)
+        return pixels.masked_fill(unlearned[:, None, None], -float("inf")).softmax(1)
 
     def count_items(self, outputs: "Tensor", annotations: Sequence[Mask], geometry: Geometry) -> SegmentationSums:
         total = self.no_rows()

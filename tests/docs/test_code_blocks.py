@@ -167,6 +167,18 @@ def sounds_page(folder: Path) -> None:
     (folder / "recordings.csv").write_text("\n".join(["path,label,speaker", *rows]) + "\n", encoding="utf-8")
 
 
+def segmentation_page(folder: Path) -> None:
+    for name in ("images", "masks"):
+        (folder / "cells" / name).mkdir(parents=True)
+    for number in range(60):
+        mask = np.zeros((64, 64), np.uint8)
+        mask[number % 30 : number % 30 + 24, 20:44] = 255
+        pixels = np.random.default_rng(number).integers(0, 60, (64, 64, 3)) + (mask[..., None] > 0) * 150
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / "cells" / "images" / f"{number}.png")
+        Image.fromarray(mask).save(folder / "cells" / "masks" / f"{number}.png")
+    table(folder / "cells" / "index.csv", "id,laboratory,patient", lambda n: f"{n},{'ab'[n % 2]},p{n % 20}", 60)
+
+
 def tasks_page(folder: Path) -> None:
     pictures = folder / "pictures"
     photographs(pictures)
@@ -251,6 +263,7 @@ STAND_INS: Mapping[str, Callable[[Path], None]] = {
     "docs/tutorials/first-simulation.md": lambda folder: (first_run(folder), digit(folder / "new.png", 3))[1],
     "docs/tutorials/own-backbone.md": lambda folder: photographs(folder / "photographs"),
     "docs/how-to/data.md": data_page,
+    "docs/how-to/segmentation.md": segmentation_page,
     "docs/how-to/sounds.md": sounds_page,
     "docs/how-to/tasks.md": tasks_page,
     "docs/how-to/use-a-model.md": model_page,

@@ -1,15 +1,26 @@
 """Segmentation runs end to end on drawn images with masks."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from fedhead.config import RunConfig
+from fedhead.data import load_samples
 from fedhead.errors import UserError
+from fedhead.export import export_model
+from fedhead.membership import join, leave
+from fedhead.model import TransferModel
+from fedhead.prediction import evaluate_model, find_inputs, predict_inputs
 from fedhead.simulations.result import RunResult
 from fedhead.simulations.simulate import simulate
+from fedhead.solvers import solve_head
+from fedhead.sums.features import FeatureStatistics
 
 
 def draw(folder: Path, count: int, seed: int = 0) -> str:
@@ -55,8 +66,9 @@ def test_squares_are_found(drawn: str, tmp_path: Path) -> None:
 def test_secure_sums_give_the_same_head(drawn: str, tmp_path: Path) -> None:
     plain = run(drawn, tmp_path / "plain")
     masked = run(drawn, tmp_path / "masked", privacy={"secure_sum": True, "max_colluding": 0})
-    difference = plain.model.head.weight - masked.model.head.weight
-    assert float(difference.abs().max()) < 1e-4 * float(plain.model.head.weight.abs().max())
+    expected = plain.model.head.weight.detach()
+    difference = expected - masked.model.head.weight.detach()
+    assert float(difference.abs().max()) < 1e-4 * float(expected.abs().max())
 
 
 @pytest.mark.parametrize(
@@ -77,3 +89,75 @@ def test_combinations_without_a_meaning_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=said):
         run(drawn, tmp_path / "run", **changes)
+
+
+def test_a_model_predicts_masks_and_is_evaluated_on_others(drawn: str, tmp_path: Path) -> None:
+    run(drawn, tmp_path / "run", with_backbone=True)
+    model = TransferModel.load(tmp_path / "run")
+    fresh = load_samples(draw(tmp_path / "fresh", 8, seed=1))
+    assert evaluate_model(model, fresh).report.miou.value > 0.8
+    predicted = model.predict([fresh.read(0)])[0]
+    assert predicted.shape == (64, 64)
+    assert (predicted == fresh.annotation(0)).mean() > 0.9
+    (one,) = predict_inputs(model, find_inputs([fresh.name(0)], "image"))
+    assert np.array_equal(one.decoded, predicted)
+    assert export_model(model, "torch-export", tmp_path / "model.pt2").difference < 1e-4
+    assert one.answers[1] == pytest.approx(float((predicted == 1).mean()))
+
+
+def test_a_site_leaves_exactly(drawn: str, tmp_path: Path) -> None:
+    run(drawn, tmp_path / "run")
+    sums = {path.name: FeatureStatistics.load(path) for path in (tmp_path / "run" / "sums").glob("*.safetensors")}
+    gone = min(sums).partition(".")[0]
+    result = leave(tmp_path / "run", gone)
+    rest = sum(one for name, one in sums.items() if not name.startswith(f"{gone}."))
+    expected = solve_head(rest, "lda-shares").weight.detach()
+    joined = join(tmp_path / "run", "guest", draw(tmp_path / "guest", 24, seed=2), min_rows=4, min_class_count=2)
+    assert joined.rows == 24
+    assert joined.accuracy > 0.7
+    leave(tmp_path / "run", "guest")
+    left = load_file(tmp_path / "run" / "model.safetensors")["weight"]
+    assert result
+    torch.testing.assert_close(left.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_classes_that_masks_do_not_annotate_are_refused(drawn: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="do not annotate the class 'vessel'"):
+        run(drawn, tmp_path / "run", classes=("background", "foreground", "vessel"))
+    with pytest.raises(UserError, match="have the class 'background'"):
+        run(drawn, tmp_path / "other", classes=("foreground", "vessel"))
+
+
+PEAK = """
+import sys, threading, time
+from pathlib import Path
+from fedhead.config import RunConfig
+from fedhead.simulations import simulate
+
+peak = [0]
+
+def watch():
+    while True:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        peak[0] = max(peak[0], next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")))
+        time.sleep(0.01)
+
+threading.Thread(target=watch, daemon=True).start()
+simulate(RunConfig(task="segmentation", backbone="torchvision:mobilenet_v2", weights="random",
+    layer="features.1+features.2:map@128", simulation={"data": sys.argv[1], "sites": 2, "partition": "iid"}),
+    out=Path(sys.argv[2]))
+print(peak[0])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from /proc")
+def test_memory_does_not_grow_with_images(tmp_path: Path) -> None:
+    peaks = []
+    for count in (100, 1000):
+        data = draw(tmp_path / str(count), count)
+        command = [sys.executable, "-P", "-c", PEAK, data, str(tmp_path / f"run-{count}")]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout.splitlines()[-1]))
+    # The maps of 900 more images would be 325 MB.
+    assert peaks[1] < peaks[0] + 100_000
