@@ -32,7 +32,7 @@ class Assignment(NamedTuple):
 
     Attributes:
         box: `[P]` int64, the box that each cell finds; -1 for none.
-        objectness: `[P]` float64, 1 at the centre of the box that a cell finds and 0 in cells without.
+        objectness: `[P]` float64, up to 1 at the centre of the box that a cell finds and 0 in cells without.
         shape: `[P, 4]` float64, its centre relative to the cell's in cells, and the logarithms of its sides as shares
             of the image; 0 in cells without.
     """
@@ -56,7 +56,8 @@ def assign(corners: Tensor, grid: tuple[int, int]) -> Assignment:
 
     A box is found by the cells within `NEAR` of its centre and by the nearest cell. A cell between several boxes keeps
     the nearest in units of their sizes; but the nearest cell of a box is its own if it is no other's nearest cell. The
-    objectness is `exp(-d^2 / (2 SPREAD^2))` for the distance `d` in units of the box's size.
+    objectness is `exp(-d^2 / (2 SPREAD^2))` for the distance `d` in units of the box's size, divided by the number of
+    the box's cells, so that large boxes with many cells do not outweigh small ones.
 
     Args:
         corners: `[m, 4]`, with area.
@@ -86,7 +87,8 @@ def assign(corners: Tensor, grid: tuple[int, int]) -> Assignment:
     box = box.masked_fill(~found, -1)
     own = box.clamp(min=0)
     shape = torch.cat([(middle[own] - cells) * scale, sides[own].log()], 1)
-    objectness = (-cost / (2 * SPREAD**2)).exp()
+    claims = torch.bincount(own[found], minlength=boxes)[own]
+    objectness = (-cost / (2 * SPREAD**2)).exp() / claims.clamp(min=1)
     return Assignment(box, objectness.masked_fill(~found, 0), shape.masked_fill(~found[:, None], 0))
 
 

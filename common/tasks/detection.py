@@ -8,6 +8,7 @@ import numpy as np
 from fedhead.backbones.geometry import Geometry
 from fedhead.data import Samples
 from fedhead.data.boxes import Boxes
+from fedhead.data.drawn_boxes import draw_boxes
 from fedhead.errors import UserError
 from fedhead.evaluation.detection import DetectionReport, average_precisions, detection_report
 from fedhead.registry import suggest
@@ -21,6 +22,7 @@ from fedhead.tasks.task import Targets, tasks
 from fedhead.wording import counted
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
 
@@ -29,6 +31,9 @@ SHAPE = ("x", "y", "log width", "log height")
 """Columns of a head after those of the classes: objectness, and the shape of a box of each class."""
 
 MOST_CLASSES = 1000
+
+SHOWN = 0.05
+"""Lowest score of a box that is counted and drawn for readers."""
 
 
 @tasks.register("detection")
@@ -44,7 +49,10 @@ class Detection(DenseTask):
     score_title = "AP50"
     loss = BinaryCrossEntropy()
     answer_name = "values"
-    answer_meaning = "Of each cell, the logits of classes and of objectness, and the place and size of a box."
+    answer_meaning = (
+        "For each cell and class: left, top, right and bottom of a box as shares of the image, and its score. Suppress "
+        "boxes of a class that overlap one with a higher score by more than 0.5 as intersection over union."
+    )
     family = "classification"
     misfit = "Its boxes do not fit the classes of this run; the site's own log has the details."
     solvers = ("boxes",)
@@ -189,6 +197,25 @@ class Detection(DenseTask):
             )
         ]
 
+    def summarise(self, decoded: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], tuple[float, ...]]:
+        """Return the boxes with a score of `SHOWN` or more, and their number of each class."""
+        shown = [one for one in decoded if one["score"] >= SHOWN]
+        return shown, tuple(float(sum(one["class"] == name for one in shown)) for name in self.classes)
+
+    def drawings(self, decoded: list[dict[str, Any]], image: "Image") -> "dict[str, Image]":
+        """Return the image with the boxes that `summarise` counts."""
+        shown, _ = self.summarise(decoded)
+        titles = [f"{one['class']} {one['score']:.2f}" for one in shown]
+        kinds = [self.classes.index(one["class"]) for one in shown]
+        return {"-boxes.png": draw_boxes(image, [one["bbox"] for one in shown], titles, kinds)}
+
+    def program(self, outputs: "Tensor", unlearned: "Tensor", geometry: Geometry) -> "Tensor":
+        """Return boxes and scores `[n, P, C, 5]` of all cells, without suppressing overlapping ones."""
+        import torch
+
+        corners, scores = self.candidates(outputs.masked_fill(unlearned, -float("inf")), geometry)
+        return torch.cat([corners, scores[..., None]], -1)
+
     def count_items(self, outputs: "Tensor", annotations: Sequence[Boxes], geometry: Geometry) -> DetectionSums:
         total = self.no_rows()
         for own, boxes in zip(outputs.cpu().double(), annotations, strict=True):
@@ -240,12 +267,12 @@ class Detection(DenseTask):
         return f"a detector of {counted(len(self.classes), 'class', 'classes')} of objects"
 
     def header(self, *, every: bool = False, regions: bool = False) -> list[str]:
-        return ["class", "score", "left", "top", "width", "height"]
+        return [f"number of {name}" for name in self.classes]
 
     def cells(
         self, decision: Any, answers: Sequence[float], region: Any, *, every: bool = False, regions: bool = False
     ) -> list[str]:
-        return [""] * len(self.header())
+        return [f"{number:.0f}" for number in answers] if answers else [""] * len(self.classes)
 
     def record(
         self, decision: Any, answers: Sequence[float], region: Any, *, every: bool = False, regions: bool = False
