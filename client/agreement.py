@@ -39,6 +39,7 @@ class Agreement:
         mapping: of the features, before all sums and heads; None for plain ones.
         map_digest: of the request for the map; empty for plain features.
         own_origin: `[D]`, of all sums, if it does not follow from the probe.
+        shares: `[C]`, each class's share of all sites' training rows, in tuned runs that adjust by them.
         unfit: why the site's rules allow no sums under the map or the standardisation; empty if they do. It is known
             here alone.
     """
@@ -51,6 +52,7 @@ class Agreement:
     map_digest: str = ""
     own_origin: "Tensor | None" = None
     unfit: str = ""
+    shares: "Tensor | None" = None
 
     @property
     def num_features(self) -> int:
@@ -61,7 +63,7 @@ class Agreement:
         """Return what is known of the run on its mapped features, or on simpler ones without standardisation."""
         from fedhead.heads import FeatureMap, MapForm
 
-        if level == "map":
+        if level in ("map", "tail"):
             return self
         mapping = None
         if level == "basis" and self.mapping is not None:
@@ -106,6 +108,7 @@ def agreement(context: Context) -> Agreement:
         _kept_map(record, manifest),
         str(record.get("map.digest", "")),
         unfit=" ".join(str(record[name]) for name in _UNFIT.values() if name in record),
+        shares=_tensor(record, "shares") if "shares" in record else None,
     )
 
 
@@ -185,9 +188,13 @@ def keep_standardisation(payload: Payload, context: Context) -> None:
     """
     agreed = agreement(context)
     sizes = {"mean": agreed.num_features, "scale": agreed.num_features}
+    if agreed.manifest.tune and agreed.manifest.adjust:
+        sizes["shares"] = len(agreed.task.columns)
     if agreed.task.standardises_targets:
         sizes |= {"target_mean": len(agreed.task.columns), "target_scale": len(agreed.task.columns)}
     check_arrays(payload.arrays, {name: np.zeros(size, np.float32) for name, size in sizes.items()})
+    if "shares" in sizes and not bool((payload.arrays["shares"] > 0).all()):
+        raise MessageError("a class's share of all rows is not positive")
     record = context.state[RECORD]
     assert isinstance(record, ConfigRecord)
     record.pop(_UNFIT[STANDARDISE], None)

@@ -102,7 +102,7 @@ def average_heads(
         evaluation = evaluate_head(head, incoming, data, held_out, chunk_bytes=chunk_bytes)
         mean, rest = _Mean(incoming, len(sites), evaluation), everyone
     sizes = np.array([len(sites[i].rows) for i in rest], dtype=np.int64)
-    for chosen in chunks(sizes, settings, incoming, chunk_bytes):
+    for chosen in chunks(sizes, settings, incoming, chunk_bytes, head.together):
         positions = rest[chosen]
         trained = train_chunk(
             head, incoming, data, [sites[i] for i in positions], settings, seed, round_number, min_batch

@@ -122,6 +122,7 @@ class RowTable:
             losses=np.bincount(owner, weights=losses, minlength=len(sites)).astype(np.float64),
             scores=np.bincount(owner, weights=scores, minlength=len(sites)).astype(np.float64),
             rows=sizes,
+            curves=np.zeros((len(sites), 0)),
         )
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:

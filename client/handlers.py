@@ -39,6 +39,8 @@ from fedhead.client.release.step import release
 from fedhead.client.rivals import rivals
 from fedhead.client.secure_handlers import agree, open_session, unmask
 from fedhead.client.site_data import OpenSite, Site
+from fedhead.client.tails import tuned_rows
+from fedhead.client.training import LabelledFeatures
 from fedhead.data import IntArray
 from fedhead.errors import FedheadError, UserError
 from fedhead.protocol.actions import (
@@ -367,6 +369,8 @@ def standardise(sites: Sequence[Site], payload: Payload, context: Context, merge
             site.open(agreed.manifest)
         try:
             holding = site.open(agreed.manifest)
+            if agreed.manifest.tune:
+                site.tuning(agreed.manifest)
             data = replace(holding.data, mapping=agreed.mapping)
             site.training.check_scale(data.blocks_of(holding.train.rows), *agreed.standardisation)
         except FedheadError as error:
@@ -385,8 +389,16 @@ def statistics(sites: Sequence[Site], payload: Payload, context: Context, merged
     request = StatisticsRequest(**payload.values)
     if request.map and request.map != agreed.map_digest:
         raise MessageError("it asks for sums of features under another map than the site was sent")
+
+    def seen(data: LabelledFeatures) -> LabelledFeatures:
+        if not payload.arrays:
+            return data
+        if not agreed.manifest.tune or request.what != "gram":
+            raise MessageError("it asks for sums of the features of a tail, which the run does not tune")
+        return tuned_rows(data, agreed, sites[0].tuning(agreed.manifest), payload.arrays)
+
     for positions in shared(sites, merged):
-        sums = sum_rows([sites[position] for position in positions], agreed, request)
+        sums = sum_rows([sites[position] for position in positions], agreed, request, seen)
         if request.wire == "float32" and len(positions) == 1:
             sums = _as_float32(sums, agreed.manifest)
         yield Answer(positions, sums, agreed.manifest, (request.rows,))
@@ -401,12 +413,24 @@ def _as_float32(sums: Payload, manifest: Manifest) -> Payload:
         raise FedheadError(f"Its sums cannot be sent as float32: {error}; set wire = 'float64' in the run.") from None
 
 
-def sum_rows(sites: Sequence[OpenSite], agreed: Agreement, request: StatisticsRequest) -> Payload:
-    """Return the sums over all rows of `sites`; of several sites, with each one's rows by class beside them."""
+def sum_rows(
+    sites: Sequence[OpenSite],
+    agreed: Agreement,
+    request: StatisticsRequest,
+    seen: Callable[[LabelledFeatures], LabelledFeatures] = lambda data: data,
+) -> Payload:
+    """Return the sums over all rows of `sites`; of several sites, with each one's rows by class beside them.
+
+    Args:
+        sites: they share one `LabelledFeatures`.
+        agreed: what is known of the run.
+        request: for sums.
+        seen: returns the data whose features are summed, given that of the sites.
+    """
     holdings = [site.open(agreed.manifest) for site in sites]
     summed = [(one.train if request.rows == "train" else one.summable).rows for one in holdings]
     together = np.concatenate([np.empty(0, dtype=np.int64), *summed])
-    data = replace(holdings[0].data, mapping=agreed.mapping)
+    data = seen(replace(holdings[0].data, mapping=agreed.mapping))
     targets = data.labels
     counts: Arrays = {}
     total: FeatureMoments | FeatureStatistics

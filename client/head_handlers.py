@@ -20,6 +20,7 @@ from fedhead.client.answers import Answer, of_several, shared
 from fedhead.client.averaging import average_heads
 from fedhead.client.gradients import sum_gradient
 from fedhead.client.site_data import Holding, Site
+from fedhead.client.tails import TAIL, activations_of, tuned_head
 from fedhead.client.training import LabelledFeatures, evaluate_head, train_in_chunks
 from fedhead.config import LocalConfig
 from fedhead.data import BoolArray, IntArray, calibration_half
@@ -89,7 +90,7 @@ def train(sites: Sequence[Site], payload: Payload, context: Context, merged: boo
     """Train the head at all sites at once, and evaluate the incoming one on their held-out rows."""
     agreed = agreement(context)
     manifest = agreed.manifest
-    request = HeadRequest.from_payload(payload, empty_head(agreed))
+    request = HeadRequest.from_payload(payload, form_of(sites, agreed, payload.arrays))
     asked, limits = _asked_settings(agreed, request), sites[0].training
     limits.check(asked)
     ready = prepare(sites, agreed, request)
@@ -110,8 +111,8 @@ def train(sites: Sequence[Site], payload: Payload, context: Context, merged: boo
             repeated=request.everyone,
             min_batch=min_batch,
         )
-        metrics = np.stack(
-            [averaged.rows, averaged.losses, evaluation.rows, evaluation.losses, evaluation.scores], axis=1
+        metrics = np.column_stack(
+            [averaged.rows, averaged.losses, evaluation.rows, evaluation.losses, evaluation.scores, evaluation.curves]
         ).astype(np.float64)
         arrays = {name: value.cpu().numpy() for name, value in averaged.parameters.items()}
         yield Answer(range(len(sites)), _merged(sites, metrics, averaged.usable, arrays), manifest, parts)
@@ -173,7 +174,7 @@ def gradient(sites: Sequence[Site], payload: Payload, context: Context, merged: 
 def evaluate(sites: Sequence[Site], payload: Payload, context: Context, merged: bool) -> Iterator[Answer]:
     """Evaluate the head on the held-out rows of all sites at once."""
     agreed = agreement(context)
-    request = HeadRequest.from_payload(payload, empty_head(agreed))
+    request = HeadRequest.from_payload(payload, form_of(sites, agreed, payload.arrays))
     metrics = evaluate_sites(prepare(sites, agreed, request))
     if merged:
         finite: BoolArray = np.isfinite(metrics.sum(1))
@@ -197,7 +198,7 @@ def _merged(sites: Sequence[Site], metrics: FloatArray, usable: BoolArray, array
 def report(sites: Sequence[Site], payload: Payload, context: Context, merged: bool) -> Iterator[Answer]:
     """Count in detail how the head does on each site's held-out rows."""
     agreed = agreement(context)
-    request = ReportRequest.from_payload(payload, empty_head(agreed))
+    request = ReportRequest.from_payload(payload, form_of(sites, agreed, payload.arrays))
     ready = prepare(sites, agreed, request.head)
     if ready.data.places is not None:
         for positions in shared(sites, merged):
@@ -217,7 +218,7 @@ def report(sites: Sequence[Site], payload: Payload, context: Context, merged: bo
 def calibrate(sites: Sequence[Site], payload: Payload, context: Context, merged: bool) -> Iterator[Answer]:
     """Sum over one half of the held-out rows what chooses a temperature, or over the other half what judges it."""
     agreed = agreement(context)
-    request = CalibrateRequest.from_payload(payload, empty_head(agreed))
+    request = CalibrateRequest.from_payload(payload, form_of(sites, agreed, payload.arrays))
     for positions in shared(sites, merged):
         sums = calibration_sums(
             prepare([sites[position] for position in positions], agreed, request.head), agreed, request
@@ -242,6 +243,25 @@ def calibration_sums(ready: "Prepared", agreed: Agreement, request: CalibrateReq
         else task.choosing(outputs, targets, bins)
     )
     return sums
+
+
+def form_of(sites: Sequence[Site], agreed: Agreement, arrays: Arrays) -> Arrays:
+    """Return the names, shapes and dtype that received parameters must have: the run's head, or its tail with the head.
+
+    Args:
+        sites: that were asked.
+        agreed: what is known of the run.
+        arrays: as received.
+    """
+    if agreed.manifest.tune and any(name.startswith(TAIL) for name in arrays):
+        return tail_form(sites, agreed)
+    return empty_head(agreed)
+
+
+def tail_form(sites: Sequence[Site], agreed: Agreement) -> Arrays:
+    """Return the names, shapes and dtype of the parameters of a tail with its head."""
+    head = tuned_head(agreed, sites[0].tuning(agreed.manifest))
+    return {name: value.cpu().numpy() for name, value in head.trainable().items()}
 
 
 @dataclass(frozen=True)
@@ -272,6 +292,10 @@ def prepare(sites: Sequence[Site], agreed: Agreement, request: HeadRequest) -> P
     )
     device = data.features.device
     head = head_of(agreed).to(device)
+    head.curved = bool(agreed.manifest.tune)
+    if any(name.startswith(TAIL) for name in request.arrays):
+        tuning = sites[0].tuning(agreed.manifest)
+        head, data = tuned_head(agreed, tuning), activations_of(data, agreed, tuning)
     parameters = {name: torch.from_numpy(value.copy()).to(device) for name, value in request.arrays.items()}
     return Prepared(holdings, data, head, parameters)
 
@@ -286,10 +310,11 @@ def evaluate_sites(ready: Prepared) -> FloatArray:
         metrics[:, LOSS_SUM] = [one.loss_sum for one in sums]
         return metrics
     evaluation = evaluate_head(ready.head, ready.parameters, ready.data, held)
-    metrics = np.zeros((len(held), len(METRICS)))
+    metrics = np.zeros((len(held), len(METRICS) + evaluation.curves.shape[1]))
     metrics[:, HELD_OUT] = evaluation.rows
     metrics[:, LOSS_SUM] = evaluation.losses
     metrics[:, SCORE] = evaluation.scores
+    metrics[:, len(METRICS) :] = evaluation.curves
     return metrics
 
 
@@ -316,9 +341,10 @@ def outputs_of(rows: IntArray, ready: Prepared, agreed: Agreement) -> tuple[Tens
     data = replace(ready.data, target_standardisation=None)
     parts, targets = [torch.empty(0, len(agreed.manifest.classes))], [data.labels[:0].cpu()]
     like = next(iter(ready.parameters.values()))
+    step = min(SCORED_ROWS, ready.head.most_rows or SCORED_ROWS)
     with torch.inference_mode():
-        for start in range(0, len(rows), SCORED_ROWS):
-            features, truth = data.gather(rows[start : start + SCORED_ROWS], like)
+        for start in range(0, len(rows), step):
+            features, truth = data.gather(rows[start : start + step], like)
             parts.append(ready.head.outputs(ready.parameters, features).cpu())
             targets.append(truth.cpu())
     outputs = torch.cat(parts)

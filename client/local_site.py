@@ -14,6 +14,7 @@ from torch import Tensor
 from fedhead.backbones import Backbone
 from fedhead.backbones.geometry import Geometry
 from fedhead.backbones.identity import marks_of
+from fedhead.backbones.split import split
 from fedhead.backbones.weights import PartialWeights, weights_path
 from fedhead.client.backbones import AcceptedBackbones, Agree, check_backbone, nobody_agrees, require_same
 from fedhead.client.isolation import Isolation, commonly_marked, isolation
@@ -28,10 +29,12 @@ from fedhead.client.release.secure_sessions import Policy, SecureSessions, secur
 from fedhead.client.release.training_limits import TrainingLimits
 from fedhead.client.settings import Kit, SecureKeys, SiteSettings
 from fedhead.client.site_data import Holding, hold, refuse_if_withheld
+from fedhead.client.tails import Tuning
 from fedhead.client.training import LabelledFeatures
 from fedhead.data import IntArray, held_out, load_samples, require_kind
 from fedhead.devices import Precision, pick_device
 from fedhead.errors import FedheadError, UserError
+from fedhead.features.boundary import BoundaryStore
 from fedhead.features.store import FeatureStore
 from fedhead.heads import FeatureMap, Head, LinearHead, delivered_spec, unmapped
 from fedhead.model import TransferModel, site_model_path
@@ -40,6 +43,7 @@ from fedhead.protocol.steps import Masking, Step
 from fedhead.sums.calibration import Calibration
 from fedhead.tasks import Targets, Task, make_task
 from fedhead.tasks.dense import ItemPlaces
+from fedhead.tuning import parse_tune
 from fedhead.wording import quoted
 
 logger = logging.getLogger(__name__)
@@ -102,6 +106,7 @@ class LocalSite:
         self.keeps_heads = True
         self._holdings: dict[str, Holding] = {}
         self._isolations: dict[str, Isolation] = {}
+        self._tunings: dict[str, Tuning] = {}
 
     def refresh(self) -> None:
         """Look at the data again: rows may have come or gone since.
@@ -113,7 +118,26 @@ class LocalSite:
         if samples.fingerprint != self.samples.fingerprint:
             logger.info("The data has changed: it is %d rows now, and was %d.", len(samples), self.num_rows)
             self._holdings.clear()
+            self._tunings.clear()
         self.samples, self.num_rows = samples, len(samples)
+
+    def tuning(self, manifest: Manifest) -> Tuning:
+        key = f"{manifest.backbone_digest} {manifest.tune}"
+        found = self._tunings.get(key) or self._cut(manifest)
+        _keep(self._tunings, key, found)
+        return found
+
+    def _cut(self, manifest: Manifest) -> Tuning:
+        backbone = self._backbone(manifest)
+        try:
+            trunk, tail = split(backbone, parse_tune(manifest.tune))
+        except UserError as error:
+            raise FedheadError(f"This site cannot tune {manifest.backbone}: {error}") from None
+        self.training.check_tail(manifest.tune, sum(value.numel() for value in tail.trainable().values()))
+        tail.to(self.device)
+        readable = self._store(backbone, manifest).readable()
+        logger.info("Activations below the tuned layers are computed once; each round then runs these layers alone.")
+        return Tuning(tail, BoundaryStore.open(trunk, tail, self.samples, readable))
 
     def has_weights(self, manifest: Manifest) -> bool:
         return self._find_backbone(manifest) is not None

@@ -6,21 +6,25 @@ from typing import get_args
 import torch
 from flwr.app import Context
 
-from fedhead.client.agreement import agreement, empty_head
+from fedhead.client.agreement import Agreement, agreement, empty_head
 from fedhead.client.answers import Answer, of_several, shared
-from fedhead.client.head_handlers import held_out_rows, outputs_of, prepare
+from fedhead.client.head_handlers import held_out_rows, outputs_of, prepare, tail_form
 from fedhead.client.site_data import Site
 from fedhead.protocol.heads import HeadRequest
 from fedhead.protocol.messages import Payload
 from fedhead.protocol.rivals import Level, RivalsRequest
 from fedhead.sums.rivals import RivalSums
+from fedhead.sums.sums import Arrays
 
 
 def rivals(sites: Sequence[Site], payload: Payload, context: Context, merged: bool) -> Iterator[Answer]:
     """Sum the losses of several heads over the same held-out rows."""
     agreed = agreement(context)
-    levels = {level: agreed.at(level) for level in get_args(Level)}
-    request = RivalsRequest.from_payload(payload, {level: empty_head(one) for level, one in levels.items()})
+    levels: dict[Level, Agreement] = {level: agreed.at(level) for level in get_args(Level)}
+    expected: dict[Level, Arrays] = {level: empty_head(one) for level, one in levels.items() if level != "tail"}
+    if agreed.manifest.tune:
+        expected["tail"] = tail_form(sites, agreed)
+    request = RivalsRequest.from_payload(payload, expected)
     for positions in shared(sites, merged):
         chosen = [sites[position] for position in positions]
         logits, right, targets = [], [], torch.empty(0)

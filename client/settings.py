@@ -17,6 +17,7 @@ from fedhead.client.release.training_limits import (
     MAX_LR,
     MAX_PENALTY,
     MAX_SHARE,
+    MAX_TRAINABLE,
     TrainingLimits,
 )
 from fedhead.config import Epsilon, NonNegative, Positive
@@ -76,6 +77,12 @@ class Limits(_Table):
         le=1,
         description="Largest share of one row in the residuals behind a full gradient; 1 for no limit.",
     )
+    max_trainable: int = Field(
+        MAX_TRAINABLE,
+        ge=0,
+        description="Most parameters of a backbone that the site trains and sends in a tuned run; 0 allows heads "
+        "alone. More of them reveal more of the site's rows.",
+    )
 
     @property
     def guard(self) -> "Guard":
@@ -88,7 +95,13 @@ class Limits(_Table):
     def training(self) -> TrainingLimits:
         """The bounds on local training."""
         return TrainingLimits(
-            self.min_class_count, self.max_lr, self.max_epochs, self.max_penalty, self.max_feature, self.max_share
+            self.min_class_count,
+            self.max_lr,
+            self.max_epochs,
+            self.max_penalty,
+            self.max_feature,
+            self.max_share,
+            max_trainable=self.max_trainable,
         )
 
 

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
@@ -20,6 +20,9 @@ from fedhead.heads import FeatureMap, Head
 from fedhead.protocol.messages import Manifest, WeightsChunk
 from fedhead.protocol.steps import Masking, Step
 from fedhead.tasks import Targets, Task
+
+if TYPE_CHECKING:
+    from fedhead.client.tails import Tuning
 
 logger = logging.getLogger(__name__)
 
@@ -178,6 +181,13 @@ class Site(OpenSite, Protocol):
 
         Raises:
             FedheadError: if it cannot be written.
+        """
+
+    def tuning(self, manifest: Manifest) -> "Tuning":
+        """Return the run's tail and the activations of the site's rows, extracted first if that was not done yet.
+
+        Raises:
+            FedheadError: if the backbone cannot be cut so, or the site does not train so many parameters.
         """
 
     @property

@@ -19,6 +19,8 @@ from fedhead.client.optimizers import OPTIMIZERS
 from fedhead.config import LocalConfig
 from fedhead.data import mix
 from fedhead.heads import FeatureMap, Head
+from fedhead.sums.heads import CURVE
+from fedhead.sums.paired import MOST_LOSS
 from fedhead.tasks.dense import ItemPlaces
 from fedhead.tasks.losses import CrossEntropy, Loss
 
@@ -88,6 +90,10 @@ class LabelledFeatures:
             mean, scale = self.standardisation
             features.sub_(mean.to(like)).div_(scale.to(like))
         return features.view(*rows.shape, -1), labels.view(*rows.shape, *labels.shape[1:])
+
+    def loss_at(self, sites: Sequence["SiteRows"]) -> Loss:
+        """Return the loss that heads are trained by at some sites."""
+        return self.loss
 
     def targets(self, rows: Tensor, like: Tensor) -> Tensor:
         """Return the targets `[n]` or `[n, C]` of `rows` `[n]`, standardised, on the device of `like`."""
@@ -170,11 +176,14 @@ class Evaluation:
         losses: `[S]`, the loss summed over the site's rows.
         scores: `[S]`, the score summed over the site's rows: for classes, the number of correct rows.
         rows: `[S]`, the number of rows.
+        curves: `[S, K]`, the losses at the temperatures `CURVE`, summed over the site's rows; `[S, 0]` if the head is
+            not compared by them.
     """
 
     losses: FloatArray
     scores: FloatArray
     rows: IntArray
+    curves: FloatArray
 
 
 def shuffled(seed: int, name: str, round_number: int, epoch: int, count: int) -> IntArray:
@@ -270,7 +279,7 @@ def train_in_chunks(
         Positions `[k]` in `sites` and the heads trained there, larger sites first.
     """
     sizes = sizes_of(sites)
-    for positions in chunks(sizes, settings, incoming, chunk_bytes):
+    for positions in chunks(sizes, settings, incoming, chunk_bytes, head.together):
         chosen = [sites[i] for i in positions]
         yield positions, train_chunk(head, incoming, data, chosen, settings, seed, round_number, min_batch)
 
@@ -289,18 +298,29 @@ def evaluate_head(
     sizes = sizes_of(sites)
     rows = np.concatenate([np.empty(0, dtype=np.int64), *(site.rows for site in sites)])
     losses, scores = np.empty(len(rows)), np.empty(len(rows))
+    curves = np.empty((len(rows), len(CURVE) if head.curved else 0))
     step = max(1, chunk_bytes // row_bytes(parameters))
+    if head.most_rows is not None:
+        step = min(step, head.most_rows)
     for start in range(0, len(rows), step):
         block = slice(start, start + step)
         features, labels = data.gather(rows[block], like)
         outputs = head.outputs(parameters, features)
         losses[block] = data.loss.values(outputs, labels).cpu().numpy()
         scores[block] = data.loss.score(outputs, labels).cpu().numpy()
+        for place in range(curves.shape[1]):
+            curves[block, place] = data.loss.values(outputs / CURVE[place], labels).cpu().numpy()
+    if head.curved:
+        # A version that diverged is a bad one, and not a broken reply.
+        losses, curves = (np.nan_to_num(one, nan=MOST_LOSS).clip(0, MOST_LOSS) for one in (losses, curves))
     owner = np.repeat(np.arange(len(sites)), sizes)
     return Evaluation(
         losses=np.bincount(owner, weights=losses, minlength=len(sites)).astype(np.float64),
         scores=np.bincount(owner, weights=scores, minlength=len(sites)).astype(np.float64),
         rows=sizes,
+        curves=np.array(
+            [np.bincount(owner, weights=curve, minlength=len(sites)).astype(np.float64) for curve in curves.T]
+        ).T.reshape(len(sites), -1),
     )
 
 
@@ -313,9 +333,13 @@ def row_bytes(parameters: Mapping[str, Tensor]) -> int:
 
 
 def chunks(
-    sizes: IntArray, settings: LocalConfig, incoming: Mapping[str, Tensor], chunk_bytes: int
+    sizes: IntArray,
+    settings: LocalConfig,
+    incoming: Mapping[str, Tensor],
+    chunk_bytes: int,
+    together: int | None = None,
 ) -> Iterator[IntArray]:
-    """Yield the positions of sites that are trained together, by descending size."""
+    """Yield the positions of sites that are trained together, at most `together`, by descending size."""
     order = np.argsort(-sizes, kind="stable")
     widths = np.minimum(sizes[order], settings.batch_size)
     copies = 6  # parameter, gradient, up to two of optimiser state, temporaries
@@ -323,7 +347,7 @@ def chunks(
     start = 0
     while start < len(order):
         width = int(widths[start])
-        room = max(1, chunk_bytes // (head_bytes + width * row_bytes(incoming)))
+        room = together or max(1, chunk_bytes // (head_bytes + width * row_bytes(incoming)))
         # Rows are padded to the largest site's: a chunk ends where padding would more than double them.
         alike = int(np.count_nonzero(2 * sizes[order] >= sizes[order[start]]))
         stop = min(start + room, alike)
@@ -348,12 +372,13 @@ def train_chunk(
     losses = like.new_zeros(len(sites))
     optimizer = OPTIMIZERS[settings.optimizer](settings)
     table = table_of(sites)
+    loss = data.loss_at(sites)
     for batch in batches(sites, settings, seed, round_number, min_batch):
         count = len(batch.places)
         active = {name: value[:count] for name, value in parameters.items()}
         features, labels = data.gather(np.take_along_axis(table[:count], batch.places, axis=1), like)
         weights = torch.from_numpy(batch.weights).to(like)
-        gradients, values = head.gradients(active, features, labels, weights, data.loss)
+        gradients, values = head.gradients(active, features, labels, weights, loss)
         losses[:count] += torch.from_numpy(batch.share).to(like) * values
         if settings.proximal_mu:
             for name, value in active.items():

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from fedhead.errors import UserError
 from fedhead.registry import suggest
+from fedhead.tuning import parse_tune
 
 MOST_LIFTED = 4096
 """Largest width of a lift: the sums of wider features would be projected."""
@@ -64,6 +65,44 @@ class LocalConfig(_Table):
         if self.optimizer == "adamw" and self.momentum:
             raise ValueError("momentum belongs to optimizer 'sgd'; adamw has its own")
         return self
+
+
+class TuneConfig(_Table):
+    """Fine-tuning beyond the head: which parameters of the backbone train, and how a site trains them in one round."""
+
+    layers: str = Field(
+        "",
+        description="Train more than the head: 'last:2' for the last two blocks, 'lora:8', 'bitfit', 'norm', or names "
+        "of layers; kept only if held-out rows prove it better.",
+    )
+    lr: NonNegative = Field(0.0, description="Learning rate; 0 takes one that fits the layers and the method.")
+    epochs: int = Field(1, ge=1, description="Passes over a site's training rows in one round.")
+    batch_size: int = Field(32, ge=1, description="Rows per step.")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="'adamw' or 'sgd'.")
+    weight_decay: NonNegative = Field(0.0, description="Weight decay.")
+    adjust: bool = Field(
+        True,
+        description="Add the logarithm of a class's share at the site, over its share at all sites, to its logit "
+        "during training.",
+    )
+    precision: Literal["float32", "mixed"] = Field(
+        "float32", description="Precision of training: 'float32', or 'mixed' for bfloat16."
+    )
+
+    @property
+    def on(self) -> bool:
+        """Whether parameters of the backbone train."""
+        return bool(self.layers) and self.layers != "head"
+
+    @field_validator("layers")
+    @classmethod
+    def _layers_are_well_formed(cls, layers: str) -> str:
+        if layers:
+            try:
+                parse_tune(layers)
+            except UserError as error:
+                raise ValueError(str(error).rstrip(".")) from None
+        return layers
 
 
 class SimulationConfig(_Table):
@@ -253,6 +292,7 @@ class RunConfig(_Table):
     round_deadline: Positive = Field(3600.0, description="Seconds to wait for replies, and for enough sites.")
     strategy: StrategyConfig = StrategyConfig()
     local: LocalConfig = LocalConfig()
+    tune: TuneConfig = TuneConfig()
     privacy: PrivacyConfig = PrivacyConfig()
     simulation: SimulationConfig = SimulationConfig()
 
@@ -269,6 +309,8 @@ class RunConfig(_Table):
         if not isinstance(values, dict):
             return values
         values = dict(values)
+        if isinstance(values.get("tune"), str):
+            values["tune"] = {"layers": values["tune"]}
         if "targets" in values:
             if values.get("classes"):
                 raise ValueError("give classes or targets, not both; a regression's targets are its classes")
@@ -415,8 +457,35 @@ class RunConfig(_Table):
             raise ValueError("differential privacy (epsilon) has a basis of its own: set basis and lift to 'none'")
         return self
 
+    @model_validator(mode="after")
+    def _tuned_runs_start_from_a_solved_head(self) -> Self:
+        if not self.tune.on:
+            return self
+        if self.rounds == 0:
+            raise ValueError(f"tune = {self.tune.layers!r} trains in rounds: set rounds to 1 or more")
+        if self.privacy.on:
+            raise ValueError(
+                "differential privacy (epsilon) covers the head of one exchange only, not tuned layers: leave tune out"
+            )
+        if self.task not in ("classification", "multi-label"):
+            raise ValueError(f"tune is for the tasks 'classification' and 'multi-label', not {self.task!r}")
+        if self.head != "linear" or self.init in ("zeros", "random"):
+            raise ValueError("tune starts from a solved head: set head to 'linear', and init to 'lda' or leave it out")
+        plain: dict[str, Any] = {"basis": "none", "lift": "none", "personal": "none", "foreign": False}
+        if wrong := [name for name, value in plain.items() if getattr(self, name) != value]:
+            raise ValueError(f"{wrong[0]} is computed from the features of the frozen backbone: leave it or tune out")
+        if self.strategy.name == "pooled-lbfgs":
+            raise ValueError("pooled-lbfgs trains a linear head alone: leave tune out, or take 'FedAvg'")
+        if self.simulation.engine != "process":
+            raise ValueError("tune is simulated in this process: leave simulation.engine at 'process'")
+        if self.local != LocalConfig(proximal_mu=self.local.proximal_mu):
+            raise ValueError("a tuned run trains by the settings of its table tune, as in tune.lr: leave local out")
+        return self
+
     def settled(self) -> Self:
-        """Return the configuration with the settings that the task, adaptation or differential privacy decides."""
+        """Return the configuration with what the task, tuning, adaptation or differential privacy decides."""
+        if self.tune.on and "rounds" not in self.model_fields_set:
+            return self.changed({"rounds": 10})
         if self.task == "clusters":
             return self.changed({"rounds": 0, "diagnose": False})
         if self.task in DENSE_LAYERS:
@@ -498,6 +567,7 @@ def _sentence(detail: Any) -> str:
     if detail["type"] == "extra_forbidden":
         tables: dict[str, type[BaseModel]] = {
             "local": LocalConfig,
+            "tune": TuneConfig,
             "privacy": PrivacyConfig,
             "simulation": SimulationConfig,
         }

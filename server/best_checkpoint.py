@@ -1,4 +1,4 @@
-"""The best checkpoint: the head with the least pooled held-out loss."""
+"""The best checkpoint: the head with the least pooled held-out loss, at the temperature that fits it if known."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedhead.server.exchange import Exchange
-from fedhead.sums.heads import HELD_OUT, LOSS_SUM, FloatArray
+from fedhead.sums.heads import HELD_OUT, LOSS_SUM, METRICS, FloatArray
 from fedhead.sums.sums import Arrays
 
 
@@ -17,7 +17,8 @@ class Candidate:
     Attributes:
         number: its round.
         arrays: the head.
-        losses: float64, the summed held-out loss at each site that evaluated every head so far, in the order of names.
+        losses: `[S]` float64, the summed held-out loss at each site that evaluated every head so far, in the order of
+            names; of tuned heads `[S, K]`, at the temperatures `CURVE`.
     """
 
     number: int
@@ -49,11 +50,11 @@ class BestCheckpoint:
             left = [row for row, site in enumerate(self.sites) if site in known]
             self.sites = [self.sites[row] for row in left]
             self.candidates = [Candidate(one.number, one.arrays, one.losses[left]) for one in self.candidates]
-        losses = np.array([evaluation.metrics[site][LOSS_SUM] for site in self.sites])
-        before = np.array([one.losses for one in self.candidates]).reshape(len(self.candidates), len(losses))
-        if np.all(before <= losses, axis=1).any():
+        losses = np.array([_losses(evaluation.metrics[site]) for site in self.sites])
+        before = np.array([one.losses for one in self.candidates]).reshape(len(self.candidates), losses.size)
+        if np.all(before <= losses.ravel(), axis=1).any():
             return
-        left = np.flatnonzero(~np.all(losses <= before, axis=1)).tolist()
+        left = np.flatnonzero(~np.all(losses.ravel() <= before, axis=1)).tolist()
         self.candidates = [self.candidates[row] for row in left]
         self.candidates.append(Candidate(number, arrays, losses))
 
@@ -69,4 +70,10 @@ class BestCheckpoint:
         rows = sum(evaluation.metrics[name][HELD_OUT] for name in self.sites or ())
         if rows == 0 or rows < evaluation.sums()[HELD_OUT] / 2:
             return None
-        return min(self.candidates, key=lambda one: float(sum(one.losses)))
+        return min(self.candidates, key=lambda one: float(np.min(one.losses.sum(axis=0))))
+
+
+def _losses(metrics: FloatArray) -> FloatArray:
+    """Return a site's summed held-out loss, or its losses at the temperatures `CURVE` if it sent them."""
+    curve = metrics[len(METRICS) :]
+    return curve if len(curve) else metrics[LOSS_SUM]

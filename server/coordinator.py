@@ -11,6 +11,7 @@ from flwr.serverapp.strategy import Strategy
 from fedhead.adaptation import Adaptation
 from fedhead.backbones import Backbone
 from fedhead.config import RunConfig
+from fedhead.errors import FedheadError
 from fedhead.evaluation.diagnosis import SiteDiagnosis, delivered
 from fedhead.evaluation.foreign import Foreign
 from fedhead.evaluation.personal import PersonalHeads
@@ -45,6 +46,8 @@ from fedhead.server.site_sums import SiteSums
 from fedhead.server.standardising import Standardising
 from fedhead.server.starting_head import UNSOLVED, HeadForm
 from fedhead.server.strategies import required_sites
+from fedhead.server.tuned_form import TunedForm
+from fedhead.server.tuning import decide
 from fedhead.server.weights_file import CHUNK_BYTES, WeightsFile
 from fedhead.sums.evaluation import ScoreBins
 from fedhead.sums.features import HARDLY, FeatureStatistics
@@ -99,7 +102,11 @@ class Coordinator:
         self.deliver = deliver
         self._saved = checkpoint.load() if checkpoint is not None else None
         self.task = make_task(config.task, classes)
-        self.form = HeadForm(config, backbone.num_features, self.task)
+        self.form: HeadForm = (
+            TunedForm(config, backbone, self.task)
+            if config.tune.on
+            else HeadForm(config, backbone.num_features, self.task)
+        )
         if config.pooling == "robust":
             require_robust_pooling(self.task, self.form, sums)
         run = checkpoint.run if checkpoint is not None else new_run()
@@ -156,7 +163,13 @@ class Coordinator:
         for number in range(progress.current.number + 1, self.config.rounds + 1):
             current = progress.current
             exchange = self._train(number, current)
-            made = self._rounds.aggregate(number, current.arrays, exchange)
+            try:
+                made = self._rounds.aggregate(number, current.arrays, exchange)
+            except FedheadError as error:
+                if not self.config.tune.on or (number == 1 and not exchange.metrics):
+                    raise
+                logger.warning("Tuning ends before round %d: %s A smaller tune.lr may help.", number, error)
+                break
             progress.best.add(current.number, current.arrays, exchange)
             progress.full_model_bytes += 2 * exchange.asked * self._whole_model(current.arrays)
             progress.history.append(self._round(current, exchange))
@@ -174,6 +187,7 @@ class Coordinator:
             exchange.forgive(self._roster.nodes)
             stats, asking = self._sum_statistics()
             exchange.include(asking)
+            self.form.share(stats)
             if self.form.standardises:
                 exchange.include(self._standardising.agree(stats))
             if stats is not None and self.config.pooling == "robust":
@@ -217,11 +231,11 @@ class Coordinator:
         """
         arrays = self.form.start(stats)
         if not self._calibrates_start(stats):
-            return arrays, Exchange()
+            return self.form.enter(arrays), Exchange()
         evaluation = self._evaluation(HeadRequest(arrays, server_round=0), self.task.bins())
         temperature = self.task.temperature(evaluation.choose())
         self._attendance.skip_late(evaluation.exchange)
-        return self.form.temperature_scaled(arrays, temperature), evaluation.exchange
+        return self.form.enter(self.form.temperature_scaled(arrays, temperature)), evaluation.exchange
 
     def _evaluation(self, request: HeadRequest, bins: ScoreBins) -> DetailedEvaluation:
         """Return the detailed evaluation of a head, at a thousand sites drawn at random where there are more."""
@@ -239,6 +253,7 @@ class Coordinator:
         self._messenger.traffic = progress.traffic
         self.form.standardisation = progress.standardisation
         self.form.target_standardisation = progress.target_standardisation
+        self.form.share(progress.stats)
         self._roster.excluded.update(progress.excluded)
         self._pooling.counts.update(progress.counts)
         again = self._roster.gather()
@@ -339,6 +354,7 @@ class Coordinator:
         self.observer.on_step("evaluate", last.number)
         exchange = self._rounds.evaluate(last.number, last.arrays)
         number, arrays = self._kept(progress, exchange)
+        tuned = self.form if number and isinstance(self.form, TunedForm) else None
         self.observer.on_step("finish", last.number)
         # A temperature of its own comes with the head that is delivered.
         arrays = self.form.start(stats) if number == 0 and self._calibrates_start(stats) else arrays
@@ -382,16 +398,26 @@ class Coordinator:
             statistics=stats,
             unlearned=() if delivered_stats is None else self.task.unlearned(delivered_stats),
             choices=self._choices,
-            settled=self._maps.settled,
+            # A tuned backbone is on no machine.
+            settled={**self._maps.settled, **({"with_backbone": True} if tuned else {})},
             foreign=foreign,
             adaptation=adaptation and adaptation.of_sums(delivered_stats),
             traffic=progress.traffic,
             personal=personal,
+            tuning=self._tuning(tuned is not None),
         )
+
+    def _tuning(self, kept: bool) -> dict[str, Any]:
+        """Return what is known of a tuned run beside its choices; nothing of others."""
+        if not isinstance(self.form, TunedForm):
+            return {}
+        return {"kept": "tuned" if kept else "solved", "trainable_parameters": self.form.num_parameters}
 
     def _kept(self, progress: Progress, exchange: Exchange) -> tuple[int, Arrays]:
         """Return the round whose head is kept, and this head; a head from rounds must be proven better."""
         last, stats = progress.current, progress.stats
+        if isinstance(self.form, TunedForm) and stats is not None:
+            return self._kept_tuned(self.form, progress, stats, exchange)
         progress.best.add(last.number, last.arrays, exchange)
         kept = progress.best.choose(exchange) or last
         if not (kept.number and self._calibrates_start(stats) and self.task.pairs_losses):
@@ -404,6 +430,33 @@ class Coordinator:
         self._choices = [*self._choices, choice.to_dict()]
         logger.info("%s: %s. %s", choice.question, choice.taken, choice.reason)
         return kept.number if proven else 0, kept.arrays
+
+    def _kept_tuned(
+        self, form: TunedForm, progress: Progress, stats: FeatureStatistics, exchange: Exchange
+    ) -> tuple[int, Arrays]:
+        """Return the round whose tail is kept and the parameters; round 0 for the solved head."""
+        last = progress.current
+        # A version that no site could evaluate has diverged.
+        if exchange.metrics:
+            progress.best.add(last.number, last.arrays, exchange)
+        kept = progress.best.choose(exchange) if exchange.metrics else None
+        if kept is None or not kept.number:
+            reason = "No round was better than the solved head" if kept else "Tuned versions could not be compared"
+            logger.info("%s, which is delivered.", reason)
+            return 0, form.start(stats)
+        decision = decide(
+            self._messenger,
+            self._roster,
+            self._pooling,
+            form,
+            self.task,
+            stats,
+            (kept.number, kept.arrays),
+            self.config.seed,
+        )
+        exchange.include(decision.exchange)
+        self._choices = [*self._choices, decision.choice]
+        return (kept.number if decision.tuned else 0), decision.arrays
 
     def _diagnose(
         self, request: HeadRequest, stats: FeatureStatistics | None, exchange: Exchange
@@ -464,6 +517,7 @@ class Coordinator:
         sums = evaluation.sums()
         trained = version.made_by.sums()
         held_out = sums[HELD_OUT]
+        measured = self.form.as_solved(version.number, version.arrays)
         finished = Round(
             number=version.number,
             sites=version.made_by.trained,
@@ -473,7 +527,7 @@ class Coordinator:
             train_loss=float(trained[TRAIN_LOSS] / trained[EXAMPLES]) if trained[EXAMPLES] else None,
             loss=float(sums[LOSS_SUM] / held_out) if held_out else None,
             score=self.task.score(float(sums[SCORE]), float(sums[LOSS_SUM]), float(held_out)) if held_out else None,
-            test_score=self.test(self.form.leave(version.arrays)) if self.test else None,
+            test_score=self.test(self.form.leave(measured)) if self.test else None,
             dropped=dict(sorted(version.made_by.dropped.items())),
             joined=tuple(version.made_by.joined),
         )

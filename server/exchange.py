@@ -85,4 +85,6 @@ class Exchange:
 
     def sums(self) -> FloatArray:
         """Return the metrics `[len(METRICS)]` summed over sites, losses of training weighted by their rows."""
-        return total_metrics(np.array([self.metrics[name] for name in sorted(self.metrics)]).reshape(-1, len(METRICS)))
+        if not self.metrics:
+            return np.zeros(len(METRICS))
+        return total_metrics(np.array([self.metrics[name] for name in sorted(self.metrics)]))

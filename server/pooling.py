@@ -183,15 +183,20 @@ class Pooling:
 
 
 def standardise_content(
-    standardisation: tuple[torch.Tensor, torch.Tensor], targets: tuple[torch.Tensor, torch.Tensor] | None = None
+    standardisation: tuple[torch.Tensor, torch.Tensor],
+    targets: tuple[torch.Tensor, torch.Tensor] | None = None,
+    shares: torch.Tensor | None = None,
 ) -> RecordDict:
     """Return the message with the mean and scale that heads are trained under.
 
     Args:
         standardisation: of the features, `[d]` each.
         targets: of real targets, `[C]` each.
+        shares: `[C]`, of each class in all rows, for sites that adjust logits by them.
     """
     arrays = dict(zip(("mean", "scale"), standardisation, strict=True))
     if targets is not None:
         arrays |= zip(("target_mean", "target_scale"), targets, strict=True)
+    if shares is not None:
+        arrays["shares"] = shares
     return Payload({}, {name: value.float().numpy() for name, value in arrays.items()}).to_content()

@@ -32,7 +32,7 @@ from fedhead.server.strategies import (
 )
 from fedhead.server.strategy_state import restore, state_of
 from fedhead.sums.features import FeatureStatistics
-from fedhead.sums.heads import EXAMPLES, HELD_OUT, FloatArray, HeadSums
+from fedhead.sums.heads import EXAMPLES, HELD_OUT, WIDTHS, FloatArray, HeadSums
 from fedhead.sums.sums import Arrays
 from fedhead.tasks import Task
 
@@ -68,6 +68,11 @@ class Rounds:
         self._manifest = manifest
         self._roster = roster
         self._task = task
+
+    @property
+    def _width(self) -> int:
+        """The number of columns of metrics."""
+        return WIDTHS[bool(self._manifest.tune)]
 
     def precondition(self, stats: FeatureStatistics | None, standardisation: tuple[Tensor, Tensor] | None) -> None:
         """Give a strategy of full gradients the pooled Gram matrix, if there is one of the features themselves."""
@@ -155,7 +160,7 @@ class Rounds:
         if any(message.content is not first.content for message in messages.values()):
             raise FedheadError("Secure summation needs a strategy that sends every site the same head and settings.")
         nodes = {name: message.metadata.dst_node_id for name, message in messages.items()}
-        nothing = HeadSums.unchanged(base)
+        nothing = HeadSums.unchanged(base, self._width)
         summed = self._messenger.summation.total(nodes, action, Payload.from_content(first.content), nothing)
         exchange, total = summed.exchange, summed.total
         if not summed.sites:
@@ -186,7 +191,7 @@ class Rounds:
         heads: dict[str, tuple[Message, HeadReply]] = {}
         metrics: dict[str, FloatArray] = {}
         unusable: dict[str, str] = {}
-        like = HeadSums(expected, counted=self._task.counts_scores)
+        like = HeadSums(expected, np.zeros(self._width), self._task.counts_scores)
 
         def read(answer: Reply) -> None:
             site = answer.sites[0]

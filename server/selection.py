@@ -144,6 +144,25 @@ def choose_map(rivals: Sequence[Rival], sums: RivalSums, left_out: str = "") -> 
     return taken, Choice(question, rivals[taken].name, reason, sums.rows, figures(rivals, sums))
 
 
+def choose_tuned(rivals: Sequence[Rival], sums: RivalSums) -> tuple[int, Choice]:
+    """Choose between the solved head, first, and tuned ones: the best of these if it is proven to be better.
+
+    It is if its loss is less by more than one standard error, paired over rows.
+    """
+    best = min(range(1, len(rivals)), key=lambda at: float(sums.losses[at]))
+    gain, error = sums.paired.gain(best, 0)
+    proven = gain > error
+    taken = best if proven else 0
+    reason = "There are too few held-out rows for a proof."
+    if sums.rows > 1:
+        reason = (
+            f"The mean held-out loss of {rivals[best].name} is {abs(gain):.4f} {'less' if gain > 0 else 'more'} than "
+            f"that of the solved head, with a paired standard error of {error:.4f}: tuning is "
+            f"{'proven' if proven else 'not proven'} to be better."
+        )
+    return taken, Choice("Tuning", rivals[taken].name, reason, sums.rows, figures(rivals, sums))
+
+
 def choose_round(rivals: Sequence[Rival], sums: RivalSums) -> tuple[int, Choice]:
     """Choose between the solved head, first, and one from rounds: the latter if it is better beyond one standard error.
 

@@ -45,6 +45,6 @@ class Standardising:
 
     def _tell(self) -> Exchange:
         assert self._form.standardisation is not None
-        content = standardise_content(self._form.standardisation, self._form.target_standardisation)
+        content = standardise_content(self._form.standardisation, self._form.target_standardisation, self._form.shares)
         self._latecomers.introduction[STANDARDISE] = content
         return self._pooling.announce(content)

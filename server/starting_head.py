@@ -69,6 +69,7 @@ class HeadForm:
         self.init = resolve_init(config, self.make(), task)
         self.standardisation: tuple[Tensor, Tensor] | None = None
         self.target_standardisation: tuple[Tensor, Tensor] | None = None
+        self.shares: Tensor | None = None
 
     @property
     def num_features(self) -> int:
@@ -98,6 +99,9 @@ class HeadForm:
         else:
             targets = sums.columns(self.num_features)
             self.target_standardisation = _as_float32(targets.mean(), targets.scale(hardly=0))
+
+    def share(self, stats: FeatureStatistics | None) -> None:
+        """Keep what sites need to know of the pool's classes in rounds: nothing for heads alone."""
 
     def solve(self, stats: FeatureStatistics) -> Head:
         """Solve the float64 head named by `init`, for mapped features.
@@ -144,6 +148,14 @@ class HeadForm:
             UserError: if these statistics do not determine it.
         """
         return behind(self.mapping, self.solve(stats))
+
+    def enter(self, head: Arrays) -> Arrays:
+        """Return the parameters that rounds start from, given the first head."""
+        return head
+
+    def as_solved(self, number: int, parameters: Arrays) -> Arrays:
+        """Return the parameters of a version as they are measured: of round 0, those of the head alone."""
+        return parameters
 
     def leave(self, parameters: Arrays) -> Head:
         """Return the head for raw features from parameters in the coordinates of training."""

@@ -19,13 +19,16 @@ from torch import Tensor
 
 from fedhead.backbones import load_backbone
 from fedhead.backbones.identity import identity_for
+from fedhead.backbones.split import split
 from fedhead.client.release.guard import labels_of
+from fedhead.client.tails import Tuning
 from fedhead.config import RunConfig
 from fedhead.data import IntArray, Samples
 from fedhead.errors import UserError
+from fedhead.features.boundary import BoundaryStore
 from fedhead.features.store import FeatureStore, Progress
 from fedhead.flower import in_process_identity
-from fedhead.heads import Head
+from fedhead.heads import Head, TunedHead
 from fedhead.server.kinds import coordinator_for
 from fedhead.server.observer import Observer
 from fedhead.server.runs.execute import RunParts, execute
@@ -41,6 +44,7 @@ from fedhead.simulations.sites import SharedData, SimulatedSite
 from fedhead.simulations.worker import Shared
 from fedhead.tasks import Task, make_task
 from fedhead.tasks.dense import ItemPlaces
+from fedhead.tuning import parse_tune
 
 logger = logging.getLogger(__name__)
 
@@ -126,8 +130,9 @@ def run_plan(
         parts.checkpoint.data = _data_digest(plan, store, test_store)
     task = make_task(config.task, config.classes)
     places = ItemPlaces.of(task, plan.backbone.geometry, plan.samples)
+    tuning, test_rows = _tuning(plan, store, test_store)
     shared = SharedData(
-        plan.backbone, store, plan.labels, plan.guard, task, plan.steps, labels_of(plan.samples), places
+        plan.backbone, store, plan.labels, plan.guard, task, plan.steps, labels_of(plan.samples), places, tuning=tuning
     )
     held, empty = _held_rows(plan, store, apps)
     allowed = dict(zip(held, shared.count_allowed(list(held.values()), config).tolist(), strict=True))
@@ -139,7 +144,7 @@ def run_plan(
         test = (
             _score_places(test_store, tested)
             if tested
-            else _score_on(test_store, torch.from_numpy(plan.test_labels), shared.task)
+            else _score_on(test_store, test_rows, torch.from_numpy(plan.test_labels), shared.task)
         )
     extracted_at = time.perf_counter()
 
@@ -301,12 +306,34 @@ def _score_places(store: FeatureStore, places: ItemPlaces) -> Callable[[Head], f
     return lambda head: places.task.score_of(places.evaluate(head, store.features, store.readable()))
 
 
-def _score_on(store: FeatureStore, targets: Tensor, task: Task) -> Callable[[Head], float | None]:
+def _tuning(
+    plan: Plan, store: FeatureStore, test_store: FeatureStore | None
+) -> tuple[Tuning | None, BoundaryStore | None]:
+    """Cut the backbone of a tuned run, and open the activations of the sites' rows and of the test set."""
+    if not plan.config.tune.on:
+        return None, None
+    trunk, tail = split(plan.backbone, parse_tune(plan.config.tune.layers))
+    tail.to(plan.backbone.device)
+    opened = BoundaryStore.open(trunk, tail, plan.samples, store.readable())
+    test = None
+    if test_store is not None and plan.test_samples is not None:
+        test = BoundaryStore.open(trunk, tail, plan.test_samples, test_store.readable())
+    return Tuning(tail, opened), test
+
+
+def _score_on(
+    store: FeatureStore, activations: BoundaryStore | None, targets: Tensor, task: Task
+) -> Callable[[Head], float | None]:
     rows = torch.from_numpy(store.readable())
 
     @torch.inference_mode()
     def score(head: Head) -> float | None:
-        outputs = torch.cat([head(store.features[part]) for part in torch.split(rows, 8192)])
+        if isinstance(head, TunedHead):
+            assert activations is not None
+            parts = torch.split(rows, head.most_rows)
+            outputs = torch.cat([head(activations.take(part.numpy())).cpu() for part in parts])
+        else:
+            outputs = torch.cat([head(store.features[part]) for part in torch.split(rows, 8192)])
         return task.score_on(outputs, targets[rows])
 
     return score

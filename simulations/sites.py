@@ -16,6 +16,7 @@ from fedhead.client.release.noise import Noise
 from fedhead.client.release.secure_sessions import SecureSessions, packed
 from fedhead.client.release.training_limits import TrainingLimits
 from fedhead.client.site_data import Holding, hold, refuse_if_withheld
+from fedhead.client.tails import Tuning
 from fedhead.client.training import LabelledFeatures
 from fedhead.config import RunConfig
 from fedhead.data import IntArray, held_out
@@ -45,6 +46,7 @@ class SharedData:
         own_labels: `[N]` or `[N, C]`, the labels in the data, whatever the run's task; None for real targets.
         places: how items become the places that are learned from; None if rows are items.
         device: for training; by default the backbone's.
+        tuning: the tail and its activations, in a tuned run.
 
     Attributes:
         has_weights: whether every site has the backbone's weights before it is sent any.
@@ -61,6 +63,7 @@ class SharedData:
         own_labels: Targets | None = None,
         places: ItemPlaces | None = None,
         device: torch.device | None = None,
+        tuning: Tuning | None = None,
     ) -> None:
         self.own_labels = own_labels
         self.people = people_of(store.keys, store.contents)
@@ -78,6 +81,7 @@ class SharedData:
         self.data = LabelledFeatures(
             store.features.to(device), torch.from_numpy(labels).to(device), loss=task.loss, places=places
         )
+        self.tuning = tuning
         self._compared: Tensor | None = None
 
     @cached_property
@@ -175,6 +179,11 @@ class SimulatedSite:
             raise FedheadError(f"The weights that were sent to {self.name} are not there.")
         self._has_weights = True
         return None
+
+    def tuning(self, manifest: Manifest) -> Tuning:
+        if self._shared.tuning is None:
+            raise FedheadError("This site has no activations: its run was opened without tuning.")
+        return self._shared.tuning
 
     @property
     def sessions(self) -> SecureSessions:

@@ -17,6 +17,7 @@ MAX_EPOCHS = 1000
 MAX_PENALTY = 1000.0
 MAX_FEATURE = 1000.0
 MAX_SHARE = 1.0
+MAX_TRAINABLE = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class TrainingLimits:
         max_penalty: largest weight decay, and largest weight of the proximal term.
         max_feature: largest root mean square of standardised features, which scale steps as the learning rate does.
         max_share: largest share of one row in the absolute residuals behind a full gradient, for any output.
+        max_trainable: most parameters of a backbone that are trained and sent; 0 for the head alone.
         refuse_small: whether to refuse a run with smaller minibatches; else only the short last ones are avoided.
     """
 
@@ -40,11 +42,14 @@ class TrainingLimits:
     max_feature: float = MAX_FEATURE
     max_share: float = MAX_SHARE
     refuse_small: bool = True
+    max_trainable: float = MAX_TRAINABLE
 
     @classmethod
     def off(cls, min_batch: int = 1) -> Self:
         """Return limits that allow everything, and train on the minibatches of a site with this `min_batch`."""
-        return cls(min_batch, math.inf, math.inf, math.inf, math.inf, math.inf, refuse_small=False)
+        return cls(
+            min_batch, math.inf, math.inf, math.inf, math.inf, math.inf, refuse_small=False, max_trainable=math.inf
+        )
 
     def check(self, local: LocalConfig) -> None:
         """Return if a site may train so.
@@ -68,6 +73,19 @@ class TrainingLimits:
                     f"This site trains with a {name} of at most {most:g}, not {value:g}: set local.{name}, or at the "
                     f"site {limit} under [limits] in site.toml."
                 )
+
+    def check_tail(self, layers: str, parameters: int) -> None:
+        """Return if a site may train and send so many parameters of a backbone: more of them reveal more of its rows.
+
+        Raises:
+            MessageError: naming the limit.
+        """
+        if parameters > self.max_trainable:
+            raise MessageError(
+                f"This site trains and sends at most {self.max_trainable:,.0f} parameters of a backbone, and tuning "
+                f"{layers!r} needs {parameters:,}: tune fewer layers or adapters such as 'lora:8', or at the site "
+                "raise max_trainable under [limits] in site.toml."
+            )
 
     def check_share(self, largest: float) -> None:
         """Return if a full gradient may leave: it is a sum of rows' features weighted by their residuals.

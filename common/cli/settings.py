@@ -33,13 +33,14 @@ class _Chosen:
 
     def fields(self) -> list[tuple[str, str, "FieldInfo"]]:
         """Return panel, name and field of each setting."""
-        from fedhead.config import PrivacyConfig, RunConfig, SimulationConfig
+        from fedhead.config import PrivacyConfig, RunConfig, SimulationConfig, TuneConfig
 
-        tables = {"strategy", "local", "privacy", "simulation"}
+        tables = {"strategy", "local", "tune", "privacy", "simulation"}
         run = [name for name in RunConfig.model_fields if name not in tables] if self.run is None else self.run
         simulation = SimulationConfig.model_fields if self.simulation is None else self.simulation
         found = [(_PANELS.get(name, RUN), name, RunConfig.model_fields[name]) for name in run]
         if self.run is None:
+            found.append((RUN, "tune", TuneConfig.model_fields["layers"]))
             found += [(PRIVACY, name, field) for name, field in PrivacyConfig.model_fields.items()]
         return [*found, *((SIMULATION, name, SimulationConfig.model_fields[name]) for name in simulation)]
 
@@ -71,6 +72,8 @@ class _Chosen:
                 value = [one.strip() for one in value.split(",")]
             if value is not None:
                 tables.get(panel, changes)[name] = value
+        if (layers := changes.pop("tune", None)) is not None:
+            changes["tune"] = {"layers": layers}
         if (multi_label := values.pop("multi_label", None)) is not None:
             changes["multi_label"] = multi_label
         privacy = {"privacy": tables[PRIVACY]} if tables[PRIVACY] else {}

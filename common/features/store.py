@@ -238,13 +238,13 @@ def _extract(
         batch_size = min(batch_size or batch_size_for(forward), size)
     # Texts are small: a whole block is read at once, so that texts of similar length share a batch; of clips, a few.
     chunk = {"image": batch_size, "audio": min(4 * batch_size, size)}.get(backbone.kind, size)
-    prepare = functools.partial(_prepare, samples, backbone)
+    read_row = functools.partial(prepare, samples, backbone)
     with (
         (partial / "features.bin").open("ab") as features,
         (partial / "keys.bin").open("ab") as keys,
         (partial / "contents.bin").open("ab") as contents,
         multiplying(precision, backbone.device),
-        closing(read_ahead(prepare, range(begun, len(samples)), ahead=2 * chunk)) as prepared,
+        closing(read_ahead(read_row, range(begun, len(samples)), ahead=2 * chunk)) as prepared,
     ):
         for start in range(begun, len(samples), size):
             block, block_keys = [], []
@@ -274,7 +274,8 @@ Prepared = tuple[tuple[int, int], Tensor] | UnreadableSampleError
 """A row's two keys and prepared input, or the reason why it cannot be read."""
 
 
-def _prepare(samples: Samples, backbone: Backbone, row: int) -> Prepared:
+def prepare(samples: Samples, backbone: Backbone, row: int) -> Prepared:
+    """Read one row, and prepare it for the backbone."""
     try:
         item = samples.read(row)
         return samples.keys(row, item), backbone.preprocessing(item)
@@ -311,7 +312,7 @@ def _retry(backbone: Backbone, samples: Samples, path: Path, precision: Precisio
         return 0
     for row in again:
         meta["skipped"].pop(str(row), None)
-    read: dict[int, Prepared] = {row: _prepare(samples, backbone, row) for row in again}
+    read: dict[int, Prepared] = {row: prepare(samples, backbone, row) for row in again}
     forward = arranged(backbone, len(read))
     with multiplying(precision, backbone.device):
         features, keys = _extract_rows(forward, read, samples, batch_size_for(forward))

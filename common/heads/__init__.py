@@ -2,6 +2,7 @@
 
 from fedhead.heads.feature_map import FeatureMap, MapForm, MappedHead, behind, delivered_spec, make_delivered, unmapped
 from fedhead.heads.head import CosineHead, Head, LinearHead, MLPHead, Solutions, heads, make_head
+from fedhead.heads.tail import TunedHead
 from fedhead.heads.unit import UnitHead
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "MapForm",
     "MappedHead",
     "Solutions",
+    "TunedHead",
     "UnitHead",
     "behind",
     "delivered_spec",

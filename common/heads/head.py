@@ -56,6 +56,15 @@ class Head(nn.Module, ABC):
     averages_in_coefficients: ClassVar[bool] = False
     """Whether gradient steps stay in the span of the features, as `fedhead.client.averaging` assumes."""
 
+    together: ClassVar[int | None] = None
+    """Largest number of sites whose heads are trained at once; None for as many as fit in memory."""
+
+    most_rows: ClassVar[int | None] = None
+    """Largest number of rows that are evaluated at once; None for as many as fit in memory."""
+
+    curved: bool = False
+    """Whether versions are compared by their losses at a grid of temperatures."""
+
     def __init__(self, num_features: int, num_classes: int) -> None:
         super().__init__()
         self.num_features = num_features

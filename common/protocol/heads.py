@@ -202,7 +202,7 @@ class HeadReply:
                 sums = HeadSums.from_arrays(arrays, like)
                 return cls(sums, sums.metrics[None])
             table = arrays.pop(TABLE, np.empty(0))
-            check_metrics(table, len(sites), counted=like.counted)
+            check_metrics(table, len(sites), counted=like.counted, width=len(like.metrics))
             check_form(arrays, like.heads)
         except ValueError as error:
             raise MessageError(str(error)) from None

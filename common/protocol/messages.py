@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 import numpy as np
 import numpy.typing as npt
 from flwr.app import ConfigRecord, RecordDict
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
@@ -35,6 +35,7 @@ from fedhead.protocol.fields import (
 )
 from fedhead.protocol.private import PrivacyTerms, terms_of
 from fedhead.sums.sums import Arrays, check_form
+from fedhead.tuning import parse_tune
 
 if TYPE_CHECKING:
     from fedhead.backbones import Backbone
@@ -113,6 +114,18 @@ def _blob(content: RecordDict) -> bytes:
     return blob
 
 
+def _is_tunable(text: str) -> str:
+    if text:
+        try:
+            parse_tune(text)
+        except FedheadError as error:
+            raise ValueError(str(error)) from None
+    return text
+
+
+TuneText = Annotated[Text, AfterValidator(_is_tunable)]
+
+
 class Manifest(BaseModel):
     """The settings that both sides must agree on before a run; sent by the coordinator and kept by each site.
 
@@ -136,6 +149,9 @@ class Manifest(BaseModel):
     holdout: Share
     seed: Seed
     local: LocalConfig
+    tune: TuneText = ""
+    adjust: Flag = False
+    mixed: Flag = False
     secure_sum: Flag = False
     privacy: PrivacyTerms | None = None
 
@@ -155,15 +171,39 @@ class Manifest(BaseModel):
             head=config.head,
             holdout=config.holdout,
             seed=config.seed,
-            local=config.local,
+            local=local_settings(config, backbone),
+            tune=config.tune.layers if config.tune.on else "",
+            adjust=config.tune.on and config.tune.adjust and config.task == "classification",
+            mixed=config.tune.on and config.tune.precision == "mixed",
             secure_sum=config.privacy.secure_sum,
             privacy=terms_of(config.privacy),
         )
 
     def wire(self) -> dict[str, Any]:
         """Return plain values for the wire, without settings that have no effect and that earlier releases reject."""
-        off = {name for name in ("secure_sum", "privacy") if not getattr(self, name)}
+        off = {name for name in ("secure_sum", "privacy", "tune", "adjust", "mixed") if not getattr(self, name)}
         return self.model_dump(mode="json", exclude=off)
+
+
+LORA_LR, NORMALISED_LR, LR = 2e-3, 1e-4, 3e-4
+"""Default learning rates of adapters, of Transformers and of other networks."""
+
+
+def local_settings(config: RunConfig, backbone: "Backbone") -> LocalConfig:
+    """Return how sites train in a run on this backbone."""
+    tune = config.tune
+    if not tune.on:
+        return config.local
+    names = {type(module).__name__ for module in backbone.module.modules()}
+    usual = NORMALISED_LR if any(name.endswith(("LayerNorm", "RMSNorm", "LayerNorm2d")) for name in names) else LR
+    return LocalConfig(
+        epochs=tune.epochs,
+        batch_size=tune.batch_size,
+        optimizer=tune.optimizer,
+        lr=tune.lr or (LORA_LR if parse_tune(tune.layers).method == "lora" else usual),
+        weight_decay=tune.weight_decay,
+        proximal_mu=config.local.proximal_mu,
+    )
 
 
 class _ChunkValues(BaseModel):

@@ -14,8 +14,9 @@ from fedhead.sums.sums import Arrays
 
 MOST_RIVALS = 8
 
-Level = Literal["plain", "basis", "map"]
-"""The features of a head: plain ones, in the basis of the run's map, or mapped and standardised as the run says."""
+Level = Literal["plain", "basis", "map", "tail"]
+"""The features of a head: plain ones, in the basis of the run's map, mapped and standardised as the run says, or the
+activations of a tuned run's boundary, which a tail and its head take together."""
 
 
 class _RivalValues(BaseModel):
@@ -63,6 +64,8 @@ class RivalsRequest:
             raise MessageError(f"its values are invalid ({wrong_fields(error)})") from None
         if len(values.temperatures) != len(values.levels) or not all(values.temperatures):
             raise MessageError("it does not have a positive temperature for each head")
+        if unknown := [level for level in values.levels if level not in expected]:
+            raise MessageError(f"it has a head of the level {unknown[0]!r}, which this run has not")
         wanted: dict[str, Any] = {
             f"{at}.{name}": array for at, level in enumerate(values.levels) for name, array in expected[level].items()
         }

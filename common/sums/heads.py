@@ -17,6 +17,12 @@ received head, the summed loss and the summed score (for classes, the number of 
 
 EXAMPLES, TRAIN_LOSS, HELD_OUT, LOSS_SUM, SCORE = range(len(METRICS))
 
+CURVE: FloatArray = np.geomspace(0.25, 4, 17)
+"""Temperatures `[K]` at which the held-out losses of tuned heads are summed, in columns after `METRICS`."""
+
+WIDTHS = (len(METRICS), len(METRICS) + len(CURVE))
+"""Numbers of columns of metrics, without and with the losses at `CURVE`."""
+
 TABLE = "metrics"
 """Name of the metrics on the wire, `[k, len(METRICS)]`; `[len(METRICS)]` if they add as arrays."""
 
@@ -36,7 +42,8 @@ class HeadSums:
     Attributes:
         heads: by name, the mean of the trained heads, weighted by training rows, in float64 after an addition; empty
             after an evaluation.
-        metrics: `[len(METRICS)]` float64; the training loss is a mean over training rows, all others are sums.
+        metrics: `[len(METRICS)]` float64; the training loss is a mean over training rows, all others are sums. Of tuned
+            heads `[len(METRICS) + K]`, with the held-out losses at `CURVE`.
         counted: whether scores are numbers of rows.
         base: the head that changes are relative to, if arrays have to add; None for means.
     """
@@ -47,9 +54,9 @@ class HeadSums:
     base: Arrays | None = None
 
     @classmethod
-    def unchanged(cls, base: Arrays) -> Self:
+    def unchanged(cls, base: Arrays, width: int = len(METRICS)) -> Self:
         """Return results over no rows whose arrays add; `base` is empty if heads are only evaluated."""
-        return cls(dict(base), base=base)
+        return cls(dict(base), np.zeros(width), base=base)
 
     @property
     def examples(self) -> int:
@@ -116,7 +123,7 @@ class HeadSums:
         heads = dict(arrays)
         table = heads.pop(TABLE, np.empty(0))
         check_form(heads, like.heads)
-        check_metrics(table, 1, counted=like.counted)
+        check_metrics(table, 1, counted=like.counted, width=len(like.metrics))
         return cls(heads, np.array(table[0]), like.counted)
 
     @classmethod
@@ -160,14 +167,14 @@ def mean_loss(totals: FloatArray) -> FloatArray:
     return metrics
 
 
-def check_metrics(table: npt.NDArray[Any], sites: int, *, counted: bool = True) -> None:
+def check_metrics(table: npt.NDArray[Any], sites: int, *, counted: bool = True, width: int = len(METRICS)) -> None:
     """Validate a table of `METRICS`, one row per site; with `counted`, scores are numbers of rows.
 
     Raises:
         ValueError: if it has another form, or impossible counts.
     """
-    if table.dtype != np.float64 or table.shape != (sites, len(METRICS)):
-        raise ValueError(f"its metrics are {table.dtype}{list(table.shape)}, not float64[{sites}, {len(METRICS)}]")
+    if table.dtype != np.float64 or table.shape != (sites, width):
+        raise ValueError(f"its metrics are {table.dtype}{list(table.shape)}, not float64[{sites}, {width}]")
     if not np.isfinite(table).all() or (table < 0).any():
         raise ValueError("its metrics are not finite or negative")
     counts = table[:, [EXAMPLES, HELD_OUT, SCORE] if counted else [EXAMPLES, HELD_OUT]]

@@ -24,6 +24,31 @@ class Loss(ABC):
         """Return `[..., n]`, each row's term of the score at outputs `[..., n, C]`, such as 1 for a correct row."""
 
 
+class Adjusted(Loss):
+    """A loss of outputs plus offsets `[C]`, for training under label skew (Menon et al., ICLR 2021).
+
+    With the logarithms of a site's class shares over the pooled shares as offsets, a site does not learn its own class
+    shares, and outputs keep their meaning under the pooled ones.
+
+    Args:
+        loss: of classes.
+        offsets: `[C]`.
+    """
+
+    def __init__(self, loss: Loss, offsets: Tensor) -> None:
+        self.loss = loss
+        self.offsets = offsets
+
+    def values(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.loss.values(outputs + self.offsets.to(outputs), targets)
+
+    def slopes(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return self.loss.slopes(outputs + self.offsets.to(outputs).unsqueeze(-1), targets)
+
+    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.loss.score(outputs, targets)
+
+
 class CrossEntropy(Loss):
     """Softmax cross entropy, for rows with exactly one class: targets are class numbers `[..., n]`, int64."""
 

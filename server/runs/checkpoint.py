@@ -298,7 +298,9 @@ class Checkpoint:
             "candidates": [[one.number, self._heads[one.number]] for one in best.candidates],
         }
         arrays = {
-            "metrics": np.array([made_by.metrics[name] for name in answered]).reshape(-1, len(METRICS)),
+            "metrics": np.array([made_by.metrics[name] for name in answered]).reshape(len(answered), -1)
+            if answered
+            else np.zeros((0, len(METRICS))),
             **{f"head.{name}": value for name, value in current.arrays.items()},
             **{f"strategy.{name}": value for name, value in remembered.items()},
             **{f"counts.{row}": value.numpy() for row, value in enumerate(progress.counts.values())},

@@ -8,12 +8,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedhead.adaptation import Adaptation
 from fedhead.backbones import Backbone
+from fedhead.backbones.split import Tail, merged
 from fedhead.config import RunConfig
 from fedhead.evaluation.coverage import ClassCoverage
 from fedhead.evaluation.diagnosis import SiteDiagnosis
 from fedhead.evaluation.foreign import Foreign
 from fedhead.evaluation.personal import PersonalHeads
-from fedhead.heads import Head, delivered_spec
+from fedhead.heads import Head, TunedHead, delivered_spec
 from fedhead.model import TransferModel
 from fedhead.protocol.fields import wrong_fields
 from fedhead.server.exchange import POOL
@@ -97,6 +98,7 @@ class Outcome:
         settled: the settings that they decided, by name.
         clusters: of a run without labels, the rows and sites of each cluster, and the likelihood of other numbers of
             clusters, as JSON types.
+        tuning: of a tuned run, what was kept and the number of trained parameters, as JSON types.
         personal: the results of the sites' personal heads, if they made any.
         adaptation: of the head to rows without labels, if the run compared any.
         foreign: the test for foreign inputs, if the run asked for one.
@@ -126,6 +128,7 @@ class Outcome:
     privacy: Mapping[str, Any] = field(default_factory=dict)
     attack: Mapping[str, Any] = field(default_factory=dict)
     clusters: Mapping[str, Any] = field(default_factory=dict)
+    tuning: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def single_sites(self) -> Mapping[str, EvaluationSums]:
@@ -138,12 +141,16 @@ class Outcome:
         return len(self.participants) if POOL in self.sites else len(self.sites)
 
     def model(self, backbone: Backbone, config: RunConfig) -> TransferModel:
-        """Return the delivered model: the head on its backbone, calibrated."""
+        """Return the delivered model: the head on its backbone, tuned or as it was, calibrated."""
+        head = self.head
+        if isinstance(head, TunedHead):
+            assert isinstance(head.tail, Tail)
+            backbone, head = merged(backbone, head.tail, head.tail_parameters), head.head
         return TransferModel(
             backbone,
-            self.head,
+            head,
             config.classes,
-            delivered_spec(self.head, config.head),
+            delivered_spec(head, config.head),
             task=config.task,
             calibration=self.calibrated.calibration if self.calibrated else None,
             unlearned=self.unlearned,

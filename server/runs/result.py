@@ -124,6 +124,17 @@ class CompletedRun:
         return sum(finished.bytes_up for finished in self.history)
 
     @property
+    def _score_solved(self) -> float | None:
+        """The score of a tuned run's head before tuning, measured as `score` is; None for other runs."""
+        if not self.outcome.tuning:
+            return None
+        if self.outcome.tuning["kept"] == "solved":
+            return self.score
+        if self.history[0].test_score is not None:
+            return self.history[0].test_score
+        return float(self.outcome.choices[-1]["rivals"][0]["score"])
+
+    @property
     def record(self) -> RunSummary:
         """The figures that `result.json` holds."""
         return RunSummary(
@@ -137,6 +148,9 @@ class CompletedRun:
             score_worst_site=self.score_worst_site,
             rounds=self.config.rounds,
             kept_round=self.outcome.kept_round,
+            score_solved=self._score_solved,
+            kept=self.outcome.tuning.get("kept"),
+            trainable_parameters=self.outcome.tuning.get("trainable_parameters"),
             sites=len(self.outcome.participants),
             bytes_down=self.bytes_down,
             bytes_up=self.bytes_up,

@@ -13,7 +13,7 @@ from fedhead.files import write_atomically
 RESULT = "result.json"
 """The file's name; a folder without it belongs to a run that did not finish."""
 
-_ENDINGS = ("", "_held_out", "_test", "_one_exchange", "_after_rounds", "_mean_site", "_worst_site")
+_ENDINGS = ("", "_held_out", "_test", "_one_exchange", "_after_rounds", "_mean_site", "_worst_site", "_solved")
 
 
 class RunSummary(BaseModel):
@@ -32,6 +32,9 @@ class RunSummary(BaseModel):
     score_after_rounds: float | None = Field(None, description="Of the last head; None without rounds.")
     score_mean_site: float | None = Field(None, description="Mean over sites, on their held-out rows.")
     score_worst_site: float | None = Field(None, description="Minimum over sites.")
+    score_solved: float | None = Field(None, description="Of a tuned run: of the head solved before tuning.")
+    kept: str | None = Field(None, description="Of a tuned run: 'solved' or 'tuned', the model that is delivered.")
+    trainable_parameters: int | None = Field(None, ge=0, description="Of a tuned run: the parameters that trained.")
     rounds: int | None = Field(None, ge=0, description="Number of rounds asked for.")
     kept_round: int = Field(ge=0, description="Round of the delivered head; 0 for the starting head.")
     sites: int = Field(ge=0, description="Number of sites that took part.")

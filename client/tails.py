@@ -1,0 +1,106 @@
+"""Rows of sites as a tail sees them: activations at the boundary instead of features."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedhead.backbones.split import Tail
+from fedhead.client.agreement import Agreement, head_of
+from fedhead.client.training import LabelledFeatures, SiteRows
+from fedhead.data import IntArray
+from fedhead.features.boundary import BoundaryStore
+from fedhead.heads import TunedHead
+from fedhead.protocol.messages import check_arrays
+from fedhead.sums.sums import Arrays
+from fedhead.tasks.losses import Adjusted, Loss
+
+LEAST_ROWS = 0.5
+"""Rows that count for a class of which a site has none, so that its share has a logarithm."""
+TAIL = "tail."
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What a site needs for tuning: the tail on its device, and its activations."""
+
+    tail: Tail
+    store: BoundaryStore
+
+
+@dataclass(frozen=True)
+class LabelledActivations(LabelledFeatures):
+    """Activations and labels; `gather` returns activations, and `exact` the features that a tail gives.
+
+    Attributes:
+        store: the activations of all rows.
+        shares: `[C]`, each class's share of all sites' rows, for adjusting logits; None for no adjustment.
+        head: gives features by `parameters`; None if only activations are wanted.
+        parameters: of the tail.
+    """
+
+    store: BoundaryStore = field(kw_only=True)
+    shares: Tensor | None = None
+    head: TunedHead | None = None
+    parameters: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def gather(self, rows: IntArray, like: Tensor) -> tuple[Tensor, Tensor]:
+        activations = self.store.take(rows.ravel()).to(like)
+        labels = self.targets(torch.from_numpy(rows.ravel()), like)
+        return activations.view(*rows.shape, *activations.shape[1:]), labels.view(*rows.shape, *labels.shape[1:])
+
+    def exact(self, rows: Tensor) -> Tensor:
+        assert self.head is not None
+        with torch.inference_mode():
+            parts = [
+                self.head.features(self.parameters, self.store.take(some.numpy())).cpu()
+                for some in torch.split(rows, self.head.most_rows)
+            ]
+        return torch.cat(parts) if parts else torch.empty(0, self.head.num_features)
+
+    def loss_at(self, sites: Sequence[SiteRows]) -> Loss:
+        if self.shares is None or len(sites) != 1:
+            return self.loss
+        labels = self.labels[torch.from_numpy(sites[0].rows).to(self.labels.device)]
+        counts = torch.bincount(labels, minlength=len(self.shares)).clamp(min=LEAST_ROWS).double().cpu()
+        offsets = (counts / max(len(labels), 1)).log() - self.shares.double().log()
+        return Adjusted(self.loss, offsets.float().to(self.labels.device))
+
+
+def tuned_head(agreed: Agreement, tuning: Tuning) -> TunedHead:
+    """Build the run's head on its tail."""
+    return TunedHead(
+        tuning.tail,
+        head_of(agreed),
+        agreed.standardisation,
+        sequences=tuning.store.sequences,
+        mixed=agreed.manifest.mixed,
+    )
+
+
+def activations_of(data: LabelledFeatures, agreed: Agreement, tuning: Tuning) -> LabelledActivations:
+    """Return the activations in place of the features of some rows."""
+    return LabelledActivations(
+        data.features,
+        data.labels,
+        loss=data.loss,
+        target_standardisation=agreed.target_standardisation,
+        store=tuning.store,
+        shares=agreed.shares,
+    )
+
+
+def tuned_rows(data: LabelledFeatures, agreed: Agreement, tuning: Tuning, arrays: Arrays) -> LabelledActivations:
+    """Return rows whose features are those of a tail with the parameters that arrived.
+
+    Raises:
+        MessageError: if they are not of the run's tail.
+    """
+    head = tuned_head(agreed, tuning)
+    expected = {name: value.cpu().numpy() for name, value in head.trainable().items() if name.startswith(TAIL)}
+    check_arrays(arrays, expected)
+    device = tuning.store.device
+    parameters = {name: torch.from_numpy(np.array(value)).to(device) for name, value in arrays.items()}
+    return replace(activations_of(data, agreed, tuning), head=head, parameters=parameters)

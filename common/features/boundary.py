@@ -1,0 +1,286 @@
+"""BoundaryStore: the activations at the boundary between a frozen trunk and a tail, extracted once, then mapped.
+
+Rows are kept one after the other, of any length: an image is one element `[*shape]`, a text as many `[d]` as it has
+tokens. Values are float16 where the tail gives the same features to 1e-3, else float32.
+"""
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import shutil
+import zlib
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fedhead.backbones.split import Tail, Trunk
+from fedhead.data import IntArray, Samples, UnreadableSampleError
+from fedhead.errors import FedheadError
+from fedhead.features.extraction import arranged, batch_size_for, read_ahead
+from fedhead.features.store import BLOCK, Prepared, Progress, prepare
+from fedhead.files import disk_errors, home, locked, write_atomically
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "fedhead-boundary-1"
+TOLERANCE = 1e-3
+"""Largest difference of features from float16 activations, relative to the largest feature."""
+LARGEST = 65504.0
+"""Bar on float16 values; larger activations are cut to it."""
+
+Kind = Literal["float16", "float32"]
+
+
+@dataclass(frozen=True)
+class BoundaryStore:
+    """The boundary activations of a data set, mapped from disk.
+
+    Attributes:
+        path: the store's folder.
+        values: `[elements, width]`, float16 or float32.
+        starts: `[n + 1]`, where each row's elements start; unreadable rows have none.
+        shape: of one element.
+        sequences: whether rows have any number of elements.
+        device: where `take` returns them.
+        extracted: the number of rows extracted by this call.
+    """
+
+    path: Path
+    values: npt.NDArray[Any]
+    starts: IntArray
+    shape: tuple[int, ...]
+    sequences: bool
+    device: torch.device
+    extracted: int = 0
+
+    @classmethod
+    def open(
+        cls,
+        trunk: Trunk,
+        tail: Tail,
+        samples: Samples,
+        rows: IntArray,
+        *,
+        root: Path | None = None,
+        number: Kind | None = None,
+        progress: Progress = lambda done, total: None,
+    ) -> Self:
+        """Return the activations of some rows of `samples`, extracting missing ones first.
+
+        An interrupted extraction is resumed and a damaged store rebuilt. Memory does not grow with the data.
+
+        Args:
+            trunk: on the device for extraction; activations are returned there.
+            tail: decides the type of values.
+            samples: the data set.
+            rows: `[k]`, the rows that can be read, ascending.
+            root: the folder of all stores; by default in `fedhead.files.home()`.
+            number: the type of values; None decides by the probes.
+            progress: called as rows are completed.
+
+        Raises:
+            FedheadError: if the disk is too small.
+        """
+        number = number or number_for(trunk, tail)
+        chosen = hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()
+        key = hashlib.sha256(f"{trunk.digest} {number} {samples.fingerprint} {chosen}".encode()).hexdigest()[:32]
+        path = (root or home() / "features") / f"boundary-{key}"
+        extracted = 0
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with locked(path.with_suffix(".lock")):
+                if not _is_whole(path):
+                    extracted = _extract(trunk, samples, rows, path, number, progress)
+        return cls._map(path, trunk.device, extracted)
+
+    @classmethod
+    def _map(cls, path: Path, device: torch.device, extracted: int) -> Self:
+        meta = json.loads((path / "meta.json").read_text())
+        lengths = np.fromfile(path / "lengths.bin", dtype="<i8")
+        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        shape = tuple(meta["shape"])
+        values = np.memmap(
+            path / "values.bin",
+            dtype="<f2" if meta["number"] == "float16" else "<f4",
+            mode="r",
+            shape=(int(starts[-1]), int(np.prod(shape))),
+        )
+        return cls(path, values, starts, shape, bool(meta["sequences"]), device, extracted)
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of the values in bytes."""
+        return int(self.values.nbytes)
+
+    def take(self, rows: IntArray) -> Tensor:
+        """Return the activations `[n, *shape]` of rows `[n]`, float32.
+
+        Sequences `[n, length, d + 1]` are padded with zeros; their last column is 1 for elements and 0 for padding.
+        """
+        if not self.sequences:
+            taken = torch.from_numpy(self.values[self.starts[rows]].astype(np.float32))
+            return taken.view(len(rows), *self.shape).to(self.device)
+        starts, lengths = self.starts[rows], self.starts[rows + 1] - self.starts[rows]
+        padded = np.zeros((len(rows), max(int(lengths.max(initial=0)), 1), self.values.shape[1] + 1), np.float32)
+        for row, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+            padded[row, :length, :-1] = self.values[start : start + length]
+            padded[row, :length, -1] = 1
+        return torch.from_numpy(padded).to(self.device)
+
+
+def number_for(trunk: Trunk, tail: Tail) -> Kind:
+    """Return `float16` if the tail gives the same features of the probes from it, to 1e-3; else `float32`."""
+    batch = trunk.preprocessing.collate([trunk.preprocessing(item) for item in trunk.preprocessing.probes()])
+    with torch.inference_mode():
+        values, mask = trunk.boundary(batch)
+        exact = tail(values, mask)
+        rounded = tail(values.half().float(), mask)
+    close = bool((rounded - exact).abs().max() <= TOLERANCE * exact.abs().max())
+    # Activations of other inputs may be larger than those of the probes.
+    return "float16" if close and float(values.abs().max()) < LARGEST / 16 else "float32"
+
+
+def _is_whole(path: Path) -> bool:
+    if not path.exists():
+        return False
+    try:
+        meta = json.loads((path / "meta.json").read_text())
+        lengths = np.fromfile(path / "lengths.bin", dtype="<i8")
+        whole = meta["format"] == FORMAT and _checksums(path, meta, lengths) == meta["checksums"]
+    except (OSError, ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        logger.warning("The activations in %s are damaged; they are extracted again.", path)
+        shutil.rmtree(path)
+    return bool(whole)
+
+
+def _bytes_an_element(meta: dict[str, Any]) -> int:
+    return int(np.prod(meta["shape"])) * (2 if meta["number"] == "float16" else 4)
+
+
+def _checksums(path: Path, meta: dict[str, Any], lengths: IntArray) -> list[int]:
+    """Return the CRC-32 of each block's values and lengths; of none that is cut off."""
+    found = []
+    with (path / "values.bin").open("rb") as values:
+        for start in range(0, len(lengths), BLOCK):
+            block = lengths[start : start + BLOCK]
+            size = int(block.sum()) * _bytes_an_element(meta)
+            read = values.read(size)
+            if len(read) < size:
+                break
+            found.append(zlib.crc32(block.tobytes(), zlib.crc32(read)))
+    return found
+
+
+def _extract(trunk: Trunk, samples: Samples, rows: IntArray, path: Path, number: Kind, progress: Progress) -> int:
+    """Fill a partial folder block by block, then rename it to `path`; return the number of rows done."""
+    partial = path.with_suffix(".partial")
+    partial.mkdir(exist_ok=True)
+    readable = set(rows.tolist())
+    meta = _resume(partial, trunk, number)
+    begun = int(meta["done"])
+    forward = arranged(trunk, len(samples))
+    assert isinstance(forward, Trunk)
+    batch_size = min(batch_size_for(trunk), BLOCK)
+    chunk = batch_size if trunk.kind == "image" else BLOCK
+    wanted = [row for row in range(begun, len(samples)) if row in readable]
+    read_row = functools.partial(prepare, samples, trunk)
+    with (
+        (partial / "values.bin").open("ab") as values,
+        (partial / "lengths.bin").open("ab") as lengths,
+        closing(read_ahead(read_row, wanted, ahead=2 * chunk)) as prepared,
+    ):
+        for start in range(begun, len(samples), BLOCK):
+            stop = min(start + BLOCK, len(samples))
+            parts: list[npt.NDArray[Any]] = []
+            counts = np.zeros(stop - start, "<i8")
+            for first in range(start, stop, chunk):
+                here = [row for row in range(first, min(first + chunk, stop)) if row in readable]
+                made = _activations(forward, dict(zip(here, islice(prepared, len(here)), strict=True)), batch_size)
+                for row in here:
+                    if row in made:
+                        counts[row - start] = len(made[row])
+                        parts.append(_as_number(made[row], number))
+                progress(min(first + chunk, stop), len(samples))
+            block = b"".join(part.tobytes() for part in parts)
+            if shutil.disk_usage(partial).free < len(block):
+                raise FedheadError(
+                    f"The activations of {samples.spec} at the boundary do not fit on the disk of {path.parent}. Free "
+                    "some space, set FEDHEAD_HOME to a folder on another disk, or tune fewer layers."
+                )
+            for file, written in ((values, block), (lengths, counts.tobytes())):
+                file.write(written)
+                file.flush()
+                os.fsync(file.fileno())
+            meta["checksums"].append(zlib.crc32(counts.tobytes(), zlib.crc32(block)))
+            meta["done"] = stop
+            write_atomically(partial / "meta.json", json.dumps(meta))
+    partial.rename(path)
+    return len(wanted)
+
+
+def _as_number(activations: npt.NDArray[np.float32], number: Kind) -> npt.NDArray[Any]:
+    if number == "float32":
+        return activations.astype("<f4")
+    return activations.clip(-LARGEST, LARGEST).astype("<f2")
+
+
+def _activations(trunk: Trunk, read: dict[int, Prepared], batch_size: int) -> dict[int, npt.NDArray[np.float32]]:
+    """Return the elements `[length, *shape]` of each row that can be read, sequences without their padding."""
+    rows: dict[int, tuple[tuple[int, int], Tensor]] = {}
+    for row, one in read.items():
+        if isinstance(one, UnreadableSampleError):
+            logger.warning("%s It is skipped.", one)
+        else:
+            rows[row] = one
+    made: dict[int, npt.NDArray[np.float32]] = {}
+    ordered = sorted(rows, key=lambda row: len(rows[row][1]))
+    for start in range(0, len(ordered), batch_size):
+        some = ordered[start : start + batch_size]
+        values, mask = trunk.boundary(trunk.preprocessing.collate([rows[row][1] for row in some]))
+        values = values.cpu()
+        for at, row in enumerate(some):
+            elements = values[at][mask[at].bool().cpu()] if mask is not None else values[at][None]
+            made[row] = elements.contiguous().numpy()
+    return made
+
+
+def _resume(partial: Path, trunk: Trunk, number: Kind) -> dict[str, Any]:
+    """Return the state of a partial folder, with its files cut off at that state."""
+    batch = trunk.preprocessing.collate([trunk.preprocessing(item) for item in trunk.preprocessing.probes()])
+    values, mask = trunk.boundary(batch)
+    sequences = mask is not None
+    shape = list(values.shape[2:] if sequences else values.shape[1:])
+    fresh = {"format": FORMAT, "number": number, "shape": shape, "sequences": sequences, "done": 0, "checksums": []}
+    lengths = np.zeros(0, "<i8")
+    meta: dict[str, Any] = fresh
+    try:
+        saved = json.loads((partial / "meta.json").read_text())
+        lengths = np.fromfile(partial / "lengths.bin", dtype="<i8")[: saved["done"]]
+        same = {name: saved[name] for name in ("format", "number", "shape")} == {
+            name: fresh[name] for name in ("format", "number", "shape")
+        }
+        if same and len(lengths) == saved["done"] and _checksums(partial, saved, lengths) == saved["checksums"]:
+            meta = saved
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    done = lengths[: meta["done"]]
+    for name, size in (("values.bin", int(done.sum()) * _bytes_an_element(meta)), ("lengths.bin", 8 * meta["done"])):
+        with (partial / name).open("ab") as file:
+            file.truncate(size)
+    return meta
+
+
+Open = Callable[[], BoundaryStore]
+"""Opens a store when its activations are first needed."""

@@ -1,0 +1,135 @@
+"""A head on a tail: layers or adapters of the backbone that train together with the head."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from fedhead.heads.head import Head
+
+if TYPE_CHECKING:
+    from fedhead.tasks.losses import Loss
+
+HEAD: Literal["head."] = "head."
+TAIL: Literal["tail."] = "tail."
+"""Prefixes of the names of parameters."""
+
+
+class Tail(Protocol):
+    """The part of a backbone above the boundary: a pure function of its parameters."""
+
+    def trainable(self) -> dict[str, Tensor]:
+        """Return the parameters that train, with the backbone's own values."""
+
+    def run(self, parameters: Mapping[str, Tensor], values: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return features `[n, d]` of boundary activations `[n, *shape]`, for sequences with their mask."""
+
+
+class TunedHead(Head):
+    """A head on the features of a tail; its inputs are boundary activations `[n, *shape]`.
+
+    Sequences `[n, length, d + 1]` have their mask as the last column. It takes one site at a time: a tail's parameters
+    have no site dimension, or one of size 1.
+
+    Args:
+        tail: on the device of the activations.
+        head: on the tail's features.
+        standardisation: mean and scale `[d]` of the features, which the head sees as `(x - mean) / scale`.
+        sequences: whether the inputs are sequences.
+        mixed: whether the tail trains in bfloat16.
+    """
+
+    inits = ()
+    together = 1
+    most_rows = 64
+    curved = True
+
+    def __init__(
+        self,
+        tail: Tail,
+        head: Head,
+        standardisation: tuple[Tensor, Tensor] | None = None,
+        *,
+        sequences: bool = False,
+        mixed: bool = False,
+    ) -> None:
+        super().__init__(head.num_features, head.num_classes)
+        self.head = head
+        self.sequences = sequences
+        self.mixed = mixed
+        # In tuples, so that the frozen parameters of a tail are not this head's.
+        self._tail = (tail,)
+        self._values = {name: value.clone() for name, value in tail.trainable().items()}
+        self._standardisation = standardisation
+
+    @property
+    def tail(self) -> Tail:
+        """The tail."""
+        return self._tail[0]
+
+    @property
+    def tail_parameters(self) -> dict[str, Tensor]:
+        """The tail's trained parameters, by their names in the backbone."""
+        return dict(self._values)
+
+    def outputs(self, parameters: Mapping[str, Tensor], features: Tensor) -> Tensor:
+        batched = parameters[f"{HEAD}bias"].ndim > 1
+        if batched:
+            parameters, features = {name: value.squeeze(0) for name, value in parameters.items()}, features.squeeze(0)
+        rows = self.features(parameters, features)
+        if self._standardisation is not None:
+            mean, scale = (part.to(rows) for part in self._standardisation)
+            rows = (rows - mean) / scale
+        outputs = self.head.outputs(_part(parameters, HEAD), rows)
+        return outputs.unsqueeze(0) if batched else outputs
+
+    def features(self, parameters: Mapping[str, Tensor], activations: Tensor) -> Tensor:
+        """Return the tail's features `[n, d]`, float32, as they are without standardisation."""
+        own = _part(parameters, TAIL)
+        if not self.sequences:
+            return self.tail.run(own, activations).float()
+        return self.tail.run(own, activations[..., :-1], activations[..., -1]).float()
+
+    def gradients(
+        self, parameters: Mapping[str, Tensor], features: Tensor, targets: Tensor, weights: Tensor, loss: "Loss"
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        context: AbstractContextManager[object] = nullcontext()
+        if self.mixed:
+            context = torch.autocast(features.device.type, torch.bfloat16)
+        with context:
+            return super().gradients(parameters, features, targets, weights, loss)
+
+    def trainable(self) -> dict[str, Tensor]:
+        head = {f"{HEAD}{name}": value for name, value in self.head.trainable().items()}
+        return {**head, **{f"{TAIL}{name}": value.clone() for name, value in self._values.items()}}
+
+    @torch.no_grad()
+    def assign(self, parameters: Mapping[str, Tensor]) -> None:
+        self.head.assign(_part(parameters, HEAD))
+        given = _part(parameters, TAIL)
+        if {name: value.shape for name, value in given.items()} != {n: v.shape for n, v in self._values.items()}:
+            raise ValueError("These are parameters of another tail.")
+        self._values = {name: given[name].to(value).clone() for name, value in self._values.items()}
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return outputs `[n, C]` of boundary activations, some rows at a time."""
+        parameters = self.trainable()
+        return torch.cat([self.outputs(parameters, part) for part in torch.split(features, self.most_rows)])
+
+    def randomise(self, generator: torch.Generator) -> None:
+        raise ValueError("A tail starts from the backbone's own parameters.")
+
+    def fold(self, mean: Tensor, scale: Tensor) -> None:
+        self.head.fold(mean, scale)
+
+    def rescale(self, shift: Tensor, scale: Tensor) -> None:
+        self.head.rescale(shift, scale)
+
+    def absorb_temperature(self, temperature: float) -> None:
+        self.head.absorb_temperature(temperature)
+
+
+def _part(parameters: Mapping[str, Tensor], prefix: Literal["head.", "tail."]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in parameters.items() if name.startswith(prefix)}

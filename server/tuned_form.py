@@ -1,0 +1,81 @@
+"""The form of what a tuned run trains: a tail of the backbone with its head, from the solved head on."""
+
+import numpy as np
+import torch
+
+from fedhead.backbones import Backbone
+from fedhead.backbones.split import split
+from fedhead.config import RunConfig
+from fedhead.heads import Head, TunedHead
+from fedhead.server.starting_head import HeadForm
+from fedhead.sums.features import FeatureStatistics
+from fedhead.sums.sums import Arrays
+from fedhead.tasks import Task
+from fedhead.tuning import parse_tune
+
+HEAD, TAIL = "head.", "tail."
+LEAST_ROWS = 0.5
+"""Rows that count for a class of which no site has any."""
+
+
+class TunedForm(HeadForm):
+    """The form of a tail with its head: the tail starts as it is in the backbone, the head as it is solved.
+
+    Args:
+        config: of a tuned run.
+        backbone: the whole.
+        task: of the run.
+
+    Raises:
+        UserError: if the backbone cannot be cut as `tune` says.
+    """
+
+    def __init__(self, config: RunConfig, backbone: Backbone, task: Task) -> None:
+        super().__init__(config, backbone.num_features, task)
+        self._tail = split(backbone, parse_tune(config.tune.layers)).tail
+        self._sequences = backbone.kind == "text"
+        self._own = {f"{TAIL}{name}": value.cpu().float().numpy() for name, value in self._tail.trainable().items()}
+
+    @property
+    def num_parameters(self) -> int:
+        """The number of trained parameters, those of the head included."""
+        return sum(value.size for value in self._own.values()) + sum(one.numel() for one in self.make().parameters())
+
+    def share(self, stats: FeatureStatistics | None) -> None:
+        """Keep each class's share of all rows, by which sites adjust their logits, if the run does."""
+        if stats is None or not self.config.tune.adjust or self.task.name != "classification":
+            return
+        counts = stats.counts.double().clamp(min=LEAST_ROWS)
+        self.shares = (counts / counts.sum()).float()
+
+    def enter(self, head: Arrays) -> Arrays:
+        """Return the parameters that rounds start from: the head's, and those of the backbone's own tail."""
+        return self.joined(head, self._own)
+
+    def solved_on(self, tail: Arrays, stats: FeatureStatistics) -> Arrays:
+        """Return the tail of other parameters with the head that is solved from statistics of its features."""
+        return self.joined(self.start(stats), self.tail_of(tail))
+
+    def tail_of(self, parameters: Arrays) -> Arrays:
+        """Return the parameters of the tail alone, under their names on the wire."""
+        return {name: value for name, value in parameters.items() if name.startswith(TAIL)}
+
+    def joined(self, head: Arrays, tail: Arrays) -> Arrays:
+        """Return the parameters of a head and of a tail together."""
+        return {**{f"{HEAD}{name}": value for name, value in head.items()}, **tail}
+
+    def leave(self, parameters: Arrays) -> Head:
+        """Return a head for boundary activations; for features of the frozen backbone without a tail."""
+        if not self.tail_of(parameters):
+            return super().leave(parameters)
+        made = TunedHead(self._tail, super().leave(_head(parameters)), sequences=self._sequences)
+        tail = {name: torch.from_numpy(np.array(value)) for name, value in self.tail_of(parameters).items()}
+        made.assign({**{f"{HEAD}{name}": value for name, value in made.head.trainable().items()}, **tail})
+        return made
+
+    def as_solved(self, number: int, parameters: Arrays) -> Arrays:
+        return parameters if number else _head(parameters)
+
+
+def _head(parameters: Arrays) -> Arrays:
+    return {name.removeprefix(HEAD): value for name, value in parameters.items() if name.startswith(HEAD)}
