@@ -17,6 +17,7 @@ from fedhead.server.installing import Installation
 from fedhead.server.messenger import Messenger, Reply
 from fedhead.server.observer import Observer, SiteState, Standing
 from fedhead.server.weights_file import WeightsFile
+from fedhead.wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -192,8 +193,8 @@ class Roster:
         receiving = f" {len(installing)} of them still need the weights." if installing else ""
         reasons = "".join(f" {site}: {reason.rstrip('.')}." for site, reason in sorted(missing.items())[:3])
         return (
-            f"{len(self.nodes)} of {len(self._states)} sites can take part{able}, and the run needs {needed} or more."
-            f"{receiving}{reasons}"
+            f"{len(self.nodes)} of {counted(len(self._states), 'site')} can take part{able}, and the run needs "
+            f"{needed} or more.{receiving}{reasons}"
         )
 
     def _install(self, lacking: Mapping[str, int]) -> Exchange:

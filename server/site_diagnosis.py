@@ -67,7 +67,8 @@ def diagnose_sites(
         The diagnoses, and the traffic that they took.
     """
     exchange = Exchange()
-    if sums.keep != "folder":
+    # A single site is the pool.
+    if sums.keep != "folder" or len(nodes) < 2:
         return [], exchange
     sites = _Training(sums, sorted(nodes.keys() & set(sums.sites())))
     diagnostics = task.diagnostics(sites, pool)

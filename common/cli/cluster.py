@@ -71,7 +71,7 @@ def show(
     if as_json:
         typer.echo(json.dumps([asdict(one) for one in shown]))
         return
-    output().print(_table(shown))
+    output().print(_table(shown, "cluster" if loaded.task.name == "clusters" else "class"))
     if html is not None:
         output().print(f"Examples are in {html}; they are rows of this site.", highlight=False, soft_wrap=True)
 
@@ -110,9 +110,9 @@ def name(
         print_solved(solved, output())
 
 
-def _table(shown: "list[Shown]") -> Table:
+def _table(shown: "list[Shown]", what: str) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("cluster", overflow="fold")
+    table.add_column(what, overflow="fold")
     table.add_column("rows", justify="right")
     table.add_column("share", justify="right")
     table.add_column("surest rows", overflow="fold")

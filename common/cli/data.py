@@ -12,7 +12,7 @@ from rich.table import Table
 
 from fedhead.cli import options
 from fedhead.cli.application import app, in_sentences, output, progress_bars
-from fedhead.wording import percent
+from fedhead.wording import counted, percent
 
 if TYPE_CHECKING:
     from fedhead.data import Item, Samples, UnreadableSampleError
@@ -139,7 +139,7 @@ def _facts(summary: "Summary") -> list[tuple[str, str]]:
         more = f" and {len(summary.columns) - MOST_LINES} more" if len(summary.columns) > MOST_LINES else ""
         facts.append(("Numbers", f"{len(summary.columns)} columns: {', '.join(summary.columns[:MOST_LINES])}{more}"))
     if summary.multi_label:
-        facts.append(("No class", f"{summary.without_class} rows"))
+        facts.append(("No class", counted(summary.without_class, "row")))
     if summary.width and summary.height:
         first, rows = next(iter(summary.sizes.items()))
         alike = f"{first}, all" if len(summary.sizes) == 1 else ""
@@ -154,13 +154,17 @@ def _facts(summary: "Summary") -> list[tuple[str, str]]:
         facts.append(("Lengths", f"{spread.least:.3g} to {spread.greatest:.3g} s ({mean})"))
         facts.append(("Rates", _counts({f"{rate} Hz": rows for rate, rows in summary.rates.items()})))
     if summary.groups:
-        facts.append(("Groups", f"{summary.groups}; the largest has {summary.largest_group} rows"))
+        facts.append(("Groups", f"{summary.groups}; the largest has {counted(summary.largest_group, 'row')}"))
     if summary.sites:
         facts.append(("Sites", _counts(summary.sites)))
     if summary.splits:
         facts.append(("Splits", _counts(summary.splits)))
-    facts.append(("Duplicates", f"{summary.duplicates} rows repeat another" if summary.duplicates else "none"))
+    facts.append(("Duplicates", _repeated(summary.duplicates) if summary.duplicates else "none"))
     return facts
+
+
+def _repeated(rows: int) -> str:
+    return f"{counted(rows, 'row')} {'repeats' if rows == 1 else 'repeat'} another"
 
 
 def _span(spread: "Spread") -> str:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from fedhead.cli import options
 from fedhead.cli.application import ANY_NAME, app, in_sentences, output, progress_bars
-from fedhead.wording import percent
+from fedhead.wording import counted, percent
 
 if TYPE_CHECKING:
     from fedhead.data.inputs import Input
@@ -264,5 +264,5 @@ def _print(evaluated: "ModelEvaluation", model: "TransferModel", console: Consol
     if model.unlearned:
         lines.add_row("Unlearned", f"no site had rows of: {', '.join(model.unlearned)}")
     if evaluated.skipped:
-        lines.add_row("Skipped", f"{len(evaluated.skipped)} unreadable rows")
+        lines.add_row("Skipped", counted(len(evaluated.skipped), "unreadable row"))
     console.print(lines, highlight=False)

@@ -203,7 +203,7 @@ def _add_diagnosis(lines: Table, result: "RunResult") -> None:
     """Add a line for each site that should not simply join, and for classes that depend on one site."""
     diagnoses = result.outcome.diagnoses
     joining = sum(one.recommendation == "join" for one in diagnoses)
-    if diagnoses:
+    if len(diagnoses) > 1:
         lines.add_row("Diagnosis", f"{joining} of {counted(len(diagnoses), 'site')} gain by joining")
     others = [one for one in diagnoses if one.recommendation not in ("join", "not enough rows to tell")]
     undecided = [one.site for one in diagnoses if one.recommendation == "not enough rows to tell"]

@@ -224,8 +224,9 @@ def _nothing_found(root: Path, files: Sequence[Path], usable: Sequence[Path], de
     elif files:
         there = f" It has {len(files)} other files, such as {files[0].relative_to(root).as_posix()}."
     site = "a sub-folder per site with a sub-folder per class" if depth else "a sub-folder per class"
+    found = f"has no {words} in the expected structure:" if files else "is empty; expected"
     return (
-        f"{root} has no {words} in the expected structure: {site}, each with files such as 1.jpg "
+        f"{root} {found} {site}, each with files such as 1.jpg "
         f"({', '.join(sorted(IMAGE_SUFFIXES))}), sounds ({', '.join(sorted(AUDIO_SUFFIXES))}) or texts "
         f"({', '.join(TEXT_SUFFIXES)}).{there}"
     )

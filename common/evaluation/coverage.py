@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedhead.wording import counted
+
 DOMINANCE = 0.9
 """Share of a class's rows above which the class depends on one site."""
 
@@ -39,7 +41,7 @@ class ClassCoverage:
         """A sentence on the sites that hold the class."""
         if not self.rows:
             return f"No site has rows of class {self.name!r}: no head can learn it."
-        held = f"Class {self.name!r} has {self.rows} rows at {self.sites} site{'s' * (self.sites > 1)}"
+        held = f"Class {self.name!r} has {counted(self.rows, 'row')} at {counted(self.sites, 'site')}"
         if not self.rests_on_one_site:
             return f"{held}."
         part = "all of them" if self.sites == 1 else f"{100 * self.share:.0f} % of them"

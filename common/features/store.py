@@ -28,7 +28,7 @@ from fedhead.backbones import Backbone
 from fedhead.data import KeyArray, RowError, Samples, UnreadableSampleError, require_kind
 from fedhead.data.samples import Former
 from fedhead.devices import Precision, multiplying
-from fedhead.errors import FedheadError, UserError
+from fedhead.errors import FedheadError, UnreadableDataError, UserError
 from fedhead.features.extraction import arranged, batch_size_for, read_ahead
 from fedhead.files import disk_errors, home, locked, write_atomically
 
@@ -98,7 +98,8 @@ class FeatureStore:
         Raises:
             UserError: under `strict`, naming the first unreadable row; if the folder cannot be written; or if the
                 backbone and the data are of different kinds, such as images and texts.
-            FedheadError: if no row can be read, unless under `empty`, or the disk is full.
+            UnreadableDataError: if no row can be read, unless under `empty`.
+            FedheadError: if the disk is full.
         """
         require_kind(backbone.spec, backbone.kind, samples.kind)
         path = (root or home() / "features") / store_key(backbone, samples.fingerprint, precision)
@@ -115,7 +116,7 @@ class FeatureStore:
                     extracted = _extract(backbone, samples, path, strict, batch_size, precision, progress)
         store = cls._map(path, extracted)
         if len(store.skipped) == len(samples) and not empty:
-            raise FedheadError(f"None of the rows of {samples.spec} can be read. The first: {store.skipped[0]}")
+            raise UnreadableDataError(f"None of the rows of {samples.spec} can be read. The first: {store.skipped[0]}")
         if strict and store.skipped:
             raise UserError(f"{store.skipped[min(store.skipped)]} {len(store.skipped)} rows are unreadable.")
         return store

@@ -26,6 +26,7 @@ class Clusters(Classification):
 
     name = "clusters"
     misfit = "This run has found its clusters already, and the site's rows have no labels in it."
+    output_names = ("cluster", "clusters")
     compares_classes = False
     solvers: ClassVar[tuple[str, ...]] = ("lda", "lda-gcv")
 

@@ -44,6 +44,7 @@ class Regression(Task):
     """Real targets: `[n, K]` float64."""
 
     name = "regression"
+    output_names = ("target", "targets")
     score_name = "r2"
     score_title = "R2"
     loss = SquaredError()

@@ -48,6 +48,7 @@ class Survival(Task):
     """
 
     name = "survival"
+    output_names = ("time bin", "time bins")
     score_name = "concordance"
     score_title = "Concordance"
     loss = HazardLikelihood()
@@ -91,6 +92,10 @@ class Survival(Task):
     @property
     def counted(self) -> tuple[str, ...]:
         return self.columns[: self.num_bins]
+
+    @classmethod
+    def shown(cls, columns: Sequence[str]) -> Sequence[str]:
+        return [name.removeprefix("event ") for name in columns if name.startswith(EVENT)] or columns
 
     @classmethod
     def columns_of(cls, samples: Samples) -> tuple[str, ...]:

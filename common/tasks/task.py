@@ -86,6 +86,9 @@ class Task(ABC):
     kind: ClassVar[TargetKind]
     """Kind of the targets in feature statistics."""
 
+    output_names: ClassVar[tuple[str, str]] = ("class", "classes")
+    """What one output of a model is, and several are, for readers."""
+
     answer_name: ClassVar[str]
     """Kind of a model's output for each column: `probabilities` or `values`."""
 
@@ -155,6 +158,11 @@ class Task(ABC):
         """
         if not self.columns:
             raise UserError(f"The task {self.name!r} needs the name of at least one output.")
+
+    @classmethod
+    def shown(cls, columns: Sequence[str]) -> Sequence[str]:
+        """Return the names of a model's outputs for readers."""
+        return columns
 
     # Data.
 

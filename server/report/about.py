@@ -19,8 +19,8 @@ def about(record: RunRecord) -> Section:
         ("Backbone", str(config.get("backbone", ""))),
         ("Layer", f"{config.get('layer', '')}, {backbone.num_features or '?'} features"),
         ("Backbone's licence", backbone.licence or "unknown"),
-        ("Backbone's size", size(backbone.num_bytes) if backbone.num_bytes is not None else "unknown"),
-        ("Weights digest", backbone.weights_digest or "unknown"),
+        ("Backbone's size", _size(backbone.num_bytes)),
+        ("Weights digest", "" if backbone.num_bytes == 0 else backbone.weights_digest or "unknown"),
         ("Backbone digest", backbone.digest or "unknown"),
         ("Preprocessing", ", ".join(f"{key} {value}" for key, value in backbone.preprocessing.items())),
         ("Map of features", _map(config)),
@@ -29,7 +29,7 @@ def about(record: RunRecord) -> Section:
         ("Head", f"{config.get('head', '')}, {_start(record)}"),
         ("Strategy", f"{config.get('strategy', {}).get('name', '')}, {counted(int(config.get('rounds', 0)), 'round')}"),
         ("Seed", str(config.get("seed", ""))),
-        ("Classes", f"{len(record.classes)}: {listed(record.classes, 20)}"),
+        (record.task.output_names[1].capitalize(), _outputs(record)),
         ("Started", journal.started or "unknown"),
         ("Ended", journal.ended or "not yet"),
         ("Versions", ", ".join(f"{name} {version}" for name, version in journal.versions.items())),
@@ -56,6 +56,17 @@ def about(record: RunRecord) -> Section:
         tables=tables,
         code=[("run.toml, which reproduces the run", record.toml)],
     )
+
+
+def _outputs(record: RunRecord) -> str:
+    names = record.task.shown(record.classes)
+    return f"{len(names)}: {listed(names, 20)}"
+
+
+def _size(num_bytes: int | None) -> str:
+    if num_bytes == 0:
+        return "nothing: it has no weights"
+    return "unknown" if num_bytes is None else size(num_bytes)
 
 
 def _start(record: RunRecord) -> str:

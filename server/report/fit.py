@@ -17,8 +17,10 @@ def fit(record: RunRecord) -> Section:
     diagnoses = record.diagnoses
     if not diagnoses:
         reason = (
-            f"The task {record.task.name!r} has no way of comparing sites with the pool."
+            "Sites are not compared with the pool for this task."
             if not record.compares_sites
+            else "One site is its own pool: there is nothing to compare it with."
+            if record.result and record.num_sites == 1
             else "Secure summation hides each site's sums, so no site is compared with the pool here."
             if record.secure
             else "Differential privacy hides each site's sums, so no site is compared with the pool here."

@@ -168,7 +168,9 @@ def _about(backbone: Backbone) -> BackboneRecord:
         num_bytes=backbone.num_bytes,
         trained=backbone.trained,
         licence=_licence(backbone.spec),
-        preprocessing={name: str(value) for name, value in steps.items() if value is not None and not callable(value)},
+        preprocessing={
+            name: _words(value) for name, value in steps.items() if value not in (None, ()) and not callable(value)
+        },
     )
 
 
@@ -182,3 +184,8 @@ def _licence(spec: str) -> str:
 
 def _now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def _words(value: object) -> str:
+    """Return a setting for readers: several names or numbers with commas between them."""
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -167,9 +167,7 @@ class RunRecord(BaseModel):
     @property
     def outputs(self) -> str:
         """The number of classes, targets or time bins in words."""
-        if self.task.name == "survival":
-            return counted(len(self.classes) // 2, "time bin")
-        return counted(len(self.classes), *(("target",) if self.real else ("class", "classes")))
+        return counted(len(self.task.shown(self.classes)), *self.task.output_names)
 
     @property
     def tested(self) -> float | None:

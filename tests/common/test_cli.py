@@ -276,13 +276,13 @@ def test_a_folder_is_no_configuration() -> None:
         (["--data", "folder:"], "Expected a path"),
         (["--data", "folder:nowhere"], "no folder nowhere"),
         (["--data", "folder:file"], "file is not a folder"),
-        (["--data", "folder:empty"], "empty has no images"),
+        (["--data", "folder:empty"], "empty is empty; expected"),
         (["--data", "folder:alone"], "two classes or more"),
         (["--data", "python:nowhere:f"], "cannot be imported"),
         (["--data", "python:json:nothing"], "no function 'nothing'"),
         (["--data", "python:json"], "Expected python:MODULE:FUNCTION"),
         (["--test-data", "folder:alone"], "of class 'ant'"),
-        (["--test-data", "folder:empty"], "empty has no images"),
+        (["--test-data", "folder:empty"], "empty is empty; expected"),
         (["--device", "abacus"], "device 'abacus' is not available"),
         (["--out", "full"], "full exists and is not an empty folder"),
         (["--out", "file"], "file exists and is not an empty folder"),
@@ -329,7 +329,7 @@ def test_data_without_one_readable_image_is_a_failure() -> None:
     for name in ("ant", "bee"):
         Path("data", name).mkdir(parents=True)
         Path("data", name, "1.png").write_bytes(b"no image")
-    refuse(1, "None of the rows", "--data", "folder:data", "--sites", "1")
+    refuse(2, "None of the rows", "--data", "folder:data", "--sites", "1")
 
 
 def test_a_cache_that_cannot_be_written_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

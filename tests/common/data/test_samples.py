@@ -87,7 +87,7 @@ def test_unknown_specs_are_rejected(spec: str, words: str) -> None:
 
 
 def test_empty_folder_and_file_are_rejected(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="has no images"):
+    with pytest.raises(UserError, match="is empty; expected a sub-folder per class"):
         load_samples(f"folder:{tmp_path}")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is not a folder"):
