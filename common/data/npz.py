@@ -12,15 +12,13 @@
 | `train_images`, `train_labels`, ... | the same by split, as MedMNIST names them; or Keras' `x_train`, `y_train` |
 """
 
-import struct
 import zipfile
-import zlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,9 +27,9 @@ from PIL import Image
 from fedhead.data.images import White, has_wide_integers, to_image, white_of
 from fedhead.data.items import Clip, Columns, FloatArray, IntArray, Item, Kind, TableRow, UnreadableSampleError
 from fedhead.data.labels import index_labels, names_of
+from fedhead.data.npz_rows import Rows, load_array, open_rows
 from fedhead.data.numbers import warn_of_constants
 from fedhead.data.samples import Former, LeftOut, Samples, choose_split, sources
-from fedhead.data.sequential import SequentialRows
 from fedhead.data.sounds import to_clip
 from fedhead.data.specs import join_options, split_options, to_path
 from fedhead.data.texts import plain_text
@@ -40,16 +38,6 @@ from fedhead.errors import UserError
 CONTENT = ("images", "texts", "features", "clips", "x")
 LABELS = {"images": "labels", "texts": "labels", "features": "labels", "clips": "labels", "x": "y"}
 TARGETS = ("targets", "target")
-
-
-class Rows(Protocol):
-    """An array on disk, by rows."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-
-    def read(self, row: int) -> npt.NDArray[Any]:
-        """Return one row."""
 
 
 @sources.register("npz")
@@ -64,7 +52,7 @@ def load_npz(argument: str) -> Samples:
         raise UserError(f"There is no file {path}.")
     members = _members(path)
     parts = _parts(path, set(members), options.get("target"))
-    rows = [_open_rows(path, content) for content, _ in parts.values()]
+    rows = [open_rows(path, content) for content, _ in parts.values()]
     white = _white(rows)
     real = _holds_targets(next(iter(parts.values()))[1], options)
     annotations = [(_targets if real else _labels)(path, named) for _, named in parts.values()]
@@ -123,7 +111,7 @@ def load_npz(argument: str) -> Samples:
 
 def _named_rows(path: Path, array: str, rows: int, chosen: IntArray) -> list[str | None]:
     """Return the name that an array holds for each chosen row."""
-    values = _load(path, array)
+    values = load_array(path, array)
     if values.shape != (rows,):
         raise UserError(f"{path} has {array!r} of shape {list(values.shape)}; expected [{rows}].")
     return names_of(values[chosen].tolist())
@@ -142,7 +130,7 @@ def _unused_arrays(names: list[str]) -> tuple[LeftOut, ...]:
     return (LeftOut(len(names), things, reason, tuple(names[:5]), warned=False),) if names else ()
 
 
-def _white(arrays: Sequence["Rows"]) -> White | None:
+def _white(arrays: Sequence[Rows]) -> White | None:
     """Return the value of white in all integers whose type does not determine it; None for other types."""
     wide = [array for array in arrays if len(array.shape) > 2 and has_wide_integers(array.dtype)]
     if not wide:
@@ -174,7 +162,7 @@ def _annotated(
     """Return class names and labels, or the targets."""
     if real:
         return (), np.zeros(len(together), dtype=np.int64), together
-    classes = [str(name) for name in _load(path, "classes").tolist()] if named else None
+    classes = [str(name) for name in load_array(path, "classes").tolist()] if named else None
     return *index_labels(together if together.ndim == 1 else list(together), classes, spec), None
 
 
@@ -186,7 +174,7 @@ def _target_names(array: str, targets: FloatArray | None) -> tuple[str, ...]:
     return tuple(f"{array}[{position}]" for position in range(targets.shape[1]))
 
 
-def _columns(path: Path, named: bool, rows: list["Rows"]) -> tuple[str, ...]:
+def _columns(path: Path, named: bool, rows: list[Rows]) -> tuple[str, ...]:
     """Return the names of the numbers in each row: from the array `columns`, or else their positions."""
     widths = {one.shape[1] for one in rows}
     if len(widths) > 1:
@@ -194,7 +182,7 @@ def _columns(path: Path, named: bool, rows: list["Rows"]) -> tuple[str, ...]:
     width = widths.pop()
     if not named:
         return tuple(f"x{position}" for position in range(width))
-    columns = tuple(str(name) for name in _load(path, "columns").tolist())
+    columns = tuple(str(name) for name in load_array(path, "columns").tolist())
     if len(columns) != width or len(set(columns)) != width:
         raise UserError(f"{path} names {len(set(columns))} different columns for {width} numbers per row.")
     return columns
@@ -216,12 +204,12 @@ class Sound:
 def _sound(path: Path, members: Collection[str], rows: int) -> Sound:
     if "rate" not in members:
         raise UserError(f"{path} has clips but no array 'rate'; add one number, the samples per second.")
-    rate = _load(path, "rate").reshape(-1)
+    rate = load_array(path, "rate").reshape(-1)
     if len(rate) != 1 or rate.dtype.kind not in "iuf" or not float(rate[0]).is_integer():
         raise UserError(f"The array 'rate' of {path} is not one whole number, the samples per second.")
     if "lengths" not in members:
         return Sound(int(rate[0]), None)
-    lengths = _load(path, "lengths")
+    lengths = load_array(path, "lengths")
     if lengths.shape != (rows,) or lengths.dtype.kind not in "iu" or (lengths < 0).any():
         raise UserError(f"{path} has 'lengths' of shape {list(lengths.shape)}; expected [{rows}] numbers of samples.")
     return Sound(int(rate[0]), lengths.astype(np.int64))
@@ -285,113 +273,6 @@ class ArchivedRows:
         return f"{self.path}, {self.splits[array]} row {number}".replace("  ", " ")
 
 
-class MappedRows:
-    """An uncompressed array, mapped from the archive."""
-
-    def __init__(self, path: Path, name: str) -> None:
-        self._arguments = (path, name)
-        with zipfile.ZipFile(path) as archive:
-            start = archive.getinfo(f"{name}.npy").header_offset
-        with path.open("rb") as file:
-            file.seek(start + 26)
-            name_length, extra_length = struct.unpack("<HH", file.read(4))
-            file.seek(start + 30 + name_length + extra_length)
-            self.shape, fortran, self.dtype = _read_header(file)
-            offset = file.tell()
-        self._array = np.memmap(
-            path, dtype=self.dtype, mode="r", offset=offset, shape=self.shape, order="F" if fortran else "C"
-        )
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle without the mapping; every process opens its own."""
-        return MappedRows, self._arguments
-
-    def read(self, row: int) -> npt.NDArray[Any]:
-        return np.array(self._array[row])
-
-
-class CompressedRows:
-    """A compressed array, decompressed row by row, in one pass for rows in order."""
-
-    def __init__(self, path: Path, name: str) -> None:
-        self._arguments = (path, name)
-        self._rows = SequentialRows(lambda row: 0, self._rows_from)
-        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
-            self.shape, self.fortran, self.dtype = _read_header(file)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle without the open file; every process opens its own."""
-        return CompressedRows, self._arguments
-
-    def read(self, row: int) -> npt.NDArray[Any]:
-        try:
-            array: npt.NDArray[Any] = self._rows.read(row)
-        except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
-            path, name = self._arguments
-            raise UnreadableSampleError(f"Row {row} of {name!r} in {path} is damaged: {error}.") from None
-        return array
-
-    def _rows_from(self, start: int) -> Iterator[npt.NDArray[Any]]:
-        path, name = self._arguments
-        shape = self.shape[1:]
-        length = self.dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-        with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
-            _read_header(file)
-            for _ in range(start, self.shape[0]):
-                yield np.frombuffer(file.read(length), dtype=self.dtype).reshape(shape)
-
-
-class LoadedRows:
-    """An array in memory."""
-
-    def __init__(self, array: npt.NDArray[Any]) -> None:
-        self._array = array
-        self.shape = array.shape
-        self.dtype = array.dtype
-
-    def read(self, row: int) -> npt.NDArray[Any]:
-        return np.asarray(self._array[row])
-
-
-def _open_rows(path: Path, name: str) -> Rows:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            stored = archive.getinfo(f"{name}.npy").compress_type == zipfile.ZIP_STORED
-        rows: Rows
-        if stored:
-            rows = MappedRows(path, name)
-        else:
-            compressed = CompressedRows(path, name)
-            rows = LoadedRows(_load(path, name)) if compressed.fortran else compressed
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
-        raise UserError(f"The array {name!r} of {path} cannot be read: {str(error).rstrip('.')}.") from None
-    text, numbers = name.endswith("texts"), name.endswith(("features", "clips"))
-    channels = (1, 3, 4)
-    is_image = len(rows.shape) == 3 or (
-        len(rows.shape) == 4 and (rows.shape[3] in channels or rows.shape[1] in channels)
-    )
-    wide = "length" if name.endswith("clips") else "d"
-    if numbers and (len(rows.shape) != 2 or rows.shape[1] == 0):
-        raise UserError(f"The array {name!r} of {path} has shape {list(rows.shape)}; expected [n, {wide}] numbers.")
-    if not text and not numbers and not is_image:
-        raise UserError(
-            f"The array {name!r} of {path} has shape {list(rows.shape)}; expected [n, H, W], [n, H, W, C] or "
-            "[n, C, H, W] with 1, 3 or 4 channels."
-        )
-    if text and len(rows.shape) != 1:
-        raise UserError(f"The array {name!r} of {path} has shape {list(rows.shape)}; expected [n] strings.")
-    return rows
-
-
-def _read_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    version = np.lib.format.read_magic(file)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(file)
-    if dtype.hasobject:
-        raise ValueError("it contains Python objects; save it as an array of numbers or strings")
-    return shape, fortran, dtype
-
-
 def _parts(path: Path, arrays: set[str], target: str | None) -> dict[str, tuple[str, str]]:
     """Return the arrays of content and of labels or targets by split; without splits, one split with an empty name."""
     for content in CONTENT:
@@ -415,7 +296,7 @@ def _parts(path: Path, arrays: set[str], target: str | None) -> dict[str, tuple[
 
 def _targets(path: Path, name: str) -> FloatArray:
     """Return real targets `[n, K]`."""
-    targets = _load(path, name)
+    targets = load_array(path, name)
     if targets.ndim not in (1, 2) or targets.dtype.kind not in "biuf" or 0 in targets.shape[1:]:
         raise UserError(
             f"The targets {name!r} of {path} are {targets.dtype} of shape {list(targets.shape)}; expected [n] or "
@@ -432,7 +313,7 @@ def _targets(path: Path, name: str) -> FloatArray:
 
 
 def _labels(path: Path, name: str) -> npt.NDArray[Any]:
-    labels = _load(path, name)
+    labels = load_array(path, name)
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.dtype.kind == "f":
@@ -447,13 +328,3 @@ def _labels(path: Path, name: str) -> npt.NDArray[Any]:
             "names, or [n, classes] of 0 and 1."
         )
     return labels
-
-
-def _load(path: Path, name: str) -> npt.NDArray[Any]:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            array: npt.NDArray[Any] = archive[name]
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
-        advice = "; save names as strings, as array.astype(str)" if "allow_pickle" in str(error) else ""
-        raise UserError(f"The array {name!r} of {path} cannot be read: {str(error).rstrip('.')}{advice}.") from None
-    return array

@@ -22,23 +22,20 @@ import numpy as np
 from fedhead.data.conversion import to_item
 from fedhead.data.csv_file import open_csv
 from fedhead.data.files import Files
-from fedhead.data.items import FloatArray, IntArray, Item, Kind, UnreadableSampleError
+from fedhead.data.items import IntArray, Item, Kind, UnreadableSampleError
 from fedhead.data.jsonl_file import open_jsonl
-from fedhead.data.labels import UNLABELLED, index_labels, index_names, is_missing, mark_names, name_of, names_of
+from fedhead.data.labels import is_missing, name_of, names_of
 from fedhead.data.number_rows import NumberRows, find_features, without_codes
-from fedhead.data.numbers import column_of_numbers, happened, split_names, warn_of_constants
 from fedhead.data.parquet_file import open_parquet
 from fedhead.data.samples import Former, LeftOut, Samples, choose_split, sources
 from fedhead.data.sounds import require_soundfile
-from fedhead.data.specs import join_options, split_options, to_path, without_labels
+from fedhead.data.specs import join_options, split_options, to_path
+from fedhead.data.table_annotations import annotations_of, chosen_values, columns_of_option, labelled_rows
 from fedhead.data.table_columns import COLUMNS, Table, column_for, content_column, find_named
 from fedhead.data.texts import plain_text
 from fedhead.data.walk import AUDIO_SUFFIXES, IMAGE_SUFFIXES
 from fedhead.errors import UserError
 from fedhead.wording import quoted
-
-SOME = "some"
-"""Value of the option `labels` for tables in which some rows have no label."""
 
 OPTIONS = frozenset(
     {*COLUMNS, "target", "labels", "time", "event", "features", "categories", "missing", "kind", "root", "separator"}
@@ -118,9 +115,9 @@ def samples_of_table(table: Table, options: dict[str, str], spec: str) -> Sample
         UserError: for a missing column, rows without a label, or invalid options.
     """
     rows, splits = _choose_rows(table, options, spec)
-    labelled, unlabelled = _labelled_rows(table, rows, options, spec)
+    labelled, unlabelled = labelled_rows(table, rows, options, spec)
     rows, splits = rows[labelled], splits and [splits[row] for row in labelled.tolist()]
-    annotations = _annotations(table, rows, options, spec)
+    annotations = annotations_of(table, rows, options, spec)
     group = column_for(table, "group", options, spec, needed=False)
     site = column_for(table, "site", options, spec, needed=False)
     root = Path(options.get("root", table.path.parent))
@@ -133,7 +130,7 @@ def samples_of_table(table: Table, options: dict[str, str], spec: str) -> Sample
     left_out: list[LeftOut] = []
     read: Callable[[int], Item]
     if content == "path":
-        paths = tuple("" if is_missing(value) else str(value) for value in _chosen(table, column, rows))
+        paths = tuple("" if is_missing(value) else str(value) for value in chosen_values(table, column, rows))
         kind = _kind_of_paths(paths, options, spec)
         files = Files(root, paths, kind)
         stamps = files.stamps()
@@ -161,8 +158,8 @@ def samples_of_table(table: Table, options: dict[str, str], spec: str) -> Sample
         others.update(*(find_named(table, COLUMNS[purpose]) for purpose in ("path", "image", "audio", "text", "split")))
         numbers, left_out = _number_rows(table, rows, options, annotations.columns, others)
         columns, incomplete, read = numbers.columns.names, numbers.incomplete, numbers.read
-    groups = names_of(_chosen(table, group, rows)) if group else None
-    if groups and groups != _former_names(_chosen(table, group, rows)):
+    groups = names_of(chosen_values(table, group, rows)) if group else None
+    if groups and groups != _former_names(chosen_values(table, group, rows)):
         described[0] += repr(groups)
     fingerprint, before = (hashlib.sha256(one.encode(errors="surrogatepass")).hexdigest() for one in described)
     return Samples(
@@ -173,7 +170,7 @@ def samples_of_table(table: Table, options: dict[str, str], spec: str) -> Sample
         name=RowNames(table, rows).name,
         fingerprint=fingerprint,
         groups=groups,
-        sites=_sites(_chosen(table, site, rows), site, table, rows) if site else None,
+        sites=_sites(chosen_values(table, site, rows), site, table, rows) if site else None,
         splits=splits,
         kind=kind,
         targets=annotations.targets,
@@ -222,111 +219,12 @@ def _kind_of_paths(paths: Sequence[str], options: Mapping[str, str], spec: str) 
     return kind
 
 
-@dataclass(frozen=True)
-class _Annotations:
-    """The labels or targets of a table.
-
-    Attributes:
-        columns: the source columns.
-        classes: see `Samples`.
-        labels: see `Samples`.
-        targets: see `Samples`.
-        target_names: see `Samples`.
-    """
-
-    columns: tuple[str, ...]
-    classes: tuple[str, ...]
-    labels: IntArray
-    targets: FloatArray | None = None
-    target_names: tuple[str, ...] = ()
-
-
-def _annotations(table: Table, rows: IntArray, options: dict[str, str], spec: str) -> _Annotations:
-    """Read the targets or the times and events named in options, or else the labels, unless the data has none."""
-    if options.get("labels") != SOME and without_labels(options, spec):
-        if named := [name for name in ("label", "target") if name in options]:
-            raise UserError(f"{spec} says labels=no and names a {named[0]}; expected one of them.")
-        return _Annotations(tuple(find_named(table, COLUMNS["label"])), (UNLABELLED,), np.zeros(len(rows), np.int64))
-    if "time" in options or "event" in options:
-        return _times(table, rows, options, spec)
-    if "target" not in options:
-        column = column_for(table, "label", options, spec)
-        values = _chosen(table, column, rows)
-        classes, labels = _labels(values, options.get("separator"), table, rows, column, spec)
-        return _Annotations((column,), classes, labels)
-    if "label" in options:
-        raise UserError(f"{spec} names label and target; expected one of them: classes or real targets.")
-    names = _columns_of_option(table, options, "target")
-    targets = np.stack(
-        [
-            column_of_numbers([values[row] for row in rows], name, lambda row: table.place(int(rows[row])))
-            for name, values in zip(names, table.values(names), strict=True)
-        ],
-        axis=1,
-    )
-    warn_of_constants(targets, names, spec)
-    return _Annotations(tuple(names), (), np.zeros(len(rows), dtype=np.int64), targets, tuple(names))
-
-
-def _labelled_rows(
-    table: Table, rows: IntArray, options: dict[str, str], spec: str
-) -> tuple[IntArray, tuple[LeftOut, ...]]:
-    """Return the positions in `rows` to use: with `labels=some` those that have a label, else all.
-
-    Raises:
-        UserError: if no row has one.
-    """
-    if options.get("labels") != SOME:
-        return np.arange(len(rows)), ()
-    if "target" in options or "time" in options or "separator" in options:
-        raise UserError(f"{spec} says labels=some, which is for data with one class in each row.")
-    column = column_for(table, "label", options, spec)
-    missing = np.array([is_missing(value) for value in _chosen(table, column, rows)], np.bool_)
-    if missing.all():
-        raise UserError(f"No row of {spec} has a label in column {column!r}: read all as unlabelled with ?labels=no.")
-    found = np.flatnonzero(missing)
-    if not len(found):
-        return np.arange(len(rows)), ()
-    examples = tuple(table.place(int(rows[row])) for row in found[:3].tolist())
-    things = "rows" if len(found) > 1 else "row"
-    return np.flatnonzero(~missing), (LeftOut(len(found), things, "no label, by labels=some", examples, warned=False),)
-
-
-def _times(table: Table, rows: IntArray, options: dict[str, str], spec: str) -> _Annotations:
-    """Read times and events as the targets `time` and `event`.
-
-    Raises:
-        UserError: if an option is missing or another one names labels, a time is missing, not finite or before 0, or an
-            event is neither yes nor no.
-    """
-    if not {"time", "event"} <= options.keys() or {"label", "target"} & options.keys():
-        raise UserError(f"{spec} needs time and event together, without label and target, as in ?time=days&event=died.")
-    names = [_columns_of_option(table, options, option) for option in ("time", "event")]
-    if any(len(one) != 1 for one in names) or names[0] == names[1]:
-        raise UserError(f"{spec} names {names[0]} as time and {names[1]} as event; expected a column for each.")
-    columns = [[values[row] for row in rows] for values in table.values([names[0][0], names[1][0]])]
-
-    def place(row: int) -> str:
-        return table.place(int(rows[row]))
-
-    times = column_of_numbers(columns[0], names[0][0], place)
-    if (before := np.flatnonzero(times < 0)).size:
-        row = int(before[0])
-        raise UserError(
-            f"{place(row)} has the time {times[row]:g}, which is before 0 ({before.size} of {len(times)} rows). Count "
-            "times from the start of each row's own observation."
-        )
-    events = np.array([happened(value, names[1][0], place(row)) for row, value in enumerate(columns[1])])
-    targets = np.stack([times, events], axis=1)
-    return _Annotations((names[0][0], names[1][0]), (), np.zeros(len(rows), np.int64), targets, ("time", "event"))
-
-
 def _number_rows(
     table: Table, rows: IntArray, options: dict[str, str], predicted: Sequence[str], others: Collection[str]
 ) -> tuple[NumberRows, list[LeftOut]]:
     """Return the columns named in options, or else all numeric columns except `others`; and the unused columns."""
-    asked = _columns_of_option(table, options, "features") if "features" in options else None
-    categories = _columns_of_option(table, options, "categories") if "categories" in options else []
+    asked = columns_of_option(table, options, "features") if "features" in options else None
+    categories = columns_of_option(table, options, "categories") if "categories" in options else []
     if both := [name for name in (*(asked or ()), *categories) if name in predicted]:
         raise UserError(f"The column {both[0]!r} is to be predicted, so it cannot be a feature as well.")
     names = [name for name in asked or table.columns if name in (asked or ()) or name not in others]
@@ -343,22 +241,6 @@ def _number_rows(
             found, left = find_features(numeric, str(table.path), required=not categories)
         values = {**found, **{name: values[name] for name in categories}}
     return NumberRows.of(values, lambda row: table.place(int(rows[row])), categories), left
-
-
-def _columns_of_option(table: Table, options: dict[str, str], option: str) -> list[str]:
-    names = split_names(options[option], table.columns)
-    for position, name in enumerate(names):
-        if name not in table.columns:
-            raise UserError(f"{table.path} has no column {name!r}; it has {quoted(table.columns)}.")
-        if name in names[:position]:
-            raise UserError(f"The option {option} names the column {name!r} twice.")
-    return names
-
-
-def _chosen(table: Table, column: str, rows: IntArray) -> list[Any]:
-    """Return a column's values in the rows."""
-    values = table.values([column])[0]
-    return values if len(rows) == len(values) else [values[row] for row in rows]
 
 
 @dataclass(frozen=True)
@@ -437,29 +319,6 @@ def _choose_rows(table: Table, options: dict[str, str], spec: str) -> tuple[IntA
     splits = [name or "" for name in names_of(table.values([column])[0])]
     rows = choose_split(splits, wanted, spec)
     return rows, [splits[row] for row in rows]
-
-
-def _labels(
-    values: list[Any], separator: str | None, table: Table, rows: IntArray, column: str, spec: str
-) -> tuple[tuple[str, ...], IntArray]:
-    """Return classes, and labels `[n]`, or `[n, C]` if labels are lists or separated."""
-    if separator is not None:
-        texts = ["" if is_missing(value) else str(value) for value in values]
-        return mark_names([[name.strip() for name in text.split(separator) if name.strip()] for text in texts])
-    missing = [row for row, value in enumerate(values) if is_missing(value)]
-    if missing:
-        raise UserError(
-            f"{len(missing)} of the {len(values)} rows of {spec} have no label in column {column!r}; the first: "
-            f"{table.place(int(rows[missing[0]]))}. Give each row a label, remove it, or leave such rows out with "
-            "?labels=some. Where rows may have any number of classes, name the separator between them, as in "
-            "?separator=;."
-        )
-    if any(isinstance(value, list) for value in values):
-        if not all(isinstance(value, list) for value in values):
-            odd = next(row for row, value in enumerate(values) if not isinstance(value, list))
-            raise UserError(f"{table.place(int(rows[odd]))} has no list of labels, although other rows do.")
-        return index_labels(values, None, spec)
-    return index_names([name_of(value) for value in values])
 
 
 def _sites(values: list[Any], column: str, table: Table, rows: IntArray) -> list[str]:
