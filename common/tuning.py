@@ -7,7 +7,7 @@ from typing import Literal
 from fedhead.errors import UserError
 
 Method = Literal["head", "full", "bitfit", "norm", "lora"]
-Variant = Literal["", "ffa", "sa"]
+Variant = Literal["", "ffa"]
 
 DEFAULT_WHERE = "last:4"
 """The layers of `lora`, `bitfit` and `norm` without another choice; all of them in models with fewer blocks."""
@@ -28,8 +28,7 @@ class TuneSpec:
         where: the layers: `last:K` for the last K blocks, `all` for all blocks, or names and patterns of layers, joined
             by `+`. Empty for `head`.
         rank: of the adapters; 0 without.
-        variant: `ffa` freezes the adapters' first matrix at its initial values (Sun et al., 2024), `sa` keeps the
-            second one at each site (Guo et al., 2025).
+        variant: `ffa` freezes the adapters' first matrix at its initial values (Sun et al., 2024).
         chosen: whether `where` was given, so that too many blocks are an error.
     """
 
@@ -83,14 +82,14 @@ def parse_tune(text: str) -> TuneSpec:
 
 
 def _lora(text: str, whole: str) -> tuple[int, Variant]:
-    found = re.fullmatch(r"(\d{1,5})(?::(ffa|sa))?", text, re.ASCII)
+    found = re.fullmatch(r"(\d{1,5})(?::(ffa))?", text, re.ASCII)
     rank = int(found[1]) if found else 0
     if found is None or not 0 < rank <= MOST_RANK:
         raise UserError(
-            f"LoRA takes a rank from 1 to {MOST_RANK} and optionally 'ffa' or 'sa', as in 'lora:8' or 'lora:8:ffa', "
+            f"LoRA takes a rank from 1 to {MOST_RANK} and optionally 'ffa', as in 'lora:8' or 'lora:8:ffa', "
             f"not {whole!r}."
         )
-    return rank, "ffa" if found[2] == "ffa" else "sa" if found[2] else ""
+    return rank, "ffa" if found[2] else ""
 
 
 def _where(text: str, whole: str) -> str:

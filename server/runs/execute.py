@@ -137,6 +137,7 @@ def _run_in(
     result = run(prepared, RunParts(folder.path, observer, sums, checkpoint))
     folder.sums.finish()
     folder.write_model(result.model, result.config)
+    folder.write_tail(result.outcome)
     folder.write_adaptation(result.model, result.outcome)
     folder.write_evaluation(result.outcome, result.config, compared)
     result.record.write(folder.path)

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any, Self
 
 from fedhead.adaptation import adaptation_file
+from fedhead.backbones.split import Tail
+from fedhead.backbones.tail_file import TAIL_FILE, save_tail
 from fedhead.config import RunConfig
 from fedhead.drift import head_digest
 from fedhead.errors import UserError
 from fedhead.files import disk_errors, write_atomically
+from fedhead.heads import TunedHead
 from fedhead.model import BACKBONE_FILE, MODEL_FILE, TransferModel
 from fedhead.server.observer import Observer
 from fedhead.server.runs.history import Outcome, Round
@@ -123,6 +126,13 @@ class RunFolder(Observer):
         if config.with_backbone:
             model.backbone.save(self.path / BACKBONE_FILE)
         model.save(self.path / MODEL_FILE)
+
+    def write_tail(self, outcome: Outcome) -> None:
+        """Write the tuned parameters alone, if the run delivers any."""
+        head = outcome.head
+        if isinstance(head, TunedHead):
+            assert isinstance(head.tail, Tail)
+            save_tail(self.path / TAIL_FILE, head.tail, head.tail_parameters)
 
     def write_adaptation(self, model: TransferModel, outcome: Outcome) -> None:
         """Write all that adapts the model to rows without labels, if the run compared adaptations."""

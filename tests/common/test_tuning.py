@@ -15,7 +15,6 @@ from fedhead.tuning import TuneSpec, parse_tune
         ("norm@all", TuneSpec("norm", "all")),
         ("lora:8", TuneSpec("lora", "last:4", 8, chosen=False)),
         ("lora:16:ffa@last:2", TuneSpec("lora", "last:2", 16, "ffa")),
-        ("lora:4:sa@layer4", TuneSpec("lora", "layer4", 4, "sa")),
     ],
 )
 def test_specs_are_parsed_and_written_back(text: str, spec: TuneSpec) -> None:
@@ -34,7 +33,7 @@ def test_specs_are_parsed_and_written_back(text: str, spec: TuneSpec) -> None:
         ("lora", "rank from 1 to 1024"),
         ("lora:0", "rank from 1 to 1024"),
         ("lora:9999", "rank from 1 to 1024"),
-        ("lora:8:dora", "'ffa' or 'sa'"),
+        ("lora:8:dora", "optionally 'ffa'"),
         ("lora:8@", "expected 'head'"),
         ("head@last:2", "expected 'head'"),
         ("layer4@last:2", "expected 'head'"),

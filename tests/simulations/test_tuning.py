@@ -10,6 +10,9 @@ import torch
 from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
+from fedhead.backbones import load_backbone
+from fedhead.backbones.split import merged, split
+from fedhead.backbones.tail_file import TAIL_FILE, load_tail
 from fedhead.cli import app
 from fedhead.client.app import make_app
 from fedhead.client.local_site import LocalSite
@@ -88,6 +91,30 @@ def test_a_diverging_learning_rate_leaves_the_solved_head(odd_digits: str, tmp_p
     for name, value in solved.model.head.trainable().items():
         torch.testing.assert_close(wild.model.head.trainable()[name], value)
     assert wild.model.backbone.digest == solved.model.backbone.digest
+
+
+def test_tuned_parameters_are_kept_by_themselves(tuned: RunResult) -> None:
+    assert tuned.run_dir is not None
+    kept = load_tail(tuned.run_dir / TAIL_FILE)
+    base = load_backbone(kept.spec, layer=kept.layer)
+    assert (kept.weights_digest, str(kept.tune)) == (base.weights_digest, "last:2")
+    assert merged(base, split(base, kept.tune).tail, kept.tensors).digest == tuned.model.backbone.digest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tune", ["lora:16", "lora:16:ffa"])
+def test_adapters_are_delivered_in_the_weights_and_for_peft(odd_digits: str, tmp_path: Path, tune: str) -> None:
+    peft = pytest.importorskip("peft")
+    run = simulate(config(odd_digits, tune=tune, rounds=6, simulation={"sites": 3}), out=tmp_path / "run")
+    assert run.summary()["kept"] == "tuned"
+    assert TransferModel.load(tmp_path / "run").backbone.digest == run.model.backbone.digest
+    result = CliRunner().invoke(app, ["export", str(tmp_path / "run"), "--format", "peft"])
+    assert result.exit_code == 0, result.output
+    base = load_backbone("bundled:glyphnet")
+    adapted = peft.PeftModel.from_pretrained(base.module, str(tmp_path / "run" / "adapter")).eval()
+    images = base.preprocessing.collate([base.preprocessing(item) for item in base.preprocessing.probes()])
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(images), run.model.backbone.probe(), rtol=1e-4, atol=1e-4)
 
 
 class _KillAfter(Observer):
