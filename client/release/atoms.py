@@ -1,8 +1,8 @@
 """Atoms: sets of rows that a site releases together or not at all, so that no two releases differ by a few rows.
 
 Rows are divided into atoms when they are first admitted. An atom is of one part (training or held-out rows) and, where
-sums are by class, of one class. It has at least `min_class_count` rows whose contents were in no atom before, in each
-group that it has rows of (of so many patients, where the data has these); held-out rows are grouped by their
+rows have one class each, of one class. It has at least `min_class_count` rows whose contents were in no atom before, in
+each group that it has rows of (of so many patients, where the data has these); held-out rows are grouped by their
 calibration half, too. Atoms are kept and never changed. A release rests on whole atoms only, all of whose rows are
 there and which share no row.
 
@@ -340,8 +340,15 @@ class _Admission:
         self.atoms.append(rows)
 
     def _groups(self, rows: IntArray) -> Groups:
-        """Return the groups of rows of one part; a half of the held-out rows has groups of its own."""
+        """Return the groups of rows of one part; a half of the held-out rows has groups of its own.
+
+        Where a row has one group, its class at the site divides it further, which matters in runs without classes: an
+        atom of several classes would go as a whole where a run with classes withholds one of them.
+        """
         positions, groups = self.task.memberships(self.targets[rows])
+        if self.exclusive and len(groups):
+            _, strata = np.unique(self.rows.strata[rows[positions]], return_inverse=True)
+            groups = groups * (int(strata.max()) + 1) + strata
         halves = (self.half & self.out)[rows[positions]]
         return positions, 2 * groups + halves
 

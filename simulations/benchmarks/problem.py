@@ -42,6 +42,11 @@ def grey_values(name: str, weights: str, layer: str, seed: int) -> Backbone:
     return Backbone(f"benchmark:{name}", nn.Flatten(), preprocessing)
 
 
+def grey() -> tuple[nn.Module, ImagePreprocessing]:
+    """Return the same of 64 grey values for `python:`, whose features do not depend on their batch in any bit."""
+    return nn.Flatten(), ImagePreprocessing(1, (HEIGHT, HEIGHT), None, (0.5,), (0.25,))
+
+
 @dataclass(frozen=True)
 class Problem:
     """A softmax head on features, federated.
