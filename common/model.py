@@ -170,6 +170,15 @@ class TransferModel:
             raise UserError(f"This model gives {self.task.answer_name}, not probabilities; use TransferModel.answers.")
         return self.answers(items, batch_size=batch_size)
 
+    def require_items(self, what: str) -> None:
+        """Check that the model predicts whole items.
+
+        Raises:
+            UserError: naming `what` needs them, if it predicts places of items.
+        """
+        if self.task.dense:
+            raise UserError(f"{what} needs a model of whole items; this one is {self.task.description}.")
+
     @property
     def unlearned_mask(self) -> Tensor:
         """`[C]`, bool: the unlearned classes."""

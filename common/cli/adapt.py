@@ -44,6 +44,7 @@ def adapt(
     if out.exists():
         raise UserError(f"{out} exists already; choose a new folder.")
     loaded = load_model(model, weights, device)
+    loaded.require_items("Adapting")
     adaptation = load_adaptation(loaded, model / MODEL_FILE if model.is_dir() else model)
     samples = load_samples(data)
     with progress_bars() as progress:

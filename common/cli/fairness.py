@@ -52,6 +52,7 @@ def fairness(
     if not (data or counts):
         raise UserError("Give --data with labelled rows, or --counts with the counts of other sites.")
     loaded = load_model(model, weights, device)
+    loaded.require_items("A comparison of groups")
     found = [GroupCounts.load(path, loaded) for path in counts or ()]
     if data:
         samples = load_samples(data)

@@ -55,6 +55,7 @@ def similar(
     if not paths and not data:
         raise UserError("Give two inputs or more, or --data with rows to search.")
     loaded = load_model(model, weights, device)
+    loaded.require_items("A comparison of inputs")
     by = _similarity(model, loaded)
     columns = getattr(loaded.backbone.preprocessing, "columns", ())
     inputs = find_inputs(paths, loaded.backbone.kind, columns) if paths else []

@@ -51,6 +51,8 @@ def write_worth_if_possible(path: Path) -> None:
 
 
 def _write(run: FinishedRun, permutations: int, progress: Progress) -> Worth:
+    if run.task().dense:
+        raise UserError("The value of sites is not computed for tasks about places of items, such as pixels.")
     if run.sums.keep == "none":
         raise UserError(
             f"{run.path} keeps only the total of its sites' sums (keep_sums = 'none', or secure summation), which does "

@@ -1,5 +1,6 @@
 """Segmentation runs end to end on drawn images with masks."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from fedhead.backbones import load_backbone
+from fedhead.cli import app
+from fedhead.client.app import make_app
+from fedhead.client.backbones import AcceptedBackbones
+from fedhead.client.local_site import LocalSite
+from fedhead.client.release.ledger import ledger_path, read_ledger
 from fedhead.config import RunConfig
 from fedhead.data import load_samples
 from fedhead.errors import UserError
@@ -161,3 +169,52 @@ def test_memory_does_not_grow_with_images(tmp_path: Path) -> None:
         peaks.append(int(done.stdout.splitlines()[-1]))
     # The maps of 900 more images would be 325 MB.
     assert peaks[1] < peaks[0] + 100_000
+
+
+def test_sites_with_files_of_their_own_make_the_head_that_simulated_sites_make(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDHEAD_HOME", str(tmp_path / "home"))
+    specs = [draw(tmp_path / str(number), 24, seed=number) for number in range(2)]
+    together = tmp_path / "together"
+    for part in ("images", "masks"):
+        for number in range(2):
+            shutil.copytree(tmp_path / str(number) / part, together / part / str(number))
+    data = f"masks:{together / 'images'}?masks={together / 'masks'}"
+    layer = "features.1+features.2:map@64"
+    backbone = load_backbone("torchvision:mobilenet_v2", weights="random", layer=layer)
+    accepted = AcceptedBackbones(frozenset({f"sha256:{backbone.weights_digest}"}))
+    sites = {
+        f"site-{number}": LocalSite(f"site-{number}", spec, device="cpu", backbones=accepted)
+        for number, spec in enumerate(specs)
+    }
+    apps = {name: make_app(lambda context, site=site: site) for name, site in sites.items()}  # type: ignore[misc]
+    config = RunConfig(
+        task="segmentation",
+        backbone="torchvision:mobilenet_v2",
+        weights="random",
+        layer=layer,
+    )
+    rows = [range(24), range(24, 48)]
+    real = simulate(config, data, rows, apps=apps)
+    simulated = simulate(config, data, rows)
+    assert real.outcome.refused == {}
+    expected = simulated.model.head.weight.detach()
+    found = real.model.head.weight.detach()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    assert real.evaluation.miou.value == pytest.approx(simulated.evaluation.miou.value, abs=1e-6)
+    entries = [entry for entry in read_ledger(ledger_path("site-0")) if entry.classes]
+    assert entries
+    assert {entry.rows for entry in entries} <= set(range(4, 25))
+
+
+def test_questions_about_whole_items_are_refused(drawn: str, tmp_path: Path) -> None:
+    run(drawn, tmp_path / "run", with_backbone=True)
+    for command in (
+        ["similar", str(tmp_path / "run"), "a.png", "b.png"],
+        ["worth", str(tmp_path / "run")],
+        ["solve", str(tmp_path / "run"), "--classes", "foreground", "--out", str(tmp_path / "new")],
+        ["adapt", str(tmp_path / "run"), "--data", drawn],
+    ):
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 2, command
