@@ -7,6 +7,7 @@ number of workers.
 
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ from fedhead.simulations.worker import Block, Replies, Shared, State, Worker, ke
 
 logger = logging.getLogger(__name__)
 
+CONNECT_SECONDS = 10.0
+"""How long a cluster may take to accept a connection."""
+
 START_SECONDS = 300.0
 """How long the first worker may take to start."""
 
@@ -36,20 +40,40 @@ LOCAL = frozenset({DESCRIBE, INSTALL})
 """Actions that this process answers: they rest on no features."""
 
 
-def require_ray(engine: str) -> None:
+def require_ray(engine: str, address: str = "") -> None:
     """Check that an engine that runs on Ray can run here.
 
+    Args:
+        engine: its name.
+        address: of the cluster, `HOST:PORT` or `ray://HOST:PORT`; empty for this machine alone.
+
     Raises:
-        UserError: if Ray is not installed.
+        UserError: if Ray is not installed, or nothing answers at the address.
     """
     if find_spec("ray") is None:
         raise UserError(f"The engine {engine!r} needs Ray: pip install 'fedhead[ray]'.")
+    if address in ("", "auto", "local"):
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise UserError(f"A Ray cluster's address is HOST:PORT, as `ray start` prints it, not {address!r}.")
+    # Ray itself would try again for minutes.
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        reason = error.strerror or str(error) or "no answer"
+        raise UserError(
+            f"There is no Ray cluster at {address} ({reason}). Start one with `ray start --head`, or leave the address "
+            "out to use this machine's cores."
+        ) from None
 
 
 def call_nobody() -> None:
     """Set how processes of Ray that this one starts behave: they report no usage, and do not step back for others."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # Otherwise Ray warns of a change to come that concerns no worker of ours.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
 @contextmanager

@@ -154,7 +154,7 @@ def make_plan(config: RunConfig, inputs: Inputs = Inputs()) -> Plan:
     """
     given = inputs.over(config).settled()
     if given.simulation.engine != "process":
-        require_ray(given.simulation.engine)
+        require_ray(given.simulation.engine, given.simulation.cluster)
     strategy = inputs.strategy or build_strategy(given.strategy)
     given = private_settings(given, strategy)
     _require_masks(given, strategy)

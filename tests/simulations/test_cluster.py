@@ -75,6 +75,17 @@ def test_without_ray_its_extra_is_named(engine: str, monkeypatch: pytest.MonkeyP
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [("127.0.0.1:1", "no Ray cluster at 127.0.0.1:1"), ("head", "HOST:PORT"), ("ray://head:port", "HOST:PORT")],
+)
+def test_a_cluster_that_is_not_there_is_named_before_the_run(address: str, said: str, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    with pytest.raises(UserError, match=said):
+        simulate(on_ray().changed({"simulation": {"cluster": address}}), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_apps_of_ones_own_run_in_this_process(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     from flwr.clientapp import ClientApp
