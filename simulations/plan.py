@@ -15,7 +15,7 @@ from fedhead.backbones.identity import identity_for
 from fedhead.client.release.guard import Guard
 from fedhead.client.release.masking import SecureSum
 from fedhead.client.release.noise import Noise
-from fedhead.config import DENSE_LAYERS, RunConfig
+from fedhead.config import RunConfig
 from fedhead.data import IntArray, Samples, load_samples, load_sites, require_kind
 from fedhead.devices import pick_device
 from fedhead.errors import UserError
@@ -208,8 +208,6 @@ def _require_masks(config: RunConfig, strategy: Strategy) -> None:
         raise UserError("Private runs are simulated in this process: leave simulation.engine at 'process'.")
     if config.privacy.secure_sum and config.simulation.engine != "process":
         raise UserError("Secure summation is simulated in this process: leave simulation.engine at 'process'.")
-    if config.task in DENSE_LAYERS and config.simulation.engine != "process":
-        raise UserError("Maps of places are learned from in this process: leave simulation.engine at 'process'.")
 
 
 def _test_targets(test: Samples, targets: Targets, task: Task) -> Targets:
