@@ -86,7 +86,7 @@ def _lora(text: str, whole: str) -> tuple[int, Variant]:
     rank = int(found[1]) if found else 0
     if found is None or not 0 < rank <= MOST_RANK:
         raise UserError(
-            f"LoRA takes a rank from 1 to {MOST_RANK} and optionally 'ffa', as in 'lora:8' or 'lora:8:ffa', "
+            f"The rank of LoRA is 1 to {MOST_RANK}, optionally with 'ffa', as in 'lora:8' or 'lora:8:ffa', "
             f"not {whole!r}."
         )
     return rank, "ffa" if found[2] else ""

@@ -179,9 +179,12 @@ def _what(record: RunRecord) -> list[str]:
     made = "trained by federated transfer learning with fedhead, from sums and heads of"
     if solved := solver_of(record.evaluation.get("privacy")):
         made = f"solved with fedhead by {solved}, of"
+    frozen, trained = "frozen ", "The head was"
+    if record.tuned:
+        frozen, trained = "", f"The head and the layers {record.tuned!r} of the backbone were"
     said = [
-        f"{_does(record)}: a {config.get('head', '')} head on the frozen backbone {config.get('backbone', '')} (layer "
-        f"{config.get('layer', '')}). The head was {made} {counted(record.num_sites, 'site')}; no "
+        f"{_does(record)}: a {config.get('head', '')} head on the {frozen}backbone {config.get('backbone', '')} (layer "
+        f"{config.get('layer', '')}). {trained} {made} {counted(record.num_sites, 'site')}; no "
         f"{_ITEM[_kind(record)]} left its site.",
         f"{_columns_word(record)}: {listed(record.classes, _MOST_CLASSES)}.",
     ]
@@ -323,6 +326,8 @@ def _protection(record: RunRecord) -> list[str]:
 def _backbone(record: RunRecord) -> list[str]:
     wanted = ("Backbone", "Layer", "Weights digest", "Backbone digest", "Preprocessing")
     facts = [(name, value) for name, value in about(record).facts if name.startswith(wanted)]
+    if record.tuned:
+        facts.append(("Tuned", f"{record.tuned}; the digests are those of the pretrained backbone"))
     return ["## Backbone", _table(Table(["", ""], [list(fact) for fact in facts], words=(0, 1)))]
 
 

@@ -227,6 +227,14 @@ class RunRecord(BaseModel):
         return diagnoses
 
     @property
+    def tuned(self) -> str:
+        """The layers that were tuned, as in `tune.layers`; empty if the delivered backbone is the pretrained one."""
+        if self.result is None or self.result.kept != "tuned":
+            return ""
+        tune = self.config.get("tune")
+        return str(tune.get("layers", "")) if isinstance(tune, dict) else str(tune or "")
+
+    @property
     def kept_round(self) -> int:
         """The round of the delivered head; -1 while that is open."""
         return self.result.kept_round if self.result else -1

@@ -97,6 +97,9 @@ def test_tuned_parameters_are_kept_by_themselves(tuned: RunResult) -> None:
     assert tuned.run_dir is not None
     kept = load_tail(tuned.run_dir / TAIL_FILE)
     base = load_backbone(kept.spec, layer=kept.layer)
+    card = (tuned.run_dir / "MODEL_CARD.md").read_text()
+    assert "on the backbone bundled:glyphnet" in card
+    assert "The head and the layers 'last:2' of the backbone were trained" in card
     assert (kept.weights_digest, str(kept.tune)) == (base.weights_digest, "last:2")
     assert merged(base, split(base, kept.tune).tail, kept.tensors).digest == tuned.model.backbone.digest
 
