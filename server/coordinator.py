@@ -47,7 +47,7 @@ from fedhead.server.standardising import Standardising
 from fedhead.server.starting_head import UNSOLVED, HeadForm
 from fedhead.server.strategies import required_sites
 from fedhead.server.tuned_form import TunedForm
-from fedhead.server.tuning import decide
+from fedhead.server.tuning import Cost, decide
 from fedhead.server.weights_file import CHUNK_BYTES, WeightsFile
 from fedhead.sums.evaluation import ScoreBins
 from fedhead.sums.features import HARDLY, FeatureStatistics
@@ -452,6 +452,7 @@ class Coordinator:
             self.task,
             stats,
             (kept.number, kept.arrays),
+            Cost.of(progress.history, len(self._roster.nodes)),
             self.config.seed,
         )
         exchange.include(decision.exchange)

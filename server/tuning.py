@@ -1,9 +1,10 @@
 """The end of a tuned run: the head is solved once more on the tuned features, and the best is kept if proven."""
 
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from fedhead.protocol.actions import STATISTICS
 from fedhead.protocol.messages import SITE_COUNTS, Payload, StatisticsRequest
@@ -13,9 +14,11 @@ from fedhead.server.exchange import Exchange
 from fedhead.server.messenger import Messenger
 from fedhead.server.pooling import Pooling
 from fedhead.server.roster import Roster
+from fedhead.server.runs.history import Round
 from fedhead.server.selection import Rival, choose_tuned, compare_rivals
 from fedhead.server.tuned_form import TunedForm
 from fedhead.sums.features import FeatureStatistics
+from fedhead.sums.rivals import RivalSums
 from fedhead.sums.sums import Arrays
 from fedhead.tasks import Task
 
@@ -39,6 +42,45 @@ class Decision:
     exchange: Exchange
 
 
+@dataclass(frozen=True)
+class Cost:
+    """The cost of all rounds.
+
+    Attributes:
+        megabytes: of payload to and from a site, on average.
+        minutes: from the first to the last round.
+    """
+
+    megabytes: float
+    minutes: float
+
+    @classmethod
+    def of(cls, rounds: Sequence[Round], sites: int) -> Self:
+        """Return the cost of rounds, of which that of round 0 is no part of tuning."""
+        tuned = [one for one in rounds if one.number]
+        total = sum(one.bytes_down + one.bytes_up for one in tuned)
+        return cls(total / 1e6 / max(sites, 1), sum(one.seconds for one in tuned) / 60)
+
+
+def _gain(sums: RivalSums, at: int, cost: Cost) -> str:
+    """Say how many points a tuned version gains, and at what cost.
+
+    The interval takes the two versions' errors as independent, and so is wider than a paired one.
+    """
+    solved, tuned = (float(sums.right[one]) / sums.rows for one in (0, at))
+    points = 100 * (tuned - solved)
+    half = 196 * math.sqrt((solved * (1 - solved) + tuned * (1 - tuned)) / sums.rows)
+    rates = [
+        f"{points / spent:+.2g} a {unit}"
+        for spent, unit in ((cost.megabytes, "megabyte of a site"), (cost.minutes, "minute"))
+        if spent > 0
+    ]
+    return (
+        f"Tuning changed the score by {points:+.1f} points ({points - half:+.1f} to {points + half:+.1f}), "
+        f"for {cost.megabytes:.2g} MB of each site and {cost.minutes:.2g} minutes: {' and '.join(rates)}."
+    )
+
+
 def decide(
     messenger: Messenger,
     roster: Roster,
@@ -47,6 +89,7 @@ def decide(
     task: Task,
     stats: FeatureStatistics,
     best: tuple[int, Arrays],
+    cost: Cost,
     seed: int,
 ) -> Decision:
     """Solve the head on the best tail's features, and compare it, the trained one and the solved head of round 0.
@@ -59,6 +102,7 @@ def decide(
         task: of the run.
         stats: of the frozen backbone's features.
         best: the round and the parameters of the best tail.
+        cost: of all rounds.
         seed: draws sites where there are very many.
 
     Raises:
@@ -79,5 +123,7 @@ def decide(
     sums, asking = compare_rivals(messenger, some_sites(roster.nodes, seed), roster.rows, rivals)
     exchange.include(asking)
     taken, choice = choose_tuned(rivals, sums)
+    if sums.rows:
+        choice = replace(choice, reason=f"{choice.reason} {_gain(sums, taken or 1, cost)}")
     logger.info("%s: %s. %s", choice.question, choice.taken, choice.reason)
     return Decision(rivals[taken].arrays, taken > 0, choice.to_dict(), exchange)

@@ -11,7 +11,7 @@ _MOST_NAMES = 10
 
 
 def extras(result: "CompletedRun") -> list[tuple[str, str]]:
-    """Return pairs of a title and a text: robust pooling, the value of each site, and the test for foreign inputs."""
+    """Return pairs of a title and a text on robust pooling, the value of sites, tuning and foreign inputs."""
     from fedhead.server.robust_pooling import HARMFUL
     from fedhead.server.runs.record import WORTH
 
@@ -25,6 +25,9 @@ def extras(result: "CompletedRun") -> list[tuple[str, str]]:
         made = result.run_dir is not None and (result.run_dir / WORTH).is_file()
         said = f"in the report; to print it: fedhead worth {result.run_dir}" if made else "not computed; see the log"
         lines.append(("Value of sites", said))
+    if config.tune.on:
+        tuning = [f"{one['taken']}. {one['reason']}" for one in outcome.choices if one["question"] == "Tuning"]
+        lines.append(("Tuning", tuning[0] if tuning else "the solved head. No round was better than it"))
     if config.foreign:
         lines.append(("Foreign inputs", _foreign(result)))
     return lines

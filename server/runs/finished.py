@@ -65,6 +65,12 @@ class FinishedRun:
         self._refuse_unsolved()
         self.model = DeliveredModel(path / "model.safetensors")
         self.result = _result(path)
+        if self.result.kept == "tuned":
+            raise UserError(
+                f"The model of {path} has a tuned backbone, and the sums of its sites are of the backbone before "
+                "tuning: no head of these sums fits it, so no site can join or leave, and nothing can be computed "
+                "from them. Start a run with all the sites."
+            )
         if not self.sums.exists() or not self.sums.sites():
             because = ", because secure summation hides them" if self.config.privacy.secure_sum else ""
             raise UserError(

