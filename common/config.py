@@ -233,8 +233,8 @@ class RunConfig(_Table):
     classes_from: str = Field("", description="Data spec that supplies the class names.")
     task: str = Field(
         "classification",
-        description="Task: 'classification', 'multi-label', 'ordinal', 'regression', 'survival', 'segmentation', "
-        "'detection', 'clusters' for rows without labels, or one of your own.",
+        description="Task: 'classification', 'multi-label', 'ordinal', 'regression', 'survival', 'tagging', "
+        "'segmentation', 'detection', 'clusters' for rows without labels, or one of your own.",
     )
     clusters: int = Field(
         0, ge=0, le=200, description="Number of clusters for task 'clusters'; 0 chooses from 2 to 20 on held-out rows."
@@ -348,7 +348,7 @@ class RunConfig(_Table):
         if self.strategy.name == "pooled-lbfgs":
             if self.head != "linear":
                 raise ValueError(f"pooled-lbfgs trains a 'linear' head, not {self.head!r}")
-            if self.task in ("regression", "ordinal", "survival"):
+            if self.task in ("regression", "ordinal", "survival", "tagging"):
                 raise ValueError(f"pooled-lbfgs is for classes; one exchange already solves the task {self.task!r}")
         return self
 
@@ -437,6 +437,12 @@ class RunConfig(_Table):
             )
         if self.simulation.engine != "process":
             raise ValueError(f"task {self.task!r} is simulated in this process: leave simulation.engine at 'process'")
+        return self
+
+    @model_validator(mode="after")
+    def _words_have_no_foreign_test(self) -> Self:
+        if self.task == "tagging" and self.foreign:
+            raise ValueError("foreign is about whole inputs, and task 'tagging' is about words: leave it out")
         return self
 
     @model_validator(mode="after")

@@ -98,6 +98,11 @@ def export_model(model: TransferModel, file_format: str, path: Path | str) -> Ex
     path = Path(path)
     model.backbone.to(torch.device("cpu"))
     model.head.to("cpu")
+    if model.task.divides_items and file_format in ("onnx", "torch-export"):
+        raise FedheadError(
+            f"A model of the task {model.task.name!r} gives several answers per text, which the format {file_format!r} "
+            "does not support; export it as 'fedhead' or 'state-dict'."
+        )
     if file_format == "fedhead":
         return _write_folder(model, path)
     content, run = _WRITERS[file_format](model)

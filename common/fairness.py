@@ -162,6 +162,8 @@ def count_groups(
     """
     if model.task.family != "classification":
         raise UserError("Groups are compared for classifiers; this model predicts numbers.")
+    if model.task.divides_items:
+        raise UserError(f"Groups are compared for classifiers of whole inputs, not for the task {model.task.name!r}.")
     require_kind(model.backbone.spec, model.backbone.kind, samples.kind)
     if samples.groups is None:
         raise UserError(

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 MODEL_FILE = "model.safetensors"
 BACKBONE_FILE = "backbone.safetensors"
+PARTS = 512
+"""Parts of an item whose features are computed at a time."""
 
 UNLEARNED_MARGIN = 50.0
 """Distance of unlearned classes below all outputs."""
@@ -208,6 +210,9 @@ class TransferModel:
 
         For tasks about places, what `decode` of the task returns, such as masks of class numbers `[height, width]`.
         """
+        if self.task.divides_items:
+            columns = getattr(self.backbone.preprocessing, "columns", ())
+            return [self.predict_item(item) for item in items_of(items, self.backbone.kind, columns)]
         if self.task.dense:
             return list(self._places(items, batch_size))
         return self.task.decide(self.answers(items, batch_size=batch_size))
@@ -217,6 +222,16 @@ class TransferModel:
         remaining = items_of(items, self.backbone.kind)
         while batch := list(islice(remaining, batch_size)):
             yield from self.decoded(self.backbone.features_of(batch), [size_of(one) for one in batch])
+
+    @torch.inference_mode()
+    def predict_item(self, item: Item) -> Any:
+        """Return the prediction for one item of a task that divides items."""
+        parts = self.task.parts(item)
+        blocks = [torch.empty(0, len(self.classes))]
+        for start in range(0, len(parts), PARTS):
+            features = self.backbone.features_of(parts[start : start + PARTS])
+            blocks.append(self.answers_of(self.head.to(features.device)(features)).cpu())
+        return self.task.joined(item, torch.cat(blocks))
 
     def save(self, path: Path | str) -> None:
         """Write the head as safetensors, with the backbone's digest and the classes; nothing in it is executable.

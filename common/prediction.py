@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -64,6 +65,9 @@ def predict_inputs(
     if coverage is not None:
         model.sets(torch.empty(0, len(model.classes)), coverage)
     inputs = list(inputs)
+    if model.task.divides_items:
+        yield from map(partial(_divided, model), inputs)
+        return
     backbone = arranged(model.backbone, len(inputs))
     rows = batch_size_for(backbone)
     head = model.head.to(backbone.device)
@@ -100,6 +104,15 @@ def predict_inputs(
                 yield Prediction(name, error=str(one))
             else:
                 yield replace(next(answers), name=name)
+
+
+def _divided(model: TransferModel, one: Input) -> Prediction:
+    try:
+        return Prediction(one.name, model.predict_item(one.read()))
+    except UserError as error:
+        return Prediction(one.name, error=str(error))
+    except UnreadableSampleError as error:
+        return Prediction(one.name, error=str(error))
 
 
 def _predictions(

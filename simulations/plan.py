@@ -142,8 +142,16 @@ class Plan:
         table = self.config.simulation
         owners = None if self.samples.sites is None else [self.samples.sites[row] for row in readable]
         strata = make_task(self.config.task, self.config.classes).strata(self.labels[readable])
-        parts = divide(table.partition, strata, table.sites, self.config.seed, owners)
-        return {name: readable[part] for name, part in parts.items()}
+        if self.samples.sequences is None:
+            parts = divide(table.partition, strata, table.sites, self.config.seed, owners)
+            return {name: readable[part] for name, part in parts.items()}
+        # A sequence is at one site, by its last stratum: that of an entity rather than of no entity.
+        _, first, inverse = np.unique(self.samples.sequences[readable, 0], return_index=True, return_inverse=True)
+        whole = np.zeros(len(first), np.int64)
+        np.maximum.at(whole, inverse, strata)
+        own = None if owners is None else [owners[row] for row in first]
+        parts = divide(table.partition, whole, table.sites, self.config.seed, own)
+        return {name: readable[np.isin(inverse, part)] for name, part in parts.items()}
 
 
 def make_plan(config: RunConfig, inputs: Inputs = Inputs()) -> Plan:

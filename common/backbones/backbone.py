@@ -191,8 +191,14 @@ class Backbone:
         Raises:
             UserError: if the layer's output is not a vector, map or sequence per row.
         """
-        rows = len(batch) if isinstance(batch, Tensor) else len(next(iter(batch.values())))
         output, mask = self._run(batch)
+        if isinstance(batch, Tensor):
+            rows = len(batch)
+        elif "places" in batch:
+            rows = len(batch["places"])
+            output = self._of_words(output, batch["rows"].to(self.device), batch["places"].to(self.device))
+        else:
+            rows = len(next(iter(batch.values())))
         output = pool(output, self.pooling, mask)
         if output.ndim != 2 or len(output) != rows:
             raise UserError(
@@ -206,8 +212,13 @@ class Backbone:
         """Return the module's output for a batch, and the mask of the batch, if it has one."""
         if isinstance(batch, Tensor):
             return self.module(batch.to(self.device)), None
-        moved = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        moved = {name: tensor.to(self.device) for name, tensor in batch.items() if name not in ("rows", "places")}
         return self.module(**moved), moved.get("attention_mask")
+
+    def _of_words(self, output: Tensor | Sequence[Tensor], rows: Tensor, places: Tensor) -> Tensor:
+        if not isinstance(output, Tensor) or output.ndim != 3:
+            raise UserError(f"Layer {self.layer!r} of {self.spec} gives no vectors of single words.")
+        return output[rows, places]
 
     def features_of(self, items: Sequence[Item]) -> Tensor:
         """Return float32 features `[n, d]` of items, on the backbone's device."""

@@ -1,6 +1,7 @@
 """Recipe of a hub model: everything besides its weights, read from its folder without executing code."""
 
 import copy
+import functools
 import hashlib
 import inspect
 import json
@@ -362,7 +363,18 @@ def preprocessing_of(recipe: Recipe, config: "PreTrainedConfig") -> Preprocessin
         pad=recipe.pad,
         max_length=recipe.max_length,
         empty=recipe.empty,
+        locate=_locating(tokenizer, recipe.empty),
     )
+
+
+def _locating(tokenizer: Any, empty: int) -> Callable[[str], tuple[Sequence[int], Sequence[tuple[int, int]]]]:
+    @functools.lru_cache(maxsize=256)
+    def located(text: str) -> tuple[Sequence[int], Sequence[tuple[int, int]]]:
+        found = tokenizer.encode(text)
+        return (found.ids, found.offsets) if found.ids else ([empty], [(0, 0)])
+
+    # The words of one text are asked for one after the other.
+    return lambda text: located(str(text).encode("utf-8", "replace").decode())
 
 
 def _encoding(tokenizer: Any, empty: int) -> Callable[[str], Sequence[int]]:

@@ -11,12 +11,16 @@ from PIL import Image
 from torch import Tensor
 
 from fedhead.data import Item, Kind
+from fedhead.data.items import Word
 from fedhead.errors import UserError
 
 Batch = Tensor | Mapping[str, Tensor]
 """A backbone's input: a tensor of images, or `input_ids` and `attention_mask` of texts, `clips` and `lengths`."""
 
 PROBES = 2
+NEARBY = 24
+"""Words on either side that are the context of a word beyond the first ids of a long text."""
+
 LONGEST = 32
 """Largest aspect ratio; of a longer image only the middle is resized, which is more than any crop uses."""
 PROBE_TEXTS = (
@@ -158,6 +162,7 @@ class TextPreprocessing:
         pad: the id that pads the shorter texts of a batch; the mask marks padding.
         max_length: the largest number of ids; None for no limit.
         empty: the id for a text without tokens; None if there is none.
+        locate: also returns each id's start and end in the text; None for backbones that know no context.
     """
 
     encode: Callable[[str], Sequence[int]]
@@ -165,6 +170,7 @@ class TextPreprocessing:
     pad: int = 0
     max_length: int | None = None
     empty: int | None = None
+    locate: Callable[[str], tuple[Sequence[int], Sequence[tuple[int, int]]]] | None = None
 
     @property
     def kind(self) -> Kind:
@@ -172,23 +178,55 @@ class TextPreprocessing:
         return "text"
 
     def __call__(self, item: Item) -> Tensor:
-        """Return token ids as int64 `[length]`, not padded.
+        """Return token ids as int64 `[length]`, not padded; of a word in its context `[length, 2]`.
+
+        The second column is 1 for the word's first id. Backbones without context take a word by itself.
 
         Raises:
             UserError: for an image.
         """
+        if isinstance(item, Word):
+            return self._word(item)
         if not isinstance(item, str):
             raise UserError("This backbone takes texts, but was given an image or a row of numbers.")
         return torch.tensor(list(self.encode(item)), dtype=torch.int64)
 
     def collate(self, inputs: Sequence[Tensor]) -> Batch:
-        """Return `input_ids` and `attention_mask`, int64 `[n, longest]`, padded at the end; `longest` is at least 1."""
+        """Return `input_ids` and `attention_mask`, int64 `[n, longest]`, padded at the end; `longest` is at least 1.
+
+        Words are returned with each of their contexts once, with `rows` `[n]`, each word's context, and `places` `[n]`,
+        its id there.
+        """
+        if inputs and inputs[0].ndim == 2:
+            return self._contexts(inputs)
         lengths = torch.tensor([len(ids) for ids in inputs])
         longest = max(1, int(lengths.max()))
         padded = torch.full((len(inputs), longest), self.pad, dtype=torch.int64)
         for row, ids in enumerate(inputs):
             padded[row, : len(ids)] = ids
         return {"input_ids": padded, "attention_mask": (torch.arange(longest) < lengths[:, None]).to(torch.int64)}
+
+    def _word(self, item: Word) -> Tensor:
+        if self.locate is None:
+            return torch.tensor(list(self.encode(item.own)), dtype=torch.int64)
+        ids, spans = self.locate(item)
+        place = first_id(spans, item.span)
+        if place is None and len(item.words) > 1:
+            item = item.nearby(NEARBY if len(item.words) > 2 * NEARBY else 0)
+            ids, spans = self.locate(item)
+            place = first_id(spans, item.span)
+        marks = torch.zeros(len(ids), dtype=torch.int64)
+        # A word of characters that the tokenizer drops has no ids; the first one stands for the whole context.
+        marks[place or 0] = 1
+        return torch.stack([torch.tensor(list(ids), dtype=torch.int64), marks], dim=1)
+
+    def _contexts(self, words: Sequence[Tensor]) -> Batch:
+        numbers: dict[tuple[int, ...], int] = {}
+        rows = [numbers.setdefault(tuple(word[:, 0].tolist()), len(numbers)) for word in words]
+        batch = self.collate([torch.tensor(ids, dtype=torch.int64) for ids in numbers])
+        assert isinstance(batch, Mapping)
+        places = [int(word[:, 1].argmax()) for word in words]
+        return {**batch, "rows": torch.tensor(rows), "places": torch.tensor(places)}
 
     def probes(self) -> Sequence[Item]:
         """Return sentences of different lengths."""
@@ -197,3 +235,11 @@ class TextPreprocessing:
     def describe(self) -> dict[str, Any]:
         """Return the digest and the padding."""
         return {"text": self.digest, "pad": self.pad}
+
+
+def first_id(spans: Sequence[tuple[int, int]], span: tuple[int, int]) -> int | None:
+    """Return the position of the first id that covers a character of `span`; None if there is none."""
+    for place, (start, end) in enumerate(spans):
+        if start < span[1] and end > span[0]:
+            return place
+    return None

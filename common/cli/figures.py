@@ -32,6 +32,11 @@ def figure_table(report: Any, title: str = "") -> Table:
         for one in report.areas:
             table.add_row(one.name, str(one.items), number_interval(one.iou, 3), number_interval(one.dice, 3))
         return table
+    if hasattr(report, "types"):
+        table = _table(f"{title}% with 95 % intervals", "entity", ("number", "precision", "recall", "F1"))
+        for one in report.types:
+            table.add_row(one.name, str(one.entities), *map(interval, (one.precision, one.recall, one.f1)))
+        return table
     targets = getattr(report, "targets", None)
     if targets is not None:
         columns = ("rows", "R2", "MAE", "RMSE", "bias")
@@ -63,6 +68,13 @@ def figure_lines(report: Any) -> list[tuple[str, str]]:
         return [
             ("Mean IoU", f"{number_interval(report.miou, 3)} on {report.rows} images"),
             ("Mean Dice", number_interval(report.dice, 3)),
+        ]
+    if hasattr(report, "types"):
+        overall = report.overall
+        return [
+            ("Entity F1", f"{number_interval(overall.f1, 3)} on {overall.entities} entities in {report.rows} words"),
+            ("Precision", number_interval(overall.precision, 3)),
+            ("Recall", number_interval(overall.recall, 3)),
         ]
     if hasattr(report, "targets"):
         return [("R2", f"{number_interval(report.r2, 3)} on {report.rows} rows")]

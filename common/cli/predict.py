@@ -54,7 +54,9 @@ def predict(
     device: Device = "auto",
     out: Annotated[
         Path | None,
-        typer.Option(help="File to write; .jsonl gives JSON lines.", rich_help_panel=options.OUTPUT),
+        typer.Option(
+            help="File to write; .jsonl gives JSON lines, .html tagged texts.", rich_help_panel=options.OUTPUT
+        ),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON lines instead of CSV.", rich_help_panel=options.OUTPUT)
@@ -69,8 +71,10 @@ def predict(
     unreadable = 0
     drawn = _drawer(draw, loaded) if draw is not None else None
     with _writer(out) as file, progress_bars() as progress:
+        page = out is not None and out.suffix.lower() in (".html", ".htm")
         lines = as_json or (out is not None and out.suffix.lower() in (".jsonl", ".ndjson"))
-        write = (_write_json if lines else _write_csv)(file, loaded, every, coverage is not None)
+        form = _write_html if page and not as_json else _write_json if lines else _write_csv
+        write = form(file, loaded, every, coverage is not None)
         # Where predictions appear on the terminal, a bar among them would only be in the way.
         task = progress.add_task("Predicted", total=len(inputs), visible=out is not None or not sys.stdout.isatty())
         for one, prediction in zip(inputs, predict_inputs(loaded, inputs, coverage=coverage), strict=True):
@@ -223,6 +227,21 @@ def _write_json(file: TextIO, model: "TransferModel", every: bool, regions: bool
             if prediction.foreign is not None:
                 line["foreign"] = prediction.foreign
         file.write(json.dumps(line) + "\n")
+        file.flush()
+
+    return write
+
+
+def _write_html(file: TextIO, model: "TransferModel", every: bool, regions: bool) -> "Callable[[Prediction], None]":
+    from html import escape
+
+    if not model.task.divides_items:
+        model.task.as_html(None)
+    file.write('<!doctype html>\n<meta charset="utf-8">\n<title>Predictions</title>\n')
+
+    def write(prediction: "Prediction") -> None:
+        shown = f"<p>{escape(prediction.error)}</p>" if prediction.error else model.task.as_html(prediction.decision)
+        file.write(f"<section><h4>{escape(prediction.name)}</h4>{shown}</section>\n")
         file.flush()
 
     return write

@@ -90,6 +90,8 @@ def _similarity(path: Path, model: "TransferModel") -> "Similarity":
     from fedhead.server.runs.membership import total
     from fedhead.similarity import Similarity
 
+    if model.task.divides_items:
+        raise UserError(f"A model of the task {model.task.name!r} does not compare whole inputs, only parts of them.")
     if model.foreign is not None:
         return Similarity.from_distances(model.foreign.distances)
     advice = "Start the run with foreign = true (--foreign) to keep what similarities need in its model."

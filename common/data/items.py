@@ -3,7 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -93,8 +93,43 @@ class Clip:
         return len(self.samples) / self.rate
 
 
+class Word(str):
+    """A word of a text, with the text as its context; as a `str`, it is the text: words joined by single spaces.
+
+    Args:
+        words: of the text; none contains a space.
+        place: the position of this word.
+    """
+
+    __slots__ = ("place", "words")
+
+    words: tuple[str, ...]
+    place: int
+
+    def __new__(cls, words: tuple[str, ...], place: int) -> Self:
+        made = super().__new__(cls, " ".join(words))
+        made.words, made.place = words, place
+        return made
+
+    @property
+    def own(self) -> str:
+        """The word itself."""
+        return self.words[self.place]
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The start and end of the word in the text."""
+        start = sum(map(len, self.words[: self.place])) + self.place
+        return start, start + len(self.own)
+
+    def nearby(self, reach: int) -> "Word":
+        """Return the word in a shorter context: at most `reach` words on either side."""
+        start = max(0, self.place - reach)
+        return Word(self.words[start : self.place + reach + 1], self.place - start)
+
+
 Item = Image.Image | str | TableRow | Clip
-"""An image of mode L or RGB, a text, a row of numbers, or a clip."""
+"""An image of mode L or RGB, a text or a word of one, a row of numbers, or a clip."""
 
 ITEMS: dict[Kind, str] = {"image": "images", "text": "texts", "table": "rows of numbers", "audio": "clips"}
 """The kinds in words, in the plural."""
@@ -122,7 +157,7 @@ def content_key(item: Item) -> int:
     """Return a 64-bit hash of an image's mode, size and pixels, a text, a row's numbers by name, or a clip."""
     digest = hashlib.blake2b(digest_size=8)
     if isinstance(item, str):
-        digest.update(b"text ")
+        digest.update(f"word {item.place} ".encode() if isinstance(item, Word) else b"text ")
         digest.update(item.encode(errors="surrogatepass"))
     elif isinstance(item, TableRow):
         digest.update(b"table ")

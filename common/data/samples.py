@@ -31,6 +31,7 @@ sources: Registry[Callable[[str], "Samples"]] = Registry(
     "data source",
     {
         "coco": "fedhead.data.coco",
+        "conll": "fedhead.data.conll",
         "csv": "fedhead.data.tables",
         "digits": "fedhead.data.arrays",
         "features": "fedhead.data.features_file",
@@ -111,6 +112,8 @@ class Samples:
         left_out: unused parts of the data.
         annotation: reads what the places of a row are, for dense tasks: a mask, boxes, or tags.
         annotated: the kind of annotations, such as "mask"; empty if there are none.
+        sequences: `[n, 2]` int64, the number of the sequence that a row belongs to, and its position there, for rows
+            that are words of sentences; None for rows on their own.
         cautions: sentences on ambiguous data and its interpretation.
     """
 
@@ -133,6 +136,7 @@ class Samples:
     cautions: tuple[str, ...] = ()
     annotation: Callable[[int], Any] | None = None
     annotated: str = ""
+    sequences: IntArray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)

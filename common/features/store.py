@@ -41,6 +41,9 @@ BLOCK = 1024
 BLOCK_VALUES = 2**24
 """Most values per checkpoint, for items with many."""
 
+WORD_BATCH = 256
+"""Words per forward pass, of a number of texts."""
+
 Progress = Callable[[int, int], None]
 """Called with the number of rows done and the total."""
 
@@ -353,6 +356,9 @@ def _extract_rows(
     readable = {position: row for position, row in enumerate(rows) if not isinstance(row, UnreadableSampleError)}
     keys = np.zeros((len(rows), 2), dtype="<u8")
     features = np.zeros((len(rows), backbone.num_values), dtype="<f4")
+    if any(row[1].ndim == 2 for row in readable.values()):
+        # Words of one text share its forward pass.
+        batch_size = max(batch_size, WORD_BATCH)
     # Images have one size; texts and clips are padded to the longest of their batch.
     ordered = sorted(readable, key=lambda position: len(readable[position][1]))
     for start in range(0, len(ordered), batch_size):

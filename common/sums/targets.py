@@ -43,7 +43,7 @@ class TargetKind(ABC):
 
 
 class _Classes(TargetKind):
-    """Class numbers `[n]`."""
+    """Class numbers `[n]`, or `[n, m]` with further columns that only the task reads."""
 
     name = "classes"
     exclusive = True
@@ -51,6 +51,7 @@ class _Classes(TargetKind):
     def check(self, targets: "Tensor", rows: int, columns: int) -> None:
         import torch
 
+        targets = targets[:, 0] if targets.ndim == 2 and targets.shape[1] > 1 else targets
         if targets.shape != (rows,) or targets.is_floating_point() or targets.dtype == torch.bool:
             raise ValueError(f"Labels must be [{rows}] class numbers, not {list(targets.shape)} of {targets.dtype}.")
         if rows and not 0 <= int(targets.min()) <= int(targets.max()) < columns:
@@ -61,7 +62,7 @@ class _Classes(TargetKind):
     def add(self, targets: "Tensor", block: "Tensor", total: "Tensor", cross: "Tensor", squares: "Tensor") -> None:
         import torch
 
-        targets = targets.to(torch.int64)
+        targets = (targets[:, 0] if targets.ndim == 2 else targets).to(torch.int64)
         total += torch.bincount(targets, minlength=len(total))
         if block.is_cuda:  # index_add_ on CUDA adds in no fixed order
             cross.addmm_(torch.nn.functional.one_hot(targets, len(total)).to(torch.float64).T, block)

@@ -66,6 +66,19 @@ class CrossEntropy(Loss):
         return outputs.argmax(-1) == targets
 
 
+class TagCrossEntropy(CrossEntropy):
+    """Softmax cross entropy of rows in sequences: targets are `[..., n, 3]`, first the class number."""
+
+    def values(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return super().values(outputs, targets[..., 0])
+
+    def slopes(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return super().slopes(outputs, targets[..., 0])
+
+    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return super().score(outputs, targets[..., 0])
+
+
 class BinaryCrossEntropy(Loss):
     """Binary cross entropy with a sigmoid per class, averaged over classes: targets are `[..., n, C]`, 0 and 1.
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedhead.config import LocalConfig
-from fedhead.data import IntArray, Samples
+from fedhead.data import IntArray, Item, Samples
 from fedhead.data.labels import name_of
 from fedhead.errors import UserError
 from fedhead.registry import Registry
@@ -40,6 +40,7 @@ tasks: Registry["type[Task]"] = Registry(
         "regression": "fedhead.tasks.regression",
         "segmentation": "fedhead.tasks.segmentation",
         "survival": "fedhead.tasks.survival",
+        "tagging": "fedhead.tasks.tagging",
     },
 )
 
@@ -112,6 +113,9 @@ class Task(ABC):
 
     dense: ClassVar[bool] = False
     """Whether rows of sums and heads are places of items; see `fedhead.tasks.dense`."""
+
+    divides_items: ClassVar[bool] = False
+    """Whether an item, such as a text, has several rows, its `parts`, such as words."""
 
     standardises_targets: ClassVar[bool] = False
     """Whether heads are trained on standardised targets."""
@@ -377,6 +381,26 @@ class Task(ABC):
             temperature: the divisor of outputs, if the task scales them.
             unlearned: `[C]`, bool, the columns without rows at any site.
         """
+
+    def parts(self, item: Item) -> Sequence[Item]:
+        """Return the rows of an item, if the task divides items."""
+        return (item,)
+
+    def joined(self, item: Item, answers: "Tensor") -> Any:
+        """Return the prediction for an item, given the answers `[n, C]` for its parts, if the task divides items.
+
+        Raises:
+            UserError: if the task does not.
+        """
+        raise UserError(f"The task {self.name!r} predicts whole items.")
+
+    def as_html(self, decision: Any) -> str:
+        """Return a prediction as a paragraph of HTML.
+
+        Raises:
+            UserError: if the task has no such form.
+        """
+        raise UserError(f"Predictions of the task {self.name!r} are written as CSV or JSON lines, not as HTML.")
 
     @abstractmethod
     def judged(self, outputs: "Tensor", targets: "Tensor", temperature: float, unlearned: "Tensor") -> Any:

@@ -200,12 +200,16 @@ def _what(record: RunRecord) -> list[str]:
 def _columns_word(record: RunRecord) -> str:
     if record.task.name == "survival":
         return "Time bins"
+    if record.task.name == "tagging":
+        return "Types of entities"
     return "Targets" if record.real else "Classes"
 
 
 def _does(record: RunRecord) -> str:
     if record.task.name == "survival":
         return f"A survival model with {record.outputs} on {ITEMS[_kind(record)]}"
+    if record.task.name == "tagging":
+        return f"A tagger of the words of texts, with {record.outputs}"
     if record.real:
         return f"A regression of {counted(len(record.classes), 'target')} on {ITEMS[_kind(record)]}"
     if record.task.dense:

@@ -11,6 +11,7 @@ from fedhead.server.report.regression import interval_sentences, regression_qual
 from fedhead.server.report.scores import number_interval
 from fedhead.server.report.segmentation import segmentation_quality
 from fedhead.server.report.survival import calibration_sentences, survival_quality
+from fedhead.server.report.tagging import tagging_quality
 from fedhead.server.runs.record import RunRecord, Values
 from fedhead.wording import counted, listed, percent
 
@@ -63,6 +64,7 @@ _SECTIONS: Mapping[str, Callable[[RunRecord, str, str, Callable[[RunRecord], str
     "detection": detection_quality,
     "segmentation": segmentation_quality,
     "survival": survival_quality,
+    "tagging": tagging_quality,
 }
 """The sections of tasks that have their own."""
 

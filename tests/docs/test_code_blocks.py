@@ -251,6 +251,21 @@ def similar_page(folder: Path) -> None:
     digit(folder / "other.png", 11)
 
 
+def tagging_page(folder: Path) -> None:
+    names = {"Anna": "B-person", "Bruno": "B-person", "Oslo": "B-place", "Rome": "B-place"}
+    vectors = {word: (3, 0, number) for number, word in enumerate(("in", "lives", "works", "."))}
+    vectors |= {name: (0, 5 * (tag == "B-person"), 5 * (tag == "B-place")) for name, tag in names.items()}
+    rows = [f"{word} {' '.join(map(str, values))}" for word, values in vectors.items()]
+    (folder / "vectors.txt").write_text("\n".join(rows) + "\n")
+    lines = []
+    for number in range(80):
+        person, verb = ("Anna", "Bruno")[number % 2], ("lives", "works")[number // 2 % 2]
+        words = (*[person] * (number // 4 % 3), verb, "in", ("Oslo", "Rome")[number % 3 % 2], ".")
+        lines += [*(f"{word} s{number % 2} {names.get(word, 'O')}" for word in words), ""]
+    (folder / "notes.txt").write_text("\n".join(lines))
+    (folder / "letter.txt").write_text("Anna lives in Oslo.")
+
+
 def model_page(folder: Path) -> None:
     first_run(folder)
     digit(folder / "new.png", 3)
@@ -270,6 +285,7 @@ STAND_INS: Mapping[str, Callable[[Path], None]] = {
     "docs/how-to/fairness.md": fairness_page,
     "docs/how-to/foreign-inputs.md": foreign_page,
     "docs/how-to/similar.md": similar_page,
+    "docs/how-to/tagging.md": tagging_page,
     "docs/how-to/membership.md": membership_page,
     "docs/how-to/questions.md": questions_page,
     "docs/how-to/large-simulations.md": interrupted,

@@ -16,6 +16,7 @@ TASKS = {
     "ordinal": ("low", "middle", "high"),
     "regression": ("a", "b"),
     "survival": ("1", "2", "5"),
+    "tagging": ("person",),
 }
 
 
@@ -23,6 +24,9 @@ def targets_of(task: Task, hidden: np.ndarray, generator: np.random.Generator) -
     """Return targets that depend on a hidden value of each row."""
     if task.name in ("classification", "ordinal"):
         return np.digitize(hidden, [-0.5, 0.5])
+    if task.name == "tagging":
+        tags = np.digitize(hidden, [-0.5, 0.5])
+        return np.stack([tags, np.arange(len(hidden)) // 7, np.arange(len(hidden)) % 7], 1)
     if task.name == "multi-label":
         return (hidden[:, None] + generator.normal(size=(len(hidden), 3)) > 0).astype(np.int64)
     if task.name == "regression":

@@ -1,0 +1,66 @@
+"""The section on a tagger's quality: entities pooled, by type and by site."""
+
+from collections.abc import Callable
+
+from fedhead.server.report.layout import Figure, Section, Table
+from fedhead.server.report.scores import number_interval, score_by_site, worst_first
+from fedhead.server.runs.record import RunRecord, Values
+from fedhead.wording import counted
+
+
+def tagging_quality(record: RunRecord, key: str, question: str, unknown: Callable[[RunRecord], str]) -> Section:
+    """Return the section on a tagger's quality."""
+    tested = record.tested
+    on_test = "" if tested is None else f"On the pooled test set F1 is {record.words(tested)}."
+    pooled = record.pooled
+    if not pooled:
+        return Section(key, question, on_test or unknown(record))
+    answer = (
+        f"F1 of entities is {number_interval(pooled['f1'])} on {counted(pooled['entities'], 'entity', 'entities')} in "
+        f"{counted(pooled['rows'], 'held-out word')} from {counted(record.num_evaluated, 'site')}."
+    )
+    said = [
+        on_test,
+        "Ranges in brackets are 95 % intervals; they assume independent entities.",
+        "An entity is found if its type and both of its ends are right. "
+        f"Precision is {number_interval(pooled['precision'])}, recall {number_interval(pooled['recall'])}.",
+        _worst(record),
+    ]
+    return Section(
+        key=key,
+        question=question,
+        answer=answer,
+        sentences=[one for one in said if one],
+        figures=_by_site(record),
+        tables=[("Entities by type", _by_type(record))],
+    )
+
+
+def _worst(record: RunRecord) -> str:
+    known = {name: one for name, one in record.sites.items() if one["f1"][0] is not None}
+    if not known:
+        return ""
+    name, worst = min(known.items(), key=lambda pair: (pair[1]["f1"][0], -pair[1]["rows"]))
+    few = " With so few entities this is uncertain." if worst["entities"] < 30 else ""
+    entities = counted(worst["entities"], "entity", "entities")
+    return f"Worst site: {name}, {number_interval(worst['f1'])} on {entities}.{few}"
+
+
+def _by_type(record: RunRecord) -> Table:
+    return Table(["type", *_COLUMNS], [[one["name"], *_cells(one)] for one in record.pooled["types"]])
+
+
+def _by_site(record: RunRecord) -> list[Figure]:
+    sites = worst_first(record, "f1")
+    if not sites:
+        return []
+    table = Table(["site", *_COLUMNS], [[name, *_cells(one)] for name, one in sites])
+    caption = "Dots with 95 % intervals; the dashed line is the pooled F1."
+    return [score_by_site(record, sites, "f1", "F1 of entities", table, caption)]
+
+
+_COLUMNS = ("entities", "precision", "recall", "F1")
+
+
+def _cells(one: Values) -> list[str]:
+    return [str(one["entities"]), *(number_interval(one[name]) for name in ("precision", "recall", "f1"))]
