@@ -142,7 +142,7 @@ def describe_export(model: TransferModel) -> dict[str, Any]:
         "preprocessing": describe_preprocessing(backbone),
         "output": {
             "name": model.task.answer_name,
-            "shape": ["batch", len(model.classes), *(backbone.geometry.size if backbone.geometry else ())],
+            "shape": ["batch", *_answer_shape(model)],
             "meaning": model.task.answer_meaning,
         },
         **({} if model.foreign is None else {"foreign": _describe_foreign(model.foreign)}),
@@ -160,6 +160,13 @@ def describe_export(model: TransferModel) -> dict[str, Any]:
         },
         "head": {"spec": model.head_spec, "digest": digest_tensors(model.head.state_dict())},
     }
+
+
+def _answer_shape(model: TransferModel) -> list[int]:
+    geometry = model.backbone.geometry
+    if isinstance(model.task, DenseTask) and geometry is not None:
+        return model.task.program_shape(geometry)
+    return [len(model.classes)]
 
 
 def _describe_foreign(foreign: Foreign) -> dict[str, Any]:

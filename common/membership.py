@@ -299,8 +299,8 @@ def _load(run: FinishedRun, data: str | Samples) -> Samples:
 def _check_names(names: tuple[str, ...], run: FinishedRun) -> None:
     if tasks[run.config.task].dense:
         raise UserError(
-            "The masks of the sites do not annotate a new class, so its pixels count as others in their sums: start a "
-            "run with all classes."
+            "The annotations of the sites lack a new class, so its places count as others in their sums: start a run "
+            "with all classes."
         )
     if tasks[run.config.task].family != "classification":
         raise UserError(

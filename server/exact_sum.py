@@ -62,7 +62,7 @@ class ExactSum:
             UserError: if there are more.
         """
         padded(self.value, num_classes)
-        missing = num_classes - len(self.low["sums"])
+        missing = self.value.num_classes - len(self.low["sums"])
         self.low["sums"] = torch.cat([self.low["sums"], self.low["sums"].new_zeros(missing, self.value.num_features)])
 
     def _fold(self, result: FeatureStatistics, stats: FeatureStatistics, sign: float) -> None:
@@ -129,7 +129,12 @@ class ExactSum:
 
 
 def padded(stats: FeatureStatistics, num_classes: int) -> FeatureStatistics:
-    """Append classes without rows in place, up to `num_classes`."""
+    """Append classes without rows in place, up to `num_classes`.
+
+    No class is added to the targets of places, which may be more than the outputs of a head.
+    """
+    if stats.kind.of_places:
+        return stats
     if stats.num_classes > num_classes:
         raise UserError(f"Sums of {stats.num_classes} classes are none of this run's, which has {num_classes}.")
     while stats.num_classes < num_classes:

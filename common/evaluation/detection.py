@@ -85,7 +85,7 @@ def average_precisions(sums: DetectionSums) -> FloatArray:
     """Return `[T, C]`, the average precision by threshold and class; NaN for classes without boxes.
 
     As in COCO's evaluation, precision at a recall is the largest at this recall or above, averaged over 101 recalls.
-    Boxes whose scores share a bin are taken together, which changes the average by less than 0.002.
+    Boxes whose scores share a bin are taken together, which changes the average over classes by a few thousandths.
     """
     counts = sums.found[..., ::-1].cumsum(-1)
     wrong, correct = counts[:, :, 0], counts[:, :, 1]

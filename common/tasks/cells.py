@@ -56,8 +56,8 @@ def assign(corners: Tensor, grid: tuple[int, int]) -> Assignment:
 
     A box is found by the cells within `NEAR` of its centre and by the nearest cell. A cell between several boxes keeps
     the nearest in units of their sizes; but the nearest cell of a box is its own if it is no other's nearest cell. The
-    objectness is `exp(-d^2 / (2 SPREAD^2))` for the distance `d` in units of the box's size, divided by the number of
-    the box's cells, so that large boxes with many cells do not outweigh small ones.
+    objectness is `exp(-d^2 / (2 SPREAD^2))` for the distance `d` in units of the box's size, divided by the root of
+    the number of the box's cells, so that large boxes with many cells do not outweigh small ones.
 
     Args:
         corners: `[m, 4]`, with area.
@@ -88,7 +88,7 @@ def assign(corners: Tensor, grid: tuple[int, int]) -> Assignment:
     own = box.clamp(min=0)
     shape = torch.cat([(middle[own] - cells) * scale, sides[own].log()], 1)
     claims = torch.bincount(own[found], minlength=boxes)[own]
-    objectness = (-cost / (2 * SPREAD**2)).exp() / claims.clamp(min=1)
+    objectness = (-cost / (2 * SPREAD**2)).exp() / claims.clamp(min=1).sqrt()
     return Assignment(box, objectness.masked_fill(~found, 0), shape.masked_fill(~found[:, None], 0))
 
 

@@ -105,6 +105,10 @@ class DenseTask(Task):
             geometry: of the maps.
         """
 
+    @abstractmethod
+    def program_shape(self, geometry: Geometry) -> list[int]:
+        """Return the shape of an item's answers in `program`."""
+
     @property
     def groups(self) -> tuple[str, ...]:
         """All items, then the items with each class."""

@@ -79,6 +79,10 @@ class Detection(DenseTask):
     def groups(self) -> tuple[str, ...]:
         return super().groups[: 1 + len(self.classes)]
 
+    @classmethod
+    def shown(cls, columns: Sequence[str]) -> Sequence[str]:
+        return cls(columns).classes if columns else columns
+
     # Data.
 
     @classmethod
@@ -215,6 +219,9 @@ class Detection(DenseTask):
 
         corners, scores = self.candidates(outputs.masked_fill(unlearned, -float("inf")), geometry)
         return torch.cat([corners, scores[..., None]], -1)
+
+    def program_shape(self, geometry: Geometry) -> list[int]:
+        return [geometry.num_places, len(self.classes), len(SHAPE) + 1]
 
     def count_items(self, outputs: "Tensor", annotations: Sequence[Boxes], geometry: Geometry) -> DetectionSums:
         total = self.no_rows()

@@ -143,6 +143,9 @@ class Segmentation(DenseTask):
         pixels = functional.interpolate(maps, geometry.size, mode="bilinear", align_corners=False)
         return pixels.masked_fill(unlearned[:, None, None], -float("inf")).softmax(1)
 
+    def program_shape(self, geometry: Geometry) -> list[int]:
+        return [len(self.columns), *geometry.size]
+
     def count_items(self, outputs: "Tensor", annotations: Sequence[Mask], geometry: Geometry) -> SegmentationSums:
         total = self.no_rows()
         for own, mask in zip(outputs.cpu(), annotations, strict=True):

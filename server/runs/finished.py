@@ -33,7 +33,7 @@ from fedhead.server.site_sums import PARTS, Draft, Part, Record, SiteSums
 from fedhead.server.starting_head import UNSOLVED, HeadForm
 from fedhead.sums.features import FeatureStatistics
 from fedhead.sums.projection import projection_for
-from fedhead.tasks import Task, make_task
+from fedhead.tasks import Task, make_task, tasks
 from fedhead.wording import MOST_NAMES, quoted
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,9 @@ class FinishedRun:
         return HeadForm(self.config, self.model.num_features, self.task(num_classes), self.model.mapping)
 
     def task(self, num_classes: int = 0) -> Task:
-        """Return the run's task, perhaps with another number of classes."""
+        """Return the run's task, perhaps with another number of classes; tasks about places keep theirs."""
+        if tasks[self.config.task].dense:
+            return make_task(self.config.task, self.config.classes or self.classes)
         names: Sequence[str] = [str(number) for number in range(1, num_classes + 1)] if num_classes else self.classes
         if num_classes == len(self.config.classes):
             names = self.config.classes

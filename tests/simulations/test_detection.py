@@ -5,10 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
 from fedhead.config import RunConfig
+from fedhead.data import load_samples
+from fedhead.data.inputs import find_inputs
 from fedhead.errors import UserError
+from fedhead.export import describe_export, export_model
+from fedhead.membership import join, leave
+from fedhead.model import TransferModel
+from fedhead.prediction import evaluate_model, predict_inputs
 from fedhead.simulations.result import RunResult
 from fedhead.simulations.simulate import simulate
 
@@ -65,7 +72,7 @@ def test_sites_of_the_data_and_secure_sums_give_the_same_head(drawn: str, tmp_pa
     plain = run(drawn, tmp_path / "plain")
     sites = {"data": drawn, "partition": "folder", "min_rows": 4, "min_class_count": 2}
     masked = run(drawn, tmp_path / "masked", simulation=sites, privacy={"secure_sum": True, "max_colluding": 0})
-    difference = plain.model.head.weight - masked.model.head.weight
+    difference = (plain.model.head.weight - masked.model.head.weight).detach()
     assert float(difference.abs().max()) < 1e-4 * float(plain.model.head.weight.abs().max())
 
 
@@ -85,3 +92,27 @@ def test_combinations_without_a_meaning_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=said):
         run(drawn, tmp_path / "run", **changes)
+
+
+def test_a_model_finds_boxes_and_is_evaluated_and_exported(drawn: str, tmp_path: Path) -> None:
+    run(drawn, tmp_path / "run", with_backbone=True)
+    model = TransferModel.load(tmp_path / "run")
+    fresh = load_samples(draw(tmp_path / "fresh", 8, seed=1))
+    assert evaluate_model(model, fresh).report.ap50.value > 0.5
+    (one,) = predict_inputs(model, find_inputs([fresh.name(0)], "image"))
+    assert one.decoded == model.predict([fresh.read(0)])[0]
+    assert {"class", "score", "bbox"} == one.decision[0].keys()
+    assert one.answers == tuple(float(sum(box["class"] == name for box in one.decision)) for name in ("square", "disc"))
+    exported = export_model(model, "torch-export", tmp_path / "model.pt2")
+    assert exported.difference < 1e-4
+    assert describe_export(model)["output"]["shape"] == ["batch", 24 * 24, 2, 5]
+
+
+def test_a_site_joins_and_leaves_exactly(drawn: str, tmp_path: Path) -> None:
+    before = run(drawn, tmp_path / "run").model.head.weight.detach()
+    guest = draw(tmp_path / "guest", 24, seed=2)
+    joined = join(tmp_path / "run", "guest", guest, min_rows=4, min_class_count=2)
+    assert joined.rows == 24
+    leave(tmp_path / "run", "guest")
+    after = TransferModel.load(tmp_path / "run").head.weight.detach()
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5 * float(before.abs().max()))
