@@ -18,10 +18,11 @@ from fedhead.server.latecomers import Latecomers
 from fedhead.server.messenger import Messenger
 from fedhead.server.pooling import Pooling
 from fedhead.server.roster import Roster
-from fedhead.server.selection import Choice, Rival, choose_map, compare_rivals
+from fedhead.server.selection import Choice, Rival, choose_by_error, choose_map, compare_rivals
 from fedhead.server.site_sums import SiteSums
 from fedhead.server.starting_head import HeadForm
 from fedhead.solvers import solve_head
+from fedhead.solvers.closed_form import ridge_error
 from fedhead.sums.features import FeatureStatistics
 from fedhead.sums.projection import projection_for
 from fedhead.sums.sums import Arrays
@@ -124,6 +125,8 @@ class FeatureMaps:
     def choose(self) -> tuple[FeatureStatistics, Choice, Exchange]:
         """Compare heads on plain features, in a basis and lifted, and have the sites use the best features.
 
+        Classifiers are compared on held-out rows, and ridge regression by generalised cross-validation from sums.
+
         Returns:
             The statistics of the features that are taken, the comparison, and the traffic.
 
@@ -140,6 +143,9 @@ class FeatureMaps:
         candidates.append(self._solve(MapRequest(basis), solvers[0], "basis", exchange))
         left_out = self._add_lifted(candidates, basis, solvers, exchange)
         rivals = [self._rival(one) for one in candidates]
+        if not self.task.pairs_losses:
+            taken, choice = choose_by_error(rivals, [ridge_error(one.stats) for one in candidates], left_out)
+            return self._take(candidates, taken, exchange), choice, exchange
         sums, asking = compare_rivals(self.messenger, self.roster.nodes, self.roster.rows, rivals)
         exchange.include(asking)
         taken, choice = choose_map(rivals, sums, left_out)

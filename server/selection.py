@@ -163,6 +163,27 @@ def choose_tuned(rivals: Sequence[Rival], sums: RivalSums) -> tuple[int, Choice]
     return taken, Choice("Tuning", rivals[taken].name, reason, sums.rows, figures(rivals, sums))
 
 
+def choose_by_error(rivals: Sequence[Rival], errors: Sequence[float], left_out: str = "") -> tuple[int, Choice]:
+    """Choose among heads by their cross-validation errors; return the position of the one that is taken.
+
+    Args:
+        rivals: the heads; the first is on plain features.
+        errors: of each, in units of the targets' variance.
+        left_out: why lifted heads are missing; empty if they are not.
+    """
+    linear = min((at for at, one in enumerate(rivals) if not one.lifted), key=lambda at: errors[at])
+    lifted = min((at for at, one in enumerate(rivals) if one.lifted), key=lambda at: errors[at], default=None)
+    taken = lifted if lifted is not None and errors[lifted] < LIFT_RATIO * errors[linear] else linear
+    compared = ", ".join(f"{one.name}: {error:.4f}" for one, error in zip(rivals, errors, strict=True))
+    reason = (
+        f"By generalised cross-validation from sums, in units of the targets' variance ({compared}); a lift is taken "
+        f"below {LIFT_RATIO} of the best without one."
+    )
+    listed_errors = [{"name": one.name, "loss": error} for one, error in zip(rivals, errors, strict=True)]
+    said = f"{reason} {left_out}".rstrip()
+    return taken, Choice("Features", rivals[taken].name, said, 0, listed_errors)
+
+
 def choose_round(rivals: Sequence[Rival], sums: RivalSums) -> tuple[int, Choice]:
     """Choose between the solved head, first, and one from rounds: the latter if it is better beyond one standard error.
 

@@ -28,10 +28,11 @@ def resolve_init(config: RunConfig, head: Head, task: Task) -> str:
     inits = task.inits(type(head))
     if not inits:
         raise UserError(f"A head {config.head!r} does not fit the task {task.name!r}; take 'linear' or 'mlp:256'.")
-    if config.lift == "auto" and not (isinstance(head, LinearHead) and task.pairs_losses):
+    compared = task.pairs_losses or task.solvers == ("ridge",)
+    if config.lift == "auto" and not (isinstance(head, LinearHead) and compared):
         raise UserError(
-            f"A lift is chosen for linear classifiers only, not for a head {config.head!r} in the task {task.name!r}; "
-            "name one, as in 'landmarks:1024'."
+            f"A lift is chosen for linear classifiers and ridge regression only, not for a head {config.head!r} in the "
+            f"task {task.name!r}; name one, as in 'landmarks:1024'."
         )
     init = config.init or _default_init(config, inits)
     if init not in inits:

@@ -153,12 +153,8 @@ def solve_ridge(stats: FeatureStatistics, penalty: float | None = None) -> Linea
         values, vectors = positive_spectrum(gram, smallest)
         rotated = vectors.T @ cross.T
         if penalty is None:
-            energies, spread = rotated.square(), counts.sum() - counts.square().sum() / stats.rows
-            if stats.kind.real:
-                energies, spread = energies / stats.target_scale().square(), torch.tensor(len(counts) * stats.rows)
-            penalty = generalised_cross_validation(
-                values, energies.sum(1) / values, float(spread), stats.rows, smallest
-            )
+            energies, spread = _energies(stats, rotated)
+            penalty = generalised_cross_validation(values, energies / values, spread, stats.rows, smallest)
         weight = (vectors @ (rotated / (values + penalty)[:, None])).T
     bias = counts / stats.rows - weight @ stats.mean()
     if not (stats.kind.exclusive or stats.kind.real):
@@ -253,12 +249,50 @@ def solve_positive(matrix: Tensor, right: Tensor, smallest: float) -> Tensor:
     return inverse @ right
 
 
+def ridge_error(stats: FeatureStatistics) -> float:
+    """Return the least generalised cross-validation error of ridge regression, in units of the targets' variance.
+
+    It is 1 for features that say nothing. Unlike the error on training rows, it does not improve with features that
+    only add width.
+
+    Args:
+        stats: sums over `N` rows of `d` features.
+
+    Raises:
+        UserError: as `solve_ridge` does.
+    """
+    _require_contrast(stats)
+    smallest = negligible_eigenvalue(stats)
+    cross = stats.sums - torch.outer(stats.target_totals / stats.rows, stats.total)
+    values, vectors = positive_spectrum(stats.scatter(), smallest)
+    energies, spread = _energies(stats, vectors.T @ cross.T)
+    if not len(values):
+        return 1.0
+    _, scores = _scores(values, energies / values, spread, stats.rows, smallest)
+    return float(scores.min()) * (stats.rows - 1) ** 2 / spread
+
+
+def _energies(stats: FeatureStatistics, rotated: Tensor) -> tuple[Tensor, float]:
+    """Return the squares `[r]` of products of targets and eigenvectors, and those of the targets about their means.
+
+    Each real target is in units of its standard deviation.
+
+    Args:
+        stats: the sums.
+        rotated: `[r, C]`, the products.
+    """
+    counts, energies = stats.target_totals, rotated.square()
+    if stats.kind.real:
+        return (energies / stats.target_scale().square()).sum(1), float(len(counts) * stats.rows)
+    return energies.sum(1), float(counts.sum() - counts.square().sum() / stats.rows)
+
+
 def generalised_cross_validation(
     eigenvalues: Tensor, energies: Tensor, spread: float, rows: int, smallest: float
 ) -> float:
     """Return the ridge penalty with the lowest generalised cross-validation score (Golub et al., 1979).
 
-    The score is `N |(I - A) Y|^2 / tr(I - A)^2`, with `A` the hat matrix, intercept included, that maps the targets
+    The score is `|(I - A) Y|^2 / tr(I - A)^2`, with `A` the hat matrix, intercept included, that maps the targets
     `Y` `[N, C]` to their fits. There are 101 candidates, spaced geometrically from 1e-8 to 100 times the largest
     eigenvalue. The largest one with a score within 1e-9 of the lowest is returned, so that rounding does not decide
     where the score is flat.
@@ -272,6 +306,12 @@ def generalised_cross_validation(
     """
     if not len(eigenvalues):
         return 1.0
+    penalties, scores = _scores(eigenvalues, energies, spread, rows, smallest)
+    return float(penalties[scores <= scores.min() * (1 + 1e-9)].max())
+
+
+def _scores(eigenvalues: Tensor, energies: Tensor, spread: float, rows: int, smallest: float) -> tuple[Tensor, Tensor]:
+    """Return the candidates of `generalised_cross_validation` and their scores, `[101]` each."""
     beyond = max(rows - 1 - len(eigenvalues), 0)
     # With as many directions as rows nothing is unexplained, and rounding errors would count as residual.
     unexplained = max(spread - float(energies.sum()), 0.0) if beyond else 0.0
@@ -281,8 +321,7 @@ def generalised_cross_validation(
     left = penalties[:, None] / (eigenvalues + penalties[:, None])
     residual = unexplained + left.square() @ energies
     freedom = beyond + left.sum(1)
-    scores = residual / freedom.square()
-    return float(penalties[scores <= scores.min() * (1 + 1e-9)].max())
+    return penalties, residual / freedom.square()
 
 
 def positive_spectrum(gram: Tensor, smallest: float) -> tuple[Tensor, Tensor]:

@@ -15,9 +15,12 @@ from fedhead.membership import join, leave
 from fedhead.model import TransferModel
 from fedhead.server.selection import Rival, choose_map, choose_round
 from fedhead.simulations import simulate
+from fedhead.solvers.closed_form import ridge_error
 from fedhead.sums.calibration import TEMPERATURES
+from fedhead.sums.features import FeatureStatistics
 from fedhead.sums.paired import PairedLosses
 from fedhead.sums.rivals import RivalSums
+from fedhead.sums.targets import VALUES
 
 OFF = {"min_class_count": 0, "min_rows": 0}
 ROWS = 400
@@ -128,5 +131,41 @@ def test_lifts_are_left_out_if_a_site_has_too_few_rows() -> None:
 
 
 def test_a_lift_is_chosen_for_linear_classifiers_only() -> None:
-    with pytest.raises(UserError, match="linear classifiers only"):
+    with pytest.raises(UserError, match="linear classifiers and ridge regression only"):
         simulate(RunConfig(rounds=0, lift="auto", head="cosine"), digits(range(60)), 2)
+
+
+def test_a_lift_of_a_regression_is_chosen_by_cross_validation_from_sums(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    generator = np.random.default_rng(0)
+    numbers = generator.normal(size=(600, 3))
+    values = {"curved": np.sin(3 * numbers[:, 0]) * numbers[:, 1], "straight": numbers @ [1.0, -2.0, 0.5]}
+    taken = {}
+    for name, exact in values.items():
+        targets = exact + 0.1 * generator.normal(size=600)
+        table = np.column_stack([numbers, targets])
+        np.savetxt(f"{name}.csv", table, "%.9g", ",", header="x,y,z,value", comments="")
+        table_settings = {"data": f"csv:{name}.csv?target=value", "sites": 3, "partition": "iid", "min_rows": 0}
+        settings = {"task": "regression", "backbone": "identity", "rounds": 0, "lift": "auto"}
+        result = simulate(RunConfig.from_values({**settings, "simulation": table_settings}), out=name)
+        (choice,) = result.outcome.choices
+        taken[name] = choice["taken"]
+        assert "generalised cross-validation" in choice["reason"]
+        assert result.score_held_out > (0.3 if name == "curved" else 0.95)
+    assert taken == {"curved": "ridge on landmarks:1024", "straight": "ridge on plain features"}
+
+
+def test_the_error_of_cross_validation_follows_from_sums() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(80, 5, generator=generator, dtype=torch.float64)
+    targets = (rows @ torch.randn(5, 1, generator=generator, dtype=torch.float64)).sin() + 0.1 * rows[:, :1]
+    stats = FeatureStatistics.from_features(rows, targets, 1, kind=VALUES)
+    centred, about = rows - rows.mean(0), targets - targets.mean(0)
+    errors = []
+    for penalty in np.logspace(-8, 2, 101) * float(torch.linalg.eigvalsh(centred.T @ centred).max()):
+        hat = centred @ torch.linalg.solve(centred.T @ centred + penalty * torch.eye(5, dtype=torch.float64), centred.T)
+        left = 80 - 1 - float(hat.trace())
+        errors.append(float((about - hat @ about).square().sum()) / left**2 * 79**2 / float(about.square().sum()))
+    assert ridge_error(stats) == pytest.approx(min(errors), rel=1e-9)

@@ -356,7 +356,7 @@ def test_multi_label_rows() -> None:
 
 
 def test_solvers_are_chosen_by_name() -> None:
-    assert list(solvers) == ["hazards", "lda", "lda-gcv", "nearest-mean", "ridge"]
+    assert {"hazards", "lda", "lda-gcv", "nearest-mean", "ridge"} <= set(solvers)
     with pytest.raises(UserError, match="Did you mean 'ridge'"):
         solve_head(problem(20), "rigde")
     with pytest.raises(UserError, match="'lda' takes 'priors', not 'penalty'"):
