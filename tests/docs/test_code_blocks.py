@@ -521,6 +521,7 @@ def test_the_readme_links_to_files_that_exist_and_fits_on_a_page() -> None:
         ("first_simulation.py", r"accuracy 9\d\.\d%"),
         ("own_backbone.py", r"accuracy 9\d\.\d% with 512 features"),
         ("own_strategy.py", r"9\d\.\d%$"),
+        ("own_task.py", r"R2 1\.00 on held-out rows; 100% of counts are exact"),
     ],
 )
 def test_an_example_runs(script: str, says: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
