@@ -22,7 +22,7 @@ from fedhead.backbones.identity import identity_for
 from fedhead.backbones.split import split
 from fedhead.client.release.guard import labels_of
 from fedhead.client.tails import Tuning
-from fedhead.config import RunConfig
+from fedhead.config import DENSE_LAYERS, RunConfig
 from fedhead.data import IntArray, Samples
 from fedhead.errors import UserError
 from fedhead.features.boundary import BoundaryStore
@@ -92,6 +92,8 @@ def simulate(
     """
     if baseline and config is not None and config.privacy.on:
         raise UserError("A private run has no baseline: exact figures of another backbone would tell of the same rows.")
+    if baseline and config is not None and config.task in DENSE_LAYERS:
+        raise UserError(f"A run of the task {config.task!r} has no baseline: leave it out, and compare two runs.")
     if attack == "audit" and (config is None or not config.privacy.on):
         raise UserError("An audit measures the epsilon of a differentially private run: set epsilon.")
     inputs = Inputs(data, sites, test_data, shared_rows, strategy)

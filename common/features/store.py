@@ -38,7 +38,7 @@ FORMAT = "fedhead-features-1"
 BLOCK = 1024
 """Rows per checkpoint of an extraction; batches never span blocks, so that resuming changes no bit."""
 
-BLOCK_VALUES = 2**24
+BLOCK_VALUES = 2**22
 """Most values per checkpoint, for items with many."""
 
 WORD_BATCH = 256
