@@ -94,10 +94,15 @@ class AcceptedBackbones:
                 "[limits] max_backbone_bytes in its site.toml."
             )
 
-    def require_features(self, spec: str, found: Isolation) -> None:
+    def require_features(self, spec: str, found: Isolation, *, chosen: bool = False) -> None:
         """Check that a backbone's features of the site's rows do not single rows out.
 
         The package's own backbones only warn: the coordinator chooses the columns of `identity`, but no weights.
+
+        Args:
+            spec: of the backbone.
+            found: of its features.
+            chosen: whether the coordinator chose their weights, whatever the backbone.
 
         Raises:
             FedheadError: if they do; the site's log has the figures, which are about its rows.
@@ -105,7 +110,7 @@ class AcceptedBackbones:
         if not (fault := found.fault()):
             return
         said = f"Sums of the features of {spec} would show single rows of this site: {fault}."
-        if not self.check_features or spec.startswith(PACKAGED):
+        if not self.check_features or (spec.startswith(PACKAGED) and not chosen):
             logger.warning("%s", said)
             return
         logger.error("%s To take part all the same, set [backbones] check_features = false in site.toml.", said)

@@ -395,7 +395,9 @@ def statistics(sites: Sequence[Site], payload: Payload, context: Context, merged
             return data
         if not agreed.manifest.tune or request.what != "gram":
             raise MessageError("it asks for sums of the features of a tail, which the run does not tune")
-        return tuned_rows(data, agreed, sites[0].tuning(agreed.manifest), payload.arrays)
+        rows = tuned_rows(data, agreed, sites[0].tuning(agreed.manifest), payload.arrays)
+        sites[0].check_tail(agreed.manifest, rows.exact)
+        return rows
 
     for positions in shared(sites, merged):
         sums = sum_rows([sites[position] for position in positions], agreed, request, seen)

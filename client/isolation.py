@@ -33,6 +33,10 @@ _NUMBERS = 2**22
 """Features that are in memory at a time."""
 
 
+Features = Callable[[Tensor], Tensor]
+"""Returns the features `[k, d]` of rows `[k]`, on the CPU."""
+
+
 @dataclass(frozen=True)
 class Isolation:
     """How far features single rows out.
@@ -63,7 +67,7 @@ class Isolation:
         return ""
 
 
-def isolation(features: Callable[[Tensor], Tensor], width: int, rows: IntArray) -> Isolation:
+def isolation(features: Features, width: int, rows: IntArray) -> Isolation:
     """Measure how far features single rows out; takes one pass.
 
     Args:

@@ -17,7 +17,7 @@ from fedhead.backbones.identity import marks_of
 from fedhead.backbones.split import split
 from fedhead.backbones.weights import PartialWeights, weights_path
 from fedhead.client.backbones import AcceptedBackbones, Agree, check_backbone, nobody_agrees, require_same
-from fedhead.client.isolation import Isolation, commonly_marked, isolation
+from fedhead.client.isolation import Features, Isolation, commonly_marked, isolation
 from fedhead.client.release.accounts import Accounts, accounts_path
 from fedhead.client.release.atoms import Atoms, Population
 from fedhead.client.release.guard import Guard, count_rows, labels_of, named_people, people_of
@@ -38,6 +38,7 @@ from fedhead.features.boundary import BoundaryStore
 from fedhead.features.store import FeatureStore
 from fedhead.heads import FeatureMap, Head, LinearHead, delivered_spec, unmapped
 from fedhead.model import TransferModel, site_model_path
+from fedhead.protocol.actions import TRAIN
 from fedhead.protocol.messages import Manifest, WeightsChunk
 from fedhead.protocol.steps import Masking, Step
 from fedhead.sums.calibration import Calibration
@@ -192,6 +193,12 @@ class LocalSite:
         found = isolation(data.exact, mapping.width, np.concatenate([holding.train.rows, holding.held_out.rows]))
         self.backbones.require_features(f"{manifest.backbone}, lifted by {mapping.form},", found)
 
+    def check_tail(self, manifest: Manifest, features: Features) -> None:
+        holding = self.open(manifest)
+        rows = np.concatenate([holding.train.rows, holding.held_out.rows])
+        found = isolation(features, manifest.num_features, rows)
+        self.backbones.require_features(f"a tail of {manifest.backbone}", found, chosen=True)
+
     def keep_head(self, manifest: Manifest, head: Head, temperature: float, about: str) -> None:
         if not self.keeps_heads:
             return
@@ -230,11 +237,11 @@ class LocalSite:
         self.backbones.require_features(manifest.backbone, found)
         task = make_task(manifest.task, manifest.classes)
         labels = self._targets(task)
+        places = ItemPlaces.of(task, backbone.geometry, self.samples)
+        if places is not None:
+            labels = places.summed(labels)
         data = LabelledFeatures(
-            store.features.to(self.device),
-            torch.from_numpy(labels).to(self.device),
-            loss=task.loss,
-            places=ItemPlaces.of(task, backbone.geometry, self.samples),
+            store.features.to(self.device), torch.from_numpy(labels).to(self.device), loss=task.loss, places=places
         )
         rows = self._commonly_marked(store, manifest.backbone)
         population = Population.of(self.samples, rows, store.keys, store.contents)
@@ -383,7 +390,10 @@ def site_of(
     """
     keep_required(ledger, settings.privacy.require)
     limits = settings.limits
-    guard = limits.guard
+    guard, training = limits.guard, limits.training
+    if TRAIN not in settings.permit.actions:
+        # Sums of a chosen tail's features show as much of rows as a trained one.
+        training = replace(training, max_trainable=0)
     return LocalSite(
         settings.name,
         settings.data,
@@ -399,7 +409,7 @@ def site_of(
             settings.backbones.check_features,
         ),
         holdout=settings.holdout,
-        training=limits.training,
+        training=training,
         summation=_summation(settings, keys),
         receiver=receiver,
         noise=Noise(

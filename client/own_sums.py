@@ -102,11 +102,14 @@ def sum_own_rows(
     """
     task = make_task(manifest.task, manifest.classes)
     rows = store.readable()
+    places = ItemPlaces.of(task, backbone.geometry, samples)
+    if places is not None:
+        targets = places.summed(targets)
     data = LabelledFeatures(
         store.features.to(backbone.device),
         torch.from_numpy(targets).to(backbone.device),
         loss=task.loss,
-        places=ItemPlaces.of(task, backbone.geometry, samples),
+        places=places,
     )
     ledger = Ledger(ledger_path(site), guard.min_class_count)
     admitted = Atoms(ledger.atoms).admit(

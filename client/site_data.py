@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
+from fedhead.client.isolation import Features
 from fedhead.client.release.guard import Guard, GuardedRows
 from fedhead.client.release.masking import Asked
 from fedhead.client.release.row_sets import HELD_OUT_ROWS, TRAINING_ROWS, keys_of
@@ -188,6 +189,17 @@ class Site(OpenSite, Protocol):
 
         Raises:
             FedheadError: if the backbone cannot be cut so, or the site does not train so many parameters.
+        """
+
+    def check_tail(self, manifest: Manifest, features: Features) -> None:
+        """Check that sums of the features of a tail that a coordinator chose do not show single rows.
+
+        Args:
+            manifest: of the run.
+            features: of the tail.
+
+        Raises:
+            FedheadError: if they do.
         """
 
     @property

@@ -132,9 +132,10 @@ def run_plan(
         parts.checkpoint.data = _data_digest(plan, store, test_store)
     task = make_task(config.task, config.classes)
     places = ItemPlaces.of(task, plan.backbone.geometry, plan.samples)
+    labels = plan.labels if places is None else places.summed(plan.labels)
     tuning, test_rows = _tuning(plan, store, test_store)
     shared = SharedData(
-        plan.backbone, store, plan.labels, plan.guard, task, plan.steps, labels_of(plan.samples), places, tuning=tuning
+        plan.backbone, store, labels, plan.guard, task, plan.steps, labels_of(plan.samples), places, tuning=tuning
     )
     held, empty = _held_rows(plan, store, apps)
     allowed = dict(zip(held, shared.count_allowed(list(held.values()), config).tolist(), strict=True))

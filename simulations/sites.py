@@ -10,6 +10,7 @@ from torch import Tensor
 from fedhead.backbones import Backbone
 from fedhead.backbones.weights import PACKAGED, weights_path
 from fedhead.client.backbones import check_backbone
+from fedhead.client.isolation import Features
 from fedhead.client.release.guard import Guard, people_of
 from fedhead.client.release.masking import Asked
 from fedhead.client.release.noise import Noise
@@ -210,6 +211,9 @@ class SimulatedSite:
         if mapping is not None:
             rows = self.open(manifest).guarded.num_rows
             self._shared.guard.require_rows_for(mapping.width, mapping.plain, rows)
+
+    def check_tail(self, manifest: Manifest, features: Features) -> None:
+        """Check nothing: the coordinator is this process."""
 
     def keep_head(self, manifest: Manifest, head: Head, temperature: float, about: str) -> None:
         """Keep nothing: a simulated site has no machine of its own."""

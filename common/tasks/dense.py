@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 
 from fedhead.backbones.geometry import Geometry
-from fedhead.data import IntArray, Samples
+from fedhead.data import BoolArray, IntArray, Samples
 from fedhead.errors import UserError
 from fedhead.sums.calibration import Calibration
 from fedhead.sums.evaluation import ScoreBins
@@ -64,6 +64,10 @@ class DenseTask(Task):
     @abstractmethod
     def expand(self, values: "Tensor", annotations: Sequence[Any], geometry: Geometry) -> Places:
         """Return the places of `n` items, given their stored values `[n, V]`."""
+
+    @abstractmethod
+    def summed_classes(self, annotation: Any, geometry: Geometry) -> BoolArray:
+        """Return `[C]`, whether places of an item add to the sums of each class; not all that is annotated does."""
 
     @abstractmethod
     def count_items(self, outputs: "Tensor", annotations: Sequence[Any], geometry: Geometry) -> Any:
@@ -218,6 +222,16 @@ class ItemPlaces:
         if geometry is None:
             raise UserError(f"The task {task.name!r} is about places: choose layers with ':map', as in 'layer2:map'.")
         return cls(task, geometry, task.annotations(samples))
+
+    def summed(self, targets: Targets) -> Targets:
+        """Return targets `[n, C]` with 1 for the classes whose sums an item adds to: these are what guards count.
+
+        Where a grid is coarse, of several objects in a cell only one adds to a sum.
+        """
+        kept = targets.copy()
+        for row in np.flatnonzero(targets.any(1)).tolist():
+            kept[row] &= self.task.summed_classes(self.annotation(row), self.geometry)
+        return kept
 
     @property
     def block(self) -> int:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedhead.backbones.geometry import Geometry
-from fedhead.data import Samples
+from fedhead.data import BoolArray, Samples
 from fedhead.data.boxes import Boxes
 from fedhead.data.drawn_boxes import draw_boxes
 from fedhead.errors import UserError
@@ -150,6 +150,11 @@ class Detection(DenseTask):
             targets.append(torch.cat([columns, found * own[used].double()], 1))
             items += bool(used.any())
         return Places(torch.cat(kept), torch.cat(targets), items)
+
+    def summed_classes(self, annotation: Boxes, geometry: Geometry) -> BoolArray:
+        _, columns = self._targets(annotation, geometry)
+        marked: BoolArray = columns[:, : len(self.classes)].any(0).numpy()
+        return marked
 
     def _targets(self, boxes: Boxes, geometry: Geometry) -> "tuple[Tensor, Tensor]":
         """Return which places `[P]` are learned from, and the targets of these `[p, 5 C + 1]`."""

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedhead.backbones.geometry import Geometry
-from fedhead.data import Samples
+from fedhead.data import BoolArray, Samples
 from fedhead.data.masks import IGNORED
 from fedhead.data.overlays import mask_image, overlay
 from fedhead.errors import UserError
@@ -103,6 +103,13 @@ class Segmentation(DenseTask):
         used = known >= LEAST_KNOWN
         targets = shares[used] / known[used][:, None]
         return Places(geometry.places(values)[used], targets, int(used.any(1).sum()))
+
+    def summed_classes(self, annotation: Mask, geometry: Geometry) -> BoolArray:
+        if not (annotation == IGNORED).any():
+            return np.bincount(annotation.ravel(), minlength=len(self.columns)) > 0
+        shares = self._shares(annotation, geometry)
+        marked: BoolArray = (shares[shares.sum(1) >= LEAST_KNOWN] > 0).any(0).numpy()
+        return marked
 
     def _shares(self, mask: Mask, geometry: Geometry) -> "Tensor":
         """Return `[P, C]`, float64, the share of each class among all pixels of a cell."""
