@@ -26,6 +26,9 @@ MOST_BOXES = 10_000
 LARGEST_SIDE = 100_000
 """Pixels of an image's height or width."""
 
+MOST_PATH = 2048
+"""Characters of a path from a file of annotations."""
+
 BOX_OPTIONS = ("classes", "empty", "group", "site")
 """Options of every source of boxes."""
 
@@ -292,9 +295,11 @@ def path_inside(given: object, where: str) -> str:
     Raises:
         UserError: if it is not one inside the folder of images.
     """
-    if not isinstance(given, str) or not given or "\0" in given or len(given) > 4096:
+    if not isinstance(given, str) or not given or "\0" in given:
         raise UserError(f"{where} names an image by {one_line(repr(given), 80)}; expected a file name.")
     path = PurePosixPath(given.replace("\\", "/"))
+    if len(given) > MOST_PATH or any(len(part.encode(errors="surrogatepass")) > 255 for part in path.parts):
+        raise UserError(f"{where} names an image by {len(given)} characters, longer than a path can be.")
     if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
         raise UserError(f"{where} names the image {one_line(given, 200)!r}, which is outside the folder of images.")
     return path.as_posix()

@@ -32,12 +32,12 @@ def load_coco(argument: str) -> Samples:
     root = to_path(options["images"]).absolute()
     if not root.is_dir():
         raise UserError(f"{root} is not a folder of images.")
-    content = _parsed(path)
-    names = _categories(content, path)
+    content = parsed(path)
+    names = categories_of(content, path)
     boxes = _boxes(content, names, path)
     drawings: list[Drawing] = []
     missing: list[Drawing] = []
-    for number, one in _images(content, path).items():
+    for number, one in images_of(content, path).items():
         drawing = _drawing(one, boxes.pop(number, []), path)
         (drawings if (root / drawing.path).is_file() else missing).append(drawing)
     if boxes:
@@ -54,7 +54,12 @@ def load_coco(argument: str) -> Samples:
     )
 
 
-def _parsed(path: Path) -> Mapping[str, Any]:
+def parsed(path: Path) -> Mapping[str, Any]:
+    """Return the content of a file in COCO's format: lists of objects in `images`, `annotations` and `categories`.
+
+    Raises:
+        UserError: if it cannot be read, is too large, or is not in that format.
+    """
     try:
         content = json.loads(bytes_of(path, MOST_BYTES))
     except (ValueError, RecursionError) as error:
@@ -67,26 +72,41 @@ def _parsed(path: Path) -> Mapping[str, Any]:
     return content
 
 
-def _number(value: object, what: str, path: Path) -> int:
+def whole_number(value: object, what: str, path: Path) -> int:
+    """Return a whole number from a file.
+
+    Raises:
+        UserError: if it is none of 64 bits.
+    """
     if type(value) is not int or not -(2**63) <= value < 2**63:
         raise UserError(f"{path} has {what} {one_line(repr(value), 80)}; expected a whole number.")
     return value
 
 
-def _categories(content: Mapping[str, Any], path: Path) -> dict[int, str]:
+def categories_of(content: Mapping[str, Any], path: Path) -> dict[int, str]:
+    """Return the names of categories by their ids.
+
+    Raises:
+        UserError: if one is repeated or has no name.
+    """
     names: dict[int, str] = {}
     for one in content["categories"]:
-        number = _number(one.get("id"), "a category with the id", path)
+        number = whole_number(one.get("id"), "a category with the id", path)
         if number in names or not isinstance(one.get("name"), str):
             raise UserError(f"{path} repeats the category {number}, or gives it no name.")
         names[number] = name_of(one["name"])
     return names
 
 
-def _images(content: Mapping[str, Any], path: Path) -> dict[int, Mapping[str, Any]]:
+def images_of(content: Mapping[str, Any], path: Path) -> dict[int, Mapping[str, Any]]:
+    """Return the images by their ids.
+
+    Raises:
+        UserError: if one is repeated.
+    """
     images: dict[int, Mapping[str, Any]] = {}
     for one in content["images"]:
-        number = _number(one.get("id"), "an image with the id", path)
+        number = whole_number(one.get("id"), "an image with the id", path)
         if number in images:
             raise UserError(f"{path} lists the image {number} twice.")
         images[number] = one
@@ -96,8 +116,8 @@ def _images(content: Mapping[str, Any], path: Path) -> dict[int, Mapping[str, An
 def _boxes(content: Mapping[str, Any], names: Mapping[int, str], path: Path) -> dict[int, list[Box]]:
     boxes: dict[int, list[Box]] = {}
     for one in content["annotations"]:
-        number = _number(one.get("image_id"), "an annotation with the image_id", path)
-        category = _number(one.get("category_id"), "an annotation with the category_id", path)
+        number = whole_number(one.get("image_id"), "an annotation with the image_id", path)
+        category = whole_number(one.get("category_id"), "an annotation with the category_id", path)
         if category not in names:
             raise UserError(
                 f"{path} has a box of the category {category} in the image {number}; its categories are "
@@ -116,13 +136,23 @@ def _boxes(content: Mapping[str, Any], names: Mapping[int, str], path: Path) -> 
     return boxes
 
 
-def _drawing(one: Mapping[str, Any], boxes: list[Box], path: Path) -> Drawing:
+def place_of(one: Mapping[str, Any], path: Path) -> tuple[str, tuple[int, int]]:
+    """Return the path of an image below the folder of images, and the width and height that a file states.
+
+    Raises:
+        UserError: if it is outside that folder, or has no such size.
+    """
     name = path_inside(one.get("file_name"), str(path))
     size = (
-        _number(one.get("width"), f"for {name} the width", path),
-        _number(one.get("height"), f"for {name} the height", path),
+        whole_number(one.get("width"), f"for {name} the width", path),
+        whole_number(one.get("height"), f"for {name} the height", path),
     )
     if not all(1 <= side <= LARGEST_SIDE for side in size):
         raise UserError(f"{path} says that {name} is {size[0]} x {size[1]} pixels; expected 1 to {LARGEST_SIDE} each.")
+    return name, size
+
+
+def _drawing(one: Mapping[str, Any], boxes: list[Box], path: Path) -> Drawing:
+    name, size = place_of(one, path)
     about = {key: str(value) for key, value in one.items() if isinstance(value, str | int) and key != "file_name"}
     return Drawing(name, size, boxes, about=about)

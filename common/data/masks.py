@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw
 
+from fedhead.data.boxes import size_of
+from fedhead.data.coco import categories_of, images_of, parsed, place_of, whole_number
 from fedhead.data.files import Files
 from fedhead.data.items import IntArray
 from fedhead.data.labels import name_of
@@ -26,6 +27,12 @@ Mask = npt.NDArray[np.uint8]
 
 IGNORED = 255
 """Value of pixels without a class in the masks that a data set returns."""
+
+MOST_PIXELS = 2**27
+"""Pixels of an image with polygons."""
+
+LARGEST_COORDINATE = 1e6
+"""Bar on the coordinates of polygons, in pixels."""
 
 BACKGROUND = "background"
 _BINARY = (BACKGROUND, "foreground")
@@ -129,16 +136,12 @@ def _values_of(image: Path, mask: Path) -> npt.NDArray[np.bool_]:
         UserError: if the mask is not of the image's size.
     """
     pixels = _read(mask)
-    try:
-        with Image.open(image) as opened:
-            width, height = opened.size
-    except (OSError, UnidentifiedImageError):
-        # The image is reported when it is read.
-        width, height = pixels.shape[1], pixels.shape[0]
+    # An image that cannot be opened is reported when it is read.
+    width, height = size_of(image) or pixels.shape[::-1]
     if pixels.shape != (height, width):
         raise UserError(
-            f"{mask} is {pixels.shape[1]} x {pixels.shape[0]} pixels, and its image {image} {width} x {height}; make "
-            "them equal."
+            f"{mask} is {pixels.shape[1]} x {pixels.shape[0]} pixels, and its image {image} upright {width} x {height}; "
+            "make them equal."
         )
     return np.bincount(pixels.ravel(), minlength=256) > 0
 
@@ -200,33 +203,29 @@ def _classes(
 def _from_coco(images: Sequence[Path], root: Path, options: Mapping[str, str], spec: str) -> _Made:
     """Return the same of polygons: later ones cover earlier ones, and other pixels are background."""
     path = to_path(options["coco"]).absolute()
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        described = {
-            int(one["id"]): (str(one["file_name"]), int(one["width"]), int(one["height"])) for one in content["images"]
-        }
-        names = {int(one["id"]): name_of(str(one["name"])) for one in content["categories"]}
-        shapes: dict[int, list[tuple[int, Any]]] = {}
-        for one in content["annotations"]:
-            shapes.setdefault(int(one["image_id"]), []).append((int(one["category_id"]), one["segmentation"]))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not in COCO's format of instances ({error!r}).") from None
+    content = parsed(path)
+    names = categories_of(content, path)
+    described = {number: place_of(one, path) for number, one in images_of(content, path).items()}
+    shapes: dict[int, list[tuple[int, Any]]] = {}
+    for one in content["annotations"]:
+        number = whole_number(one.get("image_id"), "an annotation with the image_id", path)
+        category = whole_number(one.get("category_id"), "an annotation with the category_id", path)
+        shapes.setdefault(number, []).append((category, one.get("segmentation")))
     places = {category: place + 1 for place, category in enumerate(sorted(names))}
     classes = (BACKGROUND, *(names[category] for category in sorted(names)))
     if len(set(classes)) < len(classes) or len(classes) >= IGNORED:
         raise UserError(f"The categories of {path} repeat a name, or there are more than {IGNORED - 2}.")
-    by_name = {name: number for number, (name, _, _) in described.items()}
+    by_name = {name: number for number, (name, _) in described.items()}
     kept = [one for one in images if one.relative_to(root).as_posix() in by_name]
     if not kept:
         raise UserError(f"None of the images of {path} is in {root}.")
     numbers = [by_name[one.relative_to(root).as_posix()] for one in kept]
-    for number in numbers:
-        _check_shapes(shapes.get(number, []), described[number], places, path)
+    for number, image in zip(numbers, kept, strict=True):
+        _check_size(described[number][1], image, path)
+        _check_shapes(shapes.get(number, []), described[number][0], places, path)
 
     def read(row: int) -> Mask:
-        _, width, height = described[numbers[row]]
+        _, (width, height) = described[numbers[row]]
         return _drawn(shapes.get(numbers[row], []), places, width, height)
 
     values = np.array(
@@ -237,21 +236,32 @@ def _from_coco(images: Sequence[Path], root: Path, options: Mapping[str, str], s
     return kept, read, stamped, classes, values, _missing(left)
 
 
-def _check_shapes(
-    shapes: Sequence[tuple[int, Any]], described: tuple[str, int, int], places: Mapping[int, int], path: Path
-) -> None:
-    name, width, height = described
-    if not (0 < width <= 100_000 and 0 < height <= 100_000):
-        raise UserError(f"{path} says that {name} is {width} x {height} pixels.")
+def _check_size(size: tuple[int, int], image: Path, path: Path) -> None:
+    """Check that polygons are drawn for an image as large as it is, so that masks take no more memory than images."""
+    found = size_of(image)
+    if found is not None and found != size:
+        raise UserError(
+            f"{path} says that {image} is {size[0]} x {size[1]} pixels, and upright it is {found[0]} x {found[1]}; "
+            "make them equal."
+        )
+    if size[0] * size[1] > MOST_PIXELS:
+        raise UserError(f"{path} says that {image} is {size[0]} x {size[1]} pixels; at most {MOST_PIXELS} are read.")
+
+
+def _check_shapes(shapes: Sequence[tuple[int, Any]], name: str, places: Mapping[int, int], path: Path) -> None:
     for category, polygons in shapes:
         if category not in places:
             raise UserError(f"{path} has an annotation of {name} with the unknown category {category}.")
+        if polygons is None:
+            raise UserError(f"{path} has an annotation of {name} without a segmentation.")
         if not isinstance(polygons, list):
             raise UserError(
                 f"{path} has a run-length mask of {name}; only polygons are read. Convert it to mask images."
             )
         for polygon in polygons:
-            numeric = isinstance(polygon, list) and all(isinstance(one, int | float) for one in polygon)
+            numeric = isinstance(polygon, list) and all(
+                type(one) in (int, float) and abs(one) < LARGEST_COORDINATE for one in polygon
+            )
             if not numeric or len(polygon) < 6 or len(polygon) % 2:
                 raise UserError(f"{path} has a polygon of {name} that is not x and y of three points or more.")
 

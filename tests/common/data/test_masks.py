@@ -94,7 +94,11 @@ def test_polygons_become_masks(tmp_path: Path) -> None:
         ({"category_id": 8, "segmentation": [[0, 0, 2, 0, 2, 2]]}, "unknown category 8"),
         ({"category_id": 7, "segmentation": {"counts": "x", "size": [4, 6]}}, "run-length"),
         ({"category_id": 7, "segmentation": [[0, 0, 2, 0]]}, "three points"),
-        ({"category_id": "x", "segmentation": []}, "COCO's format"),
+        ({"category_id": "x", "segmentation": []}, "category_id 'x'; expected a whole number"),
+        ({"category_id": 7}, "without a segmentation"),
+        ({"category_id": 7, "segmentation": [[float("nan")] * 6]}, "three points"),
+        ({"category_id": 7, "segmentation": [[10**400] * 6]}, "three points"),
+        ({"category_id": 7, "segmentation": [[1e30] * 6]}, "three points"),
     ],
 )
 def test_wrong_polygons_are_refused(tmp_path: Path, annotation: dict[str, object], said: str) -> None:
@@ -107,6 +111,44 @@ def test_a_mask_of_another_size_is_refused(tmp_path: Path) -> None:
     Image.new("L", (5, 4)).save(tmp_path / "masks" / "0.png")
     with pytest.raises(UserError, match=r"5 x 4 pixels, and its image .* 6 x 4"):
         load_samples(spec)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"width": 100_000, "height": 100_000}, "100000 x 100000 pixels, and upright it is 6 x 4"),
+        ({"width": 10**9}, "expected 1 to 100000 each"),
+        ({"id": float("inf")}, "the id inf; expected a whole number"),
+        ({"file_name": f"{'a' * 300}.jpg"}, "longer than a path can be"),
+        ({"file_name": "../0.jpg"}, "outside the folder of images"),
+    ],
+)
+def test_polygons_for_other_images_take_no_memory_and_are_refused(
+    tmp_path: Path, changes: dict[str, object], said: str
+) -> None:
+    spec = coco(tmp_path)
+    content = json.loads((tmp_path / "coco.json").read_text())
+    content["images"][0] |= changes
+    (tmp_path / "coco.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=said):
+        load_samples(spec)
+
+
+def test_a_file_nested_without_end_is_no_annotation(tmp_path: Path) -> None:
+    spec = coco(tmp_path)
+    (tmp_path / "coco.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="is not JSON"):
+        load_samples(spec)
+
+
+def test_a_mask_fits_its_image_upright(tmp_path: Path) -> None:
+    spec = write(tmp_path, [mask(255).T])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (6, 4)).save(tmp_path / "images" / "0.jpg", exif=exif)
+    samples = load_samples(spec)
+    assert samples.read(0).size == (4, 6)
+    assert samples.annotation(0).shape == (6, 4)
 
 
 @pytest.mark.parametrize(
