@@ -140,8 +140,8 @@ def _values_of(image: Path, mask: Path) -> npt.NDArray[np.bool_]:
     width, height = size_of(image) or pixels.shape[::-1]
     if pixels.shape != (height, width):
         raise UserError(
-            f"{mask} is {pixels.shape[1]} x {pixels.shape[0]} pixels, and its image {image} upright {width} x {height}; "
-            "make them equal."
+            f"{mask} is {pixels.shape[1]} x {pixels.shape[0]} pixels, and its image {image} upright {width} x "
+            f"{height}; make them equal."
         )
     return np.bincount(pixels.ravel(), minlength=256) > 0
 

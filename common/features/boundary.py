@@ -32,11 +32,16 @@ from fedhead.files import disk_errors, home, locked, write_atomically
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "fedhead-boundary-1"
+FORMAT = "fedhead-boundary-2"
 TOLERANCE = 1e-3
 """Largest difference of features from float16 activations, relative to the largest feature."""
+BLOCK_VALUES = 2**24
+"""Values of activations that are in memory at a time."""
 LARGEST = 65504.0
 """Bar on float16 values; larger activations are cut to it."""
+
+LONGEST = 512
+"""Elements of a sequence, for the size of blocks."""
 
 Kind = Literal["float16", "float32"]
 
@@ -165,6 +170,12 @@ def _is_whole(path: Path) -> bool:
     return bool(whole)
 
 
+def _block_rows(meta: dict[str, Any]) -> int:
+    """Return the number of rows in a block: fewer where the activations of one are large."""
+    elements = LONGEST if meta["sequences"] else 1
+    return max(1, min(BLOCK, BLOCK_VALUES // max(int(np.prod(meta["shape"])) * elements, 1)))
+
+
 def _bytes_an_element(meta: dict[str, Any]) -> int:
     return int(np.prod(meta["shape"])) * (2 if meta["number"] == "float16" else 4)
 
@@ -173,8 +184,9 @@ def _checksums(path: Path, meta: dict[str, Any], lengths: IntArray) -> list[int]
     """Return the CRC-32 of each block's values and lengths; of none that is cut off."""
     found = []
     with (path / "values.bin").open("rb") as values:
-        for start in range(0, len(lengths), BLOCK):
-            block = lengths[start : start + BLOCK]
+        rows = _block_rows(meta)
+        for start in range(0, len(lengths), rows):
+            block = lengths[start : start + rows]
             size = int(block.sum()) * _bytes_an_element(meta)
             read = values.read(size)
             if len(read) < size:
@@ -192,8 +204,9 @@ def _extract(trunk: Trunk, samples: Samples, rows: IntArray, path: Path, number:
     begun = int(meta["done"])
     forward = arranged(trunk, len(samples))
     assert isinstance(forward, Trunk)
-    batch_size = min(batch_size_for(trunk), BLOCK)
-    chunk = batch_size if trunk.kind == "image" else BLOCK
+    block_rows = _block_rows(meta)
+    batch_size = min(batch_size_for(trunk), block_rows)
+    chunk = batch_size if trunk.kind == "image" else block_rows
     wanted = [row for row in range(begun, len(samples)) if row in readable]
     read_row = functools.partial(prepare, samples, trunk)
     with (
@@ -201,8 +214,8 @@ def _extract(trunk: Trunk, samples: Samples, rows: IntArray, path: Path, number:
         (partial / "lengths.bin").open("ab") as lengths,
         closing(read_ahead(read_row, wanted, ahead=2 * chunk)) as prepared,
     ):
-        for start in range(begun, len(samples), BLOCK):
-            stop = min(start + BLOCK, len(samples))
+        for start in range(begun, len(samples), block_rows):
+            stop = min(start + block_rows, len(samples))
             parts: list[npt.NDArray[Any]] = []
             counts = np.zeros(stop - start, "<i8")
             for first in range(start, stop, chunk):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedhead.errors import UserError
-from fedhead.sums.packing import check_consistency, pack, read_file, unpack, write_file
+from fedhead.sums.packing import check_consistency, check_shares, pack, read_file, unpack, write_file
 from fedhead.sums.targets import CLASSES, TargetKind
 
 HARDLY = 1e-12
@@ -49,6 +49,7 @@ class FeatureStatistics:
         kind: the kind of the targets.
         squares: `[C]`, the sum of each real target's squares; `[0]` for classes, since it equals their counts.
         items: the number of items whose places the rows are; 0 if rows are items.
+        shares: how many of the first real targets are shares, from 0 to 1; received sums are checked by it.
     """
 
     origin: Tensor
@@ -60,6 +61,7 @@ class FeatureStatistics:
     kind: TargetKind = CLASSES
     squares: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     items: int = 0
+    shares: int = 0
 
     @classmethod
     def empty(
@@ -70,6 +72,7 @@ class FeatureStatistics:
         *,
         kind: TargetKind = CLASSES,
         device: torch.device | str = "cpu",
+        shares: int = 0,
     ) -> Self:
         """Return the statistics of no rows.
 
@@ -79,6 +82,7 @@ class FeatureStatistics:
             origin: `[d]`; zeros by default. Ideally near the features' mean.
             kind: the kind of the targets.
             device: the device for accumulation; it must support float64.
+            shares: how many of the first real targets are shares, from 0 to 1.
 
         Raises:
             ValueError: if a size or the origin does not fit.
@@ -95,6 +99,7 @@ class FeatureStatistics:
             upper=torch.zeros(num_features, num_features, dtype=torch.float64, device=device),
             kind=kind,
             squares=torch.zeros(num_classes if kind.real else 0, dtype=torch.float64, device=device),
+            shares=shares,
         )
 
     @classmethod
@@ -203,6 +208,7 @@ class FeatureStatistics:
             self.kind,
             self.squares.clone(),
             self.items,
+            self.shares,
         )
 
     def __iadd__(self, other: Self) -> Self:
@@ -464,6 +470,8 @@ class FeatureStatistics:
         if stats.kind is not like.kind or stats.num_classes != like.num_classes:
             raise ValueError("its statistics have different classes")
         like._check_same_kind(stats)
+        check_shares(stats, like.shares)
+        stats.shares = like.shares
         return stats
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -173,6 +173,18 @@ def check_consistency(stats: "FeatureStatistics") -> None:
             raise ValueError("The classes' sums do not add up to the sum of all rows.")
 
 
+def check_shares(stats: "FeatureStatistics", shares: int) -> None:
+    """Validate that the first targets of some rows can be shares, from 0 to 1, such as those of classes in a cell.
+
+    Raises:
+        ValueError: if not.
+    """
+    totals, squares = stats.target_totals[:shares], stats.target_squares[:shares]
+    slack = _CONSISTENCY * (1 + stats.rows)
+    if bool((totals < -slack).any() | (totals > stats.rows + slack).any() | (squares > totals + slack).any()):
+        raise ValueError("A target that is a share has a sum that no shares have.")
+
+
 def write_file(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
     """Write packed statistics as a safetensors file, atomically.
 

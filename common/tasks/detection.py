@@ -136,7 +136,9 @@ class Detection(DenseTask):
     def statistics(self, num_features: int, origin: "Tensor | None" = None, device: "str" = "cpu") -> FeatureStatistics:
         """Return the sums of no places, with the products of `solve_boxes` among the targets."""
         targets = len(self.columns) + num_features
-        return FeatureStatistics.empty(num_features, targets, origin, kind=self.kind, device=device)
+        return FeatureStatistics.empty(
+            num_features, targets, origin, kind=self.kind, device=device, shares=len(self.classes) + 1
+        )
 
     def expand(self, values: "Tensor", annotations: Sequence[Boxes], geometry: Geometry) -> Places:
         import torch

@@ -13,6 +13,7 @@ from fedhead.data.overlays import mask_image, overlay
 from fedhead.errors import UserError
 from fedhead.evaluation.segmentation import SegmentationReport, segmentation_report
 from fedhead.sums.evaluation import ScoreBins
+from fedhead.sums.features import FeatureStatistics
 from fedhead.sums.segmentation import SegmentationSums
 from fedhead.tasks.dense import DenseTask, Places
 from fedhead.tasks.losses import ShareCrossEntropy
@@ -94,6 +95,11 @@ class Segmentation(DenseTask):
         for place, name in enumerate(samples.classes):
             table[place] = places.get(name, IGNORED)
         return lambda row: table[read(row)]
+
+    def statistics(self, num_features: int, origin: "Tensor | None" = None, device: "str" = "cpu") -> FeatureStatistics:
+        """Return the sums of no places, whose targets are shares."""
+        columns = len(self.columns)
+        return FeatureStatistics.empty(num_features, columns, origin, kind=self.kind, device=device, shares=columns)
 
     def expand(self, values: "Tensor", annotations: Sequence[Mask], geometry: Geometry) -> Places:
         import torch

