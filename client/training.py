@@ -320,7 +320,7 @@ def evaluate_head(
         rows=sizes,
         curves=np.array(
             [np.bincount(owner, weights=curve, minlength=len(sites)).astype(np.float64) for curve in curves.T]
-        ).T.reshape(len(sites), -1),
+        ).T.reshape(len(sites), curves.shape[1]),
     )
 
 

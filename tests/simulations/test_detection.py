@@ -108,7 +108,9 @@ def test_a_model_finds_boxes_and_is_evaluated_and_exported(drawn: str, tmp_path:
     assert describe_export(model)["output"]["shape"] == ["batch", 24 * 24, 2, 5]
 
 
-def test_a_site_joins_and_leaves_exactly(drawn: str, tmp_path: Path) -> None:
+def test_a_site_joins_and_leaves_exactly(drawn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Another file's guest has a ledger of its own.
+    monkeypatch.setenv("FEDHEAD_HOME", str(tmp_path / "home"))
     before = run(drawn, tmp_path / "run").model.head.weight.detach()
     guest = draw(tmp_path / "guest", 24, seed=2)
     joined = join(tmp_path / "run", "guest", guest, min_rows=4, min_class_count=2)

@@ -113,7 +113,9 @@ def test_a_model_predicts_masks_and_is_evaluated_on_others(drawn: str, tmp_path:
     assert one.answers[1] == pytest.approx(float((predicted == 1).mean()))
 
 
-def test_a_site_leaves_exactly(drawn: str, tmp_path: Path) -> None:
+def test_a_site_leaves_exactly(drawn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Another file's guest has a ledger of its own.
+    monkeypatch.setenv("FEDHEAD_HOME", str(tmp_path / "home"))
     run(drawn, tmp_path / "run")
     sums = {path.name: FeatureStatistics.load(path) for path in (tmp_path / "run" / "sums").glob("*.safetensors")}
     gone = min(sums).partition(".")[0]

@@ -49,7 +49,7 @@ LOCAL = ("--insecure", "--site", "here")
         ((*LOCAL, "--data", "digits", "--coordinator", "127.0.0.1"), "is not HOST:PORT"),
         (("--insecure", "--site", "Ward 3", "--data", "digits"), "a site cannot be called 'Ward 3'"),
         ((*LOCAL, "--data", "folder:nowhere"), "There is no folder nowhere"),
-        ((*LOCAL, "--data", "folder:empty"), "empty has no images"),
+        ((*LOCAL, "--data", "folder:empty"), "empty is empty; expected a sub-folder per class"),
         ((*LOCAL, "--data", "digits", "--device", "abacus"), "The device 'abacus' is not available"),
         ((*LOCAL, "--data", "digits", "--min-rows", "-1"), "'limits.min_rows'"),
         ((*LOCAL, "--data", "digits", "--health", "nonsense"), "The health service cannot listen on 'nonsense'"),
