@@ -113,8 +113,8 @@ def test_a_site_joins_and_leaves_exactly(drawn: str, tmp_path: Path, monkeypatch
     monkeypatch.setenv("FEDHEAD_HOME", str(tmp_path / "home"))
     before = run(drawn, tmp_path / "run").model.head.weight.detach()
     guest = draw(tmp_path / "guest", 24, seed=2)
-    joined = join(tmp_path / "run", "guest", guest, min_rows=4, min_class_count=2)
+    joined = join(tmp_path / "run", "laboratory", guest, min_rows=4, min_class_count=2)
     assert joined.rows == 24
-    leave(tmp_path / "run", "guest")
+    leave(tmp_path / "run", "laboratory")
     after = TransferModel.load(tmp_path / "run").head.weight.detach()
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5 * float(before.abs().max()))
