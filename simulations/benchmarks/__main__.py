@@ -11,6 +11,8 @@ from fedhead.simulations.benchmarks import scaling as scaling
 from fedhead.simulations.benchmarks import secure as secure
 from fedhead.simulations.benchmarks import time_to_accuracy as time_to_accuracy
 from fedhead.simulations.benchmarks import traffic as traffic
+from fedhead.simulations.benchmarks import tuning as tuning
+from fedhead.simulations.benchmarks import tuning_accuracy as tuning_accuracy
 from fedhead.simulations.benchmarks.measurement import app
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ class Measurement:
         ratio: of each to ours, where seconds are of the same work; other figures by name.
         units: what `ratio` counts.
         left_out: peers that are not installed, with how to install them.
+        columns: more columns of the table, by name and by the row's name; the key `runs` of `setting` holds them.
     """
 
     title: str
@@ -48,6 +49,7 @@ class Measurement:
     ratio: Mapping[str, float]
     units: str = "times ours"
     left_out: Mapping[str, str] = field(default_factory=dict)
+    columns: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @classmethod
     def against_ours(
@@ -72,13 +74,18 @@ class Measurement:
         table.add_column("")
         table.add_column("seconds", justify="right")
         table.add_column(self.units, justify="right")
+        more = list(dict.fromkeys(column for columns in self.columns.values() for column in columns))
+        for column in more:
+            table.add_column(column, justify="right")
         for name in [*self.seconds, *(key for key in self.ratio if key not in self.seconds)]:
             seconds, ratio = self.seconds.get(name), self.ratio.get(name)
-            table.add_row(name, "" if seconds is None else f"{seconds:.3g}", "" if ratio is None else f"{ratio:.3g}")
+            cells = ["" if value is None else f"{value:.3g}" for value in (seconds, ratio)]
+            table.add_row(name, *cells, *(self.columns.get(name, {}).get(column, "") for column in more))
         console.print(table)
+        hidden = ("left_out", "runs")
         for name, advice in self.left_out.items():
             console.print(f"{name} is left out: {advice}")
-        console.print(", ".join(f"{key} {value}" for key, value in setting.items() if key != "left_out"))
+        console.print(", ".join(f"{key} {value}" for key, value in setting.items() if key not in hidden))
 
 
 def machine() -> dict[str, Any]:
