@@ -18,6 +18,7 @@ from fedhead.cli.application import ANY_NAME, app, in_sentences, output, progres
 from fedhead.wording import counted, percent
 
 if TYPE_CHECKING:
+    from fedhead.coco_results import CocoIds
     from fedhead.data.inputs import Input
     from fedhead.model import TransferModel
     from fedhead.prediction import ModelEvaluation, Prediction
@@ -36,7 +37,8 @@ Coverage = Annotated[
 def predict(
     model: Model,
     paths: Annotated[
-        list[str], typer.Argument(help="Files, folders, patterns, or CSV files with a column path or text.")
+        list[str],
+        typer.Argument(help="Files, folders, patterns, CSV files with a column path or text, or coco:FILE?images=DIR."),
     ],
     every: Annotated[bool, typer.Option("--all", help="Add the probability of every class.")] = False,
     coverage: Coverage = None,
@@ -55,7 +57,8 @@ def predict(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="File to write; .jsonl gives JSON lines, .html tagged texts.", rich_help_panel=options.OUTPUT
+            help="File to write; .jsonl gives JSON lines, .html tagged texts, .json COCO results of boxes.",
+            rich_help_panel=options.OUTPUT,
         ),
     ] = None,
     as_json: Annotated[
@@ -70,11 +73,16 @@ def predict(
     inputs = find_inputs(paths, loaded.backbone.kind, getattr(loaded.backbone.preprocessing, "columns", ()))
     unreadable = 0
     drawn = _drawer(draw, loaded) if draw is not None else None
-    with _writer(out) as file, progress_bars() as progress:
+    coco = None
+    if not as_json and out is not None and out.suffix.lower() == ".json":
+        from fedhead.coco_results import CocoIds
+
+        coco = CocoIds.of(loaded.task, paths)
+    with _writer(out) as file, _written(coco, file) as results, progress_bars() as progress:
         page = out is not None and out.suffix.lower() in (".html", ".htm")
         lines = as_json or (out is not None and out.suffix.lower() in (".jsonl", ".ndjson"))
         form = _write_html if page and not as_json else _write_json if lines else _write_csv
-        write = form(file, loaded, every, coverage is not None)
+        write = results or form(file, loaded, every, coverage is not None)
         # Where predictions appear on the terminal, a bar among them would only be in the way.
         task = progress.add_task("Predicted", total=len(inputs), visible=out is not None or not sys.stdout.isatty())
         for one, prediction in zip(inputs, predict_inputs(loaded, inputs, coverage=coverage), strict=True):
@@ -84,7 +92,8 @@ def predict(
             unreadable += bool(prediction.error)
             progress.advance(task)
     if unreadable:
-        typer.echo(f"{unreadable} of {len(inputs)} could not be read; their lines say why.", err=True)
+        where = "their lines say why" if coco is None else "they have no boxes in the file"
+        typer.echo(f"{unreadable} of {len(inputs)} could not be read; {where}.", err=True)
         raise typer.Exit(1)
 
 
@@ -230,6 +239,28 @@ def _write_json(file: TextIO, model: "TransferModel", every: bool, regions: bool
         file.flush()
 
     return write
+
+
+@contextmanager
+def _written(ids: "CocoIds | None", file: TextIO) -> "Iterator[Callable[[Prediction], None] | None]":
+    """Yield a function that writes boxes as COCO results, a list in JSON; None without `ids`."""
+    if ids is None:
+        yield None
+        return
+    comma = ""
+
+    def write(prediction: "Prediction") -> None:
+        nonlocal comma
+        if prediction.error:
+            typer.echo(f"{prediction.name}: {prediction.error}", err=True)
+            return
+        for one in ids.results(prediction):
+            file.write(comma + json.dumps(one))
+            comma = ",\n"
+
+    file.write("[")
+    yield write
+    file.write("]\n")
 
 
 def _write_html(file: TextIO, model: "TransferModel", every: bool, regions: bool) -> "Callable[[Prediction], None]":

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,43 @@ MOST_BYTES = 2**30
 _EXAMPLES = 3
 
 
+@dataclass(frozen=True)
+class CocoFile:
+    """The images and categories of a file in COCO's format.
+
+    Attributes:
+        root: the folder of the images.
+        images: the id of each image by its path below `root`.
+        categories: the id of each category by its name.
+    """
+
+    root: Path
+    images: Mapping[str, int]
+    categories: Mapping[str, int]
+
+
+def open_coco(argument: str) -> CocoFile:
+    """Return the images and categories of `FILE.json?images=FOLDER`, whether or not the images exist.
+
+    Raises:
+        UserError: if the file cannot be read, is of another format, or has another option.
+    """
+    given, options = split_options(argument, {"images"}, f"coco:{argument}")
+    path, root = to_path(given).absolute(), _folder_of(options, f"coco:{argument}")
+    content = parsed(path)
+    names = {number: path_inside(one.get("file_name"), str(path)) for number, one in images_of(content, path).items()}
+    return CocoFile(root, _by_name(names, path), _by_name(categories_of(content, path), path))
+
+
+def _by_name(names: Mapping[int, str], path: Path) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for number, name in names.items():
+        if name in found:
+            raise UserError(f"{path} has {name!r} under the ids {found[name]} and {number}; expected one.")
+        found[name] = number
+    return found
+
+
 @sources.register("coco")
 def load_coco(argument: str) -> Samples:
     """Images with boxes: `images=FOLDER` is the folder of the images that a file in COCO's format names.
@@ -27,11 +65,7 @@ def load_coco(argument: str) -> Samples:
     spec = f"coco:{argument}"
     given, options = split_options(argument, {*BOX_OPTIONS, "images"}, spec)
     path = to_path(given).absolute()
-    if "images" not in options:
-        raise UserError(f"{spec} needs the folder of its images, as in 'coco:instances.json?images=FOLDER'.")
-    root = to_path(options["images"]).absolute()
-    if not root.is_dir():
-        raise UserError(f"{root} is not a folder of images.")
+    root = _folder_of(options, spec)
     content = parsed(path)
     names = categories_of(content, path)
     boxes = _boxes(content, names, path)
@@ -52,6 +86,15 @@ def load_coco(argument: str) -> Samples:
         {**options, "images": str(root.resolve())},
         left if missing else (),
     )
+
+
+def _folder_of(options: Mapping[str, str], spec: str) -> Path:
+    if "images" not in options:
+        raise UserError(f"{spec} needs the folder of its images, as in 'coco:instances.json?images=FOLDER'.")
+    root = to_path(options["images"]).absolute()
+    if not root.is_dir():
+        raise UserError(f"{root} is not a folder of images.")
+    return root
 
 
 def parsed(path: Path) -> Mapping[str, Any]:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fedhead.data.coco import open_coco
 from fedhead.data.conversion import row_of, to_item
 from fedhead.data.files import READERS
 from fedhead.data.items import ITEMS, Item, Kind, UnreadableSampleError
@@ -24,6 +25,9 @@ logger = logging.getLogger(__name__)
 TABLES = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 """Suffixes of tables, with the data source for each."""
 
+COCO = "coco"
+"""Source of the images that a file in COCO's format lists."""
+
 
 @dataclass(frozen=True)
 class Input:
@@ -38,7 +42,8 @@ def find_inputs(paths: Sequence[str], kind: Kind, columns: Sequence[str] = ()) -
 
     Args:
         paths: a table has a column `path` (files, relative to it), `image`, `audio` or, for a model of texts, `text`,
-            or the columns of numbers; other names as options, as in `csv:new.csv?path=scan`.
+            or the columns of numbers; other names as options, as in `csv:new.csv?path=scan`. The images that a file in
+            COCO's format lists are `coco:FILE.json?images=FOLDER`.
         kind: the kind of items that the model takes.
         columns: the names of the numbers, for a model of rows of numbers.
 
@@ -51,6 +56,9 @@ def find_inputs(paths: Sequence[str], kind: Kind, columns: Sequence[str] = ()) -
         if source in TABLES.values() and not exists(given):
             name, options = split_options(given.partition(":")[2], {*OPTIONS, "encoding"}, given)
             found += _in_table(source, to_path(name), options, kind, columns)
+            continue
+        if source == COCO and not exists(given):
+            found += _in_coco(given.partition(":")[2], kind)
             continue
         path = Path(given if exists(given) else decode_path(given))
         if not exists(str(path)):
@@ -93,6 +101,13 @@ def _in_folder(folder: Path, kind: Kind) -> list[Input]:
         suffixes = sorted(SUFFIXES[kind])
         raise UserError(f"{folder} contains no {ITEMS[kind]}; expected files with a suffix of {', '.join(suffixes)}.")
     return [_file(path, str(path), kind) for path in taken]
+
+
+def _in_coco(argument: str, kind: Kind) -> list[Input]:
+    if kind != "image":
+        raise UserError(f"coco:{argument} has images, but the model takes {ITEMS[kind]}.")
+    listed = open_coco(argument)
+    return [_file(listed.root / name, name, kind) for name in listed.images]
 
 
 def _in_table(source: str, path: Path, options: dict[str, str], kind: Kind, columns: Sequence[str]) -> list[Input]:

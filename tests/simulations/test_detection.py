@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from typer.testing import CliRunner
 
+from fedhead.cli import app
 from fedhead.config import RunConfig
 from fedhead.data import load_samples
 from fedhead.data.inputs import find_inputs
@@ -60,6 +64,13 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> str:
     return draw(tmp_path_factory.mktemp("drawn"), 60)
 
 
+@pytest.fixture(scope="module")
+def finished(drawn: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("finished") / "run"
+    run(drawn, out, with_backbone=True)
+    return out
+
+
 def test_shapes_are_found(drawn: str, tmp_path: Path) -> None:
     result = run(drawn, tmp_path / "run")
     assert result.evaluation.ap50.value > 0.55
@@ -94,9 +105,8 @@ def test_combinations_without_a_meaning_are_refused(
         run(drawn, tmp_path / "run", **changes)
 
 
-def test_a_model_finds_boxes_and_is_evaluated_and_exported(drawn: str, tmp_path: Path) -> None:
-    run(drawn, tmp_path / "run", with_backbone=True)
-    model = TransferModel.load(tmp_path / "run")
+def test_a_model_finds_boxes_and_is_evaluated_and_exported(finished: Path, tmp_path: Path) -> None:
+    model = TransferModel.load(finished)
     fresh = load_samples(draw(tmp_path / "fresh", 8, seed=1))
     assert evaluate_model(model, fresh).report.ap50.value > 0.5
     (one,) = predict_inputs(model, find_inputs([fresh.name(0)], "image"))
@@ -106,6 +116,72 @@ def test_a_model_finds_boxes_and_is_evaluated_and_exported(drawn: str, tmp_path:
     exported = export_model(model, "torch-export", tmp_path / "model.pt2")
     assert exported.difference < 1e-4
     assert describe_export(model)["output"]["shape"] == ["batch", 24 * 24, 2, 5]
+
+
+def test_pycocotools_evaluates_the_written_boxes(finished: Path, tmp_path: Path) -> None:
+    data = draw(tmp_path / "fresh", 8, seed=1)
+    path = tmp_path / "fresh" / "boxes.json"
+    content = json.loads(path.read_text())
+    for one in [*content["images"], *content["annotations"]]:
+        one["id" if "file_name" in one else "image_id"] += 500
+    for one in [*content["categories"], *content["annotations"]]:
+        one["id" if "name" in one else "category_id"] *= 7
+    content["annotations"] = [
+        {**one, "id": row, "iscrowd": 0, "area": 400} for row, one in enumerate(content["annotations"], 1)
+    ]
+    path.write_text(json.dumps(content))
+    out = tmp_path / "out.json"
+    asked = data.removesuffix("&site=lab")
+    result = CliRunner().invoke(app, ["predict", str(finished), asked, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    truth = COCO(str(path))
+    judged = COCOeval(truth, truth.loadRes(str(out)), "bbox")
+    judged.evaluate()
+    judged.accumulate()
+    judged.summarize()
+    assert judged.stats[1] > 0.8
+    boxes = json.loads(out.read_text())
+    model, fresh = TransferModel.load(finished), load_samples(data)
+    for row in range(len(fresh)):
+        number = 500 + int(Path(fresh.name(row)).stem)
+        given = [(one["bbox"], one["score"]) for one in boxes if one["image_id"] == number]
+        assert given == [(one["bbox"], one["score"]) for one in model.predict([fresh.read(row)])[0]]
+    assert {one["category_id"] for one in boxes} == {7, 14}
+    assert {one["image_id"] for one in boxes} == set(range(500, 508))
+
+
+def test_written_boxes_of_a_folder_go_by_name(finished: Path, tmp_path: Path) -> None:
+    draw(tmp_path / "fresh", 2, seed=1)
+    images = tmp_path / "fresh" / "images"
+    (images / "2.png").write_bytes(b"no image")
+    result = CliRunner().invoke(app, ["predict", str(finished), str(images), "--out", str(tmp_path / "out.json")])
+    assert result.exit_code == 1
+    assert "they have no boxes in the file" in result.output
+    boxes = json.loads((tmp_path / "out.json").read_text())
+    assert {one["image_id"] for one in boxes} == {str(images / "0.png"), str(images / "1.png")}
+    assert {one["category_id"] for one in boxes} <= {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("changed", "more", "said"),
+    [
+        (("square", "oblong"), [], "has no category 'square'"),
+        (("1.png", "0.png"), [], "under the ids 0 and 1"),
+        (("", ""), ["images"], "one 'coco:' path and no others"),
+        (("", ""), [], None),
+    ],
+)
+def test_ids_that_do_not_fit_are_rejected(
+    finished: Path, tmp_path: Path, changed: tuple[str, str], more: list[str], said: str | None
+) -> None:
+    data = draw(tmp_path / "fresh", 2, seed=1).removesuffix("&site=lab")
+    path = tmp_path / "fresh" / "boxes.json"
+    path.write_text(path.read_text().replace(*changed) if changed[0] else path.read_text())
+    paths = [data, *(str(tmp_path / "fresh" / one) for one in more)]
+    result = CliRunner().invoke(app, ["predict", str(finished), *paths, "--out", str(tmp_path / "out.json")])
+    assert result.exit_code == (2 if said else 0)
+    assert said is None or said in " ".join(result.output.split())
+    assert (tmp_path / "out.json").exists() == (said is None)
 
 
 def test_a_site_joins_and_leaves_exactly(drawn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
