@@ -16,7 +16,10 @@ OVERLAPS = np.linspace(0.5, 0.95, 10)
 """Thresholds of intersection over union above which a found box is correct; those of COCO."""
 
 SCORE_BINS = 255
-"""Equal bins of scores from 0 to 1."""
+"""Bins of scores from 0 to 1, narrower towards both ends: confident detectors give most boxes a score near 1."""
+
+_LOW, _HIGH = -7.0, 13.0
+"""Log-odds of scores between which half of the bins are equal; the other half are equal in the scores themselves."""
 
 _LARGEST = 1e12
 
@@ -125,11 +128,20 @@ def detection_sums(
         mine = mine[np.argsort(-scores[mine], kind="stable")]
         own = classes == label
         correct, counted = _matched(corners[mine], true[own & ~ignored], true[own & ignored])
-        bins = np.minimum((scores[mine] * SCORE_BINS).astype(np.int64), SCORE_BINS - 1)
+        bins = score_bins(scores[mine])
         for threshold in range(len(OVERLAPS)):
             chosen = counted[threshold]
             np.add.at(found[threshold, label], (correct[threshold, chosen].astype(np.int64), bins[chosen]), 1)
     return DetectionSums(1, (boxes > 0).astype(np.int64), boxes, found, loss)
+
+
+def score_bins(scores: FloatArray) -> IntArray:
+    """Return the bins of scores; a higher score has the same bin or a later one."""
+    inside = scores.astype(np.float64).clip(1e-9, 1 - 1e-9)
+    odds = np.log(inside / (1 - inside)).clip(_LOW, _HIGH)
+    place = (inside + (odds - _LOW) / (_HIGH - _LOW)) / 2
+    bins: IntArray = np.minimum((place * SCORE_BINS).astype(np.int64), SCORE_BINS - 1)
+    return bins
 
 
 def _matched(corners: FloatArray, true: FloatArray, ignored: FloatArray) -> tuple[BoolArray, BoolArray]:

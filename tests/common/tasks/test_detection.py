@@ -15,7 +15,7 @@ from fedhead.data.boxes import Boxes
 from fedhead.errors import UserError
 from fedhead.evaluation.detection import average_precisions, detection_report
 from fedhead.solvers import solve_head
-from fedhead.sums.detection import DetectionSums, detection_sums
+from fedhead.sums.detection import DetectionSums, detection_sums, score_bins
 from fedhead.tasks import make_task
 from fedhead.tasks.cells import assign, centres, corners_of, find_boxes, within
 
@@ -177,13 +177,15 @@ def test_average_precision_equals_pycocotools(crowds, count, bound):
     """Boxes whose scores share no bin give the same numbers; others nearly the same."""
     generator = np.random.default_rng(5)
     items, total = [], DetectionSums.zeros(2)
-    free = generator.permutation(255).tolist()
+    grid = np.linspace(0, 1, 2_000_001)
+    _, firsts = np.unique(score_bins(grid), return_index=True)
+    free = generator.permutation(grid[firsts]).tolist()
     for _ in range(count):
         boxes = random_boxes(generator, int(generator.integers(1, 6)), crowds=crowds)
         corners, labels = near_and_far(generator, boxes)
         scores = generator.random(len(labels))
         if count == 15:
-            scores = (np.array([free.pop() for _ in labels]) + 0.5) / 255
+            scores = np.array([free.pop() for _ in labels])
         items.append((boxes, corners, scores, labels))
         total = total + detection_sums(corners, scores, labels, boxes.corners, boxes.labels, boxes.ignored, 2)
     np.testing.assert_allclose(average_precisions(total), reference(items, 2), atol=bound)
@@ -191,6 +193,20 @@ def test_average_precision_equals_pycocotools(crowds, count, bound):
     report = detection_report(total, NAMES)
     assert report.ap50.low < report.ap50.value < report.ap50.high
     assert report.score is report.ap50
+
+
+def test_boxes_of_a_confident_detector_are_told_apart():
+    generator = np.random.default_rng(6)
+    items, total = [], DetectionSums.zeros(2)
+    for _ in range(40):
+        boxes = random_boxes(generator, int(generator.integers(1, 6)))
+        corners, labels = near_and_far(generator, boxes)
+        scores = 1 / (
+            1 + np.exp(-generator.normal(7, 1.5, len(labels)) + 3 * (np.arange(len(labels)) >= 2 * len(boxes)))
+        )
+        items.append((boxes, corners, scores, labels))
+        total = total + detection_sums(corners, scores, labels, boxes.corners, boxes.labels, boxes.ignored, 2)
+    np.testing.assert_allclose(average_precisions(total)[0], reference(items, 2)[0], atol=0.03)
 
 
 def test_sums_survive_the_wire_and_lies_are_refused():
