@@ -47,7 +47,7 @@ from fedhead.health import Health
 from fedhead.monitoring import Monitoring
 from fedhead.protocol.actions import DESCRIBE, GRADIENT, TRAIN
 from fedhead.protocol.messages import Payload
-from fedhead.wording import one_line
+from fedhead.wording import counted, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -363,8 +363,8 @@ class SiteProcess:
 
     def _said_of_releases(self) -> str:
         return "".join(
-            f" Released {entry.bytes} bytes about {entry.rows} rows of {len(entry.classes)} classes, digest "
-            f"{entry.digest[:12]}…"
+            f" Released {entry.bytes} bytes about {counted(entry.rows, 'row')} of "
+            f"{counted(len(entry.classes), 'class', 'classes')}, digest {entry.digest[:12]}…"
             for entry in self._released
         )
 

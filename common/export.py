@@ -90,7 +90,8 @@ def export_model(model: TransferModel, file_format: str, path: Path | str) -> Ex
         path: the path of the file or folder.
 
     Raises:
-        UserError: for an unknown format, one with a missing extra, and a path that cannot be written.
+        UserError: for an unknown format, one with a missing extra or without support for this task, and a path that
+            cannot be written.
         FedheadError: if the format does not support this model, or its probabilities differ by more than
             `TOLERANCE`; nothing is written then.
     """
@@ -99,7 +100,7 @@ def export_model(model: TransferModel, file_format: str, path: Path | str) -> Ex
     model.backbone.to(torch.device("cpu"))
     model.head.to("cpu")
     if model.task.divides_items and file_format in ("onnx", "torch-export"):
-        raise FedheadError(
+        raise UserError(
             f"A model of the task {model.task.name!r} gives several answers per text, which the format {file_format!r} "
             "does not support; export it as 'fedhead' or 'state-dict'."
         )

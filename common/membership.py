@@ -260,9 +260,9 @@ def _sent_again(
             if digest_of(stats) != needed[part].digest:
                 raise UserError(
                     f"These rows do not give the sums that {site!r} sent: those of {_ROWS_OF[part]} have the digest "
-                    f"{digest_of(stats)[:12]}…, recorded is {needed[part].digest[:12]}…. {stats.rows} rows were summed "
-                    f"now, {needed[part].rows} then. It must be the same data, in the same order, on the same machine, "
-                    "with the same --min-class-count and --min-rows."
+                    f"{digest_of(stats)[:12]}…, recorded is {needed[part].digest[:12]}…. {stats.independent} rows "
+                    f"were summed now, {needed[part].rows} then. It must be the same data, in the same order, on the "
+                    "same machine, with the same --min-class-count and --min-rows."
                 )
         return made
     if not files:
@@ -278,7 +278,7 @@ def _sent_again(
         digest = digest_of(stats)
         if digest not in by_digest:
             raise UserError(
-                f"The sums in {file}, of {stats.rows} rows, are not those that {site!r} sent: their digest is "
+                f"The sums in {file}, of {stats.independent} rows, are not those that {site!r} sent: their digest is "
                 f"{digest[:12]}…, recorded are {recorded}."
             )
         sent[by_digest[digest]] = stats

@@ -34,7 +34,7 @@ class Record(BaseModel):
     Attributes:
         site: the name of the site.
         part: the rows that were summed.
-        rows: their number.
+        rows: their number; of items, if sums are over their places.
         classes: the number of classes, without those that the run learned later.
         digest: SHA-256 of the sums' tensors, which identifies the site's own sums.
     """
@@ -86,8 +86,8 @@ class Draft:
 
     @property
     def rows(self) -> int:
-        """Number of rows in the sums."""
-        return sum(stats.rows for stats in self.pools.values())
+        """Number of rows in the sums; of items, if sums are over their places."""
+        return sum(stats.independent for stats in self.pools.values())
 
 
 class SiteSums:
@@ -377,7 +377,7 @@ def digest_of(stats: FeatureStatistics) -> str:
 
 
 def _record(site: str, part: Part, stats: FeatureStatistics) -> Record:
-    return Record(site=site, part=part, rows=stats.rows, classes=stats.num_classes, digest=digest_of(stats))
+    return Record(site=site, part=part, rows=stats.independent, classes=stats.num_classes, digest=digest_of(stats))
 
 
 def _pooled(records: Records, exact: Mapping[Part, ExactSum]) -> Draft:

@@ -45,6 +45,7 @@ from fedhead.simulations.worker import Shared
 from fedhead.tasks import Task, make_task
 from fedhead.tasks.dense import ItemPlaces
 from fedhead.tuning import parse_tune
+from fedhead.wording import counted, listed
 
 logger = logging.getLogger(__name__)
 
@@ -245,7 +246,8 @@ def _held_rows(
     held = {name: rows for name, rows in assigned.items() if len(rows)}
     empty = tuple(name for name in assigned if name not in held)
     if empty:
-        logger.warning("%d sites have no rows and take no part: %s.", len(empty), ", ".join(empty[:5]))
+        said = "has no rows and takes" if len(empty) == 1 else "have no rows and take"
+        logger.warning("%s %s no part: %s.", counted(len(empty), "site"), said, listed(empty, 5))
     if apps:
         logger.warning("%d sites run apps of their own, one at a time: %s.", len(apps), ", ".join(sorted(apps)[:5]))
     return held, empty

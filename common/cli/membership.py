@@ -10,7 +10,7 @@ from rich.table import Table
 
 from fedhead.cli import options
 from fedhead.cli.application import app, in_sentences, output, progress_bars
-from fedhead.wording import score_words
+from fedhead.wording import counted, score_words
 
 if TYPE_CHECKING:
     from fedhead.server.runs.membership import MembershipChange
@@ -136,23 +136,26 @@ def _change(function: str, arguments: tuple[Any, ...], as_json: bool, **options:
 def _print_change(change: "MembershipChange", console: Console) -> None:
     verb = "left" if change.action == "leave" else "joined"
     lines = Table.grid(padding=(0, 2))
-    lines.add_row("Site", f"{change.site} {verb} with {change.rows} rows; in the run are now {len(change.sites)} sites")
+    sites = counted(len(change.sites), "site")
+    lines.add_row("Site", f"{change.site} {verb} with {counted(change.rows, 'row')}; the run now has {sites}")
     lines.add_row("Rows", f"{change.rows_before} before, {change.rows_after} now")
-    classes = f"{len(change.classes) - len(change.classes_added)} before, {len(change.classes)} now"
-    lines.add_row("Classes", f"{classes}: added {', '.join(change.classes_added)}" if change.classes_added else classes)
+    shown = len(change.task.shown(change.classes))
+    classes = f"{shown - len(change.classes_added)} before, {shown} now"
+    named = change.task.output_names[1].capitalize()
+    lines.add_row(named, f"{classes}: added {', '.join(change.classes_added)}" if change.classes_added else classes)
     rows = "all rows, held-out ones included" if change.all_rows else "the training rows"
     lines.add_row("Head", f"{change.head_spec}, the statistics head ({change.method}) of {rows}")
     if change.accuracy is not None:
         after, before = (score_words(one, change.score_name) for one in (change.accuracy, change.accuracy_before))
         lines.add_row(
-            {"r2": "R2", "concordance": "Concordance"}.get(change.score_name, "Accuracy"),
-            f"{after} on the {change.rows_held_out} held-out rows of {change.site}, solved without held-out rows"
+            change.task.score_title,
+            f"{after} on {counted(change.rows_held_out, 'held-out row')} of {change.site}, solved without held-out rows"
             + (f", where the model before has {before}" if before else ""),
         )
     if change.skipped:
-        lines.add_row("Skipped", f"{change.skipped} unreadable rows")
+        lines.add_row("Skipped", counted(change.skipped, "unreadable row"))
     if change.withheld:
-        lines.add_row("Withheld", f"{change.withheld} rows, in classes with too few (--min-class-count)")
+        lines.add_row("Withheld", f"{counted(change.withheld, 'row')}, in classes with too few (--min-class-count)")
     for note in change.notes:
         lines.add_row("Note", note)
     lines.add_row("Run folder", str(change.run_dir))

@@ -13,6 +13,7 @@ import typer
 from fedhead.cli import options
 from fedhead.cli.application import app, in_sentences, progress_bars
 from fedhead.cli.predict import Device, Model, Weights, load_model
+from fedhead.wording import counted
 
 if TYPE_CHECKING:
     from fedhead.data import Samples
@@ -66,7 +67,8 @@ def similar(
         return
     if not 2 <= len(inputs) <= MOST_INPUTS:
         raise UserError(
-            f"Found {len(inputs)} inputs; pairs are printed for 2 to {MOST_INPUTS}. Use --data to search among more."
+            f"Found {counted(len(inputs), 'input')}; pairs are printed for 2 to {MOST_INPUTS}. Use --data to search "
+            "among more."
         )
     cosines = embed_inputs(loaded, by, inputs)
     cosines = (cosines @ cosines.T).clamp(-1, 1)

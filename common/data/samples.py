@@ -27,6 +27,12 @@ from fedhead.registry import Registry, suggest
 
 logger = logging.getLogger(__name__)
 
+_TASKS_OF = {
+    "mask": "segmentation",
+    "boxes": "detection",
+}
+"""The task for which each kind of annotation is made."""
+
 sources: Registry[Callable[[str], "Samples"]] = Registry(
     "data source",
     {
@@ -265,7 +271,11 @@ def require_labels(samples: Samples, multi_label: bool) -> None:
             "'csv:FILE?separator=;'; or run without --multi-label."
         )
     if samples.multi_label and not multi_label:
-        raise UserError("This run takes one class per row, but its data names several: run it with --multi-label.")
+        made_for = _TASKS_OF.get(samples.annotated)
+        advice = "run it with --multi-label"
+        if made_for:
+            advice = f"run it with --task {made_for}, or with --multi-label to predict only which classes an image has"
+        raise UserError(f"This run takes one class per row, but its data names several: {advice}.")
 
 
 def require_kind(backbone: str, takes: Kind, held: Kind) -> None:

@@ -130,10 +130,11 @@ def _weights(iou: FloatArray, union: FloatArray, slope: "FloatArray | float") ->
 
 
 def _ratio(sums: SegmentationSums, weights: FloatArray) -> float:
-    """Return the standard error of a ratio, whose terms of all items add up to 0."""
+    """Return the standard error of a ratio, whose terms of all items add up to 0; one item has an infinite one."""
+    if sums.rows <= 1:
+        return math.inf
     variance = float(weights @ sums.moments @ weights) * UNIT**2
-    inflated = sums.rows / (sums.rows - 1) if sums.rows > 1 else math.inf
-    return math.sqrt(max(variance, 0.0) * inflated) if variance > 0 else 0.0
+    return math.sqrt(max(variance, 0.0) * sums.rows / (sums.rows - 1))
 
 
 def _estimate(value: float, error: float, known: bool) -> Estimate:

@@ -2,7 +2,7 @@
 
 import html
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,6 +11,7 @@ import numpy as np
 from fedhead.data import IntArray, Item, Samples, relabel
 from fedhead.data.items import Word
 from fedhead.errors import UserError
+from fedhead.evaluation.coverage import ClassCoverage, coverage
 from fedhead.evaluation.entities import TaggingReport, tagging_report
 from fedhead.sums.calibration import CalibrationSums, TemperatureSums
 from fedhead.sums.entities import EntitySums, count_entities, spans
@@ -116,6 +117,10 @@ class Tagging(Classification):
 
     def strata(self, targets: Targets) -> IntArray:
         return super().strata(targets[:, 0])
+
+    def coverage(self, counts: Mapping[str, "Tensor"]) -> list[ClassCoverage]:
+        """Return each type's coverage, in words; a type without `I-` tags has entities of one word only."""
+        return coverage({site: rows[1::2] + rows[2::2] for site, rows in counts.items()}, self.types)
 
     def count(
         self, outputs: "Tensor", targets: "Tensor", owners: IntArray, num_sites: int, bins: ScoreBins

@@ -290,6 +290,7 @@ class FinishedRun:
             all_rows=all_rows,
             accuracy=measured.accuracy,
             score_name=self.task().score_name,
+            task=self.task(),
             accuracy_before=measured.accuracy_before,
             rows_held_out=measured.rows,
             withheld=withheld,

@@ -9,6 +9,7 @@ from typing import Any
 from fedhead.heads import Head
 from fedhead.server.site_sums import PARTS, Part, Parts
 from fedhead.sums.features import FeatureStatistics
+from fedhead.tasks import Task
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +36,7 @@ class MembershipChange:
         accuracy: the score of the head solved without held-out rows, on the site's own; None if none are here.
         accuracy_before: the same of the model before, if it knew all the classes.
         score_name: the name of the score, such as `accuracy`.
+        task: the run's task, which names the score and the classes.
         rows_held_out: how many rows these two were measured on.
         withheld: how many of the site's rows its guard withheld. For the site's own eyes.
         skipped: how many of its rows could not be read.
@@ -60,6 +62,7 @@ class MembershipChange:
     accuracy: float | None
     accuracy_before: float | None
     score_name: str
+    task: Task
     rows_held_out: int
     withheld: int
     skipped: int
@@ -91,7 +94,7 @@ class MembershipChange:
         return {
             **self.record(),
             "sites": list(self.sites),
-            "classes": list(self.classes),
+            "classes": list(self.task.shown(self.classes)),
             "rows_withheld": self.withheld,
             "rows_skipped": self.skipped,
             "notes": list(self.notes),

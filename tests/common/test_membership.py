@@ -742,7 +742,13 @@ def test_the_commands_tell_what_became_of_the_run(finished: Path) -> None:
     save_digits(Path("guest"), range(600, 700))
     joined = command("join", "run", "--site", "guest", "--data", "folder:guest", *GUARD_OFF)
     assert joined.exit_code == 0, (stderr_of(joined), joined.exception)
-    for words in ("guest joined with 100 rows", "now 5 sites", "400 before, 500 now", "10 before, 10 now", "held-out"):
+    for words in (
+        "guest joined with 100 rows",
+        "now has 5 sites",
+        "400 before, 500 now",
+        "10 before, 10 now",
+        "held-out",
+    ):
         assert words in joined.stdout, joined.stdout
     left = command("leave", "run", "--site", "guest")
     assert left.exit_code == 0, stderr_of(left)

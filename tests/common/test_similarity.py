@@ -132,7 +132,7 @@ def test_the_command_refuses_models_without_sums(finished: Path, pictures: Path,
     picture = str(next((pictures / "0").iterdir()))
     for words, said in (
         ((str(tmp_path), picture, picture), "has no sums of its sites' rows"),
-        ((str(finished), picture), "Found 1 inputs"),
+        ((str(finished), picture), "Found 1 input;"),
         ((str(finished),), "Give two inputs or more"),
         ((str(finished), "--data", "digits", str(tmp_path / "none.png")), "does not exist"),
     ):

@@ -22,6 +22,7 @@ from fedhead.model import TransferModel
 from fedhead.prediction import evaluate_model, predict_inputs
 from fedhead.simulations.result import RunResult
 from fedhead.simulations.simulate import simulate
+from fedhead.tasks.detection import Detection
 
 
 def draw(folder: Path, count: int, seed: int = 0) -> str:
@@ -191,6 +192,8 @@ def test_a_site_joins_and_leaves_exactly(drawn: str, tmp_path: Path, monkeypatch
     guest = draw(tmp_path / "guest", 24, seed=2)
     joined = join(tmp_path / "run", "laboratory", guest, min_rows=4, min_class_count=2)
     assert joined.rows == 24
+    assert joined.rows_after - joined.rows_before == 24
+    assert joined.summary()["classes"] == list(Detection.shown(joined.classes)) != list(joined.classes)
     leave(tmp_path / "run", "laboratory")
     after = TransferModel.load(tmp_path / "run").head.weight.detach()
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5 * float(before.abs().max()))

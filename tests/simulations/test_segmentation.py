@@ -125,7 +125,12 @@ def test_a_site_leaves_exactly(drawn: str, tmp_path: Path, monkeypatch: pytest.M
     joined = join(tmp_path / "run", "guest", draw(tmp_path / "guest", 24, seed=2), min_rows=4, min_class_count=2)
     assert joined.rows == 24
     assert joined.accuracy > 0.7
-    leave(tmp_path / "run", "guest")
+    assert (joined.rows_before, joined.rows_after) == (rest.items, rest.items + 24)
+    left_by_guest = CliRunner().invoke(app, ["leave", str(tmp_path / "run"), "--site", "guest"])
+    assert left_by_guest.exit_code == 0, left_by_guest.output
+    said = " ".join(left_by_guest.output.split())
+    assert "guest left with 24 rows; the run now has 2 sites" in said
+    assert f"{rest.items + 24} before, {rest.items} now" in said
     left = load_file(tmp_path / "run" / "model.safetensors")["weight"]
     assert result
     torch.testing.assert_close(left.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -277,6 +278,9 @@ def test_data_of_the_other_kind_is_rejected() -> None:
         require_labels(one, multi_label=True)
     with pytest.raises(UserError, match="run it with --multi-label"):
         require_labels(several, multi_label=False)
+    for annotated, task in (("mask", "segmentation"), ("boxes", "detection")):
+        with pytest.raises(UserError, match=f"run it with --task {task}, or with --multi-label"):
+            require_labels(replace(several, annotated=annotated), multi_label=False)
 
 
 def test_user_function_returns_multi_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,6 +105,13 @@ def test_figures_equal_those_of_torchmetrics() -> None:
     assert report.miou.value == pytest.approx(float(jaccard.mean()), abs=1e-6)
 
 
+def test_one_item_has_no_narrow_interval() -> None:
+    # Without an error, the variance of the one item is 0, too.
+    report = segmentation_report(SegmentationSums.of_item(np.diag([900, 60, 40]), 0.1), TASK.columns)
+    figures = [report.miou, report.dice, *(figure for one in report.areas for figure in (one.iou, one.dice))]
+    assert [(one.low, one.high) for one in figures] == [(0.0, 1.0)] * len(figures)
+
+
 def test_intervals_cover_the_ratio_of_other_items() -> None:
     generator = np.random.default_rng(0)
 
