@@ -20,12 +20,13 @@ from fedhead.client.answers import Answer, of_several, shared
 from fedhead.client.averaging import average_heads
 from fedhead.client.gradients import sum_gradient
 from fedhead.client.site_data import Holding, Site
-from fedhead.client.tails import TAIL, activations_of, tuned_head
+from fedhead.client.tails import activations_of, tuned_head
 from fedhead.client.training import LabelledFeatures, evaluate_head, train_in_chunks
 from fedhead.config import LocalConfig
 from fedhead.data import BoolArray, IntArray, calibration_half
 from fedhead.evaluation.comparison import HEADS
 from fedhead.heads import Head, LinearHead
+from fedhead.heads.tail import TAIL
 from fedhead.protocol.heads import CalibrateRequest, HeadReply, HeadRequest, ReportRequest
 from fedhead.protocol.messages import (
     MessageError,

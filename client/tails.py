@@ -13,13 +13,10 @@ from fedhead.client.training import LabelledFeatures, SiteRows
 from fedhead.data import IntArray
 from fedhead.features.boundary import BoundaryStore
 from fedhead.heads import TunedHead
+from fedhead.heads.tail import TAIL
 from fedhead.protocol.messages import check_arrays
 from fedhead.sums.sums import Arrays
-from fedhead.tasks.losses import Adjusted, Loss
-
-LEAST_ROWS = 0.5
-"""Rows that count for a class of which a site has none, so that its share has a logarithm."""
-TAIL = "tail."
+from fedhead.tasks.losses import LEAST_ROWS, Adjusted, Loss
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,13 @@ from fedhead.backbones import Backbone
 from fedhead.backbones.split import split
 from fedhead.config import RunConfig
 from fedhead.heads import Head, TunedHead
+from fedhead.heads.tail import HEAD, TAIL, part_of
 from fedhead.server.starting_head import HeadForm
 from fedhead.sums.features import FeatureStatistics
 from fedhead.sums.sums import Arrays
 from fedhead.tasks import Task
+from fedhead.tasks.losses import LEAST_ROWS
 from fedhead.tuning import parse_tune
-
-HEAD, TAIL = "head.", "tail."
-LEAST_ROWS = 0.5
-"""Rows that count for a class of which no site has any."""
 
 
 class TunedForm(HeadForm):
@@ -68,14 +66,10 @@ class TunedForm(HeadForm):
         """Return a head for boundary activations; for features of the frozen backbone without a tail."""
         if not self.tail_of(parameters):
             return super().leave(parameters)
-        made = TunedHead(self._tail, super().leave(_head(parameters)), sequences=self._sequences)
+        made = TunedHead(self._tail, super().leave(part_of(parameters, HEAD)), sequences=self._sequences)
         tail = {name: torch.from_numpy(np.array(value)) for name, value in self.tail_of(parameters).items()}
         made.assign({**{f"{HEAD}{name}": value for name, value in made.head.trainable().items()}, **tail})
         return made
 
     def as_solved(self, number: int, parameters: Arrays) -> Arrays:
-        return parameters if number else _head(parameters)
-
-
-def _head(parameters: Arrays) -> Arrays:
-    return {name.removeprefix(HEAD): value for name, value in parameters.items() if name.startswith(HEAD)}
+        return parameters if number else part_of(parameters, HEAD)

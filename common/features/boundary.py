@@ -11,7 +11,6 @@ import logging
 import os
 import shutil
 import zlib
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -293,7 +292,3 @@ def _resume(partial: Path, trunk: Trunk, number: Kind) -> dict[str, Any]:
         with (partial / name).open("ab") as file:
             file.truncate(size)
     return meta
-
-
-Open = Callable[[], BoundaryStore]
-"""Opens a store when its activations are first needed."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 HEAD: Literal["head."] = "head."
 TAIL: Literal["tail."] = "tail."
 """Prefixes of the names of parameters."""
+
+T = TypeVar("T")
 
 
 class Tail(Protocol):
@@ -82,12 +84,12 @@ class TunedHead(Head):
         if self._standardisation is not None:
             mean, scale = (part.to(rows) for part in self._standardisation)
             rows = (rows - mean) / scale
-        outputs = self.head.outputs(_part(parameters, HEAD), rows)
+        outputs = self.head.outputs(part_of(parameters, HEAD), rows)
         return outputs.unsqueeze(0) if batched else outputs
 
     def features(self, parameters: Mapping[str, Tensor], activations: Tensor) -> Tensor:
         """Return the tail's features `[n, d]`, float32, as they are without standardisation."""
-        own = _part(parameters, TAIL)
+        own = part_of(parameters, TAIL)
         if not self.sequences:
             return self.tail.run(own, activations).float()
         return self.tail.run(own, activations[..., :-1], activations[..., -1]).float()
@@ -107,8 +109,8 @@ class TunedHead(Head):
 
     @torch.no_grad()
     def assign(self, parameters: Mapping[str, Tensor]) -> None:
-        self.head.assign(_part(parameters, HEAD))
-        given = _part(parameters, TAIL)
+        self.head.assign(part_of(parameters, HEAD))
+        given = part_of(parameters, TAIL)
         if {name: value.shape for name, value in given.items()} != {n: v.shape for n, v in self._values.items()}:
             raise ValueError("These are parameters of another tail.")
         self._values = {name: given[name].to(value).clone() for name, value in self._values.items()}
@@ -131,5 +133,6 @@ class TunedHead(Head):
         self.head.absorb_temperature(temperature)
 
 
-def _part(parameters: Mapping[str, Tensor], prefix: Literal["head.", "tail."]) -> dict[str, Tensor]:
+def part_of(parameters: Mapping[str, T], prefix: Literal["head.", "tail."]) -> dict[str, T]:
+    """Return the parameters with a prefix, without it."""
     return {name.removeprefix(prefix): value for name, value in parameters.items() if name.startswith(prefix)}

@@ -6,7 +6,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from fedhead.sums.sums import Arrays, check_form
+from fedhead.sums.sums import Arrays, added, check_form
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -51,13 +51,7 @@ class DetectionSums:
     def __add__(self, other: Self) -> Self:
         if self.found.shape != other.found.shape:
             raise ValueError("Cannot add boxes of different classes.")
-        return type(self)(
-            self.rows + other.rows,
-            self.items + other.items,
-            self.boxes + other.boxes,
-            self.found + other.found,
-            self.loss_sum + other.loss_sum,
-        )
+        return added(self, other)
 
     def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Return the sums by name, for the wire."""

@@ -37,9 +37,6 @@ class EntitySums(EvaluationSums):
         plain = {one.name: getattr(words, one.name) for one in fields(EvaluationSums)}
         return cls(**plain, entities=entities)
 
-    def __add__(self, other: Self) -> Self:
-        return self.of(super().__add__(other), self.entities + other.entities)
-
     def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Return the arrays for the wire."""
         return {**super().to_arrays(), "entities": self.entities.astype(np.uint32)}

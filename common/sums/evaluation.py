@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from fedhead.sums.sums import as_float64
+from fedhead.sums.sums import added, as_float64
 from fedhead.sums.targets import CLASSES, TargetKind
 
 if TYPE_CHECKING:
@@ -199,14 +199,7 @@ class EvaluationSums:
             raise ValueError(f"Cannot add counts of {self.num_classes} and {other.num_classes} classes.")
         if self.exclusive != other.exclusive:
             raise ValueError("Cannot add counts of multi-label and single-label rows.")
-        return type(self)(
-            self.confusion + other.confusion,
-            self.loss_sum + other.loss_sum,
-            self.scores + other.scores,
-            self.matched + other.matched,
-            self.reliability + other.reliability,
-            self.confidence + other.confidence,
-        )
+        return added(self, other)
 
     def __radd__(self, other: int) -> Self:
         """Return `0 + self`, so that `sum` works."""

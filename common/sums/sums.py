@@ -2,15 +2,18 @@
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
     from torch import Tensor
 
 Arrays = Mapping[str, npt.NDArray[Any]]
+S = TypeVar("S", bound="DataclassInstance")
 
 
 class Sums(Protocol):
@@ -41,6 +44,11 @@ class Sums(Protocol):
         Raises:
             ValueError: if a name, type or shape differs, or no rows can have these sums.
         """
+
+
+def added(first: S, second: S) -> S:
+    """Return sums, a dataclass, whose fields are those of both, added."""
+    return type(first)(*(getattr(first, one.name) + getattr(second, one.name) for one in fields(first)))
 
 
 def check_form(arrays: Arrays, expected: Arrays, largest: float = math.inf) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from fedhead.sums.sums import Arrays, check_form
+from fedhead.sums.sums import Arrays, added, check_form
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,13 +60,7 @@ class SurvivalSums:
     def __add__(self, other: Self) -> Self:
         if self.events.shape != other.events.shape:
             raise ValueError("Cannot add counts of different time bins.")
-        return type(self)(
-            self.rows + other.rows,
-            self.events + other.events,
-            self.at_risk + other.at_risk,
-            self.expected + other.expected,
-            self.loss_sum + other.loss_sum,
-        )
+        return added(self, other)
 
     def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Return the sums by name, for the wire."""

@@ -140,15 +140,6 @@ class DenseTask(Task):
     def unlearned(self, stats: FeatureStatistics) -> tuple[str, ...]:
         return tuple(name for name, places in zip(self.columns, stats.counts.tolist(), strict=True) if places <= 0)
 
-    def bins(
-        self,
-        head: "Head | None" = None,
-        stats: FeatureStatistics | None = None,
-        scale: "tuple[Tensor, Tensor] | None" = None,
-    ) -> ScoreBins:
-        """Return bins that are not used."""
-        return ScoreBins.default(len(self.columns))
-
     def count(
         self, outputs: "Tensor", targets: "Tensor", owners: IntArray, num_sites: int, bins: ScoreBins
     ) -> Iterator[Any]:

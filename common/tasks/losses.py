@@ -24,6 +24,10 @@ class Loss(ABC):
         """Return `[..., n]`, each row's term of the score at outputs `[..., n, C]`, such as 1 for a correct row."""
 
 
+LEAST_ROWS = 0.5
+"""Rows that count for a class without any, so that its share has a logarithm."""
+
+
 class Adjusted(Loss):
     """A loss of outputs plus offsets `[C]`, for training under label skew (Menon et al., ICLR 2021).
 

@@ -157,15 +157,6 @@ class Survival(Task):
     def counts_of(self, stats: FeatureStatistics) -> "Tensor":
         return stats.counts[: self.num_bins]
 
-    def bins(
-        self,
-        head: "Head | None" = None,
-        stats: FeatureStatistics | None = None,
-        scale: "tuple[Tensor, Tensor] | None" = None,
-    ) -> ScoreBins:
-        """Return bins that are not used: those of risks are fixed."""
-        return ScoreBins.default(len(self.columns))
-
     def count(
         self, outputs: "Tensor", targets: "Tensor", owners: IntArray, num_sites: int, bins: ScoreBins
     ) -> Iterator[SurvivalSums]:

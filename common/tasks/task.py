@@ -257,20 +257,20 @@ class Task(ABC):
 
     # Evaluation.
 
-    @abstractmethod
     def bins(
         self,
         head: "Head | None" = None,
         stats: FeatureStatistics | None = None,
         scale: "tuple[Tensor, Tensor] | None" = None,
     ) -> ScoreBins:
-        """Return the bins in which every site counts the outputs of a head.
+        """Return the bins in which every site counts the outputs of a head; by default fixed ones, for log-odds.
 
         Args:
             head: for unstandardised features.
             stats: the pooled statistics, if any.
             scale: the targets' mean and standard deviation, `[C]` each, if the task standardises targets.
         """
+        return ScoreBins.default(len(self.columns))
 
     @abstractmethod
     def count(

@@ -5,15 +5,14 @@ from typing import Any
 
 from fedhead.server.report import charts
 from fedhead.server.report.layout import Figure, Section, Table
-from fedhead.server.report.scores import number_interval, score_by_site, score_forest, worst_first
+from fedhead.server.report.scores import number_interval, on_test_set, score_by_site, score_forest, worst_first
 from fedhead.server.runs.record import RunRecord, Values
 from fedhead.wording import counted, percent
 
 
 def regression_quality(record: RunRecord, key: str, question: str, unknown: Callable[[RunRecord], str]) -> Section:
     """Return the section on a regression's quality."""
-    tested = record.tested
-    on_test = "" if tested is None else f"On the pooled test set R2 is {record.words(tested)}."
+    on_test = on_test_set(record, "R2")
     pooled = record.pooled
     if not pooled:
         return Section(key, question, on_test or unknown(record))

@@ -21,6 +21,11 @@ def number_interval(figure: Sequence[float | None] | None, digits: str = ".3f") 
     return f"{value:{digits}} ({low:{digits}} to {high:{digits}})"
 
 
+def on_test_set(record: RunRecord, score: str) -> str:
+    """Return a sentence on the score on the pooled test set, named as in the middle of a sentence; "" without one."""
+    return "" if record.tested is None else f"On the pooled test set {score} is {record.words(record.tested)}."
+
+
 def worst_first(record: RunRecord, score: str) -> list[tuple[str, Values]]:
     """Return the sites' names and reports, those without the score last."""
     known = {name: one[score][0] for name, one in record.sites.items()}

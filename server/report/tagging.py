@@ -3,15 +3,14 @@
 from collections.abc import Callable
 
 from fedhead.server.report.layout import Figure, Section, Table
-from fedhead.server.report.scores import number_interval, score_by_site, worst_first
+from fedhead.server.report.scores import number_interval, on_test_set, score_by_site, worst_first
 from fedhead.server.runs.record import RunRecord, Values
 from fedhead.wording import counted
 
 
 def tagging_quality(record: RunRecord, key: str, question: str, unknown: Callable[[RunRecord], str]) -> Section:
     """Return the section on a tagger's quality."""
-    tested = record.tested
-    on_test = "" if tested is None else f"On the pooled test set F1 is {record.words(tested)}."
+    on_test = on_test_set(record, "F1")
     pooled = record.pooled
     if not pooled:
         return Section(key, question, on_test or unknown(record))

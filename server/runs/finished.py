@@ -289,7 +289,6 @@ class FinishedRun:
             statistics=stats,
             all_rows=all_rows,
             accuracy=measured.accuracy,
-            score_name=self.task().score_name,
             task=self.task(),
             accuracy_before=measured.accuracy_before,
             rows_held_out=measured.rows,

@@ -35,7 +35,6 @@ class MembershipChange:
         all_rows: whether these are all rows, held-out ones included; else the training rows.
         accuracy: the score of the head solved without held-out rows, on the site's own; None if none are here.
         accuracy_before: the same of the model before, if it knew all the classes.
-        score_name: the name of the score, such as `accuracy`.
         task: the run's task, which names the score and the classes.
         rows_held_out: how many rows these two were measured on.
         withheld: how many of the site's rows its guard withheld. For the site's own eyes.
@@ -61,12 +60,16 @@ class MembershipChange:
     all_rows: bool
     accuracy: float | None
     accuracy_before: float | None
-    score_name: str
     task: Task
     rows_held_out: int
     withheld: int
     skipped: int
     notes: tuple[str, ...]
+
+    @property
+    def score_name(self) -> str:
+        """The name of the score, such as `accuracy`."""
+        return self.task.score_name
 
     def record(self) -> dict[str, Any]:
         """Return the line that the run folder keeps: nothing that is for the site's own eyes."""

@@ -25,13 +25,14 @@ from fedhead.backbones.adapters import add_adapters
 from fedhead.backbones.pooling import pool
 from fedhead.backbones.split import Tail, split
 from fedhead.client.averaging import average_heads
-from fedhead.client.tails import TAIL, LabelledActivations
+from fedhead.client.tails import LabelledActivations
 from fedhead.client.training import SiteRows, shuffled
 from fedhead.config import LocalConfig, RunConfig
 from fedhead.data import Samples, samples_from_arrays
 from fedhead.errors import FedheadError, UserError
 from fedhead.features.boundary import BoundaryStore, Kind
 from fedhead.heads import LinearHead, TunedHead
+from fedhead.heads.tail import TAIL
 from fedhead.protocol.messages import local_settings
 from fedhead.simulations.benchmarks.measurement import OURS, Json, Measurement, Repeats, app
 from fedhead.simulations.benchmarks.problem import SEED
