@@ -233,9 +233,6 @@ def calibration_sums(ready: "Prepared", agreed: Agreement, request: CalibrateReq
     choosing = calibration_half(ready.holdings[0].keys[rows])
     wanted = rows[~choosing if request.temperature else choosing]
     task = agreed.task
-    if ready.data.places is not None:
-        counted: Sums = places_report(ready, [wanted])
-        return counted
     outputs, targets = outputs_of(wanted, ready, agreed)
     bins = request.bins or task.bins()
     sums: Sums = (

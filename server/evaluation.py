@@ -65,8 +65,10 @@ class DetailedEvaluation:
         """Calibrate the head on one half of the held-out rows, and judge it on the other; two exchanges.
 
         Returns:
-            None if one of the halves has no row.
+            None if one of the halves has no row, or models of the task are not calibrated.
         """
+        if not self.task.calibrates:
+            return None
         chosen = self.choose()
         temperature = self.task.temperature(chosen)
         judged = self._summed(self.task.judging(None, None, temperature, self.bins), temperature)

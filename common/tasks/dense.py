@@ -54,6 +54,7 @@ class DenseTask(Task):
     dense = True
     kind = PLACES
     scales_outputs: ClassVar[bool] = False
+    calibrates: ClassVar[bool] = False
     pairs_losses: ClassVar[bool] = False
     counts_scores: ClassVar[bool] = False
 
@@ -156,17 +157,16 @@ class DenseTask(Task):
         raise UserError(f"Places of the task {self.name!r} are counted by item.")
 
     def choosing(self, outputs: "Tensor | None", targets: "Tensor | None", bins: ScoreBins) -> Any:
-        return self.no_rows()
+        raise UserError(self._not_calibrated)
 
     def judging(self, outputs: "Tensor | None", targets: "Tensor | None", temperature: float, bins: ScoreBins) -> Any:
-        return self.no_rows()
+        raise UserError(self._not_calibrated)
 
     def temperature(self, chosen: Any) -> float:
-        return 1.0
+        raise UserError(self._not_calibrated)
 
     def calibrated(self, chosen: Any, judged: Any) -> Calibrated:
-        """Return no calibration."""
-        return Calibrated(Calibration(), chosen.rows, {"rows_judged_on": judged.rows})
+        raise UserError(self._not_calibrated)
 
     def regions(self, answers: "Tensor", calibration: Calibration, coverage: float) -> list[Any]:
         raise UserError(self._no_regions)
@@ -179,6 +179,10 @@ class DenseTask(Task):
 
     def say_regions(self, held: str, stated: str, size: float) -> tuple[str, str]:
         raise UserError(self._no_regions)
+
+    @property
+    def _not_calibrated(self) -> str:
+        return f"Models of the task {self.name!r} are not calibrated."
 
     @property
     def _no_regions(self) -> str:

@@ -105,6 +105,9 @@ class Task(ABC):
     scales_outputs: ClassVar[bool] = True
     """Whether outputs are temperature-scaled, with a temperature chosen on held-out rows."""
 
+    calibrates: ClassVar[bool] = True
+    """Whether the delivered head's outputs are calibrated or checked on held-out rows."""
+
     pairs_losses: ClassVar[bool] = True
     """Whether heads can be compared by the losses of rows at a temperature."""
 
