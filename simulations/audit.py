@@ -121,6 +121,7 @@ def audit_private(
     rng = np.random.default_rng(config.seed)
     mixed = _Mixed(shared, rows, probe, rng)
     added = rng.random(CANARIES) < 0.5
+    in_runs, all_of_them = mixed.canaries(added), mixed.canaries(np.ones(CANARIES, np.bool_))
     scores = np.zeros(CANARIES)
 
     def ask(request: PrivateRequest) -> Released:
@@ -129,12 +130,12 @@ def audit_private(
             # Its few sums tell little of single canaries.
             return Released(mechanism, add_noise(mechanism, private_sums([mixed.known], agreed, request)))
         known = private_sums([mixed.known], agreed, request)
-        inside = private_sums([mixed.canaries(added)], agreed, request)
-        every = private_sums([mixed.canaries(np.ones(CANARIES, np.bool_))], agreed, request)
+        inside = private_sums([in_runs], agreed, request)
+        every = private_sums([all_of_them], agreed, request)
         noisy = add_noise(mechanism, {name: array + inside[name] for name, array in known.items()})
         # Half of the canaries are expected to be added.
         rest = {name: (noisy[name] - known[name] - every[name] / 2) / mechanism.sigma(name) ** 2 for name in known}
-        own = blocks([mixed.canaries(np.ones(CANARIES, np.bool_))], agreed, request)
+        own = blocks([all_of_them], agreed, request)
         scores[:] += np.concatenate([_agreement_with(rest, features, labels, request) for features, labels, _ in own])
         return Released(mechanism, noisy)
 

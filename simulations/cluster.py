@@ -89,10 +89,9 @@ def connected(address: str) -> Iterator[None]:
         yield
         return
     call_nobody()
-    where: dict[str, Any] = {"address": address} if address else {"address": "local"}
     try:
         ray.init(
-            **where,
+            address=address or "local",
             include_dashboard=None if address else False,
             log_to_driver=False,
             logging_level=logging.ERROR,
@@ -113,13 +112,12 @@ class Workers:
         shared: what they are told.
         store: the features, for machines that do not see them.
         blocks: of sites.
-        most: no more workers than this; 0 for as many as there are blocks.
 
     Raises:
         FedheadError: if none starts.
     """
 
-    def __init__(self, shared: Shared, store: FeatureStore, blocks: Sequence[Block], most: int = 0) -> None:
+    def __init__(self, shared: Shared, store: FeatureStore, blocks: Sequence[Block]) -> None:
         import ray
 
         self._store = store
@@ -129,8 +127,7 @@ class Workers:
         self._states: list[tuple[State, Any]] = []
         cpus, gpus = self._resources(shared.device)
         self._options: dict[str, Any] = {"num_cpus": 0 if gpus else 1, "num_gpus": 1 if gpus else 0}
-        wanted = max(1, min(gpus or cpus, len(blocks), most or len(blocks)))
-        self._alive = self._start(wanted)
+        self._alive = self._start(max(1, min(gpus or cpus, len(blocks))))
         logger.info("%d workers answer for %d blocks of sites.", len(self._alive), len(blocks))
 
     @staticmethod
@@ -139,11 +136,6 @@ class Workers:
 
         there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         return int(there.get("CPU", 1)), int(there.get("GPU", 0)) if device in ("auto", "cuda") else 0
-
-    @property
-    def alive(self) -> Sequence[Any]:
-        """The workers that were not lost."""
-        return self._alive
 
     def _start(self, count: int) -> list[Any]:
         """Start workers, and return those that are ready: all, or those there is room for when time is up."""

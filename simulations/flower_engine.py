@@ -9,7 +9,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from fedhead.files import home, safe_name, write_atomically
 from fedhead.flower import keep_identity
 from fedhead.protocol.messages import Manifest, WeightsChunk
 from fedhead.server.runs.history import Outcome
+from fedhead.simulations.cluster import connected
 from fedhead.simulations.sites import SharedData, SimulatedSite
 from fedhead.tasks import Targets, make_task
 
@@ -81,7 +82,7 @@ def run_on_flower(
     store: FeatureStore,
     coordinate: Callable[[Grid], Outcome],
 ) -> Outcome:
-    """Run a coordinator over sites on Ray, here or on the cluster that `config` names.
+    """Run a coordinator over sites in Flower's own engine, here or on the Ray cluster that `config` names.
 
     Args:
         config: of the run.
@@ -95,7 +96,7 @@ def run_on_flower(
         FedheadError: if the run fails.
     """
     home().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="ray-run-", dir=home()) as folder:
+    with tempfile.TemporaryDirectory(prefix="flower-run-", dir=home()) as folder:
         _write(Path(folder), config, rows, labels, own_labels, store)
         return _run(partial(_site_of, folder), len(rows), config.simulation.cluster, coordinate)
 
@@ -168,7 +169,6 @@ def _run(
     site_of: Callable[[Context], FlowerSite], count: int, cluster: str, coordinate: Callable[[Grid], Outcome]
 ) -> Outcome:
     """Start Flower's engine, have the coordinator run in its `ServerApp`, and stop it."""
-    import ray
     from flwr.simulation import run_simulation
 
     ended: list[Outcome | BaseException] = []
@@ -183,9 +183,7 @@ def _run(
         except BaseException as error:
             ended.append(error)
 
-    with keep_identity(), _quiet("flwr"), _quiet("ray"):
-        if cluster:
-            ray.init(address=cluster, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    with keep_identity(), _quiet("flwr"), _quiet("ray"), connected(cluster) if cluster else nullcontext():
         resources: dict[str, Any] = {"num_cpus": 1, "num_gpus": 0.0}
         run_simulation(server, make_app(site_of), count, backend_config={"client_resources": resources})
     if not ended:

@@ -188,7 +188,7 @@ def _run_on_engine(
     """Run a coordinator over sites in this process, on Ray, or in Flower's own engine."""
     config, table = plan.config, plan.config.simulation
     if table.engine == "flower":
-        return run_on_flower(config, held, plan.labels, labels_of(plan.samples), store, coordinate)
+        return run_on_flower(config, held, shared.labels, shared.own_labels, store, coordinate)
     sites = [SimulatedSite(name, rows, shared, allowed[name]) for name, rows in held.items()]
     blocks = count_blocks(table.blocks, len(store.keys), len(sites))
     with in_process_identity(run_id=RUN_ID):
@@ -197,9 +197,9 @@ def _run_on_engine(
         told = Shared(
             path=str(store.path.resolve()),
             digest=store.digest,
-            labels=plan.labels,
-            own_labels=labels_of(plan.samples),
-            guard=plan.guard,
+            labels=shared.labels,
+            own_labels=shared.own_labels,
+            guard=shared.guard,
             task=config.task,
             classes=config.classes,
             device=table.device,

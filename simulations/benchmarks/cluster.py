@@ -13,12 +13,12 @@ import torch
 import typer
 
 from fedhead.data import Samples
-from fedhead.errors import FedheadError, UserError
+from fedhead.errors import FedheadError
 from fedhead.server.observer import EachRound
 from fedhead.server.runs.history import Round
-from fedhead.simulations.benchmarks.measurement import Json, Measurement, app, missing
+from fedhead.simulations.benchmarks.measurement import Json, Measurement, app
 from fedhead.simulations.benchmarks.problem import Problem, own_home
-from fedhead.simulations.cluster import call_nobody
+from fedhead.simulations.cluster import call_nobody, require_ray
 from fedhead.simulations.result import RunResult
 from fedhead.simulations.simulate import simulate
 
@@ -148,7 +148,6 @@ def cluster(
     as_json: Json = False,
 ) -> None:
     """Rounds on Ray nodes on this machine against one process, with a node that is lost in a round."""
-    if missing("ray"):
-        raise UserError("This benchmark needs Ray: pip install 'fedhead[ray]'.")
+    require_ray("ray")
     problem = Problem(sites=sites, rows=rows, features=features, rounds=number)
     measure(problem, tuple(sorted(nodes or [2, 4])), blocks).show(as_json=as_json)
