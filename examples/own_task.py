@@ -64,7 +64,9 @@ def dots(rows: int, seed: int) -> Samples:
 
 def main() -> None:
     """Solve the head over five sites, and count the dots of new images."""
-    config = RunConfig(task="counting", backbone="bundled:pixels", rounds=0, simulation={"partition": "iid"})
+    config = RunConfig(
+        task="counting", backbone="bundled:pixels", rounds=0, diagnose=False, simulation={"partition": "iid"}
+    )
     result = simulate(config, dots(800, seed=0), 5)
     new = dots(100, seed=1)
     predicted = result.model.predict([new.read(row) for row in range(100)])
