@@ -62,7 +62,7 @@ class AdaptationRequest:
         """
         width = len(agreed.origin)
         if not agreed.task.compares_classes or width > MOST_FEATURES:
-            raise MessageError(f"heads of classes on {MOST_FEATURES} features or less are adapted, and no others")
+            raise MessageError(f"only classifiers on {MOST_FEATURES} features or fewer are adapted")
         try:
             values = _Values.model_validate(payload.values)
             pooled = FeatureStatistics.from_arrays(payload.arrays, agreed.task.statistics(width, agreed.origin))

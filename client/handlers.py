@@ -115,8 +115,9 @@ def answer(
     """
     about = None
     if action in ABOUT_ROWS:
-        manifest = agreement(context).manifest
-        if agreement(context).task.dense and action not in ABOUT_PLACES:
+        agreed = agreement(context)
+        manifest = agreed.manifest
+        if agreed.task.dense and action not in ABOUT_PLACES:
             raise MessageError(f"it asks for {action}, which the task {manifest.task!r} does not answer")
         _admit(action, sites, manifest, masked=SECURE in payload.values)
         about = manifest if len(sites) == 1 else None

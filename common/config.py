@@ -67,6 +67,20 @@ class LocalConfig(_Table):
         return self
 
 
+def require_tunable(layers: str) -> str:
+    """Return a choice of what to tune, or none.
+
+    Raises:
+        ValueError: if it is malformed.
+    """
+    if layers:
+        try:
+            parse_tune(layers)
+        except UserError as error:
+            raise ValueError(str(error).rstrip(".")) from None
+    return layers
+
+
 class TuneConfig(_Table):
     """Fine-tuning beyond the head: which parameters of the backbone train, and how a site trains them in one round."""
 
@@ -82,8 +96,8 @@ class TuneConfig(_Table):
     weight_decay: NonNegative = Field(0.0, description="Weight decay.")
     adjust: bool = Field(
         True,
-        description="Add the logarithm of a class's share at the site, over its share at all sites, to its logit "
-        "during training.",
+        description="During training, add to each class's logit the logarithm of its share at the site divided by its "
+        "share at all sites.",
     )
     precision: Literal["float32", "mixed"] = Field(
         "float32", description="Precision of training: 'float32', or 'mixed' for bfloat16."
@@ -97,12 +111,7 @@ class TuneConfig(_Table):
     @field_validator("layers")
     @classmethod
     def _layers_are_well_formed(cls, layers: str) -> str:
-        if layers:
-            try:
-                parse_tune(layers)
-            except UserError as error:
-                raise ValueError(str(error).rstrip(".")) from None
-        return layers
+        return require_tunable(layers)
 
 
 class SimulationConfig(_Table):
@@ -462,6 +471,11 @@ class RunConfig(_Table):
         if self.basis != "none" or self.lift != "none":
             raise ValueError("differential privacy (epsilon) has a basis of its own: set basis and lift to 'none'")
         return self
+
+    @property
+    def adjusts_shares(self) -> bool:
+        """Whether sites adjust logits by their class shares while they tune."""
+        return self.tune.on and self.tune.adjust and self.task == "classification"
 
     @model_validator(mode="after")
     def _tuned_runs_start_from_a_solved_head(self) -> Self:

@@ -23,7 +23,7 @@ ERRORS = 2.0
 """Standard errors by which an adapted head must be better; six are compared."""
 
 RATIO = 0.98
-"""Share of the loss without adaptation below which its own must be, so that a certain but tiny gain changes nothing."""
+"""An adapted head's loss must be below this share of the loss without adaptation: a tiny gain changes nothing."""
 
 
 def prove_adaptations(

@@ -441,8 +441,8 @@ class Coordinator:
             progress.best.add(last.number, last.arrays, exchange)
         kept = progress.best.choose(exchange) if exchange.metrics else None
         if kept is None or not kept.number:
-            reason = "No round was better than the solved head" if kept else "Tuned versions could not be compared"
-            logger.info("%s, which is delivered.", reason)
+            reason = "No round was better" if kept else "Tuned versions could not be compared"
+            logger.info("%s; the solved head is delivered.", reason)
             return 0, form.start(stats)
         decision = decide(
             self._messenger,

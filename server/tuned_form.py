@@ -41,7 +41,7 @@ class TunedForm(HeadForm):
 
     def share(self, stats: FeatureStatistics | None) -> None:
         """Keep each class's share of all rows, by which sites adjust their logits, if the run does."""
-        if stats is None or not self.config.tune.adjust or self.task.name != "classification":
+        if stats is None or not self.config.adjusts_shares:
             return
         counts = stats.counts.double().clamp(min=LEAST_ROWS)
         self.shares = (counts / counts.sum()).float()

@@ -71,8 +71,8 @@ def _gain(sums: RivalSums, at: int, cost: Cost) -> str:
     points = 100 * (tuned - solved)
     half = 196 * math.sqrt((solved * (1 - solved) + tuned * (1 - tuned)) / sums.rows)
     rates = [
-        f"{points / spent:+.2g} a {unit}"
-        for spent, unit in ((cost.megabytes, "megabyte of a site"), (cost.minutes, "minute"))
+        f"{points / spent:+.2g} {unit}"
+        for spent, unit in ((cost.megabytes, "per megabyte and site"), (cost.minutes, "per minute"))
         if spent > 0
     ]
     return (

@@ -86,7 +86,7 @@ def split_map(pooling: str) -> tuple[bool, int]:
     """Return whether a pooling keeps maps, and of which size the images are; 0 for the default size.
 
     Raises:
-        UserError: if the size is none.
+        UserError: if the size is not valid.
     """
     name, at, size = pooling.partition("@")
     if name != MAP:
@@ -100,7 +100,7 @@ def split_maps(layer: str) -> int | None:
     """Return the size of images in `maps` or `maps@SIZE`, or 0 for the default size; None for other layers.
 
     Raises:
-        UserError: if the size is none.
+        UserError: if the size is not valid.
     """
     name, at, size = layer.partition("@")
     return split_map(f"{MAP}{at}{size}")[1] if name == f"{MAP}s" else None

@@ -125,7 +125,7 @@ def _check_setting(key: str, value: Any) -> None:
     """Check a setting's type and range.
 
     Raises:
-        ValueError: if it is none that an extractor may have.
+        ValueError: if an extractor may not have it.
     """
     if key == "dither" and value:
         raise ValueError("its feature extractor adds noise")
@@ -184,7 +184,8 @@ def audio_preprocessing(audio: Mapping[str, Any], config: "PreTrainedConfig") ->
     rate, limit = int(extractor.sampling_rate), limit_of(audio, config)
     if name == EXTRACTORS["mel"] and 2 * config.max_source_positions * extractor.hop_length > _MOST_SAMPLES:
         raise UserError(
-            f"The model takes {config.max_source_positions} positions, which are more than {_MOST_SAMPLES} samples."
+            f"The model takes {config.max_source_positions} positions, which amount to more than {_MOST_SAMPLES} "
+            "samples."
         )
 
     def mel(waveform: Waveform) -> Tensor:

@@ -22,7 +22,7 @@ from fedhead.backbones.adapters import add_adapters, layers_to_adapt, merged_wei
 from fedhead.backbones.backbone import Backbone
 from fedhead.backbones.pooling import pool
 from fedhead.backbones.preprocessing import Batch
-from fedhead.backbones.split_graph import GraphCuts
+from fedhead.backbones.split_graph import GraphCuts, outer_layers
 from fedhead.backbones.split_states import StateCuts
 from fedhead.data.items import ITEMS
 from fedhead.errors import UserError
@@ -326,9 +326,7 @@ def _choose(cuts: Cuts, tune: TuneSpec, spec: str) -> tuple[str, list[str]]:
     every = list(cuts.parameters_of(0))
     for pattern in tune.patterns:
         if not any(_matches(name, pattern) for name in every):
-            layers = sorted(
-                {".".join(name.split(".")[: depth + 1]) for name in every for depth in range(name.count("."))}
-            )
+            layers = sorted({outer for name in every for outer in outer_layers(name)})
             raise UserError(f"{spec} has no layer {pattern!r} with parameters. {suggest(pattern, layers)}")
     names = [name for name in every if any(_matches(name, pattern) for pattern in tune.patterns)]
     return cuts.start_of(names), names

@@ -71,8 +71,9 @@ class GraphCuts:
         crossing = self._crossing(start)
         if len(crossing) != 1:
             raise UserError(
-                f"{self.spec} cannot be cut before {place!r}: {len(crossing)} tensors cross there, the outputs of "
-                f"{listed([_title(node) for node in crossing], 4)}. Choose another layer, such as "
+                f"{self.spec} cannot be cut before {place!r}: {len(crossing)} tensors cross there"
+                f"{', the outputs of ' if crossing else ''}{listed([_title(node) for node in crossing], 4)}. Choose "
+                f"another layer, such as "
                 f"{self._block_before(start)!r}."
             )
         boundary = crossing[0]

@@ -3,6 +3,7 @@
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class StateCuts:
     def parameters_of(self, block: int) -> Mapping[str, nn.Parameter]:
         """Return the parameters of a block and all that runs later."""
         inside = tuple(f"{name}." for name in self.blocks[block:])
-        late = () if self.hidden is not None else self._after()
+        late = () if self.hidden is not None else self._after
         return {
             name: parameter for name, parameter in self.module.named_parameters() if name.startswith((*inside, *late))
         }
@@ -86,6 +87,7 @@ class StateCuts:
     def _above(self, number: int) -> nn.Module:
         return _Above(self.module, self.container, number, self._last, self.pooled, self.hidden is not None)
 
+    @cached_property
     def _after(self) -> tuple[str, ...]:
         """Return the prefixes of the modules that run after the last block: those that follow it in the model."""
         order: list[str] = []

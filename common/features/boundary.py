@@ -37,7 +37,7 @@ TOLERANCE = 1e-3
 BLOCK_VALUES = 2**24
 """Values of activations that are in memory at a time."""
 LARGEST = 65504.0
-"""Bar on float16 values; larger activations are cut to it."""
+"""Largest float16 value; larger activations are clipped to it."""
 
 LONGEST = 512
 """Elements of a sequence, for the size of blocks."""
@@ -180,7 +180,7 @@ def _bytes_an_element(meta: dict[str, Any]) -> int:
 
 
 def _checksums(path: Path, meta: dict[str, Any], lengths: IntArray) -> list[int]:
-    """Return the CRC-32 of each block's values and lengths; of none that is cut off."""
+    """Return the CRC-32 of each block's values and lengths, without truncated blocks."""
     found = []
     with (path / "values.bin").open("rb") as values:
         rows = _block_rows(meta)

@@ -356,7 +356,7 @@ def _extract_rows(
     readable = {position: row for position, row in enumerate(rows) if not isinstance(row, UnreadableSampleError)}
     keys = np.zeros((len(rows), 2), dtype="<u8")
     features = np.zeros((len(rows), backbone.num_values), dtype="<f4")
-    if any(row[1].ndim == 2 for row in readable.values()):
+    if backbone.kind == "text" and any(row[1].ndim == 2 for row in readable.values()):
         # Words of one text share its forward pass.
         batch_size = max(batch_size, WORD_BATCH)
     # Images have one size; texts and clips are padded to the longest of their batch.

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from fedhead.config import LocalConfig, RunConfig
+from fedhead.config import LocalConfig, RunConfig, require_tunable
 from fedhead.errors import FedheadError
 from fedhead.protocol.fields import (
     BackboneSpec,
@@ -114,16 +114,7 @@ def _blob(content: RecordDict) -> bytes:
     return blob
 
 
-def _is_tunable(text: str) -> str:
-    if text:
-        try:
-            parse_tune(text)
-        except FedheadError as error:
-            raise ValueError(str(error)) from None
-    return text
-
-
-TuneText = Annotated[Text, AfterValidator(_is_tunable)]
+TuneText = Annotated[Text, AfterValidator(require_tunable)]
 
 
 class Manifest(BaseModel):
@@ -173,7 +164,7 @@ class Manifest(BaseModel):
             seed=config.seed,
             local=local_settings(config, backbone),
             tune=config.tune.layers if config.tune.on else "",
-            adjust=config.tune.on and config.tune.adjust and config.task == "classification",
+            adjust=config.adjusts_shares,
             mixed=config.tune.on and config.tune.precision == "mixed",
             secure_sum=config.privacy.secure_sum,
             privacy=terms_of(config.privacy),

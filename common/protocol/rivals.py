@@ -65,7 +65,7 @@ class RivalsRequest:
         if len(values.temperatures) != len(values.levels) or not all(values.temperatures):
             raise MessageError("it does not have a positive temperature for each head")
         if unknown := [level for level in values.levels if level not in expected]:
-            raise MessageError(f"it has a head of the level {unknown[0]!r}, which this run has not")
+            raise MessageError(f"it has a head of the level {unknown[0]!r}, which this run does not have")
         wanted: dict[str, Any] = {
             f"{at}.{name}": array for at, level in enumerate(values.levels) for name, array in expected[level].items()
         }

@@ -186,7 +186,7 @@ def _what(record: RunRecord) -> list[str]:
         f"{_does(record)}: a {config.get('head', '')} head on the {frozen}backbone {config.get('backbone', '')} (layer "
         f"{config.get('layer', '')}). {trained} {made} {counted(record.num_sites, 'site')}; no "
         f"{_ITEM[_kind(record)]} left its site.",
-        f"{_columns_word(record)}: {listed(record.classes, _MOST_CLASSES)}.",
+        f"{record.task.output_names[1].capitalize()}: {listed(record.task.shown(record.classes), _MOST_CLASSES)}.",
     ]
     if change := record.result and record.result.membership:
         verb = "left" if change.get("action") == "leave" else "joined"
@@ -195,14 +195,6 @@ def _what(record: RunRecord) -> list[str]:
             "the run, before that change."
         )
     return ["## What it is", *map(_plain, said)]
-
-
-def _columns_word(record: RunRecord) -> str:
-    if record.task.name == "survival":
-        return "Time bins"
-    if record.task.name == "tagging":
-        return "Types of entities"
-    return "Targets" if record.real else "Classes"
 
 
 def _does(record: RunRecord) -> str:

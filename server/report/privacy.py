@@ -60,9 +60,9 @@ def outcome(privacy: Mapping[str, Any]) -> list[str]:
     said = [f"{solver_of(privacy).capitalize()}, chosen by public figures."]
     if privacy.get("asked_rounds") and not privacy["rounds"]:
         said.append(
-            "No rounds were made: for so few rows, the noise on gradients would outweigh what rounds gain, and the "
-            "sums got their share of the budget. The noisy number of rows, the classes, the features and epsilon "
-            "decided this."
+            "No rounds were made: for so few rows, the noise on gradients would outweigh what rounds gain, so the "
+            "sums received the rounds' share of the budget. This was decided by the noisy number of rows, the classes, "
+            "the features and epsilon."
         )
     if evaluation := privacy.get("evaluation"):
         said.append(noisy_accuracy(evaluation))

@@ -68,7 +68,7 @@ class FinishedRun:
         if self.result.kept == "tuned":
             raise UserError(
                 f"The model of {path} has a tuned backbone, and the sums of its sites are of the backbone before "
-                "tuning: no head of these sums fits it, so no site can join or leave, and nothing can be computed "
+                "tuning: no head solved from them fits it, so no site can join or leave, and nothing can be computed "
                 "from them. Start a run with all the sites."
             )
         if not self.sums.exists() or not self.sums.sites():

@@ -161,7 +161,7 @@ def _columns(
         if len(set(chosen)) < len(chosen):
             raise UserError(f"--classes names a class twice: {problem.classes}.")
         if stats.kind.of_places and len(chosen) < len(names):
-            raise UserError("Places of a class that is left out would stay in the sums: give --classes all classes.")
+            raise UserError("Places of a class that is left out would stay in the sums: name all classes in --classes.")
         stats = restricted(stats, [names.index(name) for name in chosen])
         names = chosen
     return tuple(names), stats
