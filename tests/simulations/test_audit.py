@@ -84,5 +84,6 @@ def test_too_little_noise_is_found_out(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(audit_module, "audit_private", careless)
     config = RunConfig.from_values({"privacy": {"epsilon": 1.0}})
-    found = simulate(config, attack="audit", out=tmp_path / "run").outcome.attack
-    assert found["measured"] > 1.0
+    # Single audits vary by 0.16 around 1.22.
+    found = [simulate(config, attack="audit", out=tmp_path / f"run-{n}").outcome.attack["measured"] for n in range(8)]
+    assert np.mean(found) > 1.0
