@@ -37,7 +37,7 @@ def export(
     """Export a model; the export is run on samples first, and refused if its answers differ."""
     from fedhead.errors import UserError
     from fedhead.export import BATCH_SIZES, FORMATS, check_format, export_model
-    from fedhead.export_adapter import FOLDER, PEFT_FORMAT, export_adapter
+    from fedhead.export.adapter import FOLDER, PEFT_FORMAT, export_adapter
     from fedhead.files import write_atomically
     from fedhead.model import MODEL_FILE, TransferModel
     from fedhead.server.report.card import CARD

@@ -135,7 +135,7 @@ def test_export_contains_no_local_paths(tmp_path: Path) -> None:
     for file_format in FILES:
         content = export_model(model, file_format, tmp_path / file_format).path.read_bytes()
         assert b"site-packages" not in content
-        assert str(Path(__file__).parents[2]).encode() not in content
+        assert str(Path(__file__).parents[3]).encode() not in content
 
 
 @pytest.mark.parametrize("spec", ["bundled:glyphnet", "bundled:pixels", "torchvision:resnet18"])

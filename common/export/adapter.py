@@ -13,7 +13,8 @@ from fedhead.backbones import Backbone
 from fedhead.backbones.tail_file import TAIL_FILE, load_tail, peft_files
 from fedhead.backbones.weights import find_backbone, weights_path
 from fedhead.errors import FedheadError, UserError
-from fedhead.export import TOLERANCE, Exported
+from fedhead.export.formats import Exported
+from fedhead.export.verification import TOLERANCE
 from fedhead.extras import require
 from fedhead.files import disk_errors
 from fedhead.model import TransferModel

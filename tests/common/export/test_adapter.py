@@ -12,12 +12,12 @@ from fedhead.backbones.split import merged, split
 from fedhead.backbones.tail_file import TAIL_FILE, load_tail, save_tail
 from fedhead.cli import app
 from fedhead.errors import UserError
-from fedhead.export_adapter import export_adapter
+from fedhead.export.adapter import export_adapter
 from fedhead.heads import make_head
 from fedhead.model import BACKBONE_FILE, MODEL_FILE, TransferModel
 from fedhead.tuning import parse_tune
 
-from .backbones.test_hf import TEXTS, saved_text_model
+from ..backbones.test_hf import TEXTS, saved_text_model
 
 peft = pytest.importorskip("peft")
 

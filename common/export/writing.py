@@ -1,0 +1,123 @@
+"""A model written in another format, once its answers on samples are verified."""
+
+import copy
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from fedhead.backbones import Backbone
+from fedhead.errors import UserError
+from fedhead.export.classifier import Outputs, classifier_of
+from fedhead.export.description import metadata_of
+from fedhead.export.formats import FORMATS, Exported
+from fedhead.export.programs import write_onnx, write_torch_export
+from fedhead.export.verification import require_same
+from fedhead.extras import require
+from fedhead.files import disk_errors, write_atomically
+from fedhead.model import BACKBONE_FILE, MODEL_FILE, TransferModel
+from fedhead.registry import suggest
+
+
+def export_model(model: TransferModel, file_format: str, path: Path | str) -> Exported:
+    """Write a model in another format, verified on samples first; an existing file is replaced.
+
+    Args:
+        model: moved to the CPU.
+        file_format: `onnx` or `torch-export`, a program from a prepared batch to `answers_of`; `state-dict`, the
+            tensors of backbone and head as safetensors under `backbone.NAME` and `head.NAME`; or `fedhead`, a new
+            folder with the model and its backbone, which `TransferModel.load` reads without other weights.
+        path: the path of the file or folder.
+
+    Raises:
+        UserError: for an unknown format, one with a missing extra or without support for this task, and a path that
+            cannot be written.
+        FedheadError: if the format does not support this model, or its probabilities differ by more than
+            `TOLERANCE`; nothing is written then.
+    """
+    check_format(file_format)
+    path = Path(path)
+    model.backbone.to(torch.device("cpu"))
+    model.head.to("cpu")
+    if model.task.divides_items and file_format in ("onnx", "torch-export"):
+        raise UserError(
+            f"A model of the task {model.task.name!r} gives several answers per text, which the format {file_format!r} "
+            "does not support; export it as 'fedhead' or 'state-dict'."
+        )
+    if file_format == "fedhead":
+        return _write_folder(model, path)
+    content, run = _WRITERS[file_format](model)
+    difference = require_same(model, run, file_format)
+    write_atomically(path, content)
+    return Exported(path, len(content), difference)
+
+
+def check_format(file_format: str) -> None:
+    """Check that a format exists and that its dependencies are installed.
+
+    Raises:
+        UserError: if not.
+    """
+    if file_format not in FORMATS:
+        raise UserError(f"There is no format {file_format!r}. {suggest(file_format, list(FORMATS))}")
+    if file_format == "onnx":
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            require(package, "onnx", "An export to ONNX")
+
+
+def _state_dict(model: TransferModel) -> tuple[bytes, Callable[..., Outputs]]:
+    parts = {"backbone": model.backbone.tensors(), "head": model.head.state_dict()}
+    tensors = {
+        f"{part}.{name}": tensor.detach().clone().contiguous()
+        for part, named in parts.items()
+        for name, tensor in named.items()
+    }
+    content = save(tensors, {"format": "pt", **metadata_of(model)})
+    return content, _rebuilt(model, load(content))
+
+
+def _rebuilt(model: TransferModel, tensors: Mapping[str, Tensor]) -> Callable[..., Outputs]:
+    """Return the classifier with all of its weights replaced by `tensors`."""
+    classifier = copy.deepcopy(classifier_of(model))
+    for part, module in (("backbone.", classifier.backbone), ("head.", classifier.head)):
+        own = module.state_dict()
+        for name, tensor in own.items():
+            if tensor.is_floating_point():
+                own[name] = torch.full_like(tensor, torch.nan)
+        given = {name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)}
+        module.load_state_dict({**own, **given})
+    return classifier
+
+
+_WRITERS: Mapping[str, Callable[[TransferModel], tuple[bytes, Callable[..., Outputs]]]] = {
+    "onnx": write_onnx,
+    "torch-export": write_torch_export,
+    "state-dict": _state_dict,
+}
+
+
+def _write_folder(model: TransferModel, path: Path) -> Exported:
+    """Write model and backbone to a new folder, which is sufficient to load both."""
+    with disk_errors(path):
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(
+                f"{path} exists and is not an empty folder; a model with its backbone needs a new or empty folder."
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+        try:
+            model.backbone.save(temporary / BACKBONE_FILE)
+            model.save(temporary / MODEL_FILE)
+            read = TransferModel.load(temporary / MODEL_FILE, Backbone.load(temporary / BACKBONE_FILE))
+            difference = require_same(model, classifier_of(read), "fedhead")
+            size = sum(file.stat().st_size for file in temporary.iterdir())
+            temporary.chmod(0o755)
+            temporary.replace(path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    return Exported(path, size, difference)
