@@ -16,7 +16,7 @@ from fedhead.wording import counted, percent
 
 if TYPE_CHECKING:
     from fedhead.data import Item, Samples, UnreadableSampleError
-    from fedhead.data.summary import Spread, Summary
+    from fedhead.data.summary import Summary
 
 MOST_LINES = 25
 AHEAD = {"audio": 8}
@@ -42,6 +42,7 @@ def data(
     debug: options.Debug = False,
 ) -> None:
     """Inspect a data set: classes, sizes, groups, duplicates, and unreadable rows with the reason."""
+    from fedhead.data.annotated import drawn
     from fedhead.data.folder import look_up_sites
     from fedhead.data.page import example, page
     from fedhead.data.samples import look_up
@@ -61,7 +62,7 @@ def data(
         for row, item in zip(numbers.tolist(), items, strict=True):
             look.show(row, item)
             if row in chosen and not isinstance(item, Exception):
-                kept[row] = example(item)
+                kept[row] = example(drawn(samples, row, item))
             progress.advance(task)
     summary = look.summary()
     if html:
@@ -91,14 +92,15 @@ def _print(summary: "Summary", console: Console, html: Path | None) -> None:
     console.print(summary.spec, style="bold", highlight=False, soft_wrap=True)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("class", overflow="fold")
-    for column in ("rows", "share"):
+    marks, things = _marks(summary)
+    for column in (_items(summary), "share", *([things] if marks else [])):
         table.add_column(column, justify="right", no_wrap=True)
     listed = sorted(summary.classes.items(), key=lambda one: -one[1])
     shown = listed if len(listed) <= MOST_LINES else [*listed[: MOST_LINES - 5], *listed[-4:]]
     for position, (name, rows) in enumerate(shown):
         if len(shown) < len(listed) and position == MOST_LINES - 5:
-            table.add_row(f"... {len(listed) - len(shown)} more", "", "")
-        table.add_row(_visible(name), str(rows), percent(rows / summary.rows))
+            table.add_row(f"... {len(listed) - len(shown)} more")
+        table.add_row(_visible(name), str(rows), percent(rows / summary.rows), *marks.get(name, []))
     if listed:
         console.print(table)
     lines = Table.grid(padding=(0, 2))
@@ -119,6 +121,24 @@ def _print(summary: "Summary", console: Console, html: Path | None) -> None:
     console.print(lines, highlight=False)
 
 
+def _items(summary: "Summary") -> str:
+    """Return what the table of classes counts."""
+    if summary.annotated is None or not summary.classes:
+        return "rows"
+    return "words" if summary.kind == "text" else "images"
+
+
+def _marks(summary: "Summary") -> tuple[dict[str, list[str]], str]:
+    """Return the cell of each class in the table with the number of its boxes or pixels, and the column's title."""
+    found = summary.annotated
+    if found is None or not set(summary.classes) <= set(found.marks):
+        return {}, ""
+    total = max(sum(found.marks.values()), 1)
+    pixels = found.things == "pixels"
+    cells = {name: [percent(number / total) if pixels else f"{number:,}"] for name, number in found.marks.items()}
+    return cells, found.things
+
+
 def _visible(name: str) -> str:
     """Return a class name, in quotes where spaces around it would not be seen."""
     return name if name == name.strip() and name else repr(name)
@@ -131,27 +151,29 @@ def _facts(summary: "Summary") -> list[tuple[str, str]]:
     looked = "" if summary.looked_at == summary.rows else f"; {summary.looked_at} of them were read"
     several = ", any number of them per row" if summary.multi_label else ""
     predicted = f"in {len(summary.classes)} classes{several}" if summary.classes else "with real targets"
-    facts = [("Rows", f"{summary.rows} {ITEMS[summary.kind]} {predicted}{looked}")]
-    for name, spread in summary.targets.items():
+    rows = f"{summary.rows} {ITEMS[summary.kind]} {predicted}"
+    found = summary.annotated
+    if found is not None:
+        rows = found.title(summary.rows, ITEMS[summary.kind], len(summary.classes))
+    facts = [("Rows", f"{rows}{looked}"), *([] if found is None else found.facts())]
+    for name, spread in () if found is not None else summary.targets.items():
         values = f"{spread.least:g} to {spread.greatest:g} (mean {spread.mean:g}, half up to {spread.median:g})"
         facts.append(("Target", f"{name}: {values}"))
     if summary.columns:
         more = f" and {len(summary.columns) - MOST_LINES} more" if len(summary.columns) > MOST_LINES else ""
         facts.append(("Numbers", f"{len(summary.columns)} columns: {', '.join(summary.columns[:MOST_LINES])}{more}"))
-    if summary.multi_label:
+    if summary.multi_label and found is None:
         facts.append(("No class", counted(summary.without_class, "row")))
     if summary.width and summary.height:
-        first, rows = next(iter(summary.sizes.items()))
+        first, images = next(iter(summary.sizes.items()))
         alike = f"{first}, all" if len(summary.sizes) == 1 else ""
-        sizes = f"{len(summary.sizes)} sizes, most often {first} ({rows}); width {_span(summary.width)}, height "
-        facts.append(("Sizes", alike or sizes + _span(summary.height)))
+        sizes = f"{len(summary.sizes)} sizes, most often {first} ({images}); width {summary.width}, height "
+        facts.append(("Sizes", alike or f"{sizes}{summary.height}"))
         facts.append(("Stored as", _counts(summary.modes)))
-    if summary.characters and summary.words:
-        facts.append(("Lengths", f"{_span(summary.words)} words, {_span(summary.characters)} characters"))
+    if summary.characters and summary.words and found is None:
+        facts.append(("Lengths", f"{summary.words} words, {summary.characters} characters"))
     if summary.seconds:
-        spread = summary.seconds
-        mean = f"mean {spread.mean:.3g}, half up to {spread.median:.3g}"
-        facts.append(("Lengths", f"{spread.least:.3g} to {spread.greatest:.3g} s ({mean})"))
+        facts.append(("Lengths", f"in seconds: {summary.seconds}"))
         facts.append(("Rates", _counts({f"{rate} Hz": rows for rate, rows in summary.rates.items()})))
     if summary.groups:
         facts.append(("Groups", f"{summary.groups}; the largest has {counted(summary.largest_group, 'row')}"))
@@ -165,12 +187,6 @@ def _facts(summary: "Summary") -> list[tuple[str, str]]:
 
 def _repeated(rows: int) -> str:
     return f"{counted(rows, 'row')} {'repeats' if rows == 1 else 'repeat'} another"
-
-
-def _span(spread: "Spread") -> str:
-    if spread.least == spread.greatest:
-        return str(spread.least)
-    return f"{spread.least} to {spread.greatest} (half up to {spread.median})"
 
 
 def _counts(counts: Mapping[str, int]) -> str:

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from fedhead.data.annotated import Annotated, Boxed, Followed, annotated, sees_items
 from fedhead.data.items import (
     MODE,
     Clip,
-    FloatArray,
     IntArray,
     Item,
     Kind,
@@ -19,38 +19,11 @@ from fedhead.data.items import (
     content_key,
 )
 from fedhead.data.samples import Samples, similar_names
+from fedhead.data.spread import RealSpread, Spread
 from fedhead.wording import quoted
 
 FEW = 5
 """Default number of training rows below which a site's guard withholds a class."""
-
-
-@dataclass(frozen=True)
-class Spread:
-    """The minimum, median and maximum of integers."""
-
-    least: int
-    median: int
-    greatest: int
-
-    @classmethod
-    def of(cls, values: Iterable[int]) -> "Spread":
-        ordered = sorted(values)
-        return cls(ordered[0], ordered[len(ordered) // 2], ordered[-1])
-
-
-@dataclass(frozen=True)
-class RealSpread:
-    """The minimum, median, maximum and mean of real numbers."""
-
-    least: float
-    median: float
-    greatest: float
-    mean: float
-
-    @classmethod
-    def of(cls, values: FloatArray) -> "RealSpread":
-        return cls(float(values.min()), float(np.median(values)), float(values.max()), float(values.mean()))
 
 
 @dataclass(frozen=True)
@@ -103,6 +76,7 @@ class Summary:
         left_out: unused parts of the data, in words.
         one_group: whether all rows have one group.
         understood: sentences on ambiguous data and its interpretation.
+        annotated: pixels, boxes, entities, or times and events; None if rows have only classes or real targets.
     """
 
     spec: str
@@ -135,6 +109,7 @@ class Summary:
     left_out: list[str]
     one_group: bool
     understood: list[str]
+    annotated: Annotated | None
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain values, with the cautions."""
@@ -152,9 +127,10 @@ class Summary:
         told += [
             f"The target {name!r} is {spread.least:g} in all rows: there is nothing to predict."
             for name, spread in self.targets.items()
-            if spread.least == spread.greatest
+            if spread.least == spread.greatest and not isinstance(self.annotated, Followed)
         ]
-        if len(self.classes) == 1:
+        told += [] if self.annotated is None else self.annotated.cautions()
+        if len(self.classes) == 1 and not isinstance(self.annotated, Boxed):
             told.append("There is only one class; a classifier needs two or more.")
         if self.conflicting:
             told.append(f"{self.conflicting} rows have the same content as others with another label.")
@@ -190,6 +166,8 @@ class Look:
         self._seconds: list[float] = []
         self._rates: Counter[int] = Counter()
         self._broken: list[Broken] = []
+        self._pixels = np.zeros(256, np.int64)
+        self._masks = 0
 
     def show(self, row: int, item: Item | UnreadableSampleError) -> None:
         """Add a row, or the reason why it cannot be read."""
@@ -199,6 +177,9 @@ class Look:
         self._rows.append(row)
         self._keys.append(content_key(item))
         self._groups.append(self.samples.group(row, item))
+        if self.samples.annotation is not None and sees_items(self.samples):
+            self._pixels += np.bincount(self.samples.annotation(row).ravel(), minlength=256)
+            self._masks += 1
         if isinstance(item, str):
             self._characters.append(len(item))
             self._words.append(len(item.split()))
@@ -252,6 +233,7 @@ class Look:
             left_out=list(map(str, samples.left_out)),
             one_group=len(groups) == 1 and len(self._rows) > 1 and None not in self._groups,
             understood=list(samples.cautions),
+            annotated=annotated(samples, self._pixels, self._masks),
         )
 
     def _conflicts(self) -> int:
