@@ -16,7 +16,7 @@ from fedhead.tuning import parse_tune
 MOST_LIFTED = 4096
 """Largest width of a lift: the sums of wider features would be projected."""
 
-DENSE_LAYERS = {"detection": "maps@416", "segmentation": "maps"}
+DENSE_LAYERS = {"detection": "maps/8@416", "segmentation": "maps"}
 """Tasks about places of items, such as pixels, with the layers that each takes by default."""
 
 Scalar = bool | int | float | str
@@ -220,7 +220,7 @@ class RunConfig(_Table):
         "penultimate",
         description="Layer that gives the features: 'penultimate' or a name, with an optional pooling, as in "
         "'hidden:6:cls'. Tasks about places keep whole maps: 'layer2+layer3:map', ':map@320' for images of 320 x 320, "
-        "or by default 'maps', the layers at strides 4, 8 and 16.",
+        "or by default 'maps', the layers at strides 4, 8 and 16, or 8, 16 and 32 for detection ('maps/8').",
     )
     basis: Literal["none", "unit", "root", "auto"] = Field(
         "none",
@@ -502,6 +502,14 @@ class RunConfig(_Table):
             raise ValueError("a tuned run trains by the settings of its table tune, as in tune.lr: leave local out")
         return self
 
+    @property
+    def _dense_layer(self) -> str:
+        default = DENSE_LAYERS[self.task]
+        name, at, size = self.layer.partition("@")
+        if name == "maps":
+            return default.partition("@")[0] + at + size
+        return default if self.layer == "penultimate" else self.layer
+
     def settled(self) -> Self:
         """Return the configuration with what the task, tuning, adaptation or differential privacy decides."""
         if self.tune.on and "rounds" not in self.model_fields_set:
@@ -509,8 +517,7 @@ class RunConfig(_Table):
         if self.task == "clusters":
             return self.changed({"rounds": 0, "diagnose": False})
         if self.task in DENSE_LAYERS:
-            layer = DENSE_LAYERS[self.task] if self.layer == "penultimate" else self.layer
-            return self.changed({"rounds": 0, "diagnose": False, "layer": layer})
+            return self.changed({"rounds": 0, "diagnose": False, "layer": self._dense_layer})
         if self.adapt:
             return self.changed({"rounds": 0})
         if not self.privacy.on:

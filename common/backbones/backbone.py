@@ -25,6 +25,7 @@ from fedhead.data.items import ITEMS
 from fedhead.errors import UserError
 from fedhead.files import replaced
 from fedhead.registry import Registry
+from fedhead.wording import listed
 
 BackboneSource = Callable[[str, str, str, int], "Backbone"]
 """Type of a registered source: a function of name, weights, layer and seed."""
@@ -289,7 +290,7 @@ def load_backbone(spec: str, *, weights: str = "default", layer: str = "penultim
         layer: `penultimate`, or the name of one of the source's layers; optionally with a pooling for a layer with
             maps or sequences, as in `layer3:max` or `penultimate:cls`; or several, as in `layer3+penultimate`, whose
             features are joined. `layer2+layer3:map` keeps the maps of both, and `:map@320` those of images of
-            320 x 320; `maps` stands for the layers at strides 4, 8 and 16.
+            320 x 320; `maps` stands for the layers at strides 4, 8 and 16, and `maps/8` for those at 8, 16 and 32.
         seed: seeds random weights.
 
     Raises:
@@ -314,20 +315,24 @@ def load_backbone(spec: str, *, weights: str = "default", layer: str = "penultim
 
 
 def default_maps(spec: str, layer: str) -> str:
-    """Return the layers that `maps` or `maps@SIZE` stands for: the last at each of the strides 4, 8 and 16.
+    """Return the layers that `maps`, `maps@SIZE` or `maps/STRIDE@SIZE` stands for: the last at each of the strides.
 
     Raises:
         UserError: if they are not known of the backbone.
     """
     source, name = split_spec(spec)
+    asked = split_maps(layer)
+    assert asked is not None
+    strides = listed([*map(str, asked.strides)], len(asked.strides))
     if source != "torchvision":
-        raise UserError(f"The layers at strides 4, 8 and 16 of {spec} are not known: name layers, as in 'layer2:map'.")
+        raise UserError(
+            f"The layers at the strides {strides} of {spec} are not known: name layers, as in 'layer2:map'."
+        )
     from fedhead.backbones.torchvision import map_layers
 
-    if not (found := map_layers(name)):
-        raise UserError(f"{spec} has no maps at strides 4, 8 or 16: name layers, as in 'layer2:map'.")
-    size = split_maps(layer)
-    return f"{'+'.join(found)}:{MAP}{f'@{size}' if size else ''}"
+    if not (found := map_layers(name, asked.strides)):
+        raise UserError(f"{spec} has no maps at any of the strides {strides}: name layers, as in 'layer2:map'.")
+    return f"{'+'.join(found)}:{MAP}{f'@{asked.size}' if asked.size else ''}"
 
 
 def split_spec(spec: str) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,13 @@ MAP = "map"
 DENSE_SIZE = 256
 """Default height and width of the images whose maps are kept."""
 
-STRIDES = (4, 8, 16)
-"""Strides of the layers that are kept by default."""
+FINEST = 4
+"""Stride of the finest of the layers in `maps`."""
+
+COARSER = (1, 2, 4)
+"""Strides of the layers in `maps`, in units of the finest."""
+
+_FINEST = ("2", "4", "8", "16")
 
 _SIZES = range(32, 2049)
 
@@ -96,37 +102,65 @@ def split_map(pooling: str) -> tuple[bool, int]:
     return True, int(size) if at else 0
 
 
-def split_maps(layer: str) -> int | None:
-    """Return the size of images in `maps` or `maps@SIZE`, or 0 for the default size; None for other layers.
+class Maps(NamedTuple):
+    """The layers that `maps/STRIDE@SIZE` stands for.
+
+    Attributes:
+        strides: of the layers.
+        size: height and width of the images; 0 for the default.
+    """
+
+    strides: tuple[int, ...]
+    size: int
+
+
+def split_maps(layer: str) -> Maps | None:
+    """Return the layers that `maps`, `maps@SIZE` or `maps/STRIDE@SIZE` stands for; None for other layers.
 
     Raises:
-        UserError: if the size is not valid.
+        UserError: if the stride or the size is not valid.
     """
-    name, at, size = layer.partition("@")
-    return split_map(f"{MAP}{at}{size}")[1] if name == f"{MAP}s" else None
+    head, at, size = layer.partition("@")
+    name, slash, stride = head.partition("/")
+    if name != f"{MAP}s":
+        return None
+    if slash and stride not in _FINEST:
+        raise UserError(f"The finest stride in 'maps/STRIDE' is {', '.join(_FINEST)}, not {stride!r}.")
+    finest = int(stride) if slash else FINEST
+    return Maps(tuple(finest * factor for factor in COARSER), split_map(f"{MAP}{at}{size}")[1])
 
 
-def dense_layers(module: nn.Module, batch: Tensor) -> list[str]:
-    """Return the last module of a model at each of `STRIDES`, among the modules of its first two levels.
+def dense_layers(module: nn.Module, batch: Tensor, strides: Sequence[int]) -> list[str]:
+    """Return the last module of a model at each of some strides, among the modules of its first two levels.
+
+    Convolutions of single cells, such as the one before a classifier that only multiplies the channels, do not count.
 
     Args:
         module: of images `[n, channels, height, width]`.
         batch: an input.
+        strides: of the layers.
     """
     found: dict[int, str] = {}
     height = batch.shape[2]
+    pointwise: list[Tensor] = []
 
-    def note(name: str) -> object:
+    def note(name: str, one: nn.Module) -> object:
         def hook(_: nn.Module, __: object, output: object) -> None:
-            if isinstance(output, Tensor) and output.ndim == 4 and output.shape[2] == output.shape[3]:
-                stride, rest = divmod(height, output.shape[2])
-                if not rest and stride in STRIDES:
-                    found[stride] = name
+            if not isinstance(output, Tensor) or output.ndim != 4 or output.shape[2] != output.shape[3]:
+                return
+            if _is_pointwise(one) or any(output is other for other in pointwise):
+                pointwise.append(output)
+                return
+            stride, rest = divmod(height, output.shape[2])
+            if not rest and stride in strides:
+                found[stride] = name
 
         return hook
 
     handles = [
-        one.register_forward_hook(note(name)) for name, one in module.named_modules() if name and name.count(".") < 2
+        one.register_forward_hook(note(name, one))
+        for name, one in module.named_modules()
+        if name and name.count(".") < 2
     ]
     try:
         with torch.no_grad():
@@ -134,7 +168,12 @@ def dense_layers(module: nn.Module, batch: Tensor) -> list[str]:
     finally:
         for handle in handles:
             handle.remove()
-    return [found[stride] for stride in STRIDES if stride in found]
+    return [found[stride] for stride in strides if stride in found]
+
+
+def _is_pointwise(module: nn.Module) -> bool:
+    convolutions = [one for one in module.modules() if isinstance(one, nn.Conv2d)]
+    return bool(convolutions) and all(one.kernel_size == (1, 1) for one in convolutions)
 
 
 def _tap(output: Tensor) -> tuple[int, int, int]:

@@ -83,10 +83,10 @@ def layers(name: str) -> Sequence[str]:
     return Graph(_build(model_name, found, seed=0)).layers
 
 
-def map_layers(name: str) -> Sequence[str]:
-    """Return a model's last module at each of the default strides."""
+def map_layers(name: str, strides: Sequence[int]) -> Sequence[str]:
+    """Return a model's last module at each of some strides."""
     model_name, found = _entry(name)
-    return dense_layers(_build(model_name, found, seed=0), torch.zeros(1, 3, DENSE_SIZE, DENSE_SIZE))
+    return dense_layers(_build(model_name, found, seed=0), torch.zeros(1, 3, DENSE_SIZE, DENSE_SIZE), strides)
 
 
 catalogues.register("torchvision")(Catalogue(names, entry, layers))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
 from fedhead.backbones import Backbone, load_backbone
+from fedhead.backbones.backbone import default_maps
 from fedhead.backbones.torchvision import preprocessing_of
 from fedhead.errors import FedheadError, UserError
 from fedhead.features.extraction import arranged
@@ -290,3 +291,21 @@ def test_several_layers_are_joined() -> None:
     torch.testing.assert_close(arranged(joined, 3).features_of(items), joined.features_of(items), rtol=1e-3, atol=1e-3)
     with pytest.raises(UserError, match="torchvision's backbones only"):
         load_backbone("bundled:glyphnet", layer="penultimate+penultimate")
+
+
+@pytest.mark.parametrize(
+    ("layer", "named"),
+    [
+        ("maps", "features.3+features.6+features.13:map"),
+        ("maps/8@416", "features.6+features.13+features.17:map@416"),
+    ],
+)
+def test_maps_are_the_last_layers_at_each_stride(layer: str, named: str) -> None:
+    """The convolution of single cells before the classifier, with its 1,280 channels, is none of them."""
+    assert default_maps("torchvision:mobilenet_v2", layer) == named
+
+
+@pytest.mark.parametrize("layer", ["maps/3", "maps/", "maps/8@7", "maps@x", "maps/64"])
+def test_unknown_strides_and_sizes_of_maps_are_rejected(layer: str) -> None:
+    with pytest.raises(UserError, match=r"The (finest stride|size)"):
+        default_maps("torchvision:mobilenet_v2", layer)

@@ -11,6 +11,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from fedhead.backbones.geometry import Geometry
+from fedhead.config import RunConfig
 from fedhead.data.boxes import Boxes
 from fedhead.errors import UserError
 from fedhead.evaluation.detection import average_precisions, detection_report
@@ -288,3 +289,19 @@ def test_found_boxes_are_counted_drawn_and_exported():
     assert answers.shape == (1, 192, 2, 5)
     corners = answers[0, 104, 0, :4] * torch.tensor([80, 60, 80, 60])
     assert corners.tolist() == pytest.approx([left, top, left + width, top + height], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("given", "settled"),
+    [
+        ({}, "maps/8@416"),
+        ({"layer": "maps"}, "maps/8"),
+        ({"layer": "maps@640"}, "maps/8@640"),
+        ({"layer": "maps/4@512"}, "maps/4@512"),
+        ({"layer": "layer2:map"}, "layer2:map"),
+    ],
+)
+def test_a_detector_takes_maps_from_stride_8(given, settled):
+    assert RunConfig(task="detection", **given).settled().layer == settled
+    own = {"layer": given["layer"]} if given else {}
+    assert RunConfig(task="segmentation", **own).settled().layer == own.get("layer", "maps")
