@@ -296,7 +296,7 @@ class Connection:
     def _resume(self) -> int | None:
         """Return the node that this site was before it was killed, if it still is."""
         try:
-            kept = json.loads(self._remembered.read_text())
+            kept = json.loads(self._remembered.read_text(encoding="utf-8"))
             node = int(kept["node"]) if kept["address"] == self.address else None
         except (OSError, ValueError, KeyError, TypeError):
             return None

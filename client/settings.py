@@ -234,7 +234,7 @@ class SiteSettings(_Table):
         if safe_name(name) != name:
             raise ValueError(
                 f"a site cannot be called {name!r}: names are up to 64 of a-z, 0-9, - and _, and begin with a "
-                "letter or digit."
+                "letter or digit; Windows keeps con, aux, nul and the like for devices."
             )
         return name
 

@@ -106,7 +106,7 @@ def _holder(handle: int) -> str:
     if stat.S_ISREG(about.st_mode) and (said := _HOLDER.match(os.read(handle, 200))):
         return f": {said[0].decode()}"
     with suppress(OSError, ValueError):
-        for line in Path("/proc/locks").read_text().splitlines():
+        for line in Path("/proc/locks").read_text(encoding="utf-8").splitlines():
             _, kind, _, _, process, file, *_ = line.split()
             if kind == "FLOCK" and int(file.rpartition(":")[2]) == about.st_ino and int(process) > 0:
                 return f": process {process}"

@@ -36,11 +36,17 @@ def home() -> Path:
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "fedhead"
 
 
+_DEVICES = re.compile(r"con|prn|aux|nul|(com|lpt)[0-9]")
+"""Names that Windows keeps for devices, also with any ending."""
+
+
 def safe_name(name: str) -> str:
     """Return a file name that any file system takes, a different one for every `name`."""
-    if re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", name):
+    if re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", name) and not _DEVICES.fullmatch(name):
         return name
     readable = re.sub(r"[^a-z0-9]+", "-", name.lower())[:48].strip("-")
+    if _DEVICES.fullmatch(readable):
+        readable = f"{readable}-site"
     return f"{readable or 'site'}.{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:12]}"
 
 
@@ -50,7 +56,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
     Raises:
         UserError: if it may not be written there.
-        FedheadError: if the disk is full.
+        FedheadError: if the disk is full, or the file would be larger than allowed.
     """
     try:
         yield
@@ -59,6 +65,11 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise FedheadError(
                 f"The disk is full: {path} could not be written. What was complete is kept. Free some space, "
                 "or point FEDHEAD_HOME (features, weights) or --out (runs) to another disk, and start again."
+            ) from error
+        if error.errno == errno.EFBIG:
+            raise FedheadError(
+                f"{path} could not be written: a file on this disk, or of this process (ulimit -f), may be no larger. "
+                "What was complete is kept. Raise the limit, or use another disk, and start again."
             ) from error
         if error.errno in _REFUSALS and _concerns(error.filename, path):
             raise UserError(f"{path} cannot be written: {error.strerror}.") from error
@@ -136,7 +147,7 @@ def replaced(path: Path) -> Iterator[Path]:
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Keep other processes out that lock the same file, which is made if it is missing."""
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         lock(file.fileno())
         yield
 

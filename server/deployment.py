@@ -239,7 +239,7 @@ def _health_check(health: str) -> list[str]:
 def _data_of(settings: Path) -> str:
     """Return the data spec that a `site.toml` has, perhaps empty."""
     try:
-        return str(tomllib.loads(settings.read_text()).get("data", ""))
+        return str(tomllib.loads(settings.read_text(encoding="utf-8")).get("data", ""))
     except (OSError, ValueError) as error:
         raise UserError(f"{settings} cannot be read: {error}.") from None
 

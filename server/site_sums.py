@@ -139,7 +139,7 @@ class SiteSums:
         with disk_errors(self.path):
             if not self.exists():
                 write_atomically(self.path / _INDEX, _Header(keep=self._keep).model_dump_json() + "\n")
-            with (self.path / _INDEX).open("a") as file:
+            with (self.path / _INDEX).open("a", encoding="utf-8") as file:
                 file.write(_record(site, part, stats).model_dump_json() + "\n")
 
     def finish(self) -> None:

@@ -193,7 +193,7 @@ def read_status(run_dir: Path) -> dict[str, Any]:
     """
     path = run_dir / FILE
     try:
-        values = StatusRecord.model_validate(json.loads(path.read_text())).model_dump()
+        values = StatusRecord.model_validate(json.loads(path.read_text(encoding="utf-8"))).model_dump()
         if values["state"] in ALIVE and (why := _why_dead(values)):
             # Killed after the last thing that it had to write.
             finished = (run_dir / "result.json").is_file()
@@ -265,6 +265,6 @@ def _exists(pid: int) -> bool:
 def _process_started(pid: int) -> str:
     """Return what tells a process from a later one with its id, where the system says."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return ""

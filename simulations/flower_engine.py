@@ -133,7 +133,7 @@ def _write(
 
 @cache
 def _shared(folder: str) -> SharedData:
-    told = _Told(**json.loads((Path(folder) / "told.json").read_text()))
+    told = _Told(**json.loads((Path(folder) / "told.json").read_text(encoding="utf-8")))
     backbone = load_backbone(told.backbone, weights=told.weights, layer=told.layer, seed=told.seed)
     store = FeatureStore.read(Path(told.features))
     labels, own = np.load(Path(folder) / "labels.npy"), Path(folder) / _OWN_LABELS
@@ -149,7 +149,7 @@ def _shared(folder: str) -> SharedData:
 
 @cache
 def _names(folder: str) -> list[str]:
-    names: list[str] = json.loads((Path(folder) / "names.json").read_text())
+    names: list[str] = json.loads((Path(folder) / "names.json").read_text(encoding="utf-8"))
     return names
 
 

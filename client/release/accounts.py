@@ -170,7 +170,7 @@ class Accounts:
     def _settle(self, key: str) -> None:
         """Mark a stored reply as charged."""
         with suppress(FileNotFoundError):
-            (self._replies / f"{key}{_PENDING}").rename(self._replies / f"{key}{_CHARGED}")
+            (self._replies / f"{key}{_PENDING}").replace(self._replies / f"{key}{_CHARGED}")
             sync_folder(self._replies)
 
     def _stored(self, key: str) -> dict[str, FloatArray]:

@@ -213,7 +213,7 @@ def read_approvals(path: Path) -> list[Approval]:
         FedheadError: if the file is damaged.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content, dict) and "agreed" not in content:
             return []
         return list(_File.model_validate(content).agreed)

@@ -187,7 +187,7 @@ def _dry_run(settings: "SiteSettings", run: Path, folder: Path) -> None:
     for column in ("reply", "rows", "size", "file"):
         table.add_column(column, justify="right" if column in ("rows", "size") else "left")
     for path in written:
-        about = json.loads(path.read_text())
+        about = json.loads(path.read_text(encoding="utf-8"))
         table.add_row(about["action"], str(about["rows"]), size(about["bytes"]), str(path))
     output().print(table)
     output().print("Nothing was sent, and nothing was entered in the ledger.")

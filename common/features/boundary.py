@@ -109,7 +109,7 @@ class BoundaryStore:
 
     @classmethod
     def _map(cls, path: Path, device: torch.device, extracted: int) -> Self:
-        meta = json.loads((path / "meta.json").read_text())
+        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
         lengths = np.fromfile(path / "lengths.bin", dtype="<i8")
         starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
         shape = tuple(meta["shape"])
@@ -158,7 +158,7 @@ def _is_whole(path: Path) -> bool:
     if not path.exists():
         return False
     try:
-        meta = json.loads((path / "meta.json").read_text())
+        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
         lengths = np.fromfile(path / "lengths.bin", dtype="<i8")
         whole = meta["format"] == FORMAT and _checksums(path, meta, lengths) == meta["checksums"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -278,7 +278,7 @@ def _resume(partial: Path, trunk: Trunk, number: Kind) -> dict[str, Any]:
     lengths = np.zeros(0, "<i8")
     meta: dict[str, Any] = fresh
     try:
-        saved = json.loads((partial / "meta.json").read_text())
+        saved = json.loads((partial / "meta.json").read_text(encoding="utf-8"))
         lengths = np.fromfile(partial / "lengths.bin", dtype="<i8")[: saved["done"]]
         same = {name: saved[name] for name in ("format", "number", "shape")} == {
             name: fresh[name] for name in ("format", "number", "shape")

@@ -131,7 +131,7 @@ class FeatureStore:
 
     @classmethod
     def _map(cls, path: Path, extracted: int) -> Self:
-        meta = json.loads((path / "meta.json").read_text())
+        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
         shape = (meta["rows"], meta["features"])
         # Copy-on-write, because torch warns about tensors over read-only memory.
         mapped = np.memmap(path / "features.bin", dtype="<f4", mode="c", shape=shape)
@@ -182,7 +182,7 @@ def _is_whole(path: Path) -> bool:
     if not path.exists():
         return False
     try:
-        meta = json.loads((path / "meta.json").read_text())
+        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
         whole = bool(meta["format"] == FORMAT and list(_checksums(path, meta)) == meta["checksums"])
     except (OSError, ValueError, KeyError, TypeError):
         whole = False
@@ -306,7 +306,7 @@ def _retry(backbone: Backbone, samples: Samples, path: Path, precision: Precisio
     A store of the previous version does not record these reasons: all rows that it skipped, and rows with features that
     are not finite, are retried once.
     """
-    meta = json.loads((path / "meta.json").read_text())
+    meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
     again = meta["passing"] if "passing" in meta else _doubtful(path, meta)
     if "passing" in meta and not again:
         return 0
@@ -387,7 +387,7 @@ def _resume(partial: Path, samples: Samples, backbone: Backbone) -> dict[str, An
         "passing": [],
     }
     try:
-        meta: dict[str, Any] = json.loads((partial / "meta.json").read_text())
+        meta: dict[str, Any] = json.loads((partial / "meta.json").read_text(encoding="utf-8"))
         done = {**meta, "rows": meta["done"]}
         meta.setdefault("passing", [int(row) for row in meta["skipped"]])
         whole = (partial / "contents.bin").stat().st_size >= 8 * meta["done"]

@@ -86,12 +86,12 @@ class RunFolder(Observer):
 
     def on_round(self, finished: Round) -> None:
         """Append one line to the metrics."""
-        with disk_errors(self.path), (self.path / "metrics.jsonl").open("a") as file:
+        with disk_errors(self.path), (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(finished)) + "\n")
 
     def flush_metrics(self) -> None:
         """Have what was appended on the disk."""
-        with disk_errors(self.path), (self.path / "metrics.jsonl").open("a") as file:
+        with disk_errors(self.path), (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             os.fsync(file.fileno())
 
     def rewind(self, rounds: int) -> list[Round]:
@@ -102,7 +102,7 @@ class RunFolder(Observer):
         """
         path = self.path / "metrics.jsonl"
         try:
-            lines = path.read_text().split("\n")[:-1] if path.exists() else []
+            lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
             if len(lines) < rounds:
                 raise ValueError(f"{rounds} lines were written, and {len(lines)} are there")
             history = [Round.from_line(json.loads(line)) for line in lines[:rounds]]

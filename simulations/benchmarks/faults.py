@@ -130,13 +130,13 @@ class Federation:
                     break
                 time.sleep(0.05)
             if self._processes[COORDINATOR].poll() != 0:
-                said = "".join(path.read_text()[-700:] for path in sorted(self.home.glob("*.log")))
+                said = "".join(path.read_text(encoding="utf-8")[-700:] for path in sorted(self.home.glob("*.log")))
                 raise FedheadError(f"The run failed after {dict(self.faults)}. {said}")
         return (self._out / "model.safetensors").read_bytes(), self._losses()
 
     def _losses(self) -> list[tuple[float, ...]]:
         """Return the losses and the score of each round, which a fault must not change either."""
-        lines = map(json.loads, (self._out / "metrics.jsonl").read_text().splitlines())
+        lines = map(json.loads, (self._out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
         return [tuple(line[name] for name in ("number", "sites", "train_loss", "loss", "score")) for line in lines]
 
     def _wait(self, seconds: float, *, until_listening: bool = False) -> None:
@@ -166,7 +166,7 @@ class Federation:
 
     def _may_be_killed(self, site: int) -> bool:
         """Tell whether a site has answered since it was killed; a message that two processes die of is refused."""
-        answered = self._log(site).read_text().count(": done in ")
+        answered = self._log(site).read_text(encoding="utf-8").count(": done in ")
         if answered == self._answered.get(site):
             return False
         self._answered[site] = answered

@@ -114,7 +114,9 @@ def with_stock_flower(problem: Problem, home: Path) -> float:
     """
     port, *others = free_ports(problem.sites + 1)
     (home / "flwr").mkdir(parents=True)
-    (home / "flwr" / "config.toml").write_text(f'[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n')
+    (home / "flwr" / "config.toml").write_text(
+        f'[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n', encoding="utf-8"
+    )
     config = problem.config(backbone="bundled:pixels", classes=[str(number) for number in range(CLASSES)])
     write_flower_app(home / "app", config.changed({"min_sites": problem.sites}), str(home / "run"))
     with contextlib.ExitStack() as stack:
@@ -139,10 +141,10 @@ def with_stock_flower(problem: Problem, home: Path) -> float:
             data = f'data="{DATA}" device="cpu" min-class-count=0 min-rows=0'
             node = ("--superlink", f"127.0.0.1:{port}", "--node-config", f'site="site-{number}" {data}')
             start(number, "flower-supernode", *address, str(own), *node)
-        wait_for(lambda: log.read_text().count("Activated node_id") == problem.sites, log)
+        wait_for(lambda: log.read_text(encoding="utf-8").count("Activated node_id") == problem.sites, log)
         start(91, "flwr", "run", str(home / "app"), "here", "--stream")
         wait_for((home / "run" / "result.json").exists, home / "site-91.log")
-    lines = [json.loads(line) for line in (home / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (home / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return statistics.median(float(line["seconds"]) for line in lines[1:])
 
 
@@ -201,7 +203,7 @@ def run(
             watch = Watch(waiting, processes)
             outcome = serve(config, link, out=home / "run", observers=[watch]).outcome
     except FedheadError as error:
-        said = "".join(path.read_text()[-500:] for path in sorted(home.glob("site-*.log"))[:3])
+        said = "".join(path.read_text(encoding="utf-8")[-500:] for path in sorted(home.glob("site-*.log"))[:3])
         raise FedheadError(f"{error} The sites said: {said}") from None
     lost = {name: reason for line in outcome.history for name, reason in line.dropped.items()}
     if lost or len(outcome.participants) < problem.sites:

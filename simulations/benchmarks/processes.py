@@ -59,7 +59,7 @@ def wait_for(condition: Callable[[], bool], log: Path, seconds: float = 180.0) -
     stop = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > stop:
-            said = log.read_text()[-1000:]
+            said = log.read_text(encoding="utf-8")[-1000:]
             raise FedheadError(f"Flower's processes did not get there within {seconds:.0f} s. {log.name}: {said}")
         time.sleep(0.1)
 
@@ -76,7 +76,7 @@ def started(
     command: Sequence[str], problem: Problem, home: Path, number: int, more: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run a process, and all that it starts, with a home and a log of its own."""
-    with (home / f"site-{number}.log").open("w") as log:
+    with (home / f"site-{number}.log").open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
             command,
             env={**environment(problem, home, number), **(more or {})},
@@ -103,14 +103,14 @@ def watchable() -> bool:
 
 def processor_seconds(pid: int) -> float:
     """Return the processor time that a process has taken so far, all its threads together."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def peak_bytes(pid: int) -> int:
     """Return the most memory that a process has had so far (its resident set); 0 if it has ended."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     except OSError:
         return 0
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)

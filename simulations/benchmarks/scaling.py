@@ -1,7 +1,6 @@
 """`scaling`: how the time of a round grows with sites, their rows, and features."""
 
 import gc
-import resource
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -50,9 +49,16 @@ def measure(base: Problem, sweeps: dict[str, tuple[int, ...]], repeats: int) -> 
         "features": base.features,
         "classes": CLASSES,
         "batch_size": base.batch_size,
-        "peak_memory_GiB": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "peak_memory_GiB": _peak_memory(),
     }
     return Measurement("One round of FedAvg, all sites in it", seconds, setting, exponents, units="exponent")
+
+
+def _peak_memory() -> float:
+    # Windows has no such module.
+    import resource
+
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
 
 
 @app.command()

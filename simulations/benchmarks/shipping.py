@@ -97,8 +97,8 @@ def _run(problem: Problem, home: Path, backbone: str, name: str) -> Shipped:
                 break
             time.sleep(0.05)
         if coordinator.returncode != 0:
-            log = (home / f"site-{COORDINATOR}.log").read_text()
+            log = (home / f"site-{COORDINATOR}.log").read_text(encoding="utf-8")
             raise FedheadError(f"The run over weights of {WEIGHTS_BYTES / 1e6:.0f} MB failed. {log[-1000:]}")
         client = max(peak_bytes(process.pid) for process in clients)
-    actions = json.loads((out / "evaluation.json").read_text())["traffic"]["actions"]
+    actions = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))["traffic"]["actions"]
     return Shipped(actions.get(INSTALL, [0, 0, 0])[1] / problem.sites, most, client)

@@ -1,6 +1,5 @@
 """Locks between processes; and Windows, emulated as far as POSIX allows: its lock of a byte, no folders to open."""
 
-import ast
 import json
 import os
 import socket
@@ -17,9 +16,6 @@ from fedhead.errors import FedheadError, UserError
 from fedhead.files import locked, locked_folder, require_private, sync_folder, write_atomically
 from fedhead.locks import LOCKED_BYTE, lock
 from fedhead.server.status import FILE, read_status
-
-ROOT = Path(__file__).parents[2]
-POSIX_ONLY = {"fcntl", "grp", "pwd", "resource", "termios", "tty", "pty"}
 
 
 @pytest.fixture
@@ -116,16 +112,3 @@ def test_files_ledger_and_status_work_without_posix(
     values = {"state": "running", "message": "", **process, "started": 0, "updated": 0}
     (tmp_path / FILE).write_text(json.dumps(values))
     assert read_status(tmp_path)["state"] == "dead"
-
-
-def test_no_module_needs_a_posix_module_to_be_imported() -> None:
-    found = []
-    for folder in ("common", "client", "server", "simulations"):
-        for path in (ROOT / folder).rglob("*.py"):
-            if "benchmarks" in path.parts:
-                continue
-            for node in ast.parse(path.read_text(encoding="utf-8")).body:
-                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-                found += [f"{path}: {name}" for name in names if name in POSIX_ONLY]
-    assert found == []

@@ -1,3 +1,4 @@
+import re
 import shlex
 import shutil
 import subprocess
@@ -177,3 +178,11 @@ def test_the_kit_has_to_be_of_the_right_kind(kits: Path, run: Path) -> None:
         coordinator_service(kits / "hospital-a", run, "xray")
     with pytest.raises(UserError, match="no configuration"):
         coordinator_service(kits / "coordinator", run.with_name("none.toml"), "xray")
+
+
+def test_the_image_is_built_on_a_pinned_base() -> None:
+    lines = (Path(__file__).parents[2] / "Containerfile").read_text().splitlines()
+    bases = [line.split()[1] for line in lines if line.startswith("FROM")]
+    base = next(line for line in lines if line.startswith("ARG BASE="))
+    assert bases == ["${BASE}"]
+    assert re.fullmatch(r"ARG BASE=docker\.io/library/python:3\.12-slim@sha256:[0-9a-f]{64}", base)
