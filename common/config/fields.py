@@ -1,0 +1,42 @@
+"""Types, bounds and texts of settings."""
+
+import re
+from typing import Annotated
+
+from pydantic import Field
+
+from fedhead.errors import UserError
+from fedhead.tuning import parse_tune
+
+MOST_LIFTED = 4096
+"""Largest width of a lift: the sums of wider features would be projected."""
+
+DENSE_LAYERS = {"detection": "maps/8@416", "segmentation": "maps"}
+"""Tasks about places of items, such as pixels, with the layers that each takes by default."""
+
+Scalar = bool | int | float | str
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+MOST_EPSILON = 100.0
+"""Bar on epsilon: beyond it the bound, a factor of exp(epsilon), says nothing."""
+Epsilon = Annotated[float, Field(ge=0, le=MOST_EPSILON, allow_inf_nan=False)]
+
+
+def lifted_width(text: str) -> int | None:
+    """Return the width of `landmarks:WIDTH` or `relu:WIDTH`; None for other texts and widths above `MOST_LIFTED`."""
+    found = re.fullmatch("(?:landmarks|relu):([1-9][0-9]{0,5})", text)
+    return int(found[1]) if found is not None and int(found[1]) <= MOST_LIFTED else None
+
+
+def require_tunable(layers: str) -> str:
+    """Return a choice of what to tune, or none.
+
+    Raises:
+        ValueError: if it is malformed.
+    """
+    if layers:
+        try:
+            parse_tune(layers)
+        except UserError as error:
+            raise ValueError(str(error).rstrip(".")) from None
+    return layers

@@ -1,0 +1,170 @@
+"""Rules over several settings of a run: which go together."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from fedhead.config.fields import DENSE_LAYERS
+from fedhead.config.tables import LocalConfig
+
+if TYPE_CHECKING:
+    from fedhead.config.run import RunConfig
+
+
+RULES: list[Callable[["RunConfig"], None]] = []
+"""Each raises ValueError with what is wrong; the first one is reported."""
+
+
+def _rule(check: Callable[["RunConfig"], None]) -> Callable[["RunConfig"], None]:
+    RULES.append(check)
+    return check
+
+
+@_rule
+def _a_classifier_has_classes(run: "RunConfig") -> None:
+    if run.task in ("classification", "multi-label") and len(run.classes) == 1:
+        raise ValueError(f"a classifier needs two classes or more, not only {run.classes[0]!r}")
+
+
+@_rule
+def _full_gradients_are_of_linear_heads(run: "RunConfig") -> None:
+    if run.strategy.name == "pooled-lbfgs":
+        if run.head != "linear":
+            raise ValueError(f"pooled-lbfgs trains a 'linear' head, not {run.head!r}")
+        if run.task in ("regression", "ordinal", "survival", "tagging"):
+            raise ValueError(f"pooled-lbfgs is for classes; one exchange already solves the task {run.task!r}")
+
+
+@_rule
+def _worth_needs_each_sites_sums(run: "RunConfig") -> None:
+    if run.worth and "keep_sums" in run.model_fields_set and run.keep_sums != "folder":
+        raise ValueError("worth compares the sites' own sums, so it needs keep_sums = 'folder'")
+
+
+@_rule
+def _personal_heads_are_of_classes(run: "RunConfig") -> None:
+    if run.personal != "none" and run.task != "classification":
+        raise ValueError(f"personal heads are for task 'classification', not {run.task!r}")
+    if run.personal == "closed" and run.init in ("zeros", "random"):
+        raise ValueError("personal = 'closed' needs pooled sums: choose an init that is solved, such as 'lda'")
+
+
+@_rule
+def _adapted_heads_are_solved(run: "RunConfig") -> None:
+    if not run.adapt:
+        return
+    if run.task != "classification" or run.head != "linear" or run.init in ("zeros", "random"):
+        raise ValueError("adapt is for task 'classification' with a solved 'linear' head")
+    if "rounds" in run.model_fields_set and run.rounds:
+        raise ValueError("adapt solves heads from sums: set rounds to 0")
+    if run.privacy.on:
+        raise ValueError("adapt needs exact sums, which differential privacy does not give: leave epsilon at 0")
+
+
+@_rule
+def _masks_and_noise_need_float64(run: "RunConfig") -> None:
+    if run.wire == "float32" and (run.privacy.secure_sum or run.privacy.on):
+        raise ValueError("wire 'float32' is for plain sums: leave it at 'float64' under secure_sum or with epsilon")
+
+
+@_rule
+def _robust_pooling_needs_sums(run: "RunConfig") -> None:
+    if run.pooling == "robust" and run.keep_sums != "folder":
+        raise ValueError("pooling 'robust' compares single sites' sums: leave keep_sums at 'folder'")
+    if run.pooling == "robust" and run.privacy.secure_sum:
+        raise ValueError("pooling 'robust' compares single sites' sums, which secure_sum hides")
+
+
+@_rule
+def _clusters_have_no_labels(run: "RunConfig") -> None:
+    if run.task != "clusters":
+        if run.clusters:
+            raise ValueError("clusters is the number of clusters for task 'clusters' (--task clusters)")
+        return
+    if run.clusters == 1:
+        raise ValueError("clusters must be 2 or more, or 0 to choose the number")
+    needless = {
+        "head": "linear",
+        "lift": "none",
+        "pooling": "sum",
+        "classes_from": "",
+        "foreign": False,
+        "worth": False,
+    }
+    if wrong := [name for name, value in needless.items() if getattr(run, name) != value]:
+        raise ValueError(f"task 'clusters' takes no {wrong[0]}: rows have no labels before clusters are found")
+    if "rounds" in run.model_fields_set and run.rounds:
+        raise ValueError("task 'clusters' solves its head from sums: set rounds to 0")
+    if run.simulation.test_data:
+        raise ValueError("task 'clusters' takes no test_data: name the clusters, then use fedhead evaluate")
+
+
+@_rule
+def _places_are_learned_from_sums(run: "RunConfig") -> None:
+    if run.task not in DENSE_LAYERS:
+        return
+    plain = {
+        "basis": "none",
+        "lift": "none",
+        "head": "linear",
+        "pooling": "sum",
+        "worth": False,
+        "foreign": False,
+    }
+    if wrong := [name for name, value in plain.items() if getattr(run, name) != value]:
+        raise ValueError(f"task {run.task!r} takes no {wrong[0]} but {plain[wrong[0]]!r}: its rows are places")
+    if "rounds" in run.model_fields_set and run.rounds:
+        raise ValueError(
+            f"task {run.task!r} solves its head from sums: set rounds to 0. Places of one item are alike, and "
+            "rounds overfit them"
+        )
+    if run.simulation.engine != "process":
+        raise ValueError(f"task {run.task!r} is simulated in this process: leave simulation.engine at 'process'")
+
+
+@_rule
+def _words_have_no_foreign_test(run: "RunConfig") -> None:
+    if run.task == "tagging" and run.foreign:
+        raise ValueError("foreign is about whole inputs, and task 'tagging' is about words: leave it out")
+
+
+@_rule
+def _one_source_of_classes(run: "RunConfig") -> None:
+    if run.classes and run.classes_from:
+        raise ValueError("give classes or classes_from, not both")
+
+
+@_rule
+def _private_runs_solve_sums(run: "RunConfig") -> None:
+    if not run.privacy.on:
+        return
+    if run.task != "classification":
+        raise ValueError(f"differential privacy (epsilon) needs the task 'classification', not {run.task!r}")
+    if run.head not in ("linear", "unit"):
+        raise ValueError(f"differential privacy (epsilon) needs a linear head, not {run.head!r}")
+    if run.basis != "none" or run.lift != "none":
+        raise ValueError("differential privacy (epsilon) has a basis of its own: set basis and lift to 'none'")
+
+
+@_rule
+def _tuned_runs_start_from_a_solved_head(run: "RunConfig") -> None:
+    if not run.tune.on:
+        return
+    if run.rounds == 0:
+        raise ValueError(f"tune = {run.tune.layers!r} trains in rounds: set rounds to 1 or more")
+    if run.privacy.on:
+        raise ValueError(
+            "differential privacy (epsilon) covers the head of one exchange only, not tuned layers: leave tune out"
+        )
+    if run.task not in ("classification", "multi-label"):
+        raise ValueError(f"tune is for the tasks 'classification' and 'multi-label', not {run.task!r}")
+    if run.head != "linear" or run.init in ("zeros", "random"):
+        raise ValueError("tune starts from a solved head: set head to 'linear', and init to 'lda' or leave it out")
+    plain: dict[str, Any] = {"basis": "none", "lift": "none", "personal": "none", "foreign": False}
+    if wrong := [name for name, value in plain.items() if getattr(run, name) != value]:
+        raise ValueError(f"{wrong[0]} is computed from the features of the frozen backbone: leave it or tune out")
+    if run.strategy.name == "pooled-lbfgs":
+        raise ValueError("pooled-lbfgs trains a linear head alone: leave tune out, or take 'FedAvg'")
+    if run.simulation.engine != "process":
+        raise ValueError("tune is simulated in this process: leave simulation.engine at 'process'")
+    if run.local != LocalConfig(proximal_mu=run.local.proximal_mu):
+        raise ValueError("a tuned run trains by the settings of its table tune, as in tune.lr: leave local out")
