@@ -31,6 +31,13 @@ def export(
         Path | None,
         typer.Option(help="File or folder to write; by default beside the model.", rich_help_panel=options.OUTPUT),
     ] = None,
+    nms: Annotated[
+        bool,
+        typer.Option(
+            "--nms/--raw",
+            help="ONNX of detectors: suppress overlapping boxes, as predict does, or return the boxes of all cells.",
+        ),
+    ] = False,
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -54,7 +61,7 @@ def export(
         path = out / FORMATS[file_format]
     if path.resolve() in (model.resolve(), (folder / MODEL_FILE).resolve()):
         raise UserError(f"{path} is the model itself; choose another --out.")
-    written = export_model(loaded, file_format, path)
+    written = export_model(loaded, file_format, path, nms=nms)
     if file_format == "fedhead" and (folder / CARD).is_file():
         write_atomically(path / CARD, (folder / CARD).read_bytes())
     if as_json:

@@ -3,7 +3,7 @@
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -76,7 +76,6 @@ def write_onnx(model: TransferModel) -> tuple[bytes, Callable[..., Outputs]]:
             f"{model.backbone.spec} has {model.backbone.num_bytes / 1e9:.1f} GB of weights, but an ONNX file is "
             "limited to 2 GB; use --format torch-export."
         )
-    runtime = require("onnxruntime", "onnx", "An export to ONNX")
     program = _traced(model, "onnx")
     names = input_names(model.backbone)
     outputs = [model.task.answer_name, *([] if model.foreign is None else [EXCESS])]
@@ -88,16 +87,27 @@ def write_onnx(model: TransferModel) -> tuple[bytes, Callable[..., Outputs]]:
         for key, value in metadata_of(model).items():
             proto.metadata_props.add(key=key, value=value)
         content: bytes = proto.SerializeToString()
-        options = runtime.SessionOptions()
-        options.log_severity_level = 3
-        session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        run = in_runtime(content, names, outputs)
 
-    def run(*inputs: Tensor) -> Outputs:
-        given = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
-        found = tuple(torch.from_numpy(one) for one in session.run(outputs, given))
+    def first_or_all(*inputs: Tensor) -> Outputs:
+        found = run(*inputs)
         return found if len(found) > 1 else found[0]
 
-    return content, run
+    return content, first_or_all
+
+
+def in_runtime(content: bytes, names: Sequence[str], outputs: Sequence[str]) -> Callable[..., tuple[Tensor, ...]]:
+    """Return an ONNX file as a function in ONNX Runtime, from the inputs of these names to the outputs."""
+    runtime = require("onnxruntime", "onnx", "An export to ONNX")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
+        given = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
+        return tuple(torch.from_numpy(one) for one in session.run(list(outputs), given))
+
+    return run
 
 
 def _name_dimensions(proto: Any) -> None:

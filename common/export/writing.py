@@ -16,6 +16,7 @@ from fedhead.export.classifier import Outputs, classifier_of
 from fedhead.export.description import metadata_of
 from fedhead.export.formats import FORMATS, Exported
 from fedhead.export.programs import write_onnx, write_torch_export
+from fedhead.export.suppression import require_boxes, require_same_boxes, with_suppression
 from fedhead.export.verification import require_same
 from fedhead.extras import require
 from fedhead.files import disk_errors, write_atomically
@@ -23,7 +24,7 @@ from fedhead.model import BACKBONE_FILE, MODEL_FILE, TransferModel
 from fedhead.registry import suggest
 
 
-def export_model(model: TransferModel, file_format: str, path: Path | str) -> Exported:
+def export_model(model: TransferModel, file_format: str, path: Path | str, *, nms: bool = False) -> Exported:
     """Write a model in another format, verified on samples first; an existing file is replaced.
 
     Args:
@@ -32,6 +33,7 @@ def export_model(model: TransferModel, file_format: str, path: Path | str) -> Ex
             tensors of backbone and head as safetensors under `backbone.NAME` and `head.NAME`; or `fedhead`, a new
             folder with the model and its backbone, which `TransferModel.load` reads without other weights.
         path: the path of the file or folder.
+        nms: whether a detector's program suppresses overlapping boxes, so that it returns those of `predict`; for ONNX.
 
     Raises:
         UserError: for an unknown format, one with a missing extra or without support for this task, and a path that
@@ -40,6 +42,8 @@ def export_model(model: TransferModel, file_format: str, path: Path | str) -> Ex
             `TOLERANCE`; nothing is written then.
     """
     check_format(file_format)
+    if nms:
+        require_boxes(model, file_format)
     path = Path(path)
     model.backbone.to(torch.device("cpu"))
     model.head.to("cpu")
@@ -52,6 +56,9 @@ def export_model(model: TransferModel, file_format: str, path: Path | str) -> Ex
         return _write_folder(model, path)
     content, run = _WRITERS[file_format](model)
     difference = require_same(model, run, file_format)
+    if nms:
+        content, boxes = with_suppression(content, model)
+        difference = max(difference, require_same_boxes(model, run, boxes))
     write_atomically(path, content)
     return Exported(path, len(content), difference)
 

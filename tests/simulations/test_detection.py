@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -117,6 +118,45 @@ def test_a_model_finds_boxes_and_is_evaluated_and_exported(finished: Path, tmp_p
     exported = export_model(model, "torch-export", tmp_path / "model.pt2")
     assert exported.difference < 1e-4
     assert describe_export(model)["output"]["shape"] == ["batch", 24 * 24, 2, 5]
+
+
+@pytest.mark.slow
+def test_an_exported_program_with_suppression_finds_the_boxes_of_predict(finished: Path, tmp_path: Path) -> None:
+    model = TransferModel.load(finished)
+    fresh = load_samples(draw(tmp_path / "fresh", 5, seed=1))
+    out = tmp_path / "cells.onnx"
+    arguments = ["export", str(finished), "--format", "onnx", "--nms", "--out", str(out)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    session = onnxruntime.InferenceSession(out)
+    images = [fresh.read(row) for row in range(len(fresh))]
+    pixels = model.backbone.preprocessing.collate([model.backbone.preprocessing(one) for one in images])
+    found = session.run(None, {"pixels": pixels.numpy()})
+    geometry = model.backbone.geometry
+    outputs = model.outputs(model.backbone.features(pixels)).float()
+    for own, boxes, scores, labels in zip(outputs, *found, strict=True):
+        expected = model.task.found(own, geometry)
+        count = int((labels >= 0).sum())
+        assert count == len(expected.labels) > 1
+        assert (scores[count:] == 0).all()
+        np.testing.assert_array_equal(labels[:count], expected.labels)
+        np.testing.assert_allclose(scores[:count], expected.scores, atol=1e-4)
+        np.testing.assert_allclose(boxes[:count], expected.corners, atol=1e-4)
+    for written, boxes in zip(model.predict(images), found[0], strict=True):
+        sides = np.array([one["bbox"] for one in written])
+        corners = np.hstack([sides[:, :2], sides[:, :2] + sides[:, 2:]]) / np.tile([96, 64], 2)
+        np.testing.assert_allclose(boxes[: len(corners)], corners, atol=0.011 / 64)
+    described = json.loads(session.get_modelmeta().custom_metadata_map["fedhead"])
+    assert described["classes"] == ["square", "disc"]
+    assert described["output"]["shapes"]["boxes"] == ["batch", 100, 4]
+    assert [one.shape for one in session.get_outputs()] == [["batch", 100, 4], ["batch", 100], ["batch", 100]]
+
+
+def test_suppression_is_for_onnx(finished: Path, tmp_path: Path) -> None:
+    arguments = ["export", str(finished), "--format", "torch-export", "--nms", "--out", str(tmp_path / "model.pt2")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert "--nms is for --format onnx" in result.output
 
 
 def test_pycocotools_evaluates_the_written_boxes(finished: Path, tmp_path: Path) -> None:
