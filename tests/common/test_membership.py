@@ -15,7 +15,7 @@ from click.testing import Result
 from torch import nn
 from typer.testing import CliRunner
 
-import fedhead.client.handlers
+import fedhead.client.sum_handlers
 import fedhead.server.runs.delivered
 import fedhead.server.runs.finished
 import fedhead.server.runs.folder
@@ -216,7 +216,7 @@ def test_joining_gives_the_run_with_all_sites(digits: Samples, finished: Path) -
 
 def test_wide_features_are_projected_alike(digits: Samples, monkeypatch: pytest.MonkeyPatch) -> None:
     users = (fedhead.server.starting_head, fedhead.server.runs.finished)
-    for module in (fedhead.sums.projection, fedhead.client.handlers, *users):
+    for module in (fedhead.sums.projection, fedhead.client.sum_handlers, *users):
         monkeypatch.setattr(module, "projection_for", lambda wide, seed: RandomProjection(wide, 16, seed))
     whole, partial = (folder_of(simulate(CONFIG, digits, sites)) for sites in (list(SITES), without(3)))
     change = join(partial, "site-3", some_digits(SITES[3]), **OFF)

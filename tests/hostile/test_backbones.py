@@ -14,7 +14,7 @@ from fedhead.backbones.catalogue import entry_of
 from fedhead.backbones.weights import export_weights
 from fedhead.client.agreement import Agreement
 from fedhead.client.backbones import AcceptedBackbones
-from fedhead.client.handlers import description_of
+from fedhead.client.description_handlers import description_of
 from fedhead.client.local_site import LocalSite
 from fedhead.client.release.approval import Approvals
 from fedhead.client.release.payloads import Payloads

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedhead.client.app import make_app
-from fedhead.client.handlers import doublings
 from fedhead.client.local_site import LocalSite
 from fedhead.client.release.guard import Guard
+from fedhead.client.sum_handlers import doublings
 from fedhead.config import RunConfig
 from fedhead.data import Samples, load_samples, samples_from_arrays, sources
 from fedhead.protocol.actions import EVALUATE, TRAIN
