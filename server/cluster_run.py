@@ -56,12 +56,12 @@ class ClusterCoordinator(Coordinator):
         Raises:
             FedheadError: if too few sites can take part, or no reply of an exchange can be used.
         """
-        self._pooling.forget()
-        self._exchange = self._roster.gather()
-        self._exchange.add_traffic(self._attendance.await_sites(0))
-        self._include(self._maps.prepare())
+        self.pooling.forget()
+        self._exchange = self.roster.gather()
+        self._exchange.add_traffic(self.attendance.await_sites(0))
+        self._include(self.maps.prepare())
         self.observer.on_step("statistics", 0)
-        pooled = self._pooling.statistics(StatisticsRequest(), into=None)
+        pooled = self.pooling.statistics(StatisticsRequest(), into=None)
         self._include(pooled.exchange)
         directions, variances = directions_of(pooled.total)
         found, sums = self._cluster(directions, variances)
@@ -82,7 +82,7 @@ class ClusterCoordinator(Coordinator):
             )
         chosen = Clusterings((len(kept),), found.chosen([number]).centres[kept])
         self.observer.on_step("finish", 0)
-        self._pooling.forget()
+        self.pooling.forget()
         stats = self._statistics(directions, chosen, "train")
         everything = stats
         if held_out is not None and self.deliver:
@@ -116,7 +116,7 @@ class ClusterCoordinator(Coordinator):
     def _sums(self, directions: Directions, found: Clusterings) -> ClusterSums:
         asked = self._request("sums", "train", directions, found)
         question = Question(CLUSTER, asked.to_content(), ClusterSums.empty(found.sizes, directions.width))
-        collected = self._pooling.summed(question)
+        collected = self.pooling.summed(question)
         self._include(collected.exchange)
         return collected.total
 
@@ -128,14 +128,14 @@ class ClusterCoordinator(Coordinator):
         found: Clusterings,
         mixtures: Mixtures | None = None,
     ) -> ClusterRequest:
-        return ClusterRequest(stage, rows, directions, found, mixtures, self._pooling.map_digest)
+        return ClusterRequest(stage, rows, directions, found, mixtures, self.pooling.map_digest)
 
     def _likelihoods(self, directions: Directions, mixtures: Mixtures) -> LikelihoodSums | None:
         """Return the likelihoods of held-out rows; None if there are none."""
         asked = self._request("likelihood", "held_out", directions, mixtures.clusterings, mixtures)
         nothing = LikelihoodSums.empty(len(mixtures.clusterings.sizes))
         try:
-            collected = self._pooling.summed(Question(CLUSTER, asked.to_content(), nothing))
+            collected = self.pooling.summed(Question(CLUSTER, asked.to_content(), nothing))
         except FedheadError as problem:
             logger.warning("Held-out rows do not compare the clusterings: %s", problem)
             return None
@@ -165,7 +165,7 @@ class ClusterCoordinator(Coordinator):
                 f"{found.sizes[0]} and {means[-1]:.2f} with {found.sizes[-1]}; beyond {size} it grows more slowly."
             ),
         }
-        self._choices = [choice]
+        self.choices = [choice]
         logger.info("%s: %s. %s", choice["question"], choice["taken"], choice["reason"])
         return number
 
@@ -173,9 +173,9 @@ class ClusterCoordinator(Coordinator):
         """Return feature statistics with clusters as classes, and keep each site's, if the run keeps them."""
         (size,) = chosen.sizes
         asked = self._request("statistics", rows, directions, chosen)
-        origin = self._pooling.origin()
+        origin = self.pooling.origin()
         nothing = FeatureStatistics.empty(len(origin), size, origin)
-        secure, sums = self._messenger.summation is not None, self.sums
+        secure, sums = self.messenger.summation is not None, self.sums
 
         def note(sites: tuple[str, ...], stats: FeatureStatistics, beside: Arrays) -> None:
             if secure:
@@ -186,23 +186,23 @@ class ClusterCoordinator(Coordinator):
             if sums is not None:
                 sums.save(sites[0], rows, stats)
             if rows == "train":
-                self._pooling.counts.update(zip(sites, torch.from_numpy(by_site), strict=True))
+                self.pooling.counts.update(zip(sites, torch.from_numpy(by_site), strict=True))
 
         question = Question(CLUSTER, asked.to_content(), nothing, together=sums is None, beside=(SITE_COUNTS,))
-        collected = self._pooling.summed(question, note, known=rows == "held_out" and not secure)
+        collected = self.pooling.summed(question, note, known=rows == "held_out" and not secure)
         self._include(collected.exchange)
         return collected.total
 
     def _include(self, exchange: Exchange) -> None:
         """Count an exchange, and go on without the sites that were late or dropped."""
-        self._attendance.skip_late(exchange)
-        self._roster.exclude(exchange.dropped)
+        self.attendance.skip_late(exchange)
+        self.roster.exclude(exchange.dropped)
         self._exchange.include(exchange)
 
     def _described(
         self, found: Clusterings, held_out: LikelihoodSums | None, stats: FeatureStatistics
     ) -> dict[str, Any]:
-        by_site = [counts for counts in self._pooling.counts.values() if len(counts)]
+        by_site = [counts for counts in self.pooling.counts.values() if len(counts)]
         values: dict[str, Any] = {
             "rows": stats.counts.tolist(),
             "sites": [int(sum(int(counts[number]) > 0 for counts in by_site)) for number in range(stats.num_classes)]
@@ -222,35 +222,35 @@ class ClusterCoordinator(Coordinator):
     def _outcome(self, stats: FeatureStatistics, everything: FeatureStatistics, described: dict[str, Any]) -> Outcome:
         names = cluster_names(stats.num_classes)
         config = self.config.changed({"classes": list(names)})
-        form = HeadForm(config, self.backbone.num_features, make_task(config.task, names), self._pooling.mapping)
+        form = HeadForm(config, self.backbone.num_features, make_task(config.task, names), self.pooling.mapping)
         head = form.deliver(everything).float()
         loss = self._loss(described, stats.num_classes)
         only = Round(
             number=0,
-            sites=len(self._roster.nodes),
-            seconds=self._version(0, {}, Exchange()).seconds,
+            sites=len(self.roster.nodes),
+            seconds=self.version(0, {}, Exchange()).seconds,
             bytes_down=self._exchange.bytes_down,
             bytes_up=self._exchange.bytes_up,
             loss=loss,
             dropped=dict(sorted(self._exchange.dropped.items())),
         )
         self.observer.on_round(only)
-        secure = self._messenger.summation is not None
+        secure = self.messenger.summation is not None
         return Outcome(
             head=head,
             kept_round=0,
             all_rows=everything is not stats,
             history=[only],
-            participants=sorted(self._roster.nodes),
+            participants=sorted(self.roster.nodes),
             sites={},
             calibrated=None,
             diagnoses=[],
-            coverage=[] if secure else make_task(config.task, names).coverage(self._pooling.counts),
-            refused=dict(sorted(self._roster.refused.items())),
+            coverage=[] if secure else make_task(config.task, names).coverage(self.pooling.counts),
+            refused=dict(sorted(self.roster.refused.items())),
             full_model_bytes=0,
             statistics=stats,
-            traffic=self._messenger.traffic,
-            choices=self._choices,
+            traffic=self.messenger.traffic,
+            choices=self.choices,
             settled={"classes": list(names)},
             clusters=described,
         )

@@ -60,8 +60,8 @@ class PrivateCoordinator(Coordinator):
         Raises:
             FedheadError: if too few sites can take part, or replies of an exchange are missing.
         """
-        self._exchange = self._roster.gather()
-        self._exchange.add_traffic(self._attendance.await_sites(0))
+        self._exchange = self.roster.gather()
+        self._exchange.add_traffic(self.attendance.await_sites(0))
         terms = self.manifest.privacy
         assert terms is not None
         self._parties = self._settle_parties(terms)
@@ -96,19 +96,19 @@ class PrivateCoordinator(Coordinator):
         saved = self.checkpoint.releases if self.checkpoint is not None else {}
         if _SETTLED in saved:
             return int(saved[_SETTLED][0]["parties"])
-        sites = len(self._roster.nodes)
+        sites = len(self.roster.nodes)
         if terms.noise == "own":
             parties = 1
-        elif self._messenger.summation is None:
+        elif self.messenger.summation is None:
             parties = sites
         else:
-            least = sites if self._messenger.in_process else min(sites, self.config.min_sites)
+            least = sites if self.messenger.in_process else min(sites, self.config.min_sites)
             parties = threshold_for(least, terms.max_colluding) - terms.max_colluding
         self._keep(_SETTLED, {"parties": parties}, {})
         return parties
 
     def _keep(self, name: str, values: Mapping[str, Any], arrays: Arrays) -> None:
-        if self.checkpoint is not None and not self._messenger.in_process:
+        if self.checkpoint is not None and not self.messenger.in_process:
             self.checkpoint.record_release(name, values, arrays)
 
     def _evaluate(self, mu: float, solved: "Solved") -> dict[str, Any]:
@@ -130,11 +130,11 @@ class PrivateCoordinator(Coordinator):
         if self.checkpoint is not None and key in self.checkpoint.releases:
             known, sums = self.checkpoint.releases[key]
             return Released(mechanism, sums, float(known["deviations"]))
-        self._exchange.add_traffic(self._attendance.await_sites(0))
+        self._exchange.add_traffic(self.attendance.await_sites(0))
         question = Question(PRIVATE, asked.to_content(), NoisyReply.zeros(mechanism))
-        collected = collect(self._messenger, self._roster.nodes, question, self._roster.rows)
+        collected = collect(self.messenger, self.roster.nodes, question, self.roster.rows)
         self._exchange.include(collected.exchange)
-        secure, missing = self._messenger.summation is not None, collected.exchange.dropped
+        secure, missing = self.messenger.summation is not None, collected.exchange.dropped
         if not collected.replies or (missing and not secure):
             # Without one site's noise the others' would be too little, or the sums of other rows than before.
             hint = f" {self.checkpoint.hint}" if self.checkpoint is not None else ""
@@ -143,8 +143,8 @@ class PrivateCoordinator(Coordinator):
                 f"{collected.exchange.first_reasons()} Sites repeat the replies that they have given, and spend "
                 f"nothing for them.{hint}"
             )
-        self._attendance.skip_late(collected.exchange)
-        sites = len(self._roster.nodes) if not secure else len(collected.sites)
+        self.attendance.skip_late(collected.exchange)
+        sites = len(self.roster.nodes) if not secure else len(collected.sites)
         released = Released(mechanism, collected.total.arrays, math.sqrt(sites / self._parties))
         self._keep(key, {"deviations": released.deviations}, released.sums)
         return released
@@ -153,8 +153,8 @@ class PrivateCoordinator(Coordinator):
         evaluation = privacy.get("evaluation", {})
         only = Round(
             number=0,
-            sites=len(self._roster.nodes),
-            seconds=self._version(0, {}, Exchange()).seconds,
+            sites=len(self.roster.nodes),
+            seconds=self.version(0, {}, Exchange()).seconds,
             bytes_down=self._exchange.bytes_down,
             bytes_up=self._exchange.bytes_up,
             loss=evaluation.get("loss"),
@@ -168,15 +168,15 @@ class PrivateCoordinator(Coordinator):
             kept_round=0,
             all_rows=False,
             history=[only],
-            participants=sorted(self._roster.nodes),
+            participants=sorted(self.roster.nodes),
             sites={},
             calibrated=None,
             diagnoses=[],
             coverage=[],
-            refused=dict(sorted(self._roster.refused.items())),
+            refused=dict(sorted(self.roster.refused.items())),
             full_model_bytes=0,
             statistics=None,
-            traffic=self._messenger.traffic,
+            traffic=self.messenger.traffic,
             privacy=dict(privacy),
         )
 
