@@ -13,8 +13,9 @@ from fedhead.server.rounds import Version
 from fedhead.server.runs.checkpoint import Progress
 from fedhead.server.runs.history import Outcome
 from fedhead.server.starting_head import UNSOLVED
-from fedhead.sums.features import HARDLY, FeatureStatistics
+from fedhead.sums.features import FeatureStatistics
 from fedhead.sums.sums import Arrays
+from fedhead.sums.totals import HARDLY
 
 logger = logging.getLogger(__name__)
 

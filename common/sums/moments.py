@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fedhead.errors import UserError
-from fedhead.sums.features import HARDLY, negligible
 from fedhead.sums.packing import LARGEST
+from fedhead.sums.totals import HARDLY, negligible
 
 
 @dataclass(frozen=True, eq=False)
