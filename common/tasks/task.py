@@ -1,6 +1,6 @@
 """The interface of a task: everything that depends on the kind of prediction, from the targets to the report."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedhead.config import LocalConfig
-from fedhead.data import IntArray, Item, Samples
+from fedhead.data import IntArray, Samples
 from fedhead.data.labels import name_of
 from fedhead.errors import UserError
 from fedhead.registry import Registry
@@ -18,6 +18,7 @@ from fedhead.sums.features import FeatureStatistics
 from fedhead.sums.sums import Sums
 from fedhead.sums.targets import TargetKind
 from fedhead.tasks.losses import Loss
+from fedhead.tasks.predictions import Predictions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +65,7 @@ class Calibrated:
         return {**self.figures, "rows_chosen_on": self.rows}
 
 
-class Task(ABC):
+class Task(Predictions):
     """The kind of prediction of a run, and everything that depends on it.
 
     Args:
@@ -73,8 +74,6 @@ class Task(ABC):
     Raises:
         UserError: if the columns do not fit the task.
     """
-
-    name: ClassVar[str]
 
     score_name: ClassVar[str]
     """Name of the metric that models are judged by, in JSON."""
@@ -328,6 +327,17 @@ class Task(ABC):
     def curves(self, sums: Any) -> dict[str, Any]:
         """Return the data of the report's plots as JSON types."""
 
+    @abstractmethod
+    def judged(self, outputs: "Tensor", targets: "Tensor", temperature: float, unlearned: "Tensor") -> Any:
+        """Evaluate a delivered model and return the evaluation sums.
+
+        Args:
+            outputs: `[n, C]`, of the head.
+            targets: of the same rows.
+            temperature: the divisor of outputs, if the task scales them.
+            unlearned: `[C]`, bool, the columns without rows at any site.
+        """
+
     # Sites against the pool.
 
     def diagnostics(self, sites: "Mapping[str, FeatureStatistics]", pool: FeatureStatistics) -> "Diagnostics | None":
@@ -372,101 +382,6 @@ class Task(ABC):
     @abstractmethod
     def calibrated(self, chosen: Any, judged: Any) -> Calibrated:
         """Return the calibration, given sums over at least one row each."""
-
-    # Predictions.
-
-    @abstractmethod
-    def answers(self, outputs: "Tensor", temperature: float, unlearned: "Tensor") -> "Tensor":
-        """Convert outputs `[n, C]` to answers `[n, C]`, with torch operations only, since exports trace it.
-
-        Args:
-            outputs: of the head.
-            temperature: the divisor of outputs, if the task scales them.
-            unlearned: `[C]`, bool, the columns without rows at any site.
-        """
-
-    def parts(self, item: Item) -> Sequence[Item]:
-        """Return the rows of an item, if the task divides items."""
-        return (item,)
-
-    def joined(self, item: Item, answers: "Tensor") -> Any:
-        """Return the prediction for an item, given the answers `[n, C]` for its parts, if the task divides items.
-
-        Raises:
-            UserError: if the task does not.
-        """
-        raise UserError(f"The task {self.name!r} predicts whole items.")
-
-    def as_html(self, decision: Any) -> str:
-        """Return a prediction as a paragraph of HTML.
-
-        Raises:
-            UserError: if the task has no such form.
-        """
-        raise UserError(f"Predictions of the task {self.name!r} are written as CSV or JSON lines, not as HTML.")
-
-    @abstractmethod
-    def judged(self, outputs: "Tensor", targets: "Tensor", temperature: float, unlearned: "Tensor") -> Any:
-        """Evaluate a delivered model and return the evaluation sums.
-
-        Args:
-            outputs: `[n, C]`, of the head.
-            targets: of the same rows.
-            temperature: the divisor of outputs, if the task scales them.
-            unlearned: `[C]`, bool, the columns without rows at any site.
-        """
-
-    @abstractmethod
-    def decide(self, answers: "Tensor") -> list[Any]:
-        """Return the prediction of each row: a class, several, or numbers."""
-
-    @abstractmethod
-    def regions(self, answers: "Tensor", calibration: "Calibration", coverage: float) -> list[Any]:
-        """Return a region per row that contains its target with probability `coverage`: classes, or intervals.
-
-        Raises:
-            UserError: if the task has none, the coverage is not between 0 and 1 or the model is not calibrated.
-        """
-
-    @abstractmethod
-    def covers(self, region: Any, target: Any) -> bool:
-        """Return whether a region contains a row's target, given as a number or a list."""
-
-    @abstractmethod
-    def size(self, region: Any) -> float:
-        """Return the size of a region: the number of classes, or the mean width of intervals."""
-
-    # Words.
-
-    @abstractmethod
-    def say_regions(self, held: str, stated: str, size: float) -> tuple[str, str]:
-        """Return a heading and a sentence on the coverage of regions of this mean size."""
-
-    @property
-    @abstractmethod
-    def description(self) -> str:
-        """Description of the model, such as "a classifier of one of 5 classes"."""
-
-    @abstractmethod
-    def header(self, *, every: bool = False, regions: bool = False) -> list[str]:
-        """Return the column names of a table of predictions.
-
-        Args:
-            every: whether to include the answers of all columns, not only the prediction.
-            regions: whether to include regions.
-        """
-
-    @abstractmethod
-    def cells(
-        self, decision: Any, answers: Sequence[float], region: Any, *, every: bool = False, regions: bool = False
-    ) -> list[str]:
-        """Return one prediction's cells in the order of `header`; empty cells for no answers."""
-
-    @abstractmethod
-    def record(
-        self, decision: Any, answers: Sequence[float], region: Any, *, every: bool = False, regions: bool = False
-    ) -> dict[str, Any]:
-        """Return one prediction as JSON types."""
 
 
 def make_task(name: str, columns: Sequence[str]) -> Task:
