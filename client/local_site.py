@@ -1,10 +1,9 @@
-"""A site whose data is on this machine, and how it is opened under the settings of its `site.toml`."""
+"""A site whose data is on this machine."""
 
 import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -16,18 +15,15 @@ from fedhead.backbones.geometry import Geometry
 from fedhead.backbones.identity import marks_of
 from fedhead.backbones.split import split
 from fedhead.backbones.weights import PartialWeights, weights_path
-from fedhead.client.backbones import AcceptedBackbones, Agree, check_backbone, nobody_agrees, require_same
+from fedhead.client.backbones import AcceptedBackbones, check_backbone, require_same
 from fedhead.client.isolation import Features, Isolation, commonly_marked, isolation
-from fedhead.client.release.accounts import Accounts, accounts_path
 from fedhead.client.release.atoms import Atoms, Population
 from fedhead.client.release.guard import Guard, count_rows, labels_of, named_people, people_of
-from fedhead.client.release.ledger import Ledger, Note, ledger_path
+from fedhead.client.release.ledger import Ledger, ledger_path
 from fedhead.client.release.masking import Asked, SecureSum
 from fedhead.client.release.noise import Noise
-from fedhead.client.release.required import keep_required
-from fedhead.client.release.secure_sessions import Policy, SecureSessions, secure_sessions_path
+from fedhead.client.release.secure_sessions import SecureSessions
 from fedhead.client.release.training_limits import TrainingLimits
-from fedhead.client.settings import Kit, SecureKeys, SiteSettings
 from fedhead.client.site_data import Holding, hold, refuse_if_withheld
 from fedhead.client.tails import Tuning
 from fedhead.client.training import LabelledFeatures
@@ -38,7 +34,6 @@ from fedhead.features.boundary import BoundaryStore
 from fedhead.features.store import FeatureStore
 from fedhead.heads import FeatureMap, Head, LinearHead, delivered_spec, unmapped
 from fedhead.model import TransferModel, site_model_path
-from fedhead.protocol.actions import TRAIN
 from fedhead.protocol.messages import Manifest, WeightsChunk
 from fedhead.protocol.steps import Masking, Step
 from fedhead.sums.calibration import Calibration
@@ -53,8 +48,10 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SECONDS_BETWEEN_PROGRESS = 30.0
+
 WARM = 3
 """How many backbones, and how many runs' features, a site keeps at hand."""
+
 _WHAT_A_HOLDING_DEPENDS_ON = {"backbone_digest", "classes", "task", "privacy"}
 
 
@@ -363,109 +360,6 @@ class LocalSite:
         if found is None:
             raise FedheadError(f"The weights of {manifest.backbone} are not installed at {self.name}.")
         return found
-
-
-def site_of(
-    settings: SiteSettings,
-    ledger: Path,
-    before: Sequence[Step] = (),
-    agree: Agree = nobody_agrees,
-    note: Note = lambda entry: None,
-    receiver: str = "",
-    keys: SecureKeys | None = None,
-) -> LocalSite:
-    """Open a site's data under its own settings.
-
-    Args:
-        settings: the site's own.
-        ledger: the file that its releases are entered in.
-        before: what replies pass between the guard and the ledger.
-        agree: asks a person about unknown weights.
-        note: is called with each entry of the ledger.
-        keys: of the site for secure summation, with the roster; None if it takes no part in any.
-        receiver: of weights; processes of a site with different ones do not write to one file. By default its name.
-
-    Raises:
-        UserError: if data or device are not available.
-    """
-    keep_required(ledger, settings.privacy.require)
-    limits = settings.limits
-    guard, training = limits.guard, limits.training
-    if TRAIN not in settings.permit.actions:
-        # Sums of a chosen tail's features show as much of rows as a trained one.
-        training = replace(training, max_trainable=0)
-    return LocalSite(
-        settings.name,
-        settings.data,
-        settings.device,
-        settings.strict_data,
-        guard,
-        Ledger(ledger, guard.min_class_count, note, settings.budget.releases_per_day),
-        before,
-        backbones=AcceptedBackbones(
-            frozenset(settings.backbones.allow),
-            limits.max_backbone_bytes,
-            agree,
-            settings.backbones.check_features,
-        ),
-        holdout=settings.holdout,
-        training=training,
-        summation=_summation(settings, keys),
-        receiver=receiver,
-        noise=Noise(
-            Accounts(accounts_path(ledger), settings.privacy.epsilon, settings.privacy.delta, settings.holdout),
-            own=settings.privacy.noise == "own",
-            max_colluding=settings.privacy.max_colluding,
-            unit=settings.privacy.unit,
-            required=settings.privacy.require in ("dp", "both"),
-        ),
-    )
-
-
-def _summation(settings: SiteSettings, keys: SecureKeys | None) -> SecureSum:
-    """Return the step that masks sums.
-
-    Raises:
-        UserError: if the site requires masks, and has no keys for them.
-        SecureSumError: if the roster is not signed by its authority.
-    """
-    required, sessions = settings.privacy.require in ("secure-sum", "both"), None
-    if keys is not None:
-        privacy = settings.privacy
-        policy = Policy(privacy.min_sites, privacy.max_colluding, privacy.min_difference)
-        path = secure_sessions_path(settings.name)
-        sessions = SecureSessions(path, settings.name, keys.site, keys.roster, policy)
-    elif required:
-        raise UserError(
-            "site.toml requires secure summation ([privacy] require), and the kit has no roster.toml "
-            "beside it. Ask the consortium's authority for the signed roster."
-        )
-    return SecureSum(required=required, sessions=sessions)
-
-
-def secure_keys_of(kit: Kit, settings: SiteSettings) -> SecureKeys | None:
-    """Return the keys for secure summation; None if the site takes no part in it.
-
-    Raises:
-        FedheadError: if the site requires masks, and its roster is not the accepted one or a key cannot be read.
-    """
-    try:
-        return kit.secure_keys()
-    except FedheadError as error:
-        if settings.privacy.require in ("secure-sum", "both"):
-            raise
-        logger.warning("This site takes no part in secure summation. %s", error)
-        return None
-
-
-def require_data(settings: SiteSettings) -> None:
-    """Check that a site has data.
-
-    Raises:
-        UserError: if not.
-    """
-    if not settings.data:
-        raise UserError('Say what data this site has: --data folder:PATH, or data = "folder:PATH" in site.toml.')
 
 
 def _isolation_of(store: FeatureStore, geometry: Geometry | None) -> Isolation:

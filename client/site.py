@@ -30,7 +30,7 @@ from fedhead.client.connection import (
     TooLargeError,
     WorkIsOverError,
 )
-from fedhead.client.local_site import LocalSite, require_data, secure_keys_of, site_of
+from fedhead.client.local_site import LocalSite
 from fedhead.client.metrics import SiteMetrics
 from fedhead.client.refusals import SAID_IN_LOG, sayable
 from fedhead.client.release.approval import Approvals, Ask, approvals_path
@@ -38,6 +38,7 @@ from fedhead.client.release.ledger import Entry, ledger_path
 from fedhead.client.release.payloads import Payloads
 from fedhead.client.settings import Kit, SiteSettings, insecure_key, trusted
 from fedhead.client.site_locks import only_process
+from fedhead.client.site_opening import require_data, secure_keys_of, site_of
 from fedhead.errors import FedheadError, UserError
 from fedhead.files import disk_errors, home, safe_name, write_atomically
 from fedhead.flower import content_from_bytes, content_to_bytes

@@ -8,10 +8,10 @@ from pathlib import Path
 from fedhead.backbones.catalogue import entry_of
 from fedhead.backbones.weights import PACKAGED
 from fedhead.client.app import discreet, make_app
-from fedhead.client.local_site import site_of
 from fedhead.client.release.ledger import Ledger, ledger_path
 from fedhead.client.release.payloads import Payloads
 from fedhead.client.settings import SiteSettings
+from fedhead.client.site_opening import site_of
 from fedhead.config import RunConfig
 from fedhead.errors import UserError
 from fedhead.flower import in_process_identity

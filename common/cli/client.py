@@ -177,7 +177,7 @@ def _settings(
 
 
 def _dry_run(settings: "SiteSettings", run: Path, folder: Path) -> None:
-    from fedhead.client.local_site import require_data
+    from fedhead.client.site_opening import require_data
     from fedhead.config import RunConfig
     from fedhead.simulations.dry_run import dry_run
 

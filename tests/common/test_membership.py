@@ -26,10 +26,10 @@ import fedhead.sums.packing
 import fedhead.sums.projection
 from fedhead.backbones import Backbone, ImagePreprocessing, backbone_sources
 from fedhead.cli import app
-from fedhead.client.local_site import site_of
 from fedhead.client.release.guard import MIN_CLASS_COUNT, MIN_ROWS
 from fedhead.client.release.ledger import ledger_path, read_ledger
 from fedhead.client.settings import SiteSettings
+from fedhead.client.site_opening import site_of
 from fedhead.config import RunConfig
 from fedhead.data import Samples, load_samples, samples_from_arrays
 from fedhead.errors import FedheadError, UserError

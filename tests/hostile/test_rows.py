@@ -12,11 +12,11 @@ from flwr.app import Message
 
 from fedhead.backbones import Backbone, load_backbone
 from fedhead.client.connection import Connection
-from fedhead.client.local_site import site_of
 from fedhead.client.release.accounts import accounts_path, read_charges
 from fedhead.client.release.ledger import Entry, ledger_path, read_ledger
 from fedhead.client.settings import SecureKeys, SiteSettings
 from fedhead.client.site import SiteProcess
+from fedhead.client.site_opening import site_of
 from fedhead.config import LocalConfig, RunConfig
 from fedhead.flower import in_process_identity
 from fedhead.heads.head import MOST_PARAMETERS

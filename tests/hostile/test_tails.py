@@ -13,10 +13,10 @@ from flwr.app import Message
 from fedhead.backbones import load_backbone
 from fedhead.backbones.split import split
 from fedhead.client.connection import Connection
-from fedhead.client.local_site import site_of
 from fedhead.client.release.ledger import ledger_path
 from fedhead.client.settings import ACTIONS, SiteSettings
 from fedhead.client.site import SiteProcess
+from fedhead.client.site_opening import site_of
 from fedhead.config import RunConfig
 from fedhead.data import load_samples
 from fedhead.flower import in_process_identity

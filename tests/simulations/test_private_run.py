@@ -17,11 +17,11 @@ from fedhead.cli.simulate import _print_result
 from fedhead.client.agreement import agreement
 from fedhead.client.app import make_app
 from fedhead.client.handlers import ABOUT_ROWS
-from fedhead.client.local_site import site_of
 from fedhead.client.private_sums import private_sums
 from fedhead.client.release.accounts import accounts_path, read_charges
 from fedhead.client.release.ledger import read_ledger
 from fedhead.client.settings import SiteSettings
+from fedhead.client.site_opening import site_of
 from fedhead.config import RunConfig
 from fedhead.data import held_out, load_samples
 from fedhead.errors import FedheadError, UserError
