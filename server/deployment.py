@@ -10,8 +10,8 @@ from pathlib import Path
 from fedhead.config import RunConfig
 from fedhead.data.specs import local_path
 from fedhead.errors import UserError
+from fedhead.server.kit import CoordinatorKit
 from fedhead.server.network.limits import MOST_FILES
-from fedhead.server.provision import CoordinatorKit
 
 HOME = Path("/var/lib/fedhead")
 """Where features, ledgers and runs are kept, on the machine or in the container's volume."""

@@ -10,26 +10,18 @@ A folder of kits is laid out as::
 `coordinator/` and each `NAME/` are complete in themselves, to be copied to the machine they are for.
 """
 
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from datetime import datetime
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
 
-import tomli_w
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from pydantic import ValidationError
 
 from fedhead.addresses import split_address
-from fedhead.certificates import expiry_warning, valid_until
 from fedhead.config import RunConfig
 from fedhead.errors import UserError
-from fedhead.files import safe_name, write_atomically
-from fedhead.protocol.actions import ACTIONS
-from fedhead.protocol.fields import wrong_fields
+from fedhead.files import write_atomically
 from fedhead.secure.masks import new_private_key, public_key
 from fedhead.secure.roster import Member, Roster, encode, signing_text
 from fedhead.server.authority import (
@@ -40,106 +32,12 @@ from fedhead.server.authority import (
     write_public,
     write_server,
 )
-from fedhead.server.network.limits import ConnectionLimits
+from fedhead.server.kit import COORDINATOR, ROSTER, CoordinatorKit, check_site_name
+from fedhead.server.kit_settings import COORDINATOR_SETTINGS, quoted, site_settings
 from fedhead.server.rosters import authority_key, member_of, sign_roster
 
 SERVER_DAYS = 730
-COORDINATOR = "coordinator"
-ROSTER, ROSTER_KEY = "roster.toml", "roster.key"
-
-
-@dataclass(frozen=True)
-class CoordinatorKit:
-    """What a coordinator knows and shows.
-
-    Attributes:
-        folder: that holds it.
-        address: `HOST:PORT` that sites connect to.
-        listen: `HOST:PORT` that the coordinator listens on.
-        sites: each registered site's public key, as PEM, by name.
-        revoked: the names of those that are no longer, by public key.
-        connections: limits on their number.
-    """
-
-    folder: Path
-    address: str
-    listen: str
-    sites: Mapping[str, bytes]
-    revoked: Mapping[bytes, str]
-    connections: ConnectionLimits = field(default_factory=ConnectionLimits)
-
-    @property
-    def certificate(self) -> Path:
-        """The coordinator's certificate."""
-        return self.folder / "server.pem"
-
-    @property
-    def key(self) -> Path:
-        """Its private key."""
-        return self.folder / "server.key"
-
-    @property
-    def registry(self) -> Path:
-        """The file that lists the sites."""
-        return self.folder / "sites.toml"
-
-    @property
-    def members(self) -> Roster | None:
-        """The sites' keys for secure summation; None without `roster.toml`.
-
-        Raises:
-            UserError: if the file cannot be read.
-        """
-        path = self.folder / ROSTER
-        return Roster.read(path) if path.is_file() else None
-
-    @classmethod
-    def read(cls, folder: Path) -> Self:
-        """Read and check a coordinator's folder.
-
-        Raises:
-            UserError: if something is missing or invalid.
-        """
-        for name in ("server.pem", "server.key", "ca.pem", "sites.toml", "coordinator.toml"):
-            if not (folder / name).is_file():
-                raise UserError(
-                    f"{folder} is not a coordinator's kit: {name} is missing. fedhead provision makes one, in "
-                    "kit/coordinator."
-                )
-        settings = _toml(folder / "coordinator.toml")
-        registry = _toml(folder / "sites.toml")
-        try:
-            address, listen = str(settings["address"]), str(settings["listen"])
-            sites = {str(name): _canonical(key) for name, key in registry.get("sites", {}).items()}
-            revoked = {_canonical(entry["key"]): str(entry["site"]) for entry in registry.get("revoked", [])}
-            connections = ConnectionLimits(**settings.get("connections", {}))
-        except ValidationError as error:
-            where = f"[connections] in {folder / 'coordinator.toml'}"
-            raise UserError(f"{where} has settings that do not exist or do not fit: {wrong_fields(error)}.") from None
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{folder} is not a coordinator's kit as fedhead provision writes it ({error}).") from None
-        for name in sites:
-            check_site_name(name)
-        if len(set(sites.values())) < len(sites):
-            raise UserError(f"{folder / 'sites.toml'} registers one key for two sites; each needs its own.")
-        split_address(address)
-        split_address(listen)
-        return cls(folder, address, listen, sites, revoked, connections)
-
-    def completed(self, config: RunConfig) -> RunConfig:
-        """Return a configuration that needs every registered site, unless it sets how many it needs."""
-        if not self.sites or "min_sites" in config.model_fields_set:
-            return config
-        return config.changed({"min_sites": len(self.sites)})
-
-    def write_registry(self) -> None:
-        """Write `sites.toml`."""
-        content = {
-            "sites": {name: key.decode() for name, key in sorted(self.sites.items())},
-            "revoked": [{"site": name, "key": key.decode()} for key, name in self.revoked.items()],
-        }
-        text = "# The sites that may connect, by public key. A running coordinator reads changes within seconds.\n\n"
-        write_atomically(self.registry, text + tomli_w.dumps(content, multiline_strings=True))
+ROSTER_KEY = "roster.key"
 
 
 def provision(
@@ -181,7 +79,9 @@ def provision(
     write_public(folder / "ca.pem", pem(authority))
     write_server(folder, host, also, days, authority, ca_key)
     listen = f"[::]:{port}" if ":" in host else f"0.0.0.0:{port}"
-    write_public(folder / "coordinator.toml", _COORDINATOR.format(address=_quoted(coordinator), listen=listen).encode())
+    write_public(
+        folder / "coordinator.toml", COORDINATOR_SETTINGS.format(address=quoted(coordinator), listen=listen).encode()
+    )
     kit = CoordinatorKit(folder, coordinator, listen, {}, {})
     kit.write_registry()
     return add_sites(out, sites, backbones) if sites else kit
@@ -334,43 +234,6 @@ def renew(out: Path, also: Sequence[str] = (), days: int = SERVER_DAYS) -> Coord
     return kit
 
 
-def validity(kit: CoordinatorKit) -> dict[str, datetime]:
-    """Return until when each certificate of a coordinator's kit is valid."""
-    return {
-        "Authority": valid_until(kit.folder / "ca.pem"),
-        "Certificate": valid_until(kit.certificate),
-    }
-
-
-def expiry_warnings(kit: CoordinatorKit) -> list[str]:
-    """Return a sentence for each certificate of a coordinator's kit that has expired, or soon will."""
-    remedies = {
-        kit.certificate: "Make a new one with fedhead provision --renew, and copy it to the coordinator.",
-        kit.folder / "ca.pem": "Make new kits for everyone with fedhead provision --coordinator.",
-    }
-    return [said for path, remedy in remedies.items() if (said := expiry_warning(path, remedy))]
-
-
-def check_site_name(name: str) -> None:
-    """Check that a site can be called `name`.
-
-    Raises:
-        UserError: if not.
-    """
-    if safe_name(name) != name or name == COORDINATOR:
-        raise UserError(
-            f"A site cannot be called {name!r}: names are up to 64 of a-z, 0-9, - and _, begin with a letter or digit, "
-            f"and {COORDINATOR!r} is taken."
-        )
-
-
-def site_settings(name: str, address: str, backbones: Mapping[str, str]) -> str:
-    """Return the text of a new site's `site.toml`, which allows `backbones`, each with its comment."""
-    actions = "".join(f"    {_quoted(action.name) + ',':24} # {action.asks}\n" for action in ACTIONS.values())
-    allow = "".join(f"    # {_quoted(comment)[1:-1]}\n    {_quoted(one)},\n" for one, comment in backbones.items())
-    return _SITE.format(name=_quoted(name), address=_quoted(address), actions=actions, allow=allow and f"\n{allow}")
-
-
 def check_new_names(names: Sequence[str], known: Iterable[str]) -> None:
     """Check that new sites can have these names beside the `known` ones.
 
@@ -383,85 +246,3 @@ def check_new_names(names: Sequence[str], known: Iterable[str]) -> None:
         check_site_name(name)
         if name in known or list(names).count(name) > 1:
             raise UserError(f"There is a site {name!r} already; each needs a name of its own.")
-
-
-def _toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from None
-
-
-def _canonical(key: object) -> bytes:
-    """Return a public key in the one PEM form that requests are compared with."""
-    loaded = serialization.load_pem_public_key(str(key).encode())
-    if not isinstance(loaded, ec.EllipticCurvePublicKey):
-        raise ValueError("a key is not of an elliptic curve")
-    return loaded.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-
-
-def _quoted(text: str) -> str:
-    return tomli_w.dumps({"v": text}).removeprefix("v = ").strip()
-
-
-_COORDINATOR = """\
-# The coordinator's kit, for fedhead server --kit THIS-FOLDER.
-
-# What sites connect to; it is in the certificate, and in every site's kit.
-address = {address}
-# What the coordinator listens on, on its own machine.
-listen = "{listen}"
-"""
-
-_SITE = """\
-# The kit of one site, for fedhead client --kit THIS-FOLDER. This site alone decides these settings: nothing that the
-# coordinator sends can change them.
-
-name = {name}
-# The coordinator, which shows a certificate signed by ca.pem. This site shows key.pem, which must stay secret.
-coordinator = {address}
-
-# The rows: folder:PATH, python:MODULE:FUNCTION or another data spec; fedhead client --data replaces it.
-data = ""
-# auto, cpu, cuda or mps.
-device = "auto"
-# Whether an unreadable row stops the site instead of being skipped.
-strict_data = false
-# Share of the rows that are held out for evaluation; a run cannot choose it.
-holdout = 0.2
-
-[limits]
-# Classes with fewer training rows, and the site as a whole with fewer rows, are withheld from everything.
-min_class_count = 5
-min_rows = 20
-# No larger file of weights is taken from the coordinator, in bytes.
-max_backbone_bytes = 4294967296
-
-[budget]
-# Replies about its rows that the site gives on one day (UTC).
-releases_per_day = 5000
-
-[privacy]
-# "secure-sum": sums and heads leave only under masks that hide them from the coordinator, in sums over min_sites sites
-# or more, safe even if max_colluding other sites collude with the coordinator. It needs the consortium's roster.toml.
-require = "none"
-min_sites = 3
-max_colluding = 1
-# Differential privacy: require = "dp", or "both", takes part in runs with calibrated noise only. epsilon is the budget
-# of this site's rows for their lifetime; 0 refuses such runs. unit = "group" protects patients instead of rows.
-epsilon = 0.0
-delta = 1e-5
-unit = "row"
-# "shared": the sites of a secure sum may share the noise. "own": only runs in which each site adds all of it.
-noise = "shared"
-
-[permit]
-# What the coordinator may ask of this site. Without a line, the site refuses that and says so.
-actions = [
-{actions}]
-
-[backbones]
-# The site accepts the backbones of the package, and those whose weights are in its own caches of torch, timm or
-# Hugging Face. It accepts others by the digest of their weights, "sha256:HEX", or with any weights by their spec.
-allow = [{allow}]
-"""

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from fedhead.certificates import read_request, read_sealing_key
 from fedhead.errors import UserError
-from fedhead.server.provision import COORDINATOR, CoordinatorKit, check_new_names, register, update_rosters
+from fedhead.server.kit import COORDINATOR, CoordinatorKit
+from fedhead.server.provision import check_new_names, register, update_rosters
 from fedhead.server.rosters import member_of
 
 

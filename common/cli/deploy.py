@@ -34,7 +34,7 @@ def deploy(
 ) -> None:
     """Print a systemd unit or a Compose file that restarts a coordinator or a site after failures and reboots."""
     from fedhead.server import deployment
-    from fedhead.server.provision import CoordinatorKit
+    from fedhead.server.kit import CoordinatorKit
 
     program = "fedhead" if what == "compose" else shutil.which("fedhead") or "fedhead"
     if (kit / "coordinator.toml").is_file():

@@ -11,7 +11,7 @@ from fedhead.cli import options
 from fedhead.cli.application import app, errors, in_sentences, output
 
 if TYPE_CHECKING:
-    from fedhead.server.provision import CoordinatorKit
+    from fedhead.server.kit import CoordinatorKit
 
 KIT = "The kit"
 
@@ -187,7 +187,7 @@ def _say_changed(out: Path, new: bool) -> None:
 
 
 def _warn(kit: "CoordinatorKit") -> None:
-    from fedhead.server.provision import expiry_warnings
+    from fedhead.server.kit import expiry_warnings
 
     for sentence in expiry_warnings(kit):
         errors.print(f"[bold yellow]Warning:[/bold yellow] {sentence}", highlight=False)

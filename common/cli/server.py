@@ -25,8 +25,8 @@ from fedhead.errors import UserError
 from fedhead.logs import configure_logging
 
 if TYPE_CHECKING:
+    from fedhead.server.kit import CoordinatorKit
     from fedhead.server.network.superlink import SuperLink
-    from fedhead.server.provision import CoordinatorKit
     from fedhead.server.status import RunStatus
 
 logger = logging.getLogger(__name__)
@@ -105,8 +105,8 @@ def server(
     if insecure == (kit is not None):
         raise UserError("Give either --kit FOLDER, or --insecure on one machine.")
     from fedhead.monitoring import Monitoring
+    from fedhead.server.kit import CoordinatorKit
     from fedhead.server.network.serve import NetworkRuns, serve
-    from fedhead.server.provision import CoordinatorKit
     from fedhead.server.queue import RunQueue
 
     keys = CoordinatorKit.read(kit) if kit is not None else None

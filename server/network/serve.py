@@ -11,11 +11,11 @@ from fedhead.errors import FedheadError
 from fedhead.health import Health
 from fedhead.monitoring import Monitoring
 from fedhead.server.app import coordinate, with_classes
+from fedhead.server.kit import CoordinatorKit, expiry_warnings
 from fedhead.server.metrics import RunMetrics
 from fedhead.server.network.grid import NetworkGrid
 from fedhead.server.network.superlink import SuperLink
 from fedhead.server.observer import Observer
-from fedhead.server.provision import CoordinatorKit, expiry_warnings
 from fedhead.server.queue import RunQueue
 from fedhead.server.runs.result import CompletedRun
 from fedhead.server.status import RunStatus

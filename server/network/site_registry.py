@@ -12,8 +12,8 @@ from fedhead.flower.fleet_api import ACTIVATE
 from fedhead.flower.fleet_client import SITE_HEADER
 from fedhead.flower.signing import IdentityError, Nonces, Proof, proof
 from fedhead.flower.site_link import SiteLink
+from fedhead.server.kit import CoordinatorKit, check_site_name
 from fedhead.server.network.requests import MAX_HOLD_SECONDS, RefusedError, extracted_rows
-from fedhead.server.provision import CoordinatorKit, check_site_name
 
 logger = logging.getLogger(__name__)
 

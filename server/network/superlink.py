@@ -17,13 +17,13 @@ from fedhead.addresses import is_loopback
 from fedhead.errors import UserError
 from fedhead.flower import in_process_identity
 from fedhead.flower.messages import PackedContent, packing
+from fedhead.server.kit import CoordinatorKit
 from fedhead.server.network.api import FleetApi
 from fedhead.server.network.connections import Connections
 from fedhead.server.network.limits import ConnectionLimits, raise_file_limit
 from fedhead.server.network.listening import Listener, listen, protocol
 from fedhead.server.network.site_registry import ConnectedSite, SiteRegistry
 from fedhead.server.network.tls import server_context
-from fedhead.server.provision import CoordinatorKit
 from fedhead.threads import LastingThread
 
 KEEP_SECONDS = 5.0

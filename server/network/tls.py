@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from fedhead.certificates import valid_until
 from fedhead.errors import UserError
 from fedhead.files import require_private
-from fedhead.server.provision import CoordinatorKit, expiry_warnings
+from fedhead.server.kit import CoordinatorKit, expiry_warnings
 
 _HANDSHAKES = {
     "HTTP_REQUEST": "it spoke plain HTTP; sites connect with TLS, with the kit that fedhead provision made for them",

@@ -16,10 +16,11 @@ from fedhead.client.connection import IDLE, PROMPT, CannotHealError, Connection,
 from fedhead.client.settings import Kit, insecure_key
 from fedhead.flower.fleet_client import FleetClient
 from fedhead.protocol.messages import Payload
+from fedhead.server.kit import CoordinatorKit
 from fedhead.server.network import superlink
 from fedhead.server.network.grid import NetworkGrid
 from fedhead.server.network.superlink import SuperLink
-from fedhead.server.provision import CoordinatorKit, add_sites, provision, revoke
+from fedhead.server.provision import add_sites, provision, revoke
 
 HOST = "127.0.0.1"
 CONTENT = Payload({"answer": 42})

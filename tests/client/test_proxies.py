@@ -18,9 +18,10 @@ from fedhead.client.settings import Kit, trusted
 from fedhead.errors import UserError
 from fedhead.flower.fleet_client import FleetClient
 from fedhead.protocol.messages import Payload
+from fedhead.server.kit import CoordinatorKit
 from fedhead.server.network.grid import NetworkGrid
 from fedhead.server.network.superlink import SuperLink
-from fedhead.server.provision import CoordinatorKit, provision
+from fedhead.server.provision import provision
 
 CONTENT = Payload({"answer": 42})
 

@@ -20,10 +20,11 @@ from flwr.app import Message
 from fedhead.flower.fleet_client import FleetClient
 from fedhead.flower.messages import assemble, disassemble
 from fedhead.protocol.messages import Payload
+from fedhead.server.kit import CoordinatorKit
 from fedhead.server.network.grid import NetworkGrid
 from fedhead.server.network.limits import ConnectionLimits
 from fedhead.server.network.superlink import SuperLink
-from fedhead.server.provision import CoordinatorKit, provision
+from fedhead.server.provision import provision
 
 COMMAND = [sys.executable, "-c", "from fedhead.cli import main; main()"]
 

@@ -15,9 +15,10 @@ from fedhead.client.connection import Connection, WorkIsOverError
 from fedhead.client.settings import Kit, insecure_key
 from fedhead.flower.fleet_client import FleetClient
 from fedhead.protocol.messages import Payload
+from fedhead.server.kit import CoordinatorKit
 from fedhead.server.network.grid import NetworkGrid
 from fedhead.server.network.superlink import SuperLink
-from fedhead.server.provision import CoordinatorKit, provision
+from fedhead.server.provision import provision
 from fedhead.simulations.benchmarks.cutting_proxy import Cut, CuttingProxy
 
 DEADLINE = 60.0

@@ -11,8 +11,9 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedhead.flower.fleet_client import FleetClient
+from fedhead.server.kit import CoordinatorKit
 from fedhead.server.network.superlink import SuperLink
-from fedhead.server.provision import CoordinatorKit, provision
+from fedhead.server.provision import provision
 
 
 @pytest.fixture(scope="module")

@@ -9,23 +9,16 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from typer.testing import CliRunner
 
+from fedhead.addresses import split_address
 from fedhead.certificates import expiry_warning
 from fedhead.cli import app
 from fedhead.client.handlers import HANDLERS
 from fedhead.config import RunConfig
 from fedhead.errors import UserError
 from fedhead.protocol.actions import ACTIONS
-from fedhead.server.provision import (
-    CoordinatorKit,
-    add_sites,
-    expiry_warnings,
-    provision,
-    renew,
-    revoke,
-    site_settings,
-    split_address,
-    validity,
-)
+from fedhead.server.kit import CoordinatorKit, expiry_warnings, validity
+from fedhead.server.kit_settings import site_settings
+from fedhead.server.provision import add_sites, provision, renew, revoke
 
 SITE_KEYS = ("key.pem", "sealing.key")
 SITE_FILES = ("site.toml", "ca.pem", "key.pub", "roster.toml", *SITE_KEYS)

@@ -18,7 +18,8 @@ from fedhead.cli import app
 from fedhead.client.key import make_key
 from fedhead.client.settings import Kit
 from fedhead.errors import UserError
-from fedhead.server.provision import CoordinatorKit, provision, revoke
+from fedhead.server.kit import CoordinatorKit
+from fedhead.server.provision import provision, revoke
 from fedhead.server.site_requests import sign_requests
 
 

@@ -9,10 +9,11 @@ import pytest
 import uvicorn
 
 from fedhead.errors import UserError
+from fedhead.server.kit import CoordinatorKit
 from fedhead.server.network.connections import Connection, Connections
 from fedhead.server.network.limits import ConnectionLimits
 from fedhead.server.network.listening import Listener, listen, protocol
-from fedhead.server.provision import CoordinatorKit, provision
+from fedhead.server.provision import provision
 
 LIMITS = ConnectionLimits(unproven=8, unproven_per_address=5, per_site=4)
 

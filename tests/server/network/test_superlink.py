@@ -30,11 +30,12 @@ from fedhead.flower.fleet_api import REQUESTS
 from fedhead.flower.fleet_client import FleetClient
 from fedhead.flower.messages import Delivery, assemble, disassemble
 from fedhead.protocol.messages import Payload
+from fedhead.server.kit import CoordinatorKit
 from fedhead.server.network import superlink, tls
 from fedhead.server.network.grid import NetworkGrid
 from fedhead.server.network.site_registry import SiteRegistry
 from fedhead.server.network.superlink import SuperLink
-from fedhead.server.provision import CoordinatorKit, add_sites, provision, renew, revoke
+from fedhead.server.provision import add_sites, provision, renew, revoke
 
 FLEET = [f"/v1/fleet/{name}" for name in REQUESTS]
 
@@ -607,7 +608,7 @@ def test_a_request_that_is_no_request_is_refused_not_crashed_on(link: SuperLink,
 SERVE = """
 import sys, time
 from pathlib import Path
-from fedhead.server.provision import CoordinatorKit
+from fedhead.server.kit import CoordinatorKit
 from fedhead.server.network.superlink import SuperLink
 host, port, kit = sys.argv[1:]
 with SuperLink(host, int(port), CoordinatorKit.read(Path(kit))) as link:
