@@ -18,7 +18,8 @@ from fedhead.evaluation.metrics import EvaluationReport, reliability, report, wi
 from fedhead.features.store import FeatureStore, Progress
 from fedhead.files import write_atomically
 from fedhead.model import TransferModel
-from fedhead.sums.evaluation import EvaluationSums, ScoreBins
+from fedhead.sums.evaluation import EvaluationSums
+from fedhead.sums.score_bins import ScoreBins
 from fedhead.wording import one_line, percent
 
 MOST_GROUPS = 100

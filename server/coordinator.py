@@ -35,9 +35,9 @@ from fedhead.server.starting_head import HeadForm
 from fedhead.server.strategies import required_sites
 from fedhead.server.tuned_form import TunedForm
 from fedhead.server.weights_file import CHUNK_BYTES, WeightsFile
-from fedhead.sums.evaluation import ScoreBins
 from fedhead.sums.features import FeatureStatistics
 from fedhead.sums.heads import EXAMPLES, HELD_OUT, LOSS_SUM, SCORE, TRAIN_LOSS
+from fedhead.sums.score_bins import ScoreBins
 from fedhead.sums.sums import Arrays
 from fedhead.tasks import make_task
 

@@ -10,7 +10,7 @@ from fedhead.protocol.heads import CalibrateRequest, HeadRequest, ReportRequest
 from fedhead.server.collect import Each, Question, collect
 from fedhead.server.exchange import Exchange
 from fedhead.server.messenger import Messenger
-from fedhead.sums.evaluation import ScoreBins
+from fedhead.sums.score_bins import ScoreBins
 from fedhead.sums.sums import Arrays
 from fedhead.tasks import Calibrated, Task
 

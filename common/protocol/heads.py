@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fedhead.protocol.fields import Coefficient, Flag, RoundNumber, wrong_fields
 from fedhead.protocol.messages import MessageError, Payload, check_arrays, payload_bytes
-from fedhead.sums.evaluation import ScoreBins
 from fedhead.sums.heads import TABLE, FloatArray, HeadSums, check_metrics, mean_metrics
+from fedhead.sums.score_bins import ScoreBins
 from fedhead.sums.sums import Arrays, check_form
 
 

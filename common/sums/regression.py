@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from fedhead.sums.evaluation import ScoreBins
+from fedhead.sums.score_bins import ScoreBins
 from fedhead.sums.sums import Arrays, as_float64, check_form
 
 if TYPE_CHECKING:

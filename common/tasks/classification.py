@@ -12,8 +12,9 @@ from fedhead.evaluation.coverage import ClassCoverage, coverage
 from fedhead.evaluation.metrics import EvaluationReport, reliability, report, roc_points
 from fedhead.sums.calibration import Calibration, CalibrationSums, TemperatureSums
 from fedhead.sums.comparison import ComparisonSums
-from fedhead.sums.evaluation import EvaluationSums, ScoreBins, sums_by_site
+from fedhead.sums.evaluation import EvaluationSums, sums_by_site
 from fedhead.sums.features import FeatureStatistics
+from fedhead.sums.score_bins import ScoreBins
 from fedhead.sums.targets import CLASSES
 from fedhead.tasks.losses import CrossEntropy, Loss
 from fedhead.tasks.task import Calibrated, Targets, Task, tasks

@@ -15,8 +15,8 @@ from fedhead.backbones.geometry import Geometry
 from fedhead.data import BoolArray, IntArray, Samples
 from fedhead.errors import UserError
 from fedhead.sums.calibration import Calibration
-from fedhead.sums.evaluation import ScoreBins
 from fedhead.sums.features import FeatureStatistics
+from fedhead.sums.score_bins import ScoreBins
 from fedhead.sums.targets import PLACES
 from fedhead.tasks.task import Calibrated, Targets, Task
 

@@ -13,8 +13,8 @@ from fedhead.errors import UserError
 from fedhead.evaluation.detection import DetectionReport, average_precisions, detection_report
 from fedhead.registry import suggest
 from fedhead.sums.detection import DetectionSums, detection_sums
-from fedhead.sums.evaluation import ScoreBins
 from fedhead.sums.features import FeatureStatistics
+from fedhead.sums.score_bins import ScoreBins
 from fedhead.tasks.cells import Found, assign, corners_of, find_boxes, within
 from fedhead.tasks.dense import DenseTask, Places
 from fedhead.tasks.losses import BinaryCrossEntropy

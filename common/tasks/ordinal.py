@@ -16,8 +16,9 @@ from fedhead.data import IntArray, Samples
 from fedhead.errors import UserError
 from fedhead.evaluation.ordinal import OrdinalReport, ordinal_report
 from fedhead.sums.calibration import CalibrationSums, TemperatureSums
-from fedhead.sums.evaluation import EvaluationSums, ScoreBins, sums_by_site
+from fedhead.sums.evaluation import EvaluationSums, sums_by_site
 from fedhead.sums.features import FeatureStatistics
+from fedhead.sums.score_bins import ScoreBins
 from fedhead.tasks.classification import Classification
 from fedhead.tasks.losses import RankedProbability
 from fedhead.tasks.regression import STEADY_WIDTH

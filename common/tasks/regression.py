@@ -19,9 +19,9 @@ from fedhead.evaluation.regression import (
 )
 from fedhead.registry import suggest
 from fedhead.sums.calibration import Calibration
-from fedhead.sums.evaluation import ScoreBins
 from fedhead.sums.features import FeatureStatistics
 from fedhead.sums.regression import RegressionSums, ResidualSums, regression_sums
+from fedhead.sums.score_bins import ScoreBins
 from fedhead.sums.targets import VALUES
 from fedhead.tasks.losses import SquaredError
 from fedhead.tasks.task import Calibrated, Targets, Task, tasks

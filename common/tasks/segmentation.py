@@ -12,8 +12,8 @@ from fedhead.data.masks import IGNORED
 from fedhead.data.overlays import mask_image, overlay
 from fedhead.errors import UserError
 from fedhead.evaluation.segmentation import SegmentationReport, segmentation_report
-from fedhead.sums.evaluation import ScoreBins
 from fedhead.sums.features import FeatureStatistics
+from fedhead.sums.score_bins import ScoreBins
 from fedhead.sums.segmentation import SegmentationSums
 from fedhead.tasks.dense import DenseTask, Places
 from fedhead.tasks.losses import ShareCrossEntropy

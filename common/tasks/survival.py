@@ -10,8 +10,8 @@ from fedhead.data import IntArray, Samples
 from fedhead.errors import UserError
 from fedhead.evaluation.survival import SurvivalReport, survival_report, time_bins
 from fedhead.sums.calibration import Calibration
-from fedhead.sums.evaluation import ScoreBins
 from fedhead.sums.features import FeatureStatistics
+from fedhead.sums.score_bins import ScoreBins
 from fedhead.sums.survival import SurvivalSums, survival_sums
 from fedhead.sums.targets import LABELS
 from fedhead.tasks.losses import HazardLikelihood

@@ -15,7 +15,8 @@ from fedhead.evaluation.coverage import ClassCoverage, coverage
 from fedhead.evaluation.entities import TaggingReport, tagging_report
 from fedhead.sums.calibration import CalibrationSums, TemperatureSums
 from fedhead.sums.entities import EntitySums, count_entities, spans
-from fedhead.sums.evaluation import ScoreBins, sums_by_site
+from fedhead.sums.evaluation import sums_by_site
+from fedhead.sums.score_bins import ScoreBins
 from fedhead.tasks.classification import Classification
 from fedhead.tasks.losses import TagCrossEntropy
 from fedhead.tasks.task import Targets, tasks

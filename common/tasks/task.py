@@ -13,8 +13,8 @@ from fedhead.data import IntArray, Samples
 from fedhead.data.labels import name_of
 from fedhead.errors import UserError
 from fedhead.registry import Registry
-from fedhead.sums.evaluation import ScoreBins
 from fedhead.sums.features import FeatureStatistics
+from fedhead.sums.score_bins import ScoreBins
 from fedhead.sums.sums import Sums
 from fedhead.sums.targets import TargetKind
 from fedhead.tasks.losses import Loss

@@ -44,10 +44,10 @@ from fedhead.protocol.messages import (
 from fedhead.server.network.grid import NetworkGrid
 from fedhead.server.network.superlink import SuperLink
 from fedhead.simulations import simulate
-from fedhead.sums.evaluation import ScoreBins
 from fedhead.sums.features import FeatureStatistics
 from fedhead.sums.heads import HeadSums
 from fedhead.sums.projection import origin_of
+from fedhead.sums.score_bins import ScoreBins
 from fedhead.tasks import make_task
 from fedhead.wording import MOST_CHARACTERS, without_controls
 

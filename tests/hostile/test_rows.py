@@ -40,8 +40,8 @@ from fedhead.protocol.messages import (
 )
 from fedhead.protocol.private import PrivacyTerms, PrivateRequest
 from fedhead.secure.keys import SiteKeys, signed_roster
-from fedhead.sums.evaluation import ScoreBins
 from fedhead.sums.features import FeatureStatistics
+from fedhead.sums.score_bins import ScoreBins
 from fedhead.sums.sums import Arrays
 
 CLASSES = ("cat", "dog")

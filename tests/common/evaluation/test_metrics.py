@@ -25,7 +25,8 @@ from fedhead.evaluation.metrics import (
     roc_points,
     wilson_interval,
 )
-from fedhead.sums.evaluation import CONFIDENCE_BINS, SCORE_BINS, EvaluationSums, ScoreBins, sums_by_site
+from fedhead.sums.evaluation import CONFIDENCE_BINS, EvaluationSums, sums_by_site
+from fedhead.sums.score_bins import SCORE_BINS, ScoreBins
 from fedhead.sums.targets import LABELS
 
 IntArray = npt.NDArray[np.int64]

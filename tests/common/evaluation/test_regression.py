@@ -12,8 +12,8 @@ from fedhead.evaluation.regression import (
     prediction_curve,
     regression_report,
 )
-from fedhead.sums.evaluation import ScoreBins
 from fedhead.sums.regression import RESIDUAL_BINS, RegressionSums, ResidualSums, regression_sums
+from fedhead.sums.score_bins import ScoreBins
 
 Array = np.ndarray[Any, Any]
 

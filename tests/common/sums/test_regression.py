@@ -5,7 +5,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedhead.sums.evaluation import ScoreBins
 from fedhead.sums.regression import (
     LEAST_RESIDUAL,
     RESIDUAL_BINS,
@@ -15,6 +14,7 @@ from fedhead.sums.regression import (
     residual_bins,
     upper_edge,
 )
+from fedhead.sums.score_bins import ScoreBins
 
 BINS = ScoreBins(np.array([100.0, -3.0]), np.array([20.0, 0.5]))
 
