@@ -17,11 +17,12 @@ from fedhead.backbones.split import split
 from fedhead.backbones.weights import PartialWeights, weights_path
 from fedhead.client.backbones import AcceptedBackbones, check_backbone, require_same
 from fedhead.client.isolation import Features, Isolation, commonly_marked, isolation
-from fedhead.client.release.atoms import Atoms, Population
+from fedhead.client.release.atoms import Atoms
 from fedhead.client.release.guard import Guard, count_rows, labels_of, named_people, people_of
 from fedhead.client.release.ledger import Ledger, ledger_path
 from fedhead.client.release.masking import Asked, SecureSum
 from fedhead.client.release.noise import Noise
+from fedhead.client.release.population import Population
 from fedhead.client.release.secure_sessions import SecureSessions
 from fedhead.client.release.training_limits import TrainingLimits
 from fedhead.client.site_data import Holding, hold, refuse_if_withheld

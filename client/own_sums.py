@@ -8,9 +8,10 @@ import torch
 
 from fedhead.backbones import Backbone
 from fedhead.client.agreement import Agreement
-from fedhead.client.release.atoms import Atoms, Population
+from fedhead.client.release.atoms import Atoms
 from fedhead.client.release.guard import Guard, labels_of, people_of
 from fedhead.client.release.ledger import Ledger, ledger_path
+from fedhead.client.release.population import Population
 from fedhead.client.release.required import refuse_plain_sums
 from fedhead.client.release.step import release
 from fedhead.client.site_data import Holding, hold

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedhead.client.release.atoms import Atoms, Population
+from fedhead.client.release.atoms import Atoms
 from fedhead.client.release.guard import Guard
 from fedhead.client.release.ledger import Ledger, entry_of
+from fedhead.client.release.population import Population
 from fedhead.client.release.row_sets import HELD_OUT_ROWS, TRAINING_ROWS, keys_of
 from fedhead.data import KeyArray, calibration_half, held_out, samples_from_numbers
 from fedhead.errors import FedheadError
