@@ -15,19 +15,9 @@ import torch
 from torch import Tensor
 
 from fedhead.client.coefficients import Coefficients, RowTable, exact_type, gram_of, pays, train_coefficients
-from fedhead.client.training import (
-    CHUNK_BYTES,
-    Evaluation,
-    FloatArray,
-    IntArray,
-    LabelledFeatures,
-    SiteRows,
-    chunks,
-    evaluate_head,
-    sizes_of,
-    table_of,
-    train_chunk,
-)
+from fedhead.client.labelled_features import LabelledFeatures, SiteRows, sizes_of
+from fedhead.client.minibatches import table_of
+from fedhead.client.training import CHUNK_BYTES, Evaluation, FloatArray, IntArray, chunks, evaluate_head, train_chunk
 from fedhead.config import LocalConfig
 from fedhead.data import BoolArray
 from fedhead.heads import Head

@@ -7,17 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedhead.client.labelled_features import LabelledFeatures, SiteRows, sizes_of
+from fedhead.client.minibatches import batches, table_of
 from fedhead.client.optimizers import OPTIMIZERS
-from fedhead.client.training import (
-    Evaluation,
-    FloatArray,
-    IntArray,
-    LabelledFeatures,
-    SiteRows,
-    batches,
-    sizes_of,
-    table_of,
-)
+from fedhead.client.training import Evaluation, FloatArray, IntArray
 from fedhead.config import LocalConfig
 
 BLOCK_BYTES = 8 * 2**20

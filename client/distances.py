@@ -7,7 +7,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from fedhead.client.training import LabelledFeatures
+from fedhead.client.labelled_features import LabelledFeatures
 from fedhead.errors import FedheadError
 from fedhead.evaluation.foreign import MOST_FEATURES, Distances
 from fedhead.heads.feature_map import Basis, unit_rows

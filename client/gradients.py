@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedhead.client.training import LabelledFeatures, SiteRows
+from fedhead.client.labelled_features import LabelledFeatures, SiteRows
 from fedhead.data import IntArray
 from fedhead.heads import LinearHead
 

@@ -19,9 +19,10 @@ from fedhead.client.agreement import (
 from fedhead.client.answers import Answer, of_several, shared
 from fedhead.client.averaging import average_heads
 from fedhead.client.gradients import sum_gradient
+from fedhead.client.labelled_features import LabelledFeatures
 from fedhead.client.site_data import Holding, Site
 from fedhead.client.tails import activations_of, tuned_head
-from fedhead.client.training import LabelledFeatures, evaluate_head, train_in_chunks
+from fedhead.client.training import evaluate_head, train_in_chunks
 from fedhead.config import LocalConfig
 from fedhead.data import BoolArray, IntArray, calibration_half
 from fedhead.evaluation.comparison import HEADS

@@ -17,6 +17,7 @@ from fedhead.backbones.split import split
 from fedhead.backbones.weights import PartialWeights, weights_path
 from fedhead.client.backbones import AcceptedBackbones, check_backbone, require_same
 from fedhead.client.isolation import Features, Isolation, commonly_marked, isolation
+from fedhead.client.labelled_features import LabelledFeatures
 from fedhead.client.release.atoms import Atoms
 from fedhead.client.release.guard import Guard, count_rows, labels_of, named_people, people_of
 from fedhead.client.release.ledger import Ledger, ledger_path
@@ -27,7 +28,6 @@ from fedhead.client.release.secure_sessions import SecureSessions
 from fedhead.client.release.training_limits import TrainingLimits
 from fedhead.client.site_data import Holding, hold, refuse_if_withheld
 from fedhead.client.tails import Tuning
-from fedhead.client.training import LabelledFeatures
 from fedhead.data import IntArray, held_out, load_samples, require_kind
 from fedhead.devices import Precision, pick_device
 from fedhead.errors import FedheadError, UserError

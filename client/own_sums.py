@@ -8,6 +8,7 @@ import torch
 
 from fedhead.backbones import Backbone
 from fedhead.client.agreement import Agreement
+from fedhead.client.labelled_features import LabelledFeatures
 from fedhead.client.release.atoms import Atoms
 from fedhead.client.release.guard import Guard, labels_of, people_of
 from fedhead.client.release.ledger import Ledger, ledger_path
@@ -16,7 +17,6 @@ from fedhead.client.release.required import refuse_plain_sums
 from fedhead.client.release.step import release
 from fedhead.client.site_data import Holding, hold
 from fedhead.client.sum_handlers import sum_rows
-from fedhead.client.training import LabelledFeatures
 from fedhead.data import Samples
 from fedhead.errors import FedheadError, UserError
 from fedhead.features.store import FeatureStore

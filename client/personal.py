@@ -14,9 +14,10 @@ from torch import Tensor
 from fedhead.client.agreement import Agreement, agreement, empty_head, head_of
 from fedhead.client.answers import Answer, of_several, shared
 from fedhead.client.head_handlers import outputs_of, prepare
+from fedhead.client.labelled_features import LabelledFeatures, SiteRows
 from fedhead.client.release.training_limits import TrainingLimits
 from fedhead.client.site_data import Holding, Site
-from fedhead.client.training import LabelledFeatures, SiteRows, evaluate_head, train_in_chunks
+from fedhead.client.training import evaluate_head, train_in_chunks
 from fedhead.config import LocalConfig
 from fedhead.data import held_out
 from fedhead.errors import FedheadError

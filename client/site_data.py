@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 from fedhead.client.isolation import Features
+from fedhead.client.labelled_features import LabelledFeatures, SiteRows
 from fedhead.client.release.guard import Guard, GuardedRows
 from fedhead.client.release.masking import Asked
 from fedhead.client.release.row_sets import HELD_OUT_ROWS, TRAINING_ROWS, keys_of
 from fedhead.client.release.secure_sessions import SecureSessions
 from fedhead.client.release.training_limits import TrainingLimits
-from fedhead.client.training import LabelledFeatures, SiteRows
 from fedhead.data import BoolArray, IntArray, KeyArray
 from fedhead.errors import FedheadError
 from fedhead.heads import FeatureMap, Head

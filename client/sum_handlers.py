@@ -11,9 +11,9 @@ from torch import Tensor
 from fedhead.client.agreement import Agreement, agreement
 from fedhead.client.answers import Answer, of_several, shared
 from fedhead.client.distances import DistancesRequest, add_unit_rows, count_distances
+from fedhead.client.labelled_features import LabelledFeatures
 from fedhead.client.site_data import OpenSite, Site
 from fedhead.client.tails import tuned_rows
-from fedhead.client.training import LabelledFeatures
 from fedhead.data import IntArray
 from fedhead.errors import FedheadError
 from fedhead.protocol.messages import (

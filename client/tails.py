@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedhead.backbones.split import Tail
 from fedhead.client.agreement import Agreement, head_of
-from fedhead.client.training import LabelledFeatures, SiteRows
+from fedhead.client.labelled_features import LabelledFeatures, SiteRows
 from fedhead.data import IntArray
 from fedhead.features.boundary import BoundaryStore
 from fedhead.heads import TunedHead

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from fedhead.backbones import Backbone
 from fedhead.client.agreement import Agreement
+from fedhead.client.labelled_features import LabelledFeatures
 from fedhead.client.private_sums import blocks, clipped_residuals, private_sums
 from fedhead.client.release.guard import Guard
 from fedhead.client.site_data import Holding, hold
-from fedhead.client.training import LabelledFeatures
 from fedhead.config import RunConfig
 from fedhead.data import IntArray
 from fedhead.privacy.mechanism import Mechanism

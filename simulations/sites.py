@@ -11,6 +11,7 @@ from fedhead.backbones import Backbone
 from fedhead.backbones.weights import PACKAGED, weights_path
 from fedhead.client.backbones import check_backbone
 from fedhead.client.isolation import Features
+from fedhead.client.labelled_features import LabelledFeatures
 from fedhead.client.release.guard import Guard, people_of
 from fedhead.client.release.masking import Asked
 from fedhead.client.release.noise import Noise
@@ -18,7 +19,6 @@ from fedhead.client.release.secure_sessions import SecureSessions, packed
 from fedhead.client.release.training_limits import TrainingLimits
 from fedhead.client.site_data import Holding, hold, refuse_if_withheld
 from fedhead.client.tails import Tuning
-from fedhead.client.training import LabelledFeatures
 from fedhead.config import RunConfig
 from fedhead.data import IntArray, held_out
 from fedhead.errors import FedheadError, UserError

@@ -17,7 +17,7 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedhead.client.training import shuffled
+from fedhead.client.minibatches import shuffled
 from fedhead.simulations.benchmarks.problem import SEED, Head, Tables
 
 FEATURES, LABELS, NAMES = "features.npy", "labels.npy", "names.npy"

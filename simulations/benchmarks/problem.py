@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedhead.backbones import Backbone, ImagePreprocessing, backbone_sources, load_backbone
-from fedhead.client.training import shuffled
+from fedhead.client.minibatches import shuffled
 from fedhead.config import RunConfig
 from fedhead.data import IntArray, Samples, samples_from_arrays
 from fedhead.errors import FedheadError, UserError

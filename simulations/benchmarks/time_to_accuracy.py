@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedhead.backbones import Backbone, load_backbone
-from fedhead.client.training import shuffled
+from fedhead.client.minibatches import shuffled
 from fedhead.config import RunConfig
 from fedhead.data import Samples, load_samples, relabel, samples_from_arrays
 from fedhead.errors import FedheadError

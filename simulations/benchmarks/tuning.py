@@ -25,8 +25,9 @@ from fedhead.backbones.adapters import add_adapters
 from fedhead.backbones.pooling import pool
 from fedhead.backbones.split import Tail, split
 from fedhead.client.averaging import average_heads
+from fedhead.client.labelled_features import SiteRows
+from fedhead.client.minibatches import shuffled
 from fedhead.client.tails import LabelledActivations
-from fedhead.client.training import SiteRows, shuffled
 from fedhead.config import LocalConfig, RunConfig
 from fedhead.data import Samples, samples_from_arrays
 from fedhead.errors import FedheadError, UserError

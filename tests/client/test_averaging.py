@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fedhead.client import averaging
 from fedhead.client.averaging import average_heads
-from fedhead.client.training import LabelledFeatures, SiteRows, evaluate_head, train_heads, train_in_chunks
+from fedhead.client.labelled_features import LabelledFeatures, SiteRows
+from fedhead.client.training import evaluate_head, train_heads, train_in_chunks
 from fedhead.config import LocalConfig
 from fedhead.heads import Head, make_head
 from fedhead.tasks.losses import BinaryCrossEntropy, CrossEntropy

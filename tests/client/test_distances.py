@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fedhead.client.distances import DistancesRequest, add_unit_rows, count_distances
-from fedhead.client.training import LabelledFeatures
+from fedhead.client.labelled_features import LabelledFeatures
 from fedhead.evaluation.foreign import MOST_FEATURES, Distances
 from fedhead.heads.feature_map import unit_rows
 from fedhead.protocol.messages import MessageError, Payload

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from fedhead.client.gradients import BLOCK_ROWS, sum_gradient
-from fedhead.client.training import LabelledFeatures, SiteRows
+from fedhead.client.labelled_features import LabelledFeatures, SiteRows
 from fedhead.heads import LinearHead
 from fedhead.tasks.losses import BinaryCrossEntropy
 

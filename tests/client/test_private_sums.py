@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedhead.client.agreement import Agreement
+from fedhead.client.labelled_features import LabelledFeatures
 from fedhead.client.private_sums import private_sums
 from fedhead.client.release.guard import Guard
 from fedhead.client.site_data import Holding, hold
-from fedhead.client.training import LabelledFeatures
 from fedhead.config import RunConfig
 from fedhead.privacy.sensitivity import unit_rows
 from fedhead.privacy.stages import CLIP, LOSS_LIMIT, TEMPERATURES, Stage, forms

@@ -13,8 +13,10 @@ from fedhead.backbones import Backbone, load_backbone
 from fedhead.backbones.pooling import pool
 from fedhead.backbones.split import split
 from fedhead.client.averaging import average_heads
+from fedhead.client.labelled_features import SiteRows
+from fedhead.client.minibatches import shuffled
 from fedhead.client.tails import LabelledActivations
-from fedhead.client.training import SiteRows, evaluate_head, shuffled, train_heads
+from fedhead.client.training import evaluate_head, train_heads
 from fedhead.config import LocalConfig
 from fedhead.data import load_samples
 from fedhead.features.boundary import BoundaryStore

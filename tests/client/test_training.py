@@ -9,17 +9,9 @@ from hypothesis import given, settings, strategies
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedhead.client.training import (
-    IntArray,
-    LabelledFeatures,
-    SiteRows,
-    TrainedHeads,
-    batches,
-    evaluate_head,
-    shuffled,
-    train_heads,
-    train_in_chunks,
-)
+from fedhead.client.labelled_features import LabelledFeatures, SiteRows
+from fedhead.client.minibatches import batches, shuffled
+from fedhead.client.training import IntArray, TrainedHeads, evaluate_head, train_heads, train_in_chunks
 from fedhead.config import LocalConfig
 from fedhead.heads import Head, make_head
 from fedhead.tasks.losses import BinaryCrossEntropy

@@ -18,8 +18,8 @@ from fedhead.backbones import load_backbone
 from fedhead.client.app import make_app
 from fedhead.client.backbones import AcceptedBackbones
 from fedhead.client.local_site import LocalSite
+from fedhead.client.minibatches import shuffled
 from fedhead.client.release.guard import Guard
-from fedhead.client.training import shuffled
 from fedhead.config import RunConfig
 from fedhead.data import Samples, held_out, load_samples, samples_from_arrays, sources
 from fedhead.errors import FedheadError, UserError

@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 
 from fedhead import FeatureStatistics, solve_head
 from fedhead.client.gradients import sum_gradient
-from fedhead.client.training import LabelledFeatures, SiteRows
+from fedhead.client.labelled_features import LabelledFeatures, SiteRows
 from fedhead.config import RunConfig
 from fedhead.errors import UserError
 from fedhead.flower import in_process_identity

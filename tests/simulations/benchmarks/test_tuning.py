@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from fedhead.backbones import load_backbone
-from fedhead.client.training import SiteRows
+from fedhead.client.labelled_features import SiteRows
 from fedhead.config import LocalConfig
 from fedhead.errors import FedheadError
 from fedhead.simulations.benchmarks import tuning
