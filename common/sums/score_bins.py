@@ -130,5 +130,10 @@ def softmax_log_odds(logits: FloatArray) -> tuple[FloatArray, FloatArray]:
 
 
 def require_finite(logits: FloatArray) -> None:
+    """Check that logits are numbers.
+
+    Raises:
+        ValueError: if one is not.
+    """
     if not np.isfinite(logits).all():
         raise ValueError("The head produces logits that are not finite.")
