@@ -82,6 +82,7 @@ def provision(
     from fedhead.config import RunConfig
     from fedhead.errors import UserError
     from fedhead.server import provision as kits
+    from fedhead.server.kit import CoordinatorKit
 
     if show is not None:
         _show(show)
@@ -115,7 +116,7 @@ def provision(
     _change(
         out, backbones, add_site or [], sign or [], revoke or [], also or [], days, renew=renew, new=bool(coordinator)
     )
-    _warn(kits.CoordinatorKit.read(out / "coordinator"))
+    _warn(CoordinatorKit.read(out / "coordinator"))
 
 
 def _change(
@@ -195,13 +196,13 @@ def _warn(kit: "CoordinatorKit") -> None:
 
 def _show(folder: Path) -> None:
     from fedhead.certificates import fingerprint
-    from fedhead.server import provision as kits
+    from fedhead.server.kit import CoordinatorKit, validity
 
-    kit = kits.CoordinatorKit.read(folder / "coordinator" if (folder / "coordinator").is_dir() else folder)
+    kit = CoordinatorKit.read(folder / "coordinator" if (folder / "coordinator").is_dir() else folder)
     console = output()
     lines = Table.grid(padding=(0, 2))
     lines.add_row("Coordinator", kit.address)
-    for what, until in kits.validity(kit).items():
+    for what, until in validity(kit).items():
         lines.add_row(what, f"valid until {until:%Y-%m-%d}")
     console.print(lines, highlight=False)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
