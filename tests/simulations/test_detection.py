@@ -133,7 +133,8 @@ def test_an_exported_program_with_suppression_finds_the_boxes_of_predict(finishe
     pixels = model.backbone.preprocessing.collate([model.backbone.preprocessing(one) for one in images])
     found = session.run(None, {"pixels": pixels.numpy()})
     geometry = model.backbone.geometry
-    outputs = model.outputs(model.backbone.features(pixels)).float()
+    with torch.no_grad():
+        outputs = model.outputs(model.backbone.features(pixels)).float()
     for own, boxes, scores, labels in zip(outputs, *found, strict=True):
         expected = model.task.found(own, geometry)
         count = int((labels >= 0).sum())
