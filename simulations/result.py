@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
+from fedhead.server.runs.examples import Example, write_examples
 from fedhead.server.runs.result import CompletedRun
 from fedhead.server.runs.summary import RunSummary
 
@@ -21,6 +23,7 @@ class RunResult(CompletedRun):
         withheld: the number of rows that each site's guard withheld, where it did.
         extracted: the number of rows that the backbone ran over; the others' features were stored already.
         seconds: of extraction, of the rounds, and in total, by name.
+        examples: drawn held-out images, if the run asked for any.
         run_dir: the run folder, if there is one.
     """
 
@@ -29,6 +32,11 @@ class RunResult(CompletedRun):
     withheld: Mapping[str, int]
     extracted: int
     seconds: Mapping[str, float]
+    examples: tuple[Example, ...] = ()
+
+    def write_to(self, folder: Path) -> None:
+        write_examples(folder, self.examples)
+        super().write_to(folder)
 
     @property
     def record(self) -> RunSummary:

@@ -36,6 +36,7 @@ from fedhead.server.runs.history import Outcome
 from fedhead.server.strategies import build_strategy
 from fedhead.simulations.blocks import count_blocks
 from fedhead.simulations.cluster import run_on_ray
+from fedhead.simulations.examples import examples
 from fedhead.simulations.flower_engine import run_on_flower
 from fedhead.simulations.grid import InProcessGrid
 from fedhead.simulations.plan import Inputs, Plan, make_plan
@@ -171,6 +172,7 @@ def run_plan(
         skipped=store.skipped,
         withheld={name: len(rows) - allowed[name] for name, rows in held.items() if len(rows) > allowed[name]},
         extracted=store.extracted + (test_store.extracted if test_store else 0),
+        examples=examples(decided, outcome, plan.backbone, plan.samples, store, held) if deliver else (),
         seconds={"extraction": extracted_at - started, "rounds": ended - extracted_at, "total": ended - started},
         run_dir=parts.path if parts else None,
     )

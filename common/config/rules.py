@@ -122,6 +122,14 @@ def _places_are_learned_from_sums(run: "RunConfig") -> None:
 
 
 @_rule
+def _examples_are_images_with_places(run: "RunConfig") -> None:
+    if run.simulation.examples and run.task not in DENSE_LAYERS:
+        raise ValueError(
+            f"simulation.examples draws masks or boxes on images, which task {run.task!r} does not predict"
+        )
+
+
+@_rule
 def _words_have_no_foreign_test(run: "RunConfig") -> None:
     if run.task == "tagging" and run.foreign:
         raise ValueError("foreign is about whole inputs, and task 'tagging' is about words: leave it out")

@@ -119,6 +119,13 @@ class SimulationConfig(Table):
     min_rows: int = Field(
         20, ge=0, description="Minimum rows of a site; a site with fewer takes no part. 0 for no limit."
     )
+    examples: int = Field(
+        0,
+        ge=0,
+        le=24,
+        description="Held-out images to draw into the report of a segmentation or detection, with the truth beside the "
+        "prediction.",
+    )
 
     @model_validator(mode="after")
     def _a_cluster_is_rays(self) -> Self:

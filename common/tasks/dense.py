@@ -101,6 +101,14 @@ class DenseTask(Task):
         """
 
     @abstractmethod
+    def drawn(self, decoded: Any, image: "Image") -> "Image":
+        """Return an image with a prediction for it drawn on it."""
+
+    @abstractmethod
+    def drawn_truth(self, annotation: Any, image: "Image") -> "Image":
+        """Return an image, perhaps smaller than the item, with an annotation drawn on it."""
+
+    @abstractmethod
     def program(self, outputs: "Tensor", unlearned: "Tensor", geometry: Geometry) -> "Tensor":
         """Return the answers of an exported model for `n` items, with torch operations only.
 

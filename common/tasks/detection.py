@@ -215,10 +215,21 @@ class Detection(DenseTask):
 
     def drawings(self, decoded: list[dict[str, Any]], image: "Image") -> "dict[str, Image]":
         """Return the image with the boxes that `summarise` counts."""
+        return {"-boxes.png": self.drawn(decoded, image)}
+
+    def drawn(self, decoded: list[dict[str, Any]], image: "Image") -> "Image":
+        """Return the image with the boxes that `summarise` counts."""
         shown, _ = self.summarise(decoded)
         titles = [f"{one['class']} {one['score']:.2f}" for one in shown]
         kinds = [self.classes.index(one["class"]) for one in shown]
-        return {"-boxes.png": draw_boxes(image, [one["bbox"] for one in shown], titles, kinds)}
+        return draw_boxes(image, [one["bbox"] for one in shown], titles, kinds)
+
+    def drawn_truth(self, annotation: Boxes, image: "Image") -> "Image":
+        """Return the image with true boxes, without ignored ones."""
+        corners = annotation.corners[~annotation.ignored] * np.tile(image.size, 2)
+        labels = annotation.labels[~annotation.ignored].tolist()
+        sides = np.hstack([corners[:, :2], corners[:, 2:] - corners[:, :2]]).tolist()
+        return draw_boxes(image, sides, [self.classes[label] for label in labels], labels)
 
     def program(self, outputs: "Tensor", unlearned: "Tensor", geometry: Geometry) -> "Tensor":
         """Return boxes and scores `[n, P, C, 5]` of all cells, without suppressing overlapping ones."""

@@ -146,7 +146,16 @@ class Segmentation(DenseTask):
 
     def drawings(self, decoded: Mask, image: "Image") -> "dict[str, Image]":
         """Return the mask of class numbers, with colours as its palette, and the image with the classes' colours."""
-        return {".png": mask_image(decoded), "-overlay.png": overlay(image, decoded)}
+        return {".png": mask_image(decoded), "-overlay.png": self.drawn(decoded, image)}
+
+    def drawn(self, decoded: Mask, image: "Image") -> "Image":
+        """Return the image with the classes' colours."""
+        return overlay(image, decoded)
+
+    def drawn_truth(self, annotation: Mask, image: "Image") -> "Image":
+        """Return the image with the classes' colours; pixels without a class look like the first one."""
+        known = np.where(annotation == IGNORED, np.uint8(0), annotation)
+        return overlay(image, np.asarray(mask_image(known).resize(image.size)))
 
     def program(self, outputs: "Tensor", unlearned: "Tensor", geometry: Geometry) -> "Tensor":
         """Return the probabilities of each class `[n, C, height, width]` in the pixels of the prepared image."""

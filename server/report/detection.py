@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from fedhead.server.report.examples import examples
 from fedhead.server.report.images import ImageScore
 from fedhead.server.report.layout import Section
 from fedhead.server.report.scores import number_interval, on_test_set
@@ -34,7 +35,11 @@ def detection_quality(record: RunRecord, key: str, question: str, unknown: Calla
         question=question,
         answer=answer,
         sentences=[one for one in said if one],
-        figures=[*_AP50.by_class(record, ["boxes", "AP50", "AP"], _cells), *_AP50.by_site(record, "ap", "AP")],
+        figures=[
+            *_AP50.by_class(record, ["boxes", "AP50", "AP"], _cells),
+            *_AP50.by_site(record, "ap", "AP"),
+            *examples(record),
+        ],
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from fedhead.server.report.examples import examples
 from fedhead.server.report.images import ImageScore
 from fedhead.server.report.layout import DASH, Section
 from fedhead.server.report.scores import number_interval, on_test_set
@@ -37,6 +38,7 @@ def segmentation_quality(record: RunRecord, key: str, question: str, unknown: Ca
         figures=[
             *_IOU.by_class(record, ["share of pixels", "IoU", "Dice"], _cells),
             *_IOU.by_site(record, "dice", "mean Dice"),
+            *examples(record),
         ],
     )
 

@@ -140,7 +140,7 @@ def _run_in(
     folder.write_tail(result.outcome)
     folder.write_adaptation(result.model, result.outcome)
     folder.write_evaluation(result.outcome, result.config, compared)
-    result.record.write(folder.path)
+    result.write_to(folder.path)
     if result.config != config:
         folder.write_config(result.config)
     checkpoint.remove()

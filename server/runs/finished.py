@@ -25,6 +25,7 @@ from fedhead.protocol.messages import Manifest
 from fedhead.registry import suggest
 from fedhead.server.report.card import write_card
 from fedhead.server.runs.delivered import DeliveredModel
+from fedhead.server.runs.examples import EXAMPLES
 from fedhead.server.runs.folder import RunFolder
 from fedhead.server.runs.membership import Measured, MembershipChange, has_contrast, total
 from fedhead.server.runs.record import WORTH
@@ -312,6 +313,7 @@ class FinishedRun:
         self.model.replace(head, classes)
         # These are about the sites before the change.
         (self.path / WORTH).unlink(missing_ok=True)
+        (self.path / EXAMPLES).unlink(missing_ok=True)
         foreign_file(self.model.path).unlink(missing_ok=True)
         adaptation_file(self.model.path).unlink(missing_ok=True)
         if self.config.classes != classes:

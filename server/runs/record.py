@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from fedhead.data import Kind
 from fedhead.errors import FedheadError, UserError
+from fedhead.server.runs.examples import Example, read_examples
 from fedhead.server.runs.history import Round
 from fedhead.server.runs.summary import RunSummary, damaged
 from fedhead.tasks import Task, tasks
@@ -98,6 +99,7 @@ class RunRecord(BaseModel):
         evaluation: `evaluation.json`, whose figures are the task's own.
         worth: `worth.json`, the value of each site, if it was computed.
         result: `result.json`; None while the run is not finished.
+        examples: `examples.json`, drawn images of a simulated run, if it kept any.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -110,6 +112,7 @@ class RunRecord(BaseModel):
     evaluation: dict[str, Any] = {}
     worth: dict[str, Any] = {}
     result: RunSummary | None = None
+    examples: tuple[Example, ...] = ()
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -135,6 +138,7 @@ class RunRecord(BaseModel):
             evaluation=_figures(path / "evaluation.json"),
             worth=_worth(path),
             result=RunSummary.read(path),
+            examples=read_examples(path),
         )
 
     @property

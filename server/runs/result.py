@@ -34,6 +34,10 @@ class CompletedRun:
     test_score: float | None = None
     run_dir: Path | None = None
 
+    def write_to(self, folder: Path) -> None:
+        """Write the figures, and anything else that only this kind of run has, to the run folder."""
+        self.record.write(folder)
+
     @property
     def history(self) -> Sequence[Round]:
         """Every head of the run, from the starting head."""

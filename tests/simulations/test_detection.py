@@ -74,8 +74,10 @@ def finished(drawn: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_shapes_are_found(drawn: str, tmp_path: Path) -> None:
-    result = run(drawn, tmp_path / "run")
+    simulation = {"data": drawn, "partition": "iid", "sites": 3, "min_rows": 4, "min_class_count": 2, "examples": 2}
+    result = run(drawn, tmp_path / "run", simulation=simulation)
     assert result.evaluation.ap50.value > 0.55
+    assert (tmp_path / "run" / "report.html").read_text(encoding="utf-8").count("<img") == 4
     assert result.model.classes[:3] == ("square", "disc", "objectness")
     assert "AP50 by class" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "detection" in (tmp_path / "run" / "MODEL_CARD.md").read_text(encoding="utf-8")

@@ -25,6 +25,7 @@ from fedhead.export import export_model
 from fedhead.membership import join, leave
 from fedhead.model import TransferModel
 from fedhead.prediction import evaluate_model, find_inputs, predict_inputs
+from fedhead.server.runs.record import RunRecord
 from fedhead.simulations.result import RunResult
 from fedhead.simulations.simulate import simulate
 from fedhead.solvers import solve_head
@@ -64,8 +65,14 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_squares_are_found(drawn: str, tmp_path: Path) -> None:
-    result = run(drawn, tmp_path / "run")
+    simulation = {"data": drawn, "sites": 3, "partition": "iid", "min_rows": 4, "min_class_count": 2, "examples": 3}
+    result = run(drawn, tmp_path / "run", simulation=simulation)
     assert result.evaluation.miou.value > 0.8
+    shown = RunRecord.read(tmp_path / "run").examples
+    assert len(shown) == 3
+    assert [one.score for one in shown] == sorted(one.score for one in shown)
+    assert {one.site for one in shown} <= set(result.sites)
+    assert (tmp_path / "run" / "report.html").read_text(encoding="utf-8").count("<img") == 6
     assert result.model.classes == ("background", "foreground")
     assert (tmp_path / "run" / "report.html").read_text(encoding="utf-8").count("IoU by class") >= 1
     assert "segmentation" in (tmp_path / "run" / "MODEL_CARD.md").read_text(encoding="utf-8")
@@ -87,6 +94,7 @@ def test_secure_sums_give_the_same_head(drawn: str, tmp_path: Path) -> None:
         ({"personal": "closed"}, "Personal heads are for task"),
         ({"foreign": True}, "takes no foreign"),
         ({"worth": True}, "takes no worth"),
+        ({"task": "classification", "simulation": {"examples": 3}}, "does not predict"),
         ({"layer": "features.1"}, "choose layers with ':map'"),
         ({"privacy": {"epsilon": 1.0}}, "Differential privacy"),
         ({"head": "mlp:16"}, "takes no head"),
