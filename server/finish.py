@@ -111,8 +111,11 @@ class Finish:
             return {}
         return {"kept": "tuned" if kept else "solved", "trainable_parameters": self.run.form.num_parameters}
 
-    def _kept(self, exchange: Exchange) -> tuple[int, Arrays]:
-        """Return the round whose head is kept, and this head; a head from rounds must be proven better."""
+    def _kept(self, exchange: Exchange) -> tuple[int, Arrays, Arrays | None]:
+        """Return the round whose head is kept, and this head; a head from rounds must be proven better.
+
+        Of a tuned run, the parameters with a head solved from all rows come third, if this is delivered.
+        """
         progress = self.progress
         last, stats = progress.current, progress.stats
         if isinstance(self.run.form, TunedForm) and stats is not None:
@@ -120,7 +123,7 @@ class Finish:
         progress.best.add(last.number, last.arrays, exchange)
         kept = progress.best.choose(exchange) or last
         if not (kept.number and self.run.calibrates_start(stats) and self.run.task.pairs_losses):
-            return kept.number, kept.arrays
+            return kept.number, kept.arrays, None
         rivals = [Rival("round 0", self.run.form.start(stats)), Rival(f"round {kept.number}", kept.arrays)]
         nodes = some_sites(self.run.roster.nodes, self.run.config.seed)
         sums, asking = compare_rivals(self.run.messenger, nodes, self.run.roster.rows, rivals)
@@ -128,7 +131,7 @@ class Finish:
         proven, choice = choose_round(rivals, sums)
         self.choices = [*self.choices, choice.to_dict()]
         logger.info("%s: %s. %s", choice.question, choice.taken, choice.reason)
-        return kept.number if proven else 0, kept.arrays
+        return kept.number if proven else 0, kept.arrays, None
 
     def _kept_tuned(self, form: TunedForm, stats: FeatureStatistics, exchange: Exchange) -> tuple[int, Arrays]:
         """Return the round whose tail is kept and the parameters; round 0 for the solved head."""
@@ -141,7 +144,7 @@ class Finish:
         if kept is None or not kept.number:
             reason = "No round was better" if kept else "Tuned versions could not be compared"
             logger.info("%s; the solved head is delivered.", reason)
-            return 0, form.start(stats)
+            return 0, form.start(stats), None
         decision = decide(
             self.run.messenger,
             self.run.roster,
@@ -150,12 +153,13 @@ class Finish:
             self.run.task,
             stats,
             (kept.number, kept.arrays),
+            last.number,
             Cost.of(progress.history, len(self.run.roster.nodes)),
             self.run.config.seed,
         )
         exchange.include(decision.exchange)
         self.choices = [*self.choices, decision.choice]
-        return (kept.number if decision.tuned else 0), decision.arrays
+        return (kept.number if decision.tuned else 0), decision.arrays, decision.delivered
 
     def _diagnose(
         self, request: HeadRequest, stats: FeatureStatistics | None, exchange: Exchange

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,9 @@ LIFT_RATIO = 0.98
 """A lift is taken if its held-out loss is below this share of the best head's without it."""
 FEWEST_ERRORS = 10
 """Held-out errors that a lifted discriminant head needs for a trustworthy comparison."""
+
+CHANCE = 1 - NormalDist().cdf(2)
+"""Probability that a version which is no better gains two standard errors."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,23 +148,47 @@ def choose_map(rivals: Sequence[Rival], sums: RivalSums, left_out: str = "") -> 
     return taken, Choice(question, rivals[taken].name, reason, sums.rows, figures(rivals, sums))
 
 
-def choose_tuned(rivals: Sequence[Rival], sums: RivalSums) -> tuple[int, Choice]:
-    """Choose between the solved head, first, and tuned ones: the best of these if it is proven to be better.
+def errors_to_gain(versions: int) -> float:
+    """Return the standard errors that the best of several versions must gain: two, and more for more versions.
 
-    It is if its loss is less by more than one standard error, paired over rows.
+    By Bonferroni's correction the best of versions that are all alike passes no more often than one would by two.
     """
-    best = min(range(1, len(rivals)), key=lambda at: float(sums.losses[at]))
-    gain, error = sums.paired.gain(best, 0)
-    proven = gain > error
+    return NormalDist().inv_cdf(1 - CHANCE / max(versions, 1))
+
+
+def choose_tuned(rivals: Sequence[Rival], sums: RivalSums, rounds: int) -> tuple[int, Choice]:
+    """Choose between the solved head, a tail with its trained head, and this tail with its head solved again.
+
+    The first and the last are delivered solved from all rows, held-out ones included, so that they are compared alike;
+    the trained head, which has not seen these rows, must be proven better than both.
+
+    Args:
+        rivals: the three, in this order.
+        sums: their comparison.
+        rounds: the number of rounds that the tail is the best of.
+    """
+    needed = errors_to_gain(rounds)
+    best = 1 if _is_proven(sums, 1, 2, needed) else 2
+    proven = _is_proven(sums, best, 0, needed)
     taken = best if proven else 0
     reason = "There are too few held-out rows for a proof."
     if sums.rows > 1:
+        gain, error = sums.paired.gain(best, 0)
+        fewer = int(sums.right[0] - sums.right[best])
         reason = (
             f"The mean held-out loss of {rivals[best].name} is {abs(gain):.4f} {'less' if gain > 0 else 'more'} than "
-            f"that of the solved head, with a paired standard error of {error:.4f}: tuning is "
+            f"that of the solved head, with a paired standard error of {error:.4f}, of which the best of {rounds} "
+            f"rounds must gain {needed:.1f}"
+            f"{f'; it predicts {fewer} fewer held-out rows correctly' if fewer > 0 else ''}: tuning is "
             f"{'proven' if proven else 'not proven'} to be better."
         )
     return taken, Choice("Tuning", rivals[taken].name, reason, sums.rows, figures(rivals, sums))
+
+
+def _is_proven(sums: RivalSums, head: int, over: int, needed: float) -> bool:
+    """Return whether a head's loss is less by enough standard errors, without more errors."""
+    gain, error = sums.paired.gain(head, over)
+    return gain > needed * error and bool(sums.right[head] >= sums.right[over])
 
 
 def choose_by_error(rivals: Sequence[Rival], errors: Sequence[float], left_out: str = "") -> tuple[int, Choice]:

@@ -24,19 +24,24 @@ from fedhead.tasks import Task
 
 logger = logging.getLogger(__name__)
 
+SOLVED_AGAIN = 2
+"""Position of the tail with its head solved again among the rivals."""
+
 
 @dataclass(frozen=True)
 class Decision:
     """What is delivered of a tuned run.
 
     Attributes:
-        arrays: the parameters.
+        arrays: the parameters, as they were compared.
+        delivered: the parameters with the head solved from all rows, held-out ones included; None for others.
         tuned: whether the tail is kept; otherwise the solved head is.
         choice: the comparison, as JSON types.
         exchange: the traffic.
     """
 
     arrays: Arrays
+    delivered: Arrays | None
     tuned: bool
     choice: Mapping[str, Any]
     exchange: Exchange
@@ -89,6 +94,7 @@ def decide(
     task: Task,
     stats: FeatureStatistics,
     best: tuple[int, Arrays],
+    rounds: int,
     cost: Cost,
     seed: int,
 ) -> Decision:
@@ -102,6 +108,7 @@ def decide(
         task: of the run.
         stats: of the frozen backbone's features.
         best: the round and the parameters of the best tail.
+        rounds: the number of rounds that it is the best of.
         cost: of all rounds.
         seed: draws sites where there are very many.
 
@@ -110,20 +117,33 @@ def decide(
     """
     number, arrays = best
     exchange = Exchange()
-    origin = pooling.origin()
-    content = Payload(StatisticsRequest().payload().values, form.tail_of(arrays)).to_content()
-    question = Question(STATISTICS, content, task.statistics(len(origin), origin), beside=(SITE_COUNTS,))
-    collected = pooling.summed(question, known=True)
-    exchange.include(collected.exchange)
+    tail = form.tail_of(arrays)
+    train = _tuned_statistics(pooling, task, tail, StatisticsRequest(), exchange)
     rivals = [
         Rival("the solved head", form.start(stats)),
         Rival(f"round {number}", arrays, "tail"),
-        Rival(f"round {number} with its head solved again", form.solved_on(arrays, collected.total), "tail"),
+        Rival(f"round {number} with its head solved again", form.solved_on(tail, train), "tail"),
     ]
     sums, asking = compare_rivals(messenger, some_sites(roster.nodes, seed), roster.rows, rivals)
     exchange.include(asking)
-    taken, choice = choose_tuned(rivals, sums)
+    taken, choice = choose_tuned(rivals, sums, rounds)
     if sums.rows:
-        choice = replace(choice, reason=f"{choice.reason} {_gain(sums, taken or 1, cost)}")
+        choice = replace(choice, reason=f"{choice.reason} {_gain(sums, taken or SOLVED_AGAIN, cost)}")
     logger.info("%s: %s. %s", choice.question, choice.taken, choice.reason)
-    return Decision(rivals[taken].arrays, taken > 0, choice.to_dict(), exchange)
+    delivered = None
+    if taken == SOLVED_AGAIN:
+        held_out = _tuned_statistics(pooling, task, tail, StatisticsRequest(rows="held_out"), exchange)
+        delivered = form.solved_on(tail, train + held_out)
+    return Decision(rivals[taken].arrays, delivered, taken > 0, choice.to_dict(), exchange)
+
+
+def _tuned_statistics(
+    pooling: Pooling, task: Task, tail: Arrays, request: StatisticsRequest, exchange: Exchange
+) -> FeatureStatistics:
+    """Return the sum of the sites' statistics of a tail's features."""
+    origin = pooling.origin()
+    content = Payload(request.payload().values, tail).to_content()
+    question = Question(STATISTICS, content, task.statistics(len(origin), origin), beside=(SITE_COUNTS,))
+    collected = pooling.summed(question, known=True)
+    exchange.include(collected.exchange)
+    return collected.total

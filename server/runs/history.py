@@ -80,8 +80,8 @@ class Outcome:
     Attributes:
         head: the head that is delivered, for features as they are.
         kept_round: the round it comes from, the best by pooled held-out loss.
-        all_rows: whether it is the statistics head solved again of all rows, held-out ones included; what is reported
-            of it was measured without them. Else it has seen no held-out row.
+        all_rows: whether it is solved again of all rows, held-out ones included, from statistics of the features that
+            it is for; what is reported of it was measured without them. Else it has seen no held-out row.
         history: from round 0.
         participants: the sites that took part.
         sites: the kept head's evaluation at each of them that has held-out rows; under secure summation at `POOL`.
