@@ -21,13 +21,13 @@ from fedhead.client.averaging import average_heads
 from fedhead.client.gradients import sum_gradient
 from fedhead.client.labelled_features import LabelledFeatures
 from fedhead.client.site_data import Holding, Site
-from fedhead.client.tails import activations_of, tuned_head
+from fedhead.client.tails import activations_of, lone_head, tuned_head
 from fedhead.client.training import evaluate_head, train_in_chunks
 from fedhead.config import LocalConfig
 from fedhead.data import BoolArray, IntArray, calibration_half
 from fedhead.evaluation.comparison import HEADS
 from fedhead.heads import Head, LinearHead
-from fedhead.heads.tail import TAIL
+from fedhead.heads.tail import HEAD, TAIL, part_of
 from fedhead.protocol.heads import CalibrateRequest, HeadReply, HeadRequest, ReportRequest
 from fedhead.protocol.messages import (
     MessageError,
@@ -92,7 +92,7 @@ def train(sites: Sequence[Site], payload: Payload, context: Context, merged: boo
     """Train the head at all sites at once, and evaluate the incoming one on their held-out rows."""
     agreed = agreement(context)
     manifest = agreed.manifest
-    request = HeadRequest.from_payload(payload, form_of(sites, agreed, payload.arrays))
+    request = HeadRequest.from_payload(payload, form_of(sites, agreed, payload.arrays, part=True))
     asked, limits = _asked_settings(agreed, request), sites[0].training
     limits.check(asked)
     ready = prepare(sites, agreed, request)
@@ -244,23 +244,32 @@ def calibration_sums(ready: "Prepared", agreed: Agreement, request: CalibrateReq
     return sums
 
 
-def form_of(sites: Sequence[Site], agreed: Agreement, arrays: Arrays) -> Arrays:
+def form_of(sites: Sequence[Site], agreed: Agreement, arrays: Arrays, *, part: bool = False) -> Arrays:
     """Return the names, shapes and dtype that received parameters must have: the run's head, or its tail with the head.
 
     Args:
         sites: that were asked.
         agreed: what is known of the run.
         arrays: as received.
+        part: whether any of the tail's parameters will do, as in a stage of a schedule, in which the others are fixed.
     """
-    if agreed.manifest.tune and any(name.startswith(TAIL) for name in arrays):
-        return tail_form(sites, agreed)
-    return empty_head(agreed)
+    if not _is_tuned(agreed, arrays):
+        return empty_head(agreed)
+    whole = tail_form(sites, agreed)
+    if not part:
+        return whole
+    return {name: value for name, value in whole.items() if name in arrays or name.startswith(HEAD)}
+
+
+def _is_tuned(agreed: Agreement, arrays: Arrays) -> bool:
+    """Return whether parameters are of a tuned run's head, with or without a tail."""
+    return bool(agreed.manifest.tune) and any(name.startswith((HEAD, TAIL)) for name in arrays)
 
 
 def tail_form(sites: Sequence[Site], agreed: Agreement) -> Arrays:
     """Return the names, shapes and dtype of the parameters of a tail with its head."""
-    head = tuned_head(agreed, sites[0].tuning(agreed.manifest))
-    return {name: value.cpu().numpy() for name, value in head.trainable().items()}
+    head = {f"{HEAD}{name}": value for name, value in empty_head(agreed).items()}
+    return {**head, **sites[0].tuning(agreed.manifest).form}
 
 
 @dataclass(frozen=True)
@@ -292,9 +301,11 @@ def prepare(sites: Sequence[Site], agreed: Agreement, request: HeadRequest) -> P
     device = data.features.device
     head = head_of(agreed).to(device)
     head.curved = bool(agreed.manifest.tune)
-    if any(name.startswith(TAIL) for name in request.arrays):
+    if tail := part_of(request.arrays, TAIL):
         tuning = sites[0].tuning(agreed.manifest)
-        head, data = tuned_head(agreed, tuning), activations_of(data, agreed, tuning)
+        head, data = tuned_head(agreed, tuning, tail), activations_of(data, agreed, tuning)
+    elif _is_tuned(agreed, request.arrays):
+        head, data = lone_head(data, agreed)
     parameters = {name: torch.from_numpy(value.copy()).to(device) for name, value in request.arrays.items()}
     return Prepared(holdings, data, head, parameters)
 

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -10,10 +11,20 @@ from fedhead.config import LocalConfig
 
 
 class Optimizer(ABC):
-    """Optimiser of heads `[k, ...]`; `k` may decrease from step to step, but not increase."""
+    """Optimiser of heads `[k, ...]`; `k` may decrease from step to step, but not increase.
 
-    def __init__(self, settings: LocalConfig) -> None:
+    Args:
+        settings: of local training.
+        rates: factors of the learning rate, by the names of parameters; 1 for others.
+    """
+
+    def __init__(self, settings: LocalConfig, rates: Mapping[str, float] = MappingProxyType({})) -> None:
         self.settings = settings
+        self.rates = rates
+
+    def lr(self, name: str) -> float:
+        """Return the learning rate of a parameter."""
+        return self.settings.lr * self.rates.get(name, 1.0)
 
     @abstractmethod
     def step(self, parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
@@ -21,8 +32,8 @@ class Optimizer(ABC):
 
 
 class _SGD(Optimizer):
-    def __init__(self, settings: LocalConfig) -> None:
-        super().__init__(settings)
+    def __init__(self, settings: LocalConfig, rates: Mapping[str, float] = MappingProxyType({})) -> None:
+        super().__init__(settings, rates)
         self.velocities: dict[str, Tensor] = {}
 
     def step(self, parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
@@ -36,7 +47,7 @@ class _SGD(Optimizer):
                     gradient = self.velocities[name][: len(gradient)].mul_(momentum).add_(gradient)
                 else:
                     gradient = self.velocities[name] = gradient.clone()
-            parameter.sub_(gradient, alpha=self.settings.lr)
+            parameter.sub_(gradient, alpha=self.lr(name))
 
 
 class _AdamW(Optimizer):
@@ -44,18 +55,17 @@ class _AdamW(Optimizer):
 
     beta1, beta2, epsilon = 0.9, 0.999, 1e-8
 
-    def __init__(self, settings: LocalConfig) -> None:
-        super().__init__(settings)
+    def __init__(self, settings: LocalConfig, rates: Mapping[str, float] = MappingProxyType({})) -> None:
+        super().__init__(settings, rates)
         self.steps = 0
         self.means: dict[str, Tensor] = {}
         self.squares: dict[str, Tensor] = {}
 
     def step(self, parameters: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
         self.steps += 1
-        lr = self.settings.lr
         mean_bias, square_bias = 1 - self.beta1**self.steps, 1 - self.beta2**self.steps
         for name, parameter in parameters.items():
-            gradient = gradients[name]
+            gradient, lr = gradients[name], self.lr(name)
             if self.steps == 1:
                 self.means[name] = torch.zeros_like(gradient)
                 self.squares[name] = torch.zeros_like(gradient)

@@ -1,7 +1,9 @@
 """Rows of sites as a tail sees them: activations at the boundary instead of features."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -26,6 +28,26 @@ class Tuning:
     tail: Tail
     store: BoundaryStore
 
+    @cached_property
+    def form(self) -> Arrays:
+        """The names, shapes and dtype of the tail's parameters on the wire, as arrays without memory of their own."""
+        return {
+            f"{TAIL}{name}": np.broadcast_to(np.float32(0), value.shape)
+            for name, value in self.tail.trainable().items()
+        }
+
+
+@dataclass(frozen=True)
+class FeatureRows:
+    """Features of the frozen backbone in place of activations, for a head that trains alone."""
+
+    values: Tensor
+    sequences: ClassVar[bool] = False
+
+    def take(self, rows: IntArray) -> Tensor:
+        """Return the features `[n, d]` of rows `[n]`."""
+        return self.values.index_select(0, torch.from_numpy(rows).to(self.values.device))
+
 
 @dataclass(frozen=True)
 class LabelledActivations(LabelledFeatures):
@@ -38,7 +60,7 @@ class LabelledActivations(LabelledFeatures):
         parameters: of the tail.
     """
 
-    store: BoundaryStore = field(kw_only=True)
+    store: BoundaryStore | FeatureRows = field(kw_only=True)
     shares: Tensor | None = None
     head: TunedHead | None = None
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
@@ -66,25 +88,51 @@ class LabelledActivations(LabelledFeatures):
         return Adjusted(self.loss, offsets.float().to(self.labels.device))
 
 
-def tuned_head(agreed: Agreement, tuning: Tuning) -> TunedHead:
-    """Build the run's head on its tail."""
+class NoLayers:
+    """A tail without layers: it returns features as they are."""
+
+    depths: ClassVar[Mapping[str, int]] = {}
+
+    def trainable(self) -> dict[str, Tensor]:
+        """Return no parameters."""
+        return {}
+
+    def run(self, parameters: Mapping[str, Tensor], values: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the features."""
+        return values
+
+
+def tuned_head(agreed: Agreement, tuning: Tuning, names: Collection[str] | None = None) -> TunedHead:
+    """Build the run's head on its tail, of which the named parameters train; all by default."""
     return TunedHead(
         tuning.tail,
         head_of(agreed),
         agreed.standardisation,
         sequences=tuning.store.sequences,
         mixed=agreed.manifest.mixed,
+        names=names,
+        decay=agreed.manifest.decay,
     )
+
+
+def lone_head(data: LabelledFeatures, agreed: Agreement) -> tuple[TunedHead, LabelledActivations]:
+    """Build the run's head for a stage in which it trains alone, with the features of some rows."""
+    made = TunedHead(NoLayers(), head_of(agreed), agreed.standardisation, mixed=agreed.manifest.mixed)
+    return made, _labelled(data, agreed, FeatureRows(data.features))
 
 
 def activations_of(data: LabelledFeatures, agreed: Agreement, tuning: Tuning) -> LabelledActivations:
     """Return the activations in place of the features of some rows."""
+    return _labelled(data, agreed, tuning.store)
+
+
+def _labelled(data: LabelledFeatures, agreed: Agreement, store: BoundaryStore | FeatureRows) -> LabelledActivations:
     return LabelledActivations(
         data.features,
         data.labels,
         loss=data.loss,
         target_standardisation=agreed.target_standardisation,
-        store=tuning.store,
+        store=store,
         shares=agreed.shares,
     )
 
@@ -95,9 +143,8 @@ def tuned_rows(data: LabelledFeatures, agreed: Agreement, tuning: Tuning, arrays
     Raises:
         MessageError: if they are not of the run's tail.
     """
+    check_arrays(arrays, tuning.form)
     head = tuned_head(agreed, tuning)
-    expected = {name: value.cpu().numpy() for name, value in head.trainable().items() if name.startswith(TAIL)}
-    check_arrays(arrays, expected)
     device = tuning.store.device
     parameters = {name: torch.from_numpy(np.array(value)).to(device) for name, value in arrays.items()}
     return replace(activations_of(data, agreed, tuning), head=head, parameters=parameters)

@@ -213,7 +213,7 @@ def train_chunk(
     like = next(iter(incoming.values()))
     parameters = {name: value.expand(len(sites), *value.shape).clone() for name, value in incoming.items()}
     losses = like.new_zeros(len(sites))
-    optimizer = OPTIMIZERS[settings.optimizer](settings)
+    optimizer = OPTIMIZERS[settings.optimizer](settings, head.rates)
     table = table_of(sites)
     loss = data.loss_at(sites)
     for batch in batches(sites, settings, seed, round_number, min_batch):

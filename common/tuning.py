@@ -1,6 +1,7 @@
 """Specs of fine-tuning beyond the head: which parameters of a backbone train, and from which block on."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -79,6 +80,48 @@ def parse_tune(text: str) -> TuneSpec:
     if at or name == "head":
         raise UserError(f"The choice of what to tune is {text!r}; expected {EXAMPLES}.")
     return TuneSpec("full", _where(method, text))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Progressive unfreezing (Howard & Ruder, 2018): what trains from which round on.
+
+    Attributes:
+        starts: the first round of each stage, ascending from 1.
+        specs: the parameters that train in each.
+    """
+
+    starts: tuple[int, ...]
+    specs: tuple[TuneSpec, ...]
+
+    def stage(self, number: int) -> int:
+        """Return the position of the stage of a round, from 1 on."""
+        return sum(start <= number for start in self.starts) - 1
+
+    def begins(self, number: int) -> bool:
+        """Return whether a stage other than the first begins in a round."""
+        return number in self.starts[1:]
+
+
+def parse_schedule(stages: Mapping[int, str]) -> Schedule:
+    """Parse the stages by their first rounds; the last one trains the most.
+
+    Raises:
+        UserError: if one is malformed, or the first does not begin in round 1.
+    """
+    starts = tuple(sorted(stages))
+    if starts[:1] != (1,):
+        raise UserError(f'A schedule begins in round 1, as in {{ 1 = "head" }}, not in round {min(starts, default=0)}.')
+    specs = tuple(parse_tune(stages[start]) for start in starts)
+    methods = {(spec.method, spec.rank, spec.variant) for spec in specs if spec.rank}
+    if len(methods) > 1 or (methods and any(not spec.rank for spec in specs if spec.method != "head")):
+        raise UserError("All stages of a schedule with LoRA have adapters of one rank and form; only 'head' has none.")
+    if specs[-1].method == "head" or "head" in (spec.method for spec in specs[1:]):
+        raise UserError(
+            'The head alone trains first in a schedule, and layers of the backbone last, as in { 1 = "head", '
+            '5 = "last:1" }.'
+        )
+    return Schedule(starts, specs)
 
 
 def _lora(text: str, whole: str) -> tuple[int, Variant]:

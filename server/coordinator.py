@@ -9,6 +9,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedhead.backbones import Backbone
+from fedhead.backbones.split import Tail
 from fedhead.config import RunConfig
 from fedhead.heads import Head
 from fedhead.protocol.heads import HeadRequest
@@ -33,6 +34,7 @@ from fedhead.server.site_sums import SiteSums
 from fedhead.server.standardising import Standardising
 from fedhead.server.starting_head import HeadForm
 from fedhead.server.strategies import required_sites
+from fedhead.server.strategy_state import state_of
 from fedhead.server.tuned_form import TunedForm
 from fedhead.server.weights_file import CHUNK_BYTES, WeightsFile
 from fedhead.sums.features import FeatureStatistics
@@ -57,6 +59,7 @@ class Coordinator(ABC):
         checkpoint: saves and resumes the run.
         deliver: whether a solved head is solved again from all rows for use.
         members: the signed keys of real sites under secure summation; None if all sites are simulated.
+        tail: of the backbone of a tuned run, if it is cut already.
 
     Raises:
         UserError: if head, init or classes do not fit each other.
@@ -76,6 +79,7 @@ class Coordinator(ABC):
         checkpoint: Checkpoint | None = None,
         deliver: bool = True,
         members: MemberRoster | None = None,
+        tail: Tail | None = None,
     ) -> None:
         self.config = config
         self.backbone = backbone
@@ -84,10 +88,11 @@ class Coordinator(ABC):
         self.test = test
         self.checkpoint = checkpoint
         self.deliver = deliver
+        fresh = state_of(strategy)
         self.saved = checkpoint.load() if checkpoint is not None else None
         self.task = make_task(config.task, classes)
         self.form: HeadForm = (
-            TunedForm(config, backbone, self.task)
+            TunedForm(config, backbone, self.task, tail)
             if config.tune.on
             else HeadForm(config, backbone.num_features, self.task)
         )
@@ -127,7 +132,7 @@ class Coordinator(ABC):
             probe,
             sums,
         )
-        self.rounds = Rounds(strategy, self.messenger, self.manifest, self.roster, self.task)
+        self.rounds = Rounds(strategy, self.messenger, self.manifest, self.roster, self.task, self.form, fresh)
         self._marked = time.perf_counter()
 
     def _secure_sum(self, members: MemberRoster | None) -> Summation:

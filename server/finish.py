@@ -49,7 +49,7 @@ class Finish:
         last.made_by.add_traffic(self.run.attendance.await_sites(last.number + 1))
         self.run.observer.on_step("evaluate", last.number)
         exchange = self.run.rounds.evaluate(last.number, last.arrays)
-        number, arrays = self._kept(exchange)
+        number, arrays, solved_again = self._kept(exchange)
         tuned = self.run.form if number and isinstance(self.run.form, TunedForm) else None
         self.run.observer.on_step("finish", last.number)
         # A temperature of its own comes with the head that is delivered.
@@ -78,6 +78,8 @@ class Finish:
         delivered_stats, all_rows = self._with_held_out(stats, number, exchange, held_out_rows=held_out_rows)
         if all_rows and delivered_stats is not None:
             head = self.run.form.deliver(delivered_stats).float()
+        elif solved_again is not None:
+            head, all_rows = self.run.form.leave(solved_again), True
         # No head comes of the last exchange, so its traffic belongs to the head that it evaluates.
         last.made_by.add_traffic(exchange)
         secure = self.run.messenger.summation is not None
@@ -133,8 +135,10 @@ class Finish:
         logger.info("%s: %s. %s", choice.question, choice.taken, choice.reason)
         return kept.number if proven else 0, kept.arrays, None
 
-    def _kept_tuned(self, form: TunedForm, stats: FeatureStatistics, exchange: Exchange) -> tuple[int, Arrays]:
-        """Return the round whose tail is kept and the parameters; round 0 for the solved head."""
+    def _kept_tuned(
+        self, form: TunedForm, stats: FeatureStatistics, exchange: Exchange
+    ) -> tuple[int, Arrays, Arrays | None]:
+        """Return the round whose tail is kept and the parameters, also as delivered; round 0 for the solved head."""
         progress = self.progress
         last = progress.current
         # A version that no site could evaluate has diverged.

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from flwr.app import Message, RecordDict
@@ -22,6 +23,7 @@ from fedhead.server.pooled_lbfgs import GramPreconditioner, PooledLBFGS
 from fedhead.server.roster import Roster
 from fedhead.server.screening import heaviest, most_rows, outlying_losses, outlying_updates
 from fedhead.server.secure_sum import pool_of, unusable
+from fedhead.server.starting_head import HeadForm
 from fedhead.server.strategies import (
     UnusableHeadError,
     aggregate_round,
@@ -30,7 +32,7 @@ from fedhead.server.strategies import (
     sample_sites,
     screen,
 )
-from fedhead.server.strategy_state import restore, state_of
+from fedhead.server.strategy_state import AnyArray, restore, state_of
 from fedhead.sums.features import FeatureStatistics
 from fedhead.sums.heads import EXAMPLES, HELD_OUT, WIDTHS, FloatArray, HeadSums
 from fedhead.sums.sums import Arrays
@@ -58,11 +60,22 @@ class Rounds:
         manifest: of the run.
         roster: the sites that take part.
         task: of the run.
+        form: names the parameters that train in each round.
+        fresh: the state of the strategy before the first round, from which it starts again where others train.
     """
 
     def __init__(
-        self, strategy: Strategy, messenger: Messenger, manifest: Manifest, roster: Roster, task: Task
+        self,
+        strategy: Strategy,
+        messenger: Messenger,
+        manifest: Manifest,
+        roster: Roster,
+        task: Task,
+        form: HeadForm,
+        fresh: tuple[dict[str, Any], dict[str, AnyArray]],
     ) -> None:
+        self._form = form
+        self._fresh = fresh
         self._strategy = strategy
         self._messenger = messenger
         self._manifest = manifest
@@ -83,6 +96,9 @@ class Rounds:
 
     def train(self, number: int, head: Arrays) -> Exchange:
         """Have this round's sites train `head`, and evaluate it as it reached them."""
+        head = self._form.trained_in(number, head)
+        if self._form.begins(number):
+            restore(self._strategy, *self._fresh)
         cohort = sample_sites(self._strategy, list(self._roster.nodes), self._manifest.seed, number)
         # An averaging strategy sends all sites the same head, and uses no more than the mean of their replies.
         together = averages(self._strategy) and self._messenger.summation is None
@@ -114,13 +130,14 @@ class Rounds:
         Raises:
             FedheadError: if there is no reply, or the strategy fails.
         """
+        trained = self._form.trained_in(number, head)
         if not exchange.replies:
             raise FedheadError(f"Not one reply of round {number} could be used.{exchange.first_reasons()}")
         before = None if self._messenger.in_process else state_of(self._strategy)
         try:
-            made = aggregate_round(self._strategy, number, exchange.replies, head)
+            made = aggregate_round(self._strategy, number, exchange.replies, trained)
         except UnusableHeadError:
-            at = heaviest(head, [reply.sums.heads for _, reply in exchange.replies])
+            at = heaviest(trained, [reply.sums.heads for _, reply in exchange.replies])
             if before is None or at is None:
                 raise
             restore(self._strategy, *before)
@@ -131,7 +148,7 @@ class Rounds:
             return self.aggregate(number, head, exchange)
         if made is None:
             logger.warning("%s made no head in round %d; the one before stays.", type(self._strategy).__name__, number)
-        return made or head
+        return {**head, **(made or {})}
 
     def evaluate(self, number: int, head: Arrays) -> Exchange:
         """Have all sites evaluate the head of round `number`."""

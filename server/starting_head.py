@@ -154,6 +154,14 @@ class HeadForm:
         """Return the parameters that rounds start from, given the first head."""
         return head
 
+    def trained_in(self, number: int, parameters: Arrays) -> Arrays:
+        """Return the parameters that train in a round."""
+        return parameters
+
+    def begins(self, number: int) -> bool:
+        """Return whether other parameters train from a round on."""
+        return False
+
     def as_solved(self, number: int, parameters: Arrays) -> Arrays:
         """Return the parameters of a version as they are measured: of round 0, those of the head alone."""
         return parameters

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from fedhead.backbones import Backbone
-from fedhead.backbones.split import split
+from fedhead.backbones.split import Split, Tail, split
 from fedhead.config import RunConfig
 from fedhead.heads import Head, TunedHead
 from fedhead.heads.tail import HEAD, TAIL, part_of
@@ -16,6 +16,16 @@ from fedhead.tasks.losses import LEAST_ROWS
 from fedhead.tuning import parse_tune
 
 
+def cut(backbone: Backbone, config: RunConfig) -> Split:
+    """Cut the backbone of a tuned run before the first layer that trains in any of its rounds.
+
+    Raises:
+        UserError: if it cannot be cut so.
+    """
+    schedule = config.tune.stages()
+    return split(backbone, parse_tune(config.tune.layers), stages=schedule.specs if schedule else ())
+
+
 class TunedForm(HeadForm):
     """The form of a tail with its head: the tail starts as it is in the backbone, the head as it is solved.
 
@@ -23,14 +33,16 @@ class TunedForm(HeadForm):
         config: of a tuned run.
         backbone: the whole.
         task: of the run.
+        tail: of the backbone, if it is cut already.
 
     Raises:
         UserError: if the backbone cannot be cut as `tune` says.
     """
 
-    def __init__(self, config: RunConfig, backbone: Backbone, task: Task) -> None:
+    def __init__(self, config: RunConfig, backbone: Backbone, task: Task, tail: Tail | None = None) -> None:
         super().__init__(config, backbone.num_features, task)
-        self._tail = split(backbone, parse_tune(config.tune.layers)).tail
+        self._tail = tail or cut(backbone, config).tail
+        self._schedule = config.tune.stages()
         self._sequences = backbone.kind == "text"
         self._own = {f"{TAIL}{name}": value.cpu().float().numpy() for name, value in self._tail.trainable().items()}
 
@@ -38,6 +50,17 @@ class TunedForm(HeadForm):
     def num_parameters(self) -> int:
         """The number of trained parameters, those of the head included."""
         return sum(value.size for value in self._own.values()) + sum(one.numel() for one in self.make().parameters())
+
+    def trained_in(self, number: int, parameters: Arrays) -> Arrays:
+        """Return the parameters that train in a round: all, or those of its stage with the head."""
+        if self._schedule is None:
+            return parameters
+        names = {f"{TAIL}{name}" for name in self._tail.stages[self._schedule.stage(number)]}
+        return {name: value for name, value in parameters.items() if name.startswith(HEAD) or name in names}
+
+    def begins(self, number: int) -> bool:
+        """Return whether a stage other than the first begins in a round."""
+        return self._schedule is not None and self._schedule.begins(number)
 
     def share(self, stats: FeatureStatistics | None) -> None:
         """Keep each class's share of all rows, by which sites adjust their logits, if the run does."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedhead.backbones import load_backbone
 from fedhead.backbones.identity import identity_for
-from fedhead.backbones.split import split
+from fedhead.backbones.split import Tail
 from fedhead.client.release.guard import labels_of
 from fedhead.client.tails import Tuning
 from fedhead.config import DENSE_LAYERS, RunConfig
@@ -34,6 +34,7 @@ from fedhead.server.observer import Observer
 from fedhead.server.runs.execute import RunParts, execute
 from fedhead.server.runs.history import Outcome
 from fedhead.server.strategies import build_strategy
+from fedhead.server.tuned_form import cut
 from fedhead.simulations.blocks import count_blocks
 from fedhead.simulations.cluster import run_on_ray
 from fedhead.simulations.examples import examples
@@ -45,7 +46,6 @@ from fedhead.simulations.sites import SharedData, SimulatedSite
 from fedhead.simulations.worker import Shared
 from fedhead.tasks import Task, make_task
 from fedhead.tasks.dense import ItemPlaces
-from fedhead.tuning import parse_tune
 from fedhead.wording import counted, listed
 
 logger = logging.getLogger(__name__)
@@ -153,7 +153,15 @@ def run_plan(
         )
     extracted_at = time.perf_counter()
 
-    outcome = _run_on_engine(plan, held, store, shared, allowed, apps, partial(_coordinate, plan, parts, test, deliver))
+    outcome = _run_on_engine(
+        plan,
+        held,
+        store,
+        shared,
+        allowed,
+        apps,
+        partial(_coordinate, plan, parts, test, deliver, tuning and tuning.tail),
+    )
     if attack:
         from fedhead.simulations.attack import attack_membership
         from fedhead.simulations.audit import audit_private
@@ -223,7 +231,12 @@ def _require_plain_process(config: RunConfig) -> None:
 
 
 def _coordinate(
-    plan: Plan, parts: RunParts | None, test: Callable[[Head], float | None] | None, deliver: bool, grid: Grid
+    plan: Plan,
+    parts: RunParts | None,
+    test: Callable[[Head], float | None] | None,
+    deliver: bool,
+    tail: Tail | None,
+    grid: Grid,
 ) -> Outcome:
     coordinator = coordinator_for(plan.config)(
         plan.config,
@@ -236,6 +249,7 @@ def _coordinate(
         test=test,
         checkpoint=parts.checkpoint if parts else None,
         deliver=deliver,
+        tail=tail,
     )
     return coordinator.run()
 
@@ -319,7 +333,7 @@ def _tuning(
     """Cut the backbone of a tuned run, and open the activations of the sites' rows and of the test set."""
     if not plan.config.tune.on:
         return None, None
-    trunk, tail = split(plan.backbone, parse_tune(plan.config.tune.layers))
+    trunk, tail = cut(plan.backbone, plan.config)
     tail.to(plan.backbone.device)
     opened = BoundaryStore.open(trunk, tail, plan.samples, store.readable())
     test = None

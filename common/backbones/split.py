@@ -133,6 +133,10 @@ class Tail(nn.Module):
         prefix: of the parameters' names in `module`, in front of their names in the backbone.
         whole: the backbone.
         tune: the layers and parameters that train.
+
+    Attributes:
+        depths: the number of blocks above the one that each trained parameter is in, by name.
+        stages: the names of the parameters that train in each stage of a schedule.
     """
 
     def __init__(self, module: nn.Module, prefix: str, whole: Backbone, tune: TuneSpec) -> None:
@@ -142,6 +146,8 @@ class Tail(nn.Module):
         self.pooling = whole.pooling
         self.pretrained = Pretrained(whole.spec, whole.layer, whole.weights_digest)
         self.tune = tune
+        self.depths: Mapping[str, int] = {}
+        self.stages: Sequence[Sequence[str]] = ()
         self.eval()
 
     def forward(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -202,12 +208,15 @@ class Split(NamedTuple):
     tail: Tail
 
 
-def split(backbone: Backbone, tune: TuneSpec, *, seed: int = 0, check: bool = True) -> Split:
+def split(
+    backbone: Backbone, tune: TuneSpec, *, stages: Sequence[TuneSpec] = (), seed: int = 0, check: bool = True
+) -> Split:
     """Cut a backbone before the first layer that trains.
 
     Args:
         backbone: the whole; its weights are shared by the trunk and copied where they train.
         tune: the layers and parameters that train.
+        stages: what trains in each stage of a schedule, of which `tune` is the last.
         seed: seeds the initial adapters of LoRA; the same at every site.
         check: whether to compare trunk and tail with the whole on the probes.
 
@@ -226,6 +235,10 @@ def split(backbone: Backbone, tune: TuneSpec, *, seed: int = 0, check: bool = Tr
     if tune.method == "lora":
         layers = [f"{prefix}{name.removesuffix('.weight')}" for name in names]
         add_adapters(tail.module, layers, tune.rank, frozen_first=tune.variant == "ffa", seed=seed)
+    trained = list(tail.trainable())
+    depths = _depths(cuts, names)
+    tail.depths = {name: depths[_weight_of(name)] for name in trained}
+    tail.stages = _stages(cuts, stages, trained, backbone.spec)
     if check:
         _require_equal(backbone, trunk, tail)
     return Split(trunk, tail)
@@ -344,6 +357,47 @@ def _of_method(module: nn.Module, names: Sequence[str], tune: TuneSpec, spec: st
     if not chosen:
         raise UserError(f"The layers {tune.where!r} of {spec} have no {what} that could train.")
     return sorted(chosen)
+
+
+def _weight_of(name: str) -> str:
+    """Return the name of the weight that a parameter of an adapter belongs to; others are their own."""
+    layer, adapter, _ = name.partition(".lora_")
+    return f"{layer}.weight" if adapter else name
+
+
+def _depths(cuts: Cuts, names: Sequence[str]) -> dict[str, int]:
+    """Return the number of blocks above the one that each parameter is in."""
+    above = {name: len(cuts.blocks) - 1 for name in names}
+    for block in range(len(cuts.blocks)):
+        above |= dict.fromkeys(above.keys() & cuts.parameters_of(block).keys(), len(cuts.blocks) - 1 - block)
+    return above
+
+
+def _stages(cuts: Cuts, stages: Sequence[TuneSpec], trained: Sequence[str], spec: str) -> list[list[str]]:
+    """Return the names of the parameters that train in each stage.
+
+    Raises:
+        UserError: if one does not train all that the stage before it trains.
+    """
+    found: list[list[str]] = []
+    for stage in stages:
+        weights: set[str] = set()
+        if stage.method != "head":
+            _, names = _choose(cuts, stage, spec)
+            weights = set(_of_method(cuts.module, names, stage, spec))
+        if missing := sorted(weights - {_weight_of(name) for name in trained}):
+            raise UserError(
+                f"The schedule is out of order: its stage {str(stage)!r} trains {missing[0]!r}, and its last stage "
+                "does not. Each stage trains what the stage before it trains, and more."
+            )
+        now = [name for name in trained if _weight_of(name) in weights]
+        if found and not set(now) > set(found[-1]):
+            raise UserError(
+                f"The schedule is out of order: its stage {str(stage)!r} does not train what the stage before it "
+                "trains, and more."
+            )
+        found.append(now)
+    return found
 
 
 def _norm_parameters(module: nn.Module) -> set[str]:

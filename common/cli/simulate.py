@@ -219,10 +219,7 @@ def _add_diagnosis(lines: Table, result: "RunResult") -> None:
 def _origin_of_head(result: "RunResult") -> str:
     outcome = result.outcome
     if outcome.all_rows and outcome.kept_round:
-        return (
-            f"{result.config.init}, solved again on the features of round {outcome.kept_round} from all rows, including "
-            "held-out ones"
-        )
+        return f"{result.config.init}, solved again on the features of round {outcome.kept_round}, of all rows"
     if outcome.all_rows:
         return f"{result.config.init}, from one exchange, solved again on all rows, including held-out ones"
     if outcome.kept_round == 0:

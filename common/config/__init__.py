@@ -3,6 +3,7 @@
 from fedhead.config.changes import merge, parse_assignments
 from fedhead.config.fields import (
     DENSE_LAYERS,
+    MOST_DECAY,
     MOST_EPSILON,
     MOST_LIFTED,
     Epsilon,
@@ -17,6 +18,7 @@ from fedhead.config.tables import LocalConfig, PrivacyConfig, SimulationConfig, 
 
 __all__ = [
     "DENSE_LAYERS",
+    "MOST_DECAY",
     "MOST_EPSILON",
     "MOST_LIFTED",
     "Epsilon",

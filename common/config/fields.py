@@ -17,6 +17,8 @@ DENSE_LAYERS = {"detection": "maps/8@416", "segmentation": "maps"}
 Scalar = bool | int | float | str
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+MOST_DECAY = 1000.0
+"""Largest factor between the learning rates of two blocks."""
 MOST_EPSILON = 100.0
 """Bar on epsilon: beyond it the bound, a factor of exp(epsilon), says nothing."""
 Epsilon = Annotated[float, Field(ge=0, le=MOST_EPSILON, allow_inf_nan=False)]

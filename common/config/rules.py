@@ -159,6 +159,10 @@ def _tuned_runs_start_from_a_solved_head(run: "RunConfig") -> None:
         return
     if run.rounds == 0:
         raise ValueError(f"tune = {run.tune.layers!r} trains in rounds: set rounds to 1 or more")
+    if (last := max(run.tune.schedule, default=1)) > run.rounds:
+        raise ValueError(
+            f"the last stage of tune.schedule begins in round {last}: set rounds to {last} or more, not {run.rounds}"
+        )
     if run.privacy.on:
         raise ValueError(
             "differential privacy (epsilon) covers the head of one exchange only, not tuned layers: leave tune out"

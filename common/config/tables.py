@@ -1,10 +1,12 @@
 """The tables of a run's settings."""
 
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from fedhead.config.fields import Epsilon, NonNegative, Positive, Scalar, require_tunable
+from fedhead.config.fields import MOST_DECAY, Epsilon, NonNegative, Positive, Scalar, require_tunable
+from fedhead.errors import UserError
+from fedhead.tuning import Schedule, parse_schedule
 
 
 class Table(BaseModel):
@@ -70,6 +72,45 @@ class TuneConfig(Table):
     precision: Literal["float32", "mixed"] = Field(
         "float32", description="Precision of training: 'float32', or 'mixed' for bfloat16."
     )
+    schedule: dict[Annotated[int, Field(ge=1)], str] = Field(
+        {},
+        max_length=100,
+        description="Progressive unfreezing: what trains from a round on, as in { 1 = \"head\", 5 = \"last:1\", "
+        "10 = \"last:2\" }; instead of layers.",
+    )
+    decay: float = Field(
+        1.0,
+        ge=1,
+        le=MOST_DECAY,
+        description="How much slower each block learns than the block above it; 2.6 in ULMFiT.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _the_last_stage_names_the_layers(cls, values: Any) -> Any:
+        stages = values.get("schedule") if isinstance(values, dict) else None
+        if not isinstance(stages, dict) or not stages or values.get("layers"):
+            return values
+        numbers = {int(start): name for start, name in stages.items() if str(start).isascii() and str(start).isdigit()}
+        return {**values, "layers": numbers[max(numbers)]} if numbers else values
+
+    @model_validator(mode="after")
+    def _stages_are_well_formed(self) -> Self:
+        if not self.schedule:
+            return self
+        try:
+            self.stages()
+        except UserError as error:
+            raise ValueError(str(error).rstrip(".")) from None
+        if self.layers != (last := self.schedule[max(self.schedule)]):
+            raise ValueError(
+                f"layers are {self.layers!r}, and the last stage of the schedule is {last!r}: leave layers out"
+            )
+        return self
+
+    def stages(self) -> Schedule | None:
+        """Return the stages of progressive unfreezing; None without a schedule."""
+        return parse_schedule(self.schedule) if self.schedule else None
 
     @property
     def on(self) -> bool:

@@ -7,6 +7,7 @@ batched product.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 
 import torch
@@ -64,6 +65,9 @@ class Head(nn.Module, ABC):
 
     curved: bool = False
     """Whether versions are compared by their losses at a grid of temperatures."""
+
+    rates: Mapping[str, float] = MappingProxyType({})
+    """Factors of the learning rate, by the names of parameters; 1 for others."""
 
     def __init__(self, num_features: int, num_classes: int) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """A head on a tail: layers or adapters of the backbone that train together with the head."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
@@ -22,6 +22,10 @@ T = TypeVar("T")
 class Tail(Protocol):
     """The part of a backbone above the boundary: a pure function of its parameters."""
 
+    @property
+    def depths(self) -> Mapping[str, int]:
+        """The number of blocks above the one that each trained parameter is in."""
+
     def trainable(self) -> dict[str, Tensor]:
         """Return the parameters that train, with the backbone's own values."""
 
@@ -41,6 +45,8 @@ class TunedHead(Head):
         standardisation: mean and scale `[d]` of the features, which the head sees as `(x - mean) / scale`.
         sequences: whether the inputs are sequences.
         mixed: whether the tail trains in bfloat16.
+        names: of the tail's parameters that train; all by default. Others keep the backbone's own values.
+        decay: how much slower each block learns than the block above it.
     """
 
     inits = ()
@@ -56,6 +62,8 @@ class TunedHead(Head):
         *,
         sequences: bool = False,
         mixed: bool = False,
+        names: Collection[str] | None = None,
+        decay: float = 1.0,
     ) -> None:
         super().__init__(head.num_features, head.num_classes)
         self.head = head
@@ -63,7 +71,12 @@ class TunedHead(Head):
         self.mixed = mixed
         # In tuples, so that the frozen parameters of a tail are not this head's.
         self._tail = (tail,)
-        self._values = {name: value.clone() for name, value in tail.trainable().items()}
+        own = tail.trainable()
+        self._values = {name: value for name, value in own.items() if names is None or name in names}
+        # Given to the tail as well, so that no gradient is computed for them.
+        self._fixed = {name: value for name, value in own.items() if name not in self._values}
+        if decay != 1:
+            self.rates = {f"{TAIL}{name}": decay ** -tail.depths[name] for name in self._values}
         self._standardisation = standardisation
 
     @property
@@ -89,7 +102,7 @@ class TunedHead(Head):
 
     def features(self, parameters: Mapping[str, Tensor], activations: Tensor) -> Tensor:
         """Return the tail's features `[n, d]`, float32, as they are without standardisation."""
-        own = part_of(parameters, TAIL)
+        own = {**self._fixed, **part_of(parameters, TAIL)}
         if not self.sequences:
             return self.tail.run(own, activations).float()
         return self.tail.run(own, activations[..., :-1], activations[..., -1]).float()

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from fedhead.config import LocalConfig, RunConfig, require_tunable
+from fedhead.config import MOST_DECAY, LocalConfig, RunConfig, require_tunable
 from fedhead.errors import FedheadError
 from fedhead.protocol.fields import (
     BackboneSpec,
@@ -143,6 +143,7 @@ class Manifest(BaseModel):
     tune: TuneText = ""
     adjust: Flag = False
     mixed: Flag = False
+    decay: Annotated[float, Field(ge=1, le=MOST_DECAY)] = 1.0
     secure_sum: Flag = False
     privacy: PrivacyTerms | None = None
 
@@ -166,6 +167,7 @@ class Manifest(BaseModel):
             tune=config.tune.layers if config.tune.on else "",
             adjust=config.adjusts_shares,
             mixed=config.tune.on and config.tune.precision == "mixed",
+            decay=config.tune.decay if config.tune.on else 1.0,
             secure_sum=config.privacy.secure_sum,
             privacy=terms_of(config.privacy),
         )
@@ -173,7 +175,7 @@ class Manifest(BaseModel):
     def wire(self) -> dict[str, Any]:
         """Return plain values for the wire, without settings that have no effect and that earlier releases reject."""
         off = {name for name in ("secure_sum", "privacy", "tune", "adjust", "mixed") if not getattr(self, name)}
-        return self.model_dump(mode="json", exclude=off)
+        return self.model_dump(mode="json", exclude=off | ({"decay"} if self.decay == 1 else set()))
 
 
 LORA_LR, NORMALISED_LR, LR = 2e-3, 1e-4, 3e-4

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +36,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 class Pictures:
     """Random pictures of three classes, and a tuned head with a store of their activations."""
 
-    def __init__(self, folder: Path, spec: str, layers: str, side: int) -> None:
+    def __init__(self, folder: Path, spec: str, layers: str, side: int, decay: float = 1.0) -> None:
+        self.decay = decay
         generator = np.random.default_rng(0)
         images = generator.integers(0, 256, (ROWS, side, side, 3), dtype=np.uint8)
         self.labels = torch.from_numpy(generator.integers(0, CLASSES, ROWS))
@@ -49,7 +51,7 @@ class Pictures:
         head = LinearHead(self.backbone.num_features, CLASSES)
         head.randomise(torch.Generator().manual_seed(2))
         self.scale = (torch.full((head.num_features,), 0.1), torch.full((head.num_features,), 0.7))
-        self.head = TunedHead(self.tail, head, self.scale)
+        self.head = TunedHead(self.tail, head, self.scale, decay=decay)
         self.data = LabelledActivations(torch.zeros(ROWS, 1), self.labels, loss=CrossEntropy(), store=self.store)
 
     def batch(self, rows: np.ndarray) -> Tensor:
@@ -74,7 +76,12 @@ def train_alone(pictures: Pictures, site: SiteRows, local: LocalConfig) -> tuple
         head.bias.copy_(pictures.head.head.bias)
     named = dict(backbone.module.named_parameters())
     unfrozen = {name: named[name].requires_grad_() for name in pictures.tail.trainable()}
-    every = [*head.parameters(), *unfrozen.values()]
+    every: Any = [*head.parameters(), *unfrozen.values()]
+    if (decay := pictures.decay) != 1:
+        slow = [
+            {"params": [one], "lr": local.lr / decay ** pictures.tail.depths[name]} for name, one in unfrozen.items()
+        ]
+        every = [{"params": list(head.parameters())}, *slow]
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(every, lr=local.lr, weight_decay=local.weight_decay)
     if local.optimizer == "sgd":
         optimizer = torch.optim.SGD(every, lr=local.lr, momentum=local.momentum, weight_decay=local.weight_decay)
@@ -110,6 +117,16 @@ def test_training_equals_torch_optim_on_the_unfrozen_model(
         moved = (value - incoming[name]).norm()
         assert moved > 0
         assert (trained.parameters[name][0] - value).norm() < tolerance * moved
+
+
+@pytest.mark.parametrize("local", [SGD, LOCAL])
+def test_lower_blocks_learn_more_slowly(tmp_path: Path, local: LocalConfig) -> None:
+    slowed = Pictures(tmp_path, "bundled:glyphnet", "last:2", 8, decay=2.6)
+    site, incoming = SiteRows("a", np.arange(5, 44)), slowed.head.trainable()
+    trained = train_heads(slowed.head, incoming, slowed.data, [site], local, seed=SEED, round_number=ROUND)
+    expected, _ = train_alone(slowed, site, local)
+    for name, value in expected.items():
+        assert (trained.parameters[name][0] - value).norm() < 1e-2 * (value - incoming[name]).norm()
 
 
 def test_a_site_trains_the_same_beside_others_as_alone(pictures: Pictures) -> None:

@@ -1,7 +1,7 @@
 import pytest
 
 from fedhead.errors import UserError
-from fedhead.tuning import TuneSpec, parse_tune
+from fedhead.tuning import TuneSpec, parse_schedule, parse_tune
 
 
 @pytest.mark.parametrize(
@@ -45,3 +45,25 @@ def test_specs_are_parsed_and_written_back(text: str, spec: TuneSpec) -> None:
 def test_malformed_specs_are_rejected(text: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         parse_tune(text)
+
+
+def test_a_stage_follows_from_the_round() -> None:
+    schedule = parse_schedule({10: "last:2", 1: "head", 5: "last:1"})
+    assert [schedule.stage(number) for number in (1, 4, 5, 9, 10, 99)] == [0, 0, 1, 1, 2, 2]
+    assert [number for number in range(12) if schedule.begins(number)] == [5, 10]
+
+
+@pytest.mark.parametrize(
+    ("stages", "words"),
+    [
+        ({2: "head", 3: "last:1"}, "begins in round 1"),
+        ({1: "last:1", 2: "head", 3: "last:2"}, "The head alone trains first"),
+        ({1: "head"}, "layers of the backbone last"),
+        ({1: "last:1", 2: "lora:8"}, "one rank"),
+        ({1: "lora:4@last:1", 2: "lora:8"}, "one rank"),
+        ({1: "lats:1"}, "expected"),
+    ],
+)
+def test_malformed_schedules_are_rejected(stages: dict[int, str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        parse_schedule(stages)

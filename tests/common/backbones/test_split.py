@@ -180,3 +180,19 @@ def test_what_cannot_be_cut_is_refused(backbone: str | nn.Module, tune: str, wor
         whole = load_backbone(backbone)
     with pytest.raises(UserError, match=words):
         split(whole, parse_tune(tune))
+
+
+def test_stages_train_more_and_more_of_the_deepest_tail() -> None:
+    specs = [parse_tune(text) for text in ("head", "bitfit@last:1", "last:1", "last:2")]
+    tail = split(load_backbone("bundled:glyphnet"), specs[-1], stages=specs).tail
+    weight, bias = "features.weight", "features.bias"
+    assert [set(names) for names in tail.stages[:3]] == [set(), {bias}, {bias, weight}]
+    assert set(tail.stages[3]) == set(tail.trainable()) == set(tail.depths)
+    assert (tail.depths[weight], tail.depths["stage3.2.weight"]) == (0, 1)
+
+
+@pytest.mark.parametrize("stages", [("last:2", "last:1"), ("last:1", "last:1"), ("last:1", "bitfit@last:2")])
+def test_a_schedule_out_of_order_is_refused(stages: tuple[str, str]) -> None:
+    specs = [parse_tune(text) for text in stages]
+    with pytest.raises(UserError, match="out of order"):
+        split(load_backbone("bundled:glyphnet"), specs[-1], stages=specs)
