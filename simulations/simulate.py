@@ -160,7 +160,7 @@ def run_plan(
         shared,
         allowed,
         apps,
-        partial(_coordinate, plan, parts, test, deliver, tuning and tuning.tail),
+        partial(_coordinate, plan, parts, test, deliver, tuning.tail if tuning else None),
     )
     if attack:
         from fedhead.simulations.attack import attack_membership
