@@ -75,8 +75,8 @@ class TuneConfig(Table):
     schedule: dict[Annotated[int, Field(ge=1)], str] = Field(
         {},
         max_length=100,
-        description="Progressive unfreezing: what trains from a round on, as in { 1 = \"head\", 5 = \"last:1\", "
-        "10 = \"last:2\" }; instead of layers.",
+        description='Progressive unfreezing: what trains from a round on, as in { 1 = "head", 5 = "last:1", '
+        '10 = "last:2" }; instead of layers.',
     )
     decay: float = Field(
         1.0,

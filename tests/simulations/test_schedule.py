@@ -17,14 +17,14 @@ from fedhead.backbones.pooling import pool
 from fedhead.backbones.split import split
 from fedhead.client.app import make_app
 from fedhead.client.local_site import LocalSite
+from fedhead.client.minibatches import shuffled
 from fedhead.client.release.guard import Guard
 from fedhead.client.release.training_limits import TrainingLimits
-from fedhead.client.training import shuffled
 from fedhead.config import RunConfig
 from fedhead.data import load_samples
 from fedhead.errors import UserError
 from fedhead.model import TransferModel
-from fedhead.server.coordinator import Coordinator
+from fedhead.server.head_run import HeadCoordinator
 from fedhead.server.observer import Observer
 from fedhead.server.runs.checkpoint import Progress
 from fedhead.server.runs.history import Round
@@ -59,14 +59,14 @@ def config(data: str, stages: dict[int, str] = STAGES, **values: Any) -> RunConf
 def versions(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Arrays]]:
     """The parameters after each round, from the starting ones on."""
     found: list[Arrays] = []
-    save = Coordinator._save
+    save = HeadCoordinator._save
 
-    def keep(self: Coordinator, progress: Progress) -> None:
+    def keep(self: HeadCoordinator, progress: Progress) -> None:
         del found[progress.current.number :]
         found.append(progress.current.arrays)
         save(self, progress)
 
-    monkeypatch.setattr(Coordinator, "_save", keep)
+    monkeypatch.setattr(HeadCoordinator, "_save", keep)
     yield found
 
 
