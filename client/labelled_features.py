@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedhead.heads import FeatureMap
+from fedhead.tasks import Targets, Task
 from fedhead.tasks.dense import ItemPlaces
 from fedhead.tasks.losses import CrossEntropy, Loss
 
@@ -44,6 +46,13 @@ class LabelledFeatures:
     mapping: FeatureMap | None = None
     places: ItemPlaces | None = None
     grams: "GramCache" = field(default_factory=lambda: GramCache(), compare=False, repr=False)
+
+    @classmethod
+    def of(
+        cls, features: Tensor, targets: Targets, task: Task, device: torch.device, places: ItemPlaces | None = None
+    ) -> Self:
+        """Return features and the targets of a task on a device."""
+        return cls(features.to(device), torch.from_numpy(targets).to(device), loss=task.loss, places=places)
 
     @property
     def width(self) -> int:

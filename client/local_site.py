@@ -234,13 +234,8 @@ class LocalSite:
         _keep(self._isolations, store.digest, found)
         self.backbones.require_features(manifest.backbone, found)
         task = make_task(manifest.task, manifest.classes)
-        labels = self._targets(task)
-        places = ItemPlaces.of(task, backbone.geometry, self.samples)
-        if places is not None:
-            labels = places.summed(labels)
-        data = LabelledFeatures(
-            store.features.to(self.device), torch.from_numpy(labels).to(self.device), loss=task.loss, places=places
-        )
+        places, labels = ItemPlaces.with_targets(task, backbone.geometry, self.samples, self._targets(task))
+        data = LabelledFeatures.of(store.features, labels, task, self.device, places)
         rows = self._commonly_marked(store, manifest.backbone)
         population = Population.of(self.samples, rows, store.keys, store.contents)
         admitted = self.atoms.admit(population, labels[rows], task, self.guard, self.holdout)
@@ -301,9 +296,7 @@ class LocalSite:
         """Hold all readable rows for a private run: a rule that removes rows would reveal single ones."""
         task = make_task(manifest.task, manifest.classes)
         labels = self._targets(task)
-        data = LabelledFeatures(
-            store.features.to(self.device), torch.from_numpy(labels).to(self.device), loss=task.loss
-        )
+        data = LabelledFeatures.of(store.features, labels, task, self.device)
         rows = store.readable()
         out = held_out(store.keys[rows], self.holdout)
         return hold(self.name, rows, out, data, labels, store.keys, task, Guard.off(), share=self.holdout)

@@ -103,15 +103,8 @@ def sum_own_rows(
     """
     task = make_task(manifest.task, manifest.classes)
     rows = store.readable()
-    places = ItemPlaces.of(task, backbone.geometry, samples)
-    if places is not None:
-        targets = places.summed(targets)
-    data = LabelledFeatures(
-        store.features.to(backbone.device),
-        torch.from_numpy(targets).to(backbone.device),
-        loss=task.loss,
-        places=places,
-    )
+    places, targets = ItemPlaces.with_targets(task, backbone.geometry, samples, targets)
+    data = LabelledFeatures.of(store.features, targets, task, backbone.device, places)
     ledger = Ledger(ledger_path(site), guard.min_class_count)
     admitted = Atoms(ledger.atoms).admit(
         Population.of(samples, rows, store.keys, store.contents), targets[rows], task, guard, manifest.holdout

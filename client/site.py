@@ -68,6 +68,18 @@ class StopSite(BaseException):
     """The process was asked to end; not an `Exception`, so that nothing on the way takes it for a failure."""
 
 
+def _approvals(settings: SiteSettings, whom: str, ask: Ask | None, written: Payloads) -> Approvals:
+    return Approvals(
+        approvals_path(settings.name),
+        whom,
+        ask,
+        written,
+        data=settings.data,
+        address=settings.coordinator,
+        origin=partial(origin_of, settings.backbones.allow),
+    )
+
+
 def serve(
     settings: SiteSettings,
     kit: Kit | None,
@@ -97,15 +109,7 @@ def serve(
     coordinator = hashlib.sha256(whom.encode()).hexdigest()[:16]
     own_folder = folder / "coordinators" / coordinator
     written = Payloads(payloads or folder / "to-approve")
-    approvals = Approvals(
-        approvals_path(settings.name),
-        whom,
-        ask,
-        written,
-        data=settings.data,
-        address=settings.coordinator,
-        origin=partial(origin_of, settings.backbones.allow),
-    )
+    approvals = _approvals(settings, whom, ask, written)
     released, counts, state = list[Entry](), SiteMetrics(settings.name), Health()
 
     def note(entry: Entry) -> None:

@@ -173,14 +173,10 @@ def adapt_model(
             f"Nothing is adapted: the data has {counted(len(rows), 'row')}, and the limit is {min_rows}."
         )
     mapping = model.head.mapping if isinstance(model.head, MappedHead) else None
-    width = model.backbone.num_features if mapping is None else mapping.width
-    project = projection_for(width, adaptation.seed)
     plain = store.features[rows].cpu().double()
     mapped = plain if mapping is None else torch.cat([mapping(block) for block in torch.split(plain, _ROWS)])
-    summed = mapped if project is None else project(mapped)
     solver = Solver(adaptation.solver, flags_of(model.backbone.spec) if mapping is None else ())  # type: ignore[arg-type]
-    heads = adapted_heads(adaptation.pooled, summed, solver, adaptation.temperatures[PLAIN])
-    found = {name: heads[name] if project is None else project.widen(heads[name]) for name in (PLAIN, chosen)}
+    found = _heads(adaptation, mapped, solver, (PLAIN, chosen))
     weight, bias = found[chosen].affine()
     head = behind(mapping, LinearHead.from_weights(weight.float(), bias.float()))
     made = TransferModel(
@@ -206,6 +202,16 @@ def load_adaptation(model: TransferModel, path: Path) -> Adaptation:
     if found.pooled.num_classes != len(model.classes):
         raise UserError(f"{adaptation_file(path)} has sums of {found.pooled.num_classes} classes, not the model's.")
     return found
+
+
+def _heads(
+    adaptation: Adaptation, features: torch.Tensor, solver: Solver, methods: tuple[str, ...]
+) -> dict[str, LinearHead]:
+    """Return the heads of some methods, for mapped features `[n, D]` like these."""
+    project = projection_for(features.shape[1], adaptation.seed)
+    summed = features if project is None else project(features)
+    heads = adapted_heads(adaptation.pooled, summed, solver, adaptation.temperatures[PLAIN])
+    return {name: heads[name] if project is None else project.widen(heads[name]) for name in methods}
 
 
 def _shares(predicted: torch.Tensor, classes: tuple[str, ...]) -> dict[str, float]:

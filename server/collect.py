@@ -108,11 +108,7 @@ def collect(
         used.extend(sites)
 
     def read(reply: Reply) -> None:
-        arrays = dict(reply.payload.arrays)
-        beside = {name: arrays.pop(name) for name in question.beside if reply.merged and name in arrays}
-        if question.widen is not None and len(reply.sites) == 1:
-            arrays = dict(question.widen(arrays))
-        sums = type(total).from_arrays(arrays, total)
+        sums, beside = _read(reply, question, total)
         known = sum(rows[name] for name in reply.sites)
         summed = sums.independent if isinstance(sums, FeatureStatistics) else sums.rows
         if summed > known:
@@ -131,6 +127,19 @@ def collect(
     for site, reason in screen.dropped.items():
         exchange.drop([site], reason)
     return Collected(total, replies, exchange, sorted(used))
+
+
+def _read(reply: Reply, question: Question[S], like: S) -> tuple[S, Arrays]:
+    """Return the sums of a reply, and the arrays beside them.
+
+    Raises:
+        ValueError: if they are not sums like `like`.
+    """
+    arrays = dict(reply.payload.arrays)
+    beside = {name: arrays.pop(name) for name in question.beside if reply.merged and name in arrays}
+    if question.widen is not None and len(reply.sites) == 1:
+        arrays = dict(question.widen(arrays))
+    return type(like).from_arrays(arrays, like), beside
 
 
 def _collect_securely(

@@ -121,17 +121,8 @@ class Coordinator(ABC):
         self.pooling = Pooling(self.messenger, self.manifest, self.roster, probe, sums, self.task, config.wire)
         self.pooling.wait = self.attendance.wait_to_sum_again
         self.standardising = Standardising(self.form, self.pooling, self.latecomers, self.observer)
-        self.maps = FeatureMaps(
-            config,
-            self.task,
-            self.messenger,
-            self.roster,
-            self.latecomers,
-            self.pooling,
-            self.form,
-            probe,
-            sums,
-        )
+        parts = (self.messenger, self.roster, self.latecomers, self.pooling)
+        self.maps = FeatureMaps(config, self.task, *parts, self.form, probe, sums)
         self.rounds = Rounds(strategy, self.messenger, self.manifest, self.roster, self.task, self.form, fresh)
         self._marked = time.perf_counter()
 

@@ -7,7 +7,7 @@ from fedhead.adaptation import Adaptation
 from fedhead.evaluation.diagnosis import SiteDiagnosis, delivered
 from fedhead.evaluation.foreign import Foreign
 from fedhead.evaluation.personal import PersonalHeads
-from fedhead.heads import unmapped
+from fedhead.heads import Head, unmapped
 from fedhead.protocol.heads import HeadRequest
 from fedhead.protocol.messages import StatisticsRequest
 from fedhead.server.adaptation import prove_adaptations
@@ -25,6 +25,7 @@ from fedhead.server.tuning import Cost, decide
 from fedhead.sums.features import FeatureStatistics
 from fedhead.sums.heads import HELD_OUT
 from fedhead.sums.sums import Arrays
+from fedhead.tasks.task import Calibrated
 
 logger = logging.getLogger(__name__)
 
@@ -57,22 +58,11 @@ class Finish:
         head = self.run.form.leave(arrays)
         # Sites decide which rows they hold out, not the run.
         held_out_rows = self.run.config.holdout > 0 or exchange.sums()[HELD_OUT] > 0
-        sites, calibrated = {}, None
-        foreign: Foreign | None = None
+        sites, calibrated, foreign = {}, None, None
         request = HeadRequest(arrays, server_round=number)
         if held_out_rows:
-            bins = self.run.task.bins(unmapped(head), stats, self.run.form.target_standardisation)
-            evaluation = self.run.evaluation(request, bins)
-            if (evaluated := len(evaluation.nodes)) < len(self.run.roster.nodes):
-                logger.info("%d of the sites, drawn at random, evaluate the head in detail.", evaluated)
-            sites, calibrated = evaluation.by_site(), evaluation.calibrate()
-            exchange.include(evaluation.exchange)
-        if self.run.config.foreign and held_out_rows:
-            asked = some_sites(self.run.roster.nodes, self.run.config.seed)
-            foreign, asking = foreign_test(
-                self.run.messenger, asked, self.run.roster.rows, self.run.probe, self.run.task
-            )
-            exchange.include(asking)
+            sites, calibrated = self._evaluated(request, head, exchange)
+            foreign = self._foreign(exchange)
         diagnoses, personal = self._diagnose(request, stats, exchange)
         adaptation = self._adaptation(stats, exchange)
         delivered_stats, all_rows = self._with_held_out(stats, number, exchange, held_out_rows=held_out_rows)
@@ -106,6 +96,27 @@ class Finish:
             personal=personal,
             tuning=self._tuning(tuned is not None),
         )
+
+    def _evaluated(
+        self, request: HeadRequest, head: Head, exchange: Exchange
+    ) -> tuple[dict[str, Any], Calibrated | None]:
+        """Have sites evaluate the kept head in detail; return each site's report, and the calibration of the head."""
+        bins = self.run.task.bins(unmapped(head), self.progress.stats, self.run.form.target_standardisation)
+        evaluation = self.run.evaluation(request, bins)
+        if (evaluated := len(evaluation.nodes)) < len(self.run.roster.nodes):
+            logger.info("%d of the sites, drawn at random, evaluate the head in detail.", evaluated)
+        sites, calibrated = evaluation.by_site(), evaluation.calibrate()
+        exchange.include(evaluation.exchange)
+        return sites, calibrated
+
+    def _foreign(self, exchange: Exchange) -> Foreign | None:
+        """Return the test of inputs unlike the sites' rows, if the run asks for it."""
+        if not self.run.config.foreign:
+            return None
+        asked = some_sites(self.run.roster.nodes, self.run.config.seed)
+        foreign, asking = foreign_test(self.run.messenger, asked, self.run.roster.rows, self.run.probe, self.run.task)
+        exchange.include(asking)
+        return foreign
 
     def _tuning(self, kept: bool) -> dict[str, Any]:
         """Return what is known of a tuned run beside its choices; nothing of others."""

@@ -1,6 +1,6 @@
 """Compares heads on the held-out rows of each site, and diagnoses how the site relates to the pool."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 
@@ -93,12 +93,16 @@ def diagnose_sites(
         return collected.total if collected.replies else None
 
     diagnoses = [diagnostics.diagnose(name, stats, ask(stats, [name], together=False)) for name, stats in sites.items()]
-    if diagnostics.measures_harm:
-        suspects = [place for place, one in enumerate(diagnoses) if one.finding != "alike"]
-        suspects.sort(key=lambda place: (not diagnoses[place].unlike, -diagnoses[place].rows, diagnoses[place].site))
-        for place in suspects[:MOST_SUSPECTS]:
-            site = diagnoses[place].site
-            others = [name for name in sites if name != site]
-            if others and (elsewhere := ask(sites[site], others, together=True)) is not None:
-                diagnoses[place] = diagnostics.with_harm(diagnoses[place], elsewhere)
+    for place in _suspects(diagnoses) if diagnostics.measures_harm else []:
+        site = diagnoses[place].site
+        others = [name for name in sites if name != site]
+        if others and (elsewhere := ask(sites[site], others, together=True)) is not None:
+            diagnoses[place] = diagnostics.with_harm(diagnoses[place], elsewhere)
     return diagnoses, exchange
+
+
+def _suspects(diagnoses: Sequence[SiteDiagnosis]) -> list[int]:
+    """Return the places of sites that may harm the others, the most different and largest first."""
+    suspects = [place for place, one in enumerate(diagnoses) if one.finding != "alike"]
+    suspects.sort(key=lambda place: (not diagnoses[place].unlike, -diagnoses[place].rows, diagnoses[place].site))
+    return suspects[:MOST_SUSPECTS]

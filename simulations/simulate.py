@@ -133,8 +133,7 @@ def run_plan(
     if parts is not None:
         parts.checkpoint.data = _data_digest(plan, store, test_store)
     task = make_task(config.task, config.classes)
-    places = ItemPlaces.of(task, plan.backbone.geometry, plan.samples)
-    labels = plan.labels if places is None else places.summed(plan.labels)
+    places, labels = ItemPlaces.with_targets(task, plan.backbone.geometry, plan.samples, plan.labels)
     tuning, test_rows = _tuning(plan, store, test_store)
     shared = SharedData(
         plan.backbone, store, labels, plan.guard, task, plan.steps, labels_of(plan.samples), places, tuning=tuning
@@ -143,14 +142,7 @@ def run_plan(
     allowed = dict(zip(held, shared.count_allowed(list(held.values()), config).tolist(), strict=True))
     if not apps:
         shared.require_two_classes([held[name] for name in held if allowed[name]], config)
-    test = None
-    if test_store is not None and plan.test_samples is not None and plan.test_labels is not None:
-        tested = ItemPlaces.of(task, plan.backbone.geometry, plan.test_samples)
-        test = (
-            _score_places(test_store, tested)
-            if tested
-            else _score_on(test_store, test_rows, torch.from_numpy(plan.test_labels), shared.task)
-        )
+    test = _test_of(plan, task, test_store, test_rows)
     extracted_at = time.perf_counter()
 
     outcome = _run_on_engine(
@@ -321,6 +313,18 @@ def _data_digest(plan: Plan, *stores: FeatureStore | None) -> str:
     for name, rows in (plan.own_rows or {}).items():
         digest.update(f"{name} ".encode() + rows.tobytes())
     return digest.hexdigest()
+
+
+def _test_of(
+    plan: Plan, task: Task, store: FeatureStore | None, activations: BoundaryStore | None
+) -> Callable[[Head], float | None] | None:
+    """Return what scores a head on the pooled test set; None without one."""
+    if store is None or plan.test_samples is None or plan.test_labels is None:
+        return None
+    places = ItemPlaces.of(task, plan.backbone.geometry, plan.test_samples)
+    if places is not None:
+        return _score_places(store, places)
+    return _score_on(store, activations, torch.from_numpy(plan.test_labels), task)
 
 
 def _score_places(store: FeatureStore, places: ItemPlaces) -> Callable[[Head], float | None]:

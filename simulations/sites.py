@@ -79,9 +79,7 @@ class SharedData:
         self.training = TrainingLimits.off(guard.min_class_count)
         if device is None:
             device = torch.device("cpu") if backbone is None else backbone.device
-        self.data = LabelledFeatures(
-            store.features.to(device), torch.from_numpy(labels).to(device), loss=task.loss, places=places
-        )
+        self.data = LabelledFeatures.of(store.features, labels, task, device, places)
         self.tuning = tuning
         self._compared: Tensor | None = None
 

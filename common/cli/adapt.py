@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -12,6 +12,9 @@ from fedhead.cli import options
 from fedhead.cli.application import app, in_sentences, output, progress_bars
 from fedhead.cli.predict import Device, Model, Weights, load_model
 from fedhead.wording import counted, percent
+
+if TYPE_CHECKING:
+    from fedhead.adaptation import AdaptedModel
 
 
 @app.command(epilog="Example: [bold]fedhead adapt runs/xray --data 'folder:/data/new?labels=no' --out adapted[/bold]")
@@ -70,12 +73,16 @@ def adapt(
             soft_wrap=True,
         )
     else:
-        table = Table(box=SIMPLE_HEAD, pad_edge=False)
-        table.add_column("class", overflow="fold")
-        for column in ("predicted before", "after"):
-            table.add_column(column, justify="right")
-        for name, share in made.before.items():
-            table.add_row(name, percent(share), percent(made.after[name]))
-        output().print(table)
+        _show(made)
         rows = counted(made.rows, "row")
         output().print(f"Adapted to {rows} by {made.method!r}; the model is in {out}.", soft_wrap=True)
+
+
+def _show(made: "AdaptedModel") -> None:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("class", overflow="fold")
+    for column in ("predicted before", "after"):
+        table.add_column(column, justify="right")
+    for name, share in made.before.items():
+        table.add_row(name, percent(share), percent(made.after[name]))
+    output().print(table)

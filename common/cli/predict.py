@@ -73,11 +73,7 @@ def predict(
     inputs = find_inputs(paths, loaded.backbone.kind, getattr(loaded.backbone.preprocessing, "columns", ()))
     unreadable = 0
     drawn = _drawer(draw, loaded) if draw is not None else None
-    coco = None
-    if not as_json and out is not None and out.suffix.lower() == ".json":
-        from fedhead.coco_results import CocoIds
-
-        coco = CocoIds.of(loaded.task, paths)
+    coco = _coco_ids(out, loaded, paths) if not as_json else None
     with _writer(out) as file, _written(coco, file) as results, progress_bars() as progress:
         page = out is not None and out.suffix.lower() in (".html", ".htm")
         lines = as_json or (out is not None and out.suffix.lower() in (".jsonl", ".ndjson"))
@@ -161,6 +157,15 @@ def load_model(path: Path, weights: str, device: str) -> "TransferModel":
     model = TransferModel.load(path, weights=weights)
     model.backbone.to(pick_device(device))
     return model
+
+
+def _coco_ids(out: Path | None, model: "TransferModel", paths: list[str]) -> "CocoIds | None":
+    """Return the ids that a file of COCO results needs; None for other files."""
+    if out is None or out.suffix.lower() != ".json":
+        return None
+    from fedhead.coco_results import CocoIds
+
+    return CocoIds.of(model.task, paths)
 
 
 def _drawer(folder: Path, model: "TransferModel") -> "Callable[[Input, Prediction], None]":

@@ -96,14 +96,11 @@ def server(
     debug: options.Debug = False,
 ) -> None:
     """Coordinate a run over real sites; exit 0 only if the run succeeded."""
-    if queue is not None and (config is not None or resume is not None or as_json):
-        raise UserError("--queue DIR takes its runs from DIR: leave out the configuration file, --resume and --json.")
+    _require_fitting_flags(kit, insecure, queue, by_itself=config is not None or resume is not None or as_json)
     path, out = options.run_to_resume(resume, config, out)
     read = partial(options.run_config, assignments=set_, settings=settings)
     # Mistakes in flags are found before anything starts.
     run = read(path)
-    if insecure == (kit is not None):
-        raise UserError("Give either --kit FOLDER, or --insecure on one machine.")
     from fedhead.monitoring import Monitoring
     from fedhead.server.kit import CoordinatorKit
     from fedhead.server.network.serve import NetworkRuns, serve
@@ -136,6 +133,18 @@ def server(
     else:
         for title, text in (*extras(result), ("Run folder", str(result.run_dir))):
             output().print(f"{title}  {text}", highlight=False, soft_wrap=True)
+
+
+def _require_fitting_flags(kit: Path | None, insecure: bool, queue: Path | None, *, by_itself: bool) -> None:
+    """Check flags against each other; `by_itself` says whether one is for a run outside a queue.
+
+    Raises:
+        UserError: if they do not fit.
+    """
+    if queue is not None and by_itself:
+        raise UserError("--queue DIR takes its runs from DIR: leave out the configuration file, --resume and --json.")
+    if insecure == (kit is not None):
+        raise UserError("Give either --kit FOLDER, or --insecure on one machine.")
 
 
 def _link(keys: "CoordinatorKit | None", port: int | None) -> "SuperLink":

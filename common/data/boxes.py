@@ -138,21 +138,9 @@ def samples_of_boxes(
     classes = _classes(classes, options, spec)
     problems = _Problems()
     found = [(one, _checked(one, classes, problems)) for one in drawings]
-    empty = sum(not len(boxes) for _, boxes in found)
-    if _keeps_empty(options, spec):
-        cautions = [_about_empty(empty, len(found))] if empty else []
-    else:
-        for one, boxes in found:
-            if not len(boxes):
-                problems.note("no box, by empty=no", one.path)
-        found = [(one, boxes) for one, boxes in found if len(boxes)]
-        cautions = []
+    found, cautions = _chosen(found, problems, keeps_empty=_keeps_empty(options, spec))
     if not found:
         raise UserError(f"{spec} has no annotated images.")
-    if problems.clipped:
-        cautions.append(
-            f"{counted(problems.clipped, 'box', 'boxes')} reach beyond their image and are cut at its edge."
-        )
     drawn = _Drawn(root, [one for one, _ in found], [boxes for _, boxes in found])
     return Samples(
         spec=spec,
@@ -213,6 +201,23 @@ class _Drawn:
             for part in (boxes.corners, boxes.labels, boxes.ignored):
                 digest.update(part.tobytes())
         return digest.hexdigest()
+
+
+def _chosen(
+    found: list[tuple[Drawing, Boxes]], problems: _Problems, *, keeps_empty: bool
+) -> tuple[list[tuple[Drawing, Boxes]], list[str]]:
+    """Return the images to use, and what to caution of; images without boxes that are left out are noted."""
+    empty = [one for one, boxes in found if not len(boxes)]
+    cautions = [_about_empty(len(empty), len(found))] if empty and keeps_empty else []
+    if not keeps_empty:
+        for one in empty:
+            problems.note("no box, by empty=no", one.path)
+        found = [(one, boxes) for one, boxes in found if len(boxes)]
+    if problems.clipped:
+        cautions.append(
+            f"{counted(problems.clipped, 'box', 'boxes')} reach beyond their image and are cut at its edge."
+        )
+    return found, cautions
 
 
 def _keeps_empty(options: Mapping[str, str], spec: str) -> bool:

@@ -13,7 +13,7 @@
 """
 
 import zipfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -52,16 +52,10 @@ def load_npz(argument: str) -> Samples:
         raise UserError(f"There is no file {path}.")
     members = _members(path)
     parts = _parts(path, set(members), options.get("target"))
-    rows = [open_rows(path, content) for content, _ in parts.values()]
-    white = _white(rows)
     real = _holds_targets(next(iter(parts.values()))[1], options)
-    annotations = [(_targets if real else _labels)(path, named) for _, named in parts.values()]
-    for (content, named), stored, part in zip(parts.values(), rows, annotations, strict=True):
-        if stored.shape[0] != len(part):
-            raise UserError(f"{path} has {stored.shape[0]} rows in {content!r} but {len(part)} in {named!r}.")
+    rows, annotations = _open_parts(path, parts, real=real)
+    white = _white(rows)
     lengths = [len(part) for part in annotations]
-    if len({part.shape[1:] for part in annotations}) > 1:
-        raise UserError(f"{path} mixes kinds of labels: {', '.join(named for _, named in parts.values())}.")
     if list(parts) == [""] and "split" in options:
         raise UserError(f"{path} has no splits to choose from; it has {', '.join(sorted(members))}.")
     splits = None
@@ -107,6 +101,24 @@ def load_npz(argument: str) -> Samples:
         former=None if white is None else read_otherwise,
         left_out=_unused_arrays(sorted(set(members) - used)),
     )
+
+
+def _open_parts(
+    path: Path, parts: Mapping[str, tuple[str, str]], *, real: bool
+) -> tuple[list[Rows], list[npt.NDArray[Any]]]:
+    """Open the rows of each part, and read its labels or real targets.
+
+    Raises:
+        UserError: if they do not fit each other.
+    """
+    rows = [open_rows(path, content) for content, _ in parts.values()]
+    annotations = [(_targets if real else _labels)(path, named) for _, named in parts.values()]
+    for (content, named), stored, part in zip(parts.values(), rows, annotations, strict=True):
+        if stored.shape[0] != len(part):
+            raise UserError(f"{path} has {stored.shape[0]} rows in {content!r} but {len(part)} in {named!r}.")
+    if len({part.shape[1:] for part in annotations}) > 1:
+        raise UserError(f"{path} mixes kinds of labels: {', '.join(named for _, named in parts.values())}.")
+    return rows, annotations
 
 
 def _named_rows(path: Path, array: str, rows: int, chosen: IntArray) -> list[str | None]:

@@ -121,43 +121,12 @@ def samples_of_table(table: Table, options: dict[str, str], spec: str) -> Sample
     group = column_for(table, "group", options, spec, needed=False)
     site = column_for(table, "site", options, spec, needed=False)
     root = Path(options.get("root", table.path.parent))
+    items = _items_of(table, rows, root, options, spec, annotations.columns, (group, site))
     fingerprints = (table.fingerprint, table.former.fingerprint)
-    described = [repr((one, sorted(options.items()), str(root))) for one in fingerprints]
-    former = table.former
-    content, column = content_column(table, options, spec)
-    kind, columns = KINDS[content], tuple[str, ...]()
-    incomplete: tuple[str, ...] = ()
-    left_out: list[LeftOut] = []
-    read: Callable[[int], Item]
-    if content == "path":
-        paths = tuple("" if is_missing(value) else str(value) for value in chosen_values(table, column, rows))
-        kind = _kind_of_paths(paths, options, spec)
-        files = Files(root, paths, kind)
-        stamps = files.stamps()
-        if not any(one.exists for one in stamps):
-            raise UserError(
-                f"None of the files of {spec} exists; the first is {files.name(0)}. Relative paths start from {root}; "
-                "choose another folder as in ?root=/data/images."
-            )
-        described[0] += "\n".join(map(str, stamps))
-        described[1] += "\n".join(one.former for one in stamps)
-        former = _later(files.former("", stamps), table.former)
-        read = PathRows(files, table, rows).read
-    elif content in ("image", "audio"):
-        if by_row := table.named_files(column):
-            files = Files(root, [by_row[row] for row in rows.tolist() if row in by_row])
-            stamps = files.stamps()
-            described[0] += "\n".join(map(str, stamps))
-            former = _later(files.former("", stamps), table.former)
-        read = CellRows(table.cells(column), kind, table, rows, root).read
-    elif content == "text":
-        read = TextRows(table.cells(column), table, rows).read
-    else:
-        named = (*annotations.columns, group, site, options.get("split", "").partition(":")[0])
-        others = {name for name in named if name}
-        others.update(*(find_named(table, COLUMNS[purpose]) for purpose in ("path", "image", "audio", "text", "split")))
-        numbers, left_out = _number_rows(table, rows, options, annotations.columns, others)
-        columns, incomplete, read = numbers.columns.names, numbers.incomplete, numbers.read
+    described = [
+        repr((one, sorted(options.items()), str(root))) + stamps
+        for one, stamps in zip(fingerprints, (items.stamps, items.former_stamps), strict=True)
+    ]
     groups = names_of(chosen_values(table, group, rows)) if group else None
     if groups and groups != _former_names(chosen_values(table, group, rows)):
         described[0] += repr(groups)
@@ -166,19 +135,112 @@ def samples_of_table(table: Table, options: dict[str, str], spec: str) -> Sample
         spec=spec,
         classes=annotations.classes,
         labels=annotations.labels,
-        read=read,
+        read=items.read,
         name=RowNames(table, rows).name,
         fingerprint=fingerprint,
         groups=groups,
         sites=_sites(chosen_values(table, site, rows), site, table, rows) if site else None,
         splits=splits,
-        kind=kind,
+        kind=items.kind,
         targets=annotations.targets,
         target_names=annotations.target_names,
-        columns=columns,
-        incomplete=incomplete,
-        former=None if fingerprint == before else replace(former, fingerprint=before),
-        left_out=(*unlabelled, *left_out),
+        columns=items.columns,
+        incomplete=items.incomplete,
+        former=None if fingerprint == before else replace(items.former, fingerprint=before),
+        left_out=(*unlabelled, *items.left_out),
+    )
+
+
+@dataclass(frozen=True)
+class _Items:
+    """The items of a table's rows.
+
+    Attributes:
+        kind: of the items.
+        read: reads the item of a row.
+        former: the keys of earlier versions.
+        stamps: of the files that items are read from, as a text.
+        former_stamps: the same as in earlier versions.
+        columns: the names of numbers; empty for other items.
+        incomplete: those with missing numbers.
+        left_out: unused columns.
+    """
+
+    kind: Kind
+    read: Callable[[int], Item]
+    former: Former
+    stamps: str = ""
+    former_stamps: str = ""
+    columns: tuple[str, ...] = ()
+    incomplete: tuple[str, ...] = ()
+    left_out: Sequence[LeftOut] = ()
+
+
+def _items_of(
+    table: Table,
+    rows: IntArray,
+    root: Path,
+    options: dict[str, str],
+    spec: str,
+    predicted: Sequence[str],
+    described_by: Sequence[str | None],
+) -> _Items:
+    """Return the items of rows, from the column that holds them or their files, or else from numbers in several.
+
+    Args:
+        table: the table.
+        rows: the chosen rows.
+        root: the base folder of relative paths.
+        options: as in `samples_of_table`.
+        spec: the data spec with its options.
+        predicted: the columns of labels and targets.
+        described_by: the columns of groups and sites, if any.
+
+    Raises:
+        UserError: for a missing column, or files none of which exists.
+    """
+    content, column = content_column(table, options, spec)
+    kind = KINDS[content]
+    if content == "path":
+        return _files_of(table, column, rows, root, options, spec)
+    if content in ("image", "audio"):
+        read = CellRows(table.cells(column), kind, table, rows, root).read
+        if not (by_row := table.named_files(column)):
+            return _Items(kind, read, table.former)
+        files = Files(root, [by_row[row] for row in rows.tolist() if row in by_row])
+        stamps = files.stamps()
+        return _Items(kind, read, _later(files.former("", stamps), table.former), "\n".join(map(str, stamps)))
+    if content == "text":
+        return _Items(kind, TextRows(table.cells(column), table, rows).read, table.former)
+    others = {name for name in (*predicted, *described_by, options.get("split", "").partition(":")[0]) if name}
+    others.update(*(find_named(table, COLUMNS[purpose]) for purpose in ("path", "image", "audio", "text", "split")))
+    numbers, left_out = _number_rows(table, rows, options, predicted, others)
+    return _Items(
+        kind,
+        numbers.read,
+        table.former,
+        columns=numbers.columns.names,
+        incomplete=numbers.incomplete,
+        left_out=left_out,
+    )
+
+
+def _files_of(table: Table, column: str, rows: IntArray, root: Path, options: dict[str, str], spec: str) -> _Items:
+    paths = tuple("" if is_missing(value) else str(value) for value in chosen_values(table, column, rows))
+    kind = _kind_of_paths(paths, options, spec)
+    files = Files(root, paths, kind)
+    stamps = files.stamps()
+    if not any(one.exists for one in stamps):
+        raise UserError(
+            f"None of the files of {spec} exists; the first is {files.name(0)}. Relative paths start from {root}; "
+            "choose another folder as in ?root=/data/images."
+        )
+    return _Items(
+        kind,
+        PathRows(files, table, rows).read,
+        _later(files.former("", stamps), table.former),
+        "\n".join(map(str, stamps)),
+        "\n".join(one.former for one in stamps),
     )
 
 

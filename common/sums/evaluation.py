@@ -180,26 +180,35 @@ class EvaluationSums:
             arrays["reliability"].astype(np.int64),
             np.array(confidence),
         )
-        if (sums.binary.sum((1, 2)) != sums.rows).any():
-            raise ValueError("'confusion' has different numbers of rows for different classes.")
-        if not np.array_equal(sums.scores.sum(2), sums.binary.sum(2)):
-            raise ValueError("'scores' and 'confusion' count different numbers of rows.")
-        wrong = sums.rows - sums.binary.trace(axis1=1, axis2=2)
-        if not sums.rows - wrong.sum() <= sums.correct <= sums.rows - wrong.max():
-            raise ValueError("'matched' contradicts 'confusion'.")
-        judged, true = sums.rows, sums.correct
-        if not exclusive:
-            judged, true = sums.rows * num_classes, int(sums.binary[:, 1].sum())
-        if sums.reliability.sum() != judged or sums.reliability[1].sum() != true:
-            raise ValueError("'reliability' and 'confusion' count different numbers of rows.")
-        edges, counts = np.arange(CONFIDENCE_BINS) / CONFIDENCE_BINS, sums.reliability.sum(0)
-        slack = 1e-9 * counts
-        above = confidence < counts * edges - slack
-        if (above | (confidence > counts * (edges + 1 / CONFIDENCE_BINS) + slack)).any():
-            raise ValueError("'confidence' contradicts the probabilities counted in 'reliability'.")
-        if sums.loss_sum > LARGEST_LOSS * sums.rows:
-            raise ValueError("'loss_sum' is too large, or not 0 although there are no rows.")
+        _require_consistent(sums)
         return sums
+
+
+def _require_consistent(sums: EvaluationSums) -> None:
+    """Check that some rows can have these counts.
+
+    Raises:
+        ValueError: if they contradict each other.
+    """
+    if (sums.binary.sum((1, 2)) != sums.rows).any():
+        raise ValueError("'confusion' has different numbers of rows for different classes.")
+    if not np.array_equal(sums.scores.sum(2), sums.binary.sum(2)):
+        raise ValueError("'scores' and 'confusion' count different numbers of rows.")
+    wrong = sums.rows - sums.binary.trace(axis1=1, axis2=2)
+    if not sums.rows - wrong.sum() <= sums.correct <= sums.rows - wrong.max():
+        raise ValueError("'matched' contradicts 'confusion'.")
+    judged, true = sums.rows, sums.correct
+    if not sums.exclusive:
+        judged, true = sums.rows * sums.num_classes, int(sums.binary[:, 1].sum())
+    if sums.reliability.sum() != judged or sums.reliability[1].sum() != true:
+        raise ValueError("'reliability' and 'confusion' count different numbers of rows.")
+    edges, counts = np.arange(CONFIDENCE_BINS) / CONFIDENCE_BINS, sums.reliability.sum(0)
+    slack = 1e-9 * counts
+    above = sums.confidence < counts * edges - slack
+    if (above | (sums.confidence > counts * (edges + 1 / CONFIDENCE_BINS) + slack)).any():
+        raise ValueError("'confidence' contradicts the probabilities counted in 'reliability'.")
+    if sums.loss_sum > LARGEST_LOSS * sums.rows:
+        raise ValueError("'loss_sum' is too large, or not 0 although there are no rows.")
 
 
 def _confusion_shape(num_classes: int, exclusive: bool) -> tuple[int, ...]:

@@ -226,6 +226,18 @@ class ItemPlaces:
             raise UserError(f"The task {task.name!r} is about places: choose layers with ':map', as in 'layer2:map'.")
         return cls(task, geometry, task.annotations(samples))
 
+    @classmethod
+    def with_targets(
+        cls, task: Task, geometry: Geometry | None, samples: Samples, targets: Targets
+    ) -> "tuple[ItemPlaces | None, Targets]":
+        """Return how items become places, and the targets that guards count; None, and `targets`, if rows are items.
+
+        Raises:
+            UserError: as `of` does.
+        """
+        places = cls.of(task, geometry, samples)
+        return places, targets if places is None else places.summed(targets)
+
     def summed(self, targets: Targets) -> Targets:
         """Return targets `[n, C]` with 1 for the classes whose sums an item adds to: these are what guards count.
 
