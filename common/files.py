@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import re
+import shutil
 import stat
 import sys
 import tempfile
@@ -141,6 +142,45 @@ def replaced(path: Path) -> Iterator[Path]:
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
+            raise
+
+
+def require_new_folder(path: Path, advice: str) -> None:
+    """Check that nothing, or an empty folder, is at a path.
+
+    Args:
+        path: of a folder to write.
+        advice: a sentence on what to do otherwise.
+
+    Raises:
+        UserError: if something else is there.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} exists and is not an empty folder; {advice}")
+
+
+@contextmanager
+def new_folder(path: Path, advice: str) -> Iterator[Path]:
+    """Give a temporary folder to fill, which is renamed to `path` if nothing fails, and removed otherwise.
+
+    Args:
+        path: of the folder.
+        advice: a sentence on what to do if there is one with content.
+
+    Raises:
+        UserError: if `path` is something else than an empty folder, or cannot be written.
+        FedheadError: if the disk is full.
+    """
+    with disk_errors(path):
+        require_new_folder(path, advice)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+        try:
+            yield temporary
+            temporary.chmod(0o755)
+            temporary.replace(path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
             raise
 
 

@@ -2,19 +2,17 @@
 
 import logging
 
-import numpy as np
-
 from fedhead.adaptation import Adaptation
 from fedhead.protocol.actions import ADAPT
 from fedhead.protocol.messages import Payload
-from fedhead.server.collect import Question, collect
 from fedhead.server.exchange import Exchange
 from fedhead.server.messenger import Messenger
 from fedhead.server.personal import LEAST_SITES
 from fedhead.server.roster import Roster
-from fedhead.server.selection import Choice, Rival, figures
+from fedhead.server.selection import Choice, Rival, figures, in_two_exchanges
 from fedhead.solvers.adaptation import METHODS
 from fedhead.sums.features import FeatureStatistics
+from fedhead.sums.heads import FloatArray
 from fedhead.sums.rivals import RivalSums
 
 logger = logging.getLogger(__name__)
@@ -48,17 +46,14 @@ def prove_adaptations(
             LEAST_SITES,
         )
         return None, None, Exchange()
-    exchange, temperatures, sums = Exchange(), np.ones(len(METHODS)), RivalSums.zeros(len(METHODS))
-    for _ in range(2):
-        values = {"solver": solver, "temperatures": temperatures.tolist()}
-        question = Question(ADAPT, Payload(values, stats.to_arrays()).to_content(), RivalSums.zeros(len(METHODS)))
-        collected = collect(messenger, roster.nodes, question, roster.rows)
-        exchange.include(collected.exchange)
-        sums = collected.total
-        temperatures = sums.temperatures()
+
+    def payload_at(temperatures: FloatArray) -> Payload:
+        return Payload({"solver": solver, "temperatures": temperatures.tolist()}, stats.to_arrays())
+
+    sums, exchange = in_two_exchanges(messenger, roster.nodes, roster.rows, ADAPT, payload_at, len(METHODS))
     choice = choose_adaptation(sums)
     logger.info("%s: %s. %s", choice.question, choice.taken, choice.reason)
-    by_method = dict(zip(METHODS, temperatures.tolist(), strict=True))
+    by_method = dict(zip(METHODS, sums.temperatures().tolist(), strict=True))
     return Adaptation(stats, choice.taken, solver, by_method, seed), choice, exchange
 
 

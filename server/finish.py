@@ -58,7 +58,8 @@ class Finish:
         head = self.run.form.leave(arrays)
         # Sites decide which rows they hold out, not the run.
         held_out_rows = self.run.config.holdout > 0 or exchange.sums()[HELD_OUT] > 0
-        sites, calibrated, foreign = {}, None, None
+        sites: dict[str, Any] = {}
+        calibrated, foreign = None, None
         request = HeadRequest(arrays, server_round=number)
         if held_out_rows:
             sites, calibrated = self._evaluated(request, head, exchange)

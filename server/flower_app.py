@@ -9,7 +9,7 @@ import tomli_w
 from fedhead import __version__
 from fedhead.config import RunConfig, Scalar, merge, parse_assignments
 from fedhead.errors import UserError
-from fedhead.files import disk_errors, write_atomically
+from fedhead.files import disk_errors, require_new_folder, write_atomically
 
 _HEAD = """\
 # A Flower app that runs fedhead: flwr run . CONNECTION --stream
@@ -34,8 +34,7 @@ def write_flower_app(folder: Path, config: RunConfig, out: str = "") -> Path:
     if not config.classes and not config.classes_from:
         raise UserError("A run over real sites needs its classes: --classes a,b,c, or classes = [...] in the file.")
     with disk_errors(folder):
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder} exists and is not an empty folder; a Flower app needs one of its own.")
+        require_new_folder(folder, "a Flower app needs one of its own.")
     major_minor = ".".join(__version__.split(".")[:2])
     app = {
         "project": {

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from fedhead.addresses import split_address
 from fedhead.config import RunConfig
 from fedhead.errors import UserError
-from fedhead.files import write_atomically
+from fedhead.files import require_new_folder, write_atomically
 from fedhead.secure.masks import new_private_key, public_key
 from fedhead.secure.roster import Member, Roster, encode, signing_text
 from fedhead.server.authority import (
@@ -61,8 +61,7 @@ def provision(
     Raises:
         UserError: if the folder holds something, or a name or address cannot be used.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not an empty folder. To change a kit: --add-site, --revoke or --renew.")
+    require_new_folder(out, "to change a kit: --add-site, --revoke or --renew.")
     host, port = split_address(coordinator)
     if port == 0:
         raise UserError(f"{coordinator!r} names no port; expected HOST:PORT, as in coord.example.org:9092.")

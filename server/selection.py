@@ -1,6 +1,6 @@
 """Selection of a head by proof: rivals are compared on the sites' held-out rows, each at its own temperature."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 
 from fedhead.protocol.actions import RIVALS
+from fedhead.protocol.messages import Payload
 from fedhead.protocol.rivals import Level, RivalsRequest
 from fedhead.server.collect import Question, collect
 from fedhead.server.exchange import Exchange
 from fedhead.server.messenger import Messenger
+from fedhead.sums.heads import FloatArray
 from fedhead.sums.rivals import RivalSums
 from fedhead.sums.sums import Arrays
 from fedhead.wording import listed
@@ -73,8 +75,13 @@ class Choice:
         }
 
 
-def compare_rivals(
-    messenger: Messenger, nodes: Mapping[str, int], rows: Mapping[str, int], rivals: Sequence[Rival]
+def in_two_exchanges(
+    messenger: Messenger,
+    nodes: Mapping[str, int],
+    rows: Mapping[str, int],
+    action: str,
+    payload_at: Callable[[FloatArray], Payload],
+    count: int,
 ) -> tuple[RivalSums, Exchange]:
     """Compare heads on held-out rows in two exchanges: the first chooses temperatures, the second uses them.
 
@@ -82,21 +89,33 @@ def compare_rivals(
         messenger: reaches the sites.
         nodes: the sites to ask, by name.
         rows: the number of rows of each.
-        rivals: the heads.
+        action: the request for their losses.
+        payload_at: returns the content of the request, given a temperature for each head.
+        count: the number of heads.
 
     Returns:
         The sums of the second exchange, and the traffic.
     """
-    exchange, temperatures = Exchange(), np.ones(len(rivals))
-    sums = RivalSums.zeros(len(rivals))
+    exchange, temperatures, sums = Exchange(), np.ones(count), RivalSums.zeros(count)
     for _ in range(2):
-        request = RivalsRequest([one.arrays for one in rivals], [one.level for one in rivals], temperatures)
-        question = Question(RIVALS, request.payload().to_content(), RivalSums.zeros(len(rivals)))
+        question = Question(action, payload_at(temperatures).to_content(), RivalSums.zeros(count))
         collected = collect(messenger, nodes, question, rows)
         exchange.include(collected.exchange)
         sums = collected.total
         temperatures = sums.temperatures()
     return sums, exchange
+
+
+def compare_rivals(
+    messenger: Messenger, nodes: Mapping[str, int], rows: Mapping[str, int], rivals: Sequence[Rival]
+) -> tuple[RivalSums, Exchange]:
+    """Compare heads on held-out rows; see `in_two_exchanges`."""
+    heads, levels = [one.arrays for one in rivals], [one.level for one in rivals]
+
+    def payload_at(temperatures: FloatArray) -> Payload:
+        return RivalsRequest(heads, levels, temperatures).payload()
+
+    return in_two_exchanges(messenger, nodes, rows, RIVALS, payload_at, len(rivals))
 
 
 def figures(rivals: Sequence[Rival], sums: RivalSums) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from fedhead.client.settings import SiteSettings
 from fedhead.client.site_opening import site_of
 from fedhead.config import RunConfig
 from fedhead.errors import UserError
+from fedhead.files import require_new_folder
 from fedhead.flower import in_process_identity
 from fedhead.server.app import coordinate
 from fedhead.simulations.grid import InProcessGrid
@@ -36,8 +37,7 @@ def dry_run(settings: SiteSettings, config: RunConfig, folder: Path) -> list[Pat
         UserError: if the folder holds something, or the run's weights are not on this machine.
         FedheadError: if the site refuses the run, or the run fails.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not an empty folder. Name another one with --payloads.")
+    require_new_folder(folder, "name another one with --payloads.")
     _require_weights(config)
     payloads = Payloads(folder)
     with tempfile.TemporaryDirectory(prefix="fedhead-dry-run-") as temporary, in_process_identity(run_id=1):

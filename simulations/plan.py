@@ -151,7 +151,12 @@ class Plan:
         np.maximum.at(whole, inverse, strata)
         own = None if owners is None else [owners[row] for row in first]
         parts = divide(table.partition, whole, table.sites, self.config.seed, own)
-        return {name: readable[np.isin(inverse, part)] for name, part in parts.items()}
+        order = inverse.argsort(kind="stable")
+        of_sequence = np.split(order, np.searchsorted(inverse[order], np.arange(1, len(first))))
+        return {
+            name: readable[np.sort(np.concatenate([order[:0], *(of_sequence[one] for one in np.unique(part))]))]
+            for name, part in parts.items()
+        }
 
 
 def make_plan(config: RunConfig, inputs: Inputs = Inputs()) -> Plan:

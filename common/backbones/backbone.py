@@ -172,8 +172,7 @@ class Backbone:
             return None
         if len(kept) > 1:
             raise UserError(f"Layer {self.layer!r} of {self.spec} keeps the maps of some layers and pools others.")
-        items = [self.preprocessing(item) for item in self.preprocessing.probes()]
-        output, _ = self._run(self.preprocessing.collate(items))
+        output, _ = self._run(self.probe_batch())
         size = self.preprocessing.size if isinstance(self.preprocessing, ImagePreprocessing) else (0, 0)
         return Geometry.of(output, size)
 
@@ -208,7 +207,7 @@ class Backbone:
             )
         return output.to(torch.float32)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _run(self, batch: Batch) -> tuple[Tensor | Sequence[Tensor], Tensor | None]:
         """Return the module's output for a batch, and the mask of the batch, if it has one."""
         if isinstance(batch, Tensor):
@@ -221,9 +220,17 @@ class Backbone:
             raise UserError(f"Layer {self.layer!r} of {self.spec} gives no vectors of single words.")
         return output[rows, places]
 
+    def batch_of(self, items: Sequence[Item]) -> Batch:
+        """Return the preprocessed batch of items."""
+        return self.preprocessing.collate([self.preprocessing(item) for item in items])
+
+    def probe_batch(self) -> Batch:
+        """Return the preprocessed batch of fixed items."""
+        return self.batch_of(self.preprocessing.probes())
+
     def features_of(self, items: Sequence[Item]) -> Tensor:
         """Return float32 features `[n, d]` of items, on the backbone's device."""
-        return self.features(self.preprocessing.collate([self.preprocessing(item) for item in items]))
+        return self.features(self.batch_of(items))
 
     def probe(self) -> Tensor:
         """Return the features `[PROBES, d]` of fixed items, or their mean over places, for comparing two machines."""

@@ -106,10 +106,9 @@ class Trunk(Backbone):
     @torch.no_grad()
     def boundary(self, batch: Batch) -> Boundary:
         """Return the activations of a preprocessed batch, on the backbone's device."""
-        if isinstance(batch, Tensor):
-            return Boundary(self.module(batch.to(self.device)).to(torch.float32), None)
-        moved = {name: tensor.to(self.device) for name, tensor in batch.items()}
-        return Boundary(self.module(**moved).to(torch.float32), moved.get("attention_mask"))
+        values, mask = self._run(batch)
+        assert isinstance(values, Tensor)
+        return Boundary(values.to(torch.float32), mask)
 
     @cached_property
     def digest(self) -> str:
@@ -311,15 +310,10 @@ def cuts_of(backbone: Backbone) -> Cuts:
         raise UserError(f"{backbone.spec} takes sounds, whose backbones cannot be tuned yet; train the head alone.")
     if backbone.spec.startswith("hf:"):
         return StateCuts(backbone.module, backbone.spec)
-    example = _probes(backbone)
+    example = backbone.probe_batch()
     if not isinstance(example, Tensor):
         raise UserError(f"{backbone.spec} takes {ITEMS[backbone.kind]}; of these, only models hf:NAME can be tuned.")
     return GraphCuts(backbone.module, example.to(backbone.device), backbone.spec)
-
-
-def _probes(backbone: Backbone) -> Batch:
-    preprocessing = backbone.preprocessing
-    return preprocessing.collate([preprocessing(item) for item in preprocessing.probes()])
 
 
 def _choose(cuts: Cuts, tune: TuneSpec, spec: str) -> tuple[str, list[str]]:
@@ -426,7 +420,7 @@ def _separate(module: nn.Module, names: set[str]) -> nn.Module:
 
 
 def _require_equal(backbone: Backbone, trunk: Trunk, tail: Tail) -> None:
-    batch = _probes(backbone)
+    batch = backbone.probe_batch()
     whole = backbone.features(batch)
     with torch.no_grad():
         parts = tail(*trunk.boundary(batch))

@@ -1,8 +1,6 @@
 """The adapters of a run tuned with LoRA, as a folder that PEFT loads."""
 
 import copy
-import shutil
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from fedhead.errors import FedheadError, UserError
 from fedhead.export.formats import Exported
 from fedhead.export.verification import TOLERANCE
 from fedhead.extras import require
-from fedhead.files import disk_errors
+from fedhead.files import new_folder
 from fedhead.model import TransferModel
 
 PEFT_FORMAT = "peft"
@@ -46,20 +44,10 @@ def export_adapter(model: TransferModel, run: Path, path: Path) -> Exported:
             f"The pretrained weights of {tail.spec}, on which the adapters are checked, are not on this machine; copy "
             f"them to {weights_path(tail.weights_digest)}."
         )
-    with disk_errors(path):
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"{path} exists and is not an empty folder; choose another --out.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
-        try:
-            for name, content in files.items():
-                (temporary / name).write_bytes(content)
-            difference = _difference(model.backbone, base, temporary)
-            temporary.chmod(0o755)
-            temporary.replace(path)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+    with new_folder(path, "choose another --out.") as temporary:
+        for name, content in files.items():
+            (temporary / name).write_bytes(content)
+        difference = _difference(model.backbone, base, temporary)
     return Exported(path, sum(map(len, files.values())), difference)
 
 

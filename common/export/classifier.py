@@ -116,7 +116,7 @@ def sample_inputs(backbone: Backbone, rows: int) -> tuple[Tensor, ...]:
         size = max(getattr(backbone.preprocessing, "size", (64, 64)))
         noise = np.random.default_rng(rows).integers(0, 256, (rows, size, size, 3), dtype=np.uint8)
         items = [Image.fromarray(image) for image in noise]
-    batch = backbone.preprocessing.collate([backbone.preprocessing(item) for item in items])
+    batch = backbone.batch_of(items)
     return (batch,) if isinstance(batch, Tensor) else tuple(batch[name] for name in input_names(backbone))
 
 

@@ -1,8 +1,6 @@
 """A model written in another format, once its answers on samples are verified."""
 
 import copy
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from fedhead.export.programs import write_onnx, write_torch_export
 from fedhead.export.suppression import require_boxes, require_same_boxes, with_suppression
 from fedhead.export.verification import require_same
 from fedhead.extras import require
-from fedhead.files import disk_errors, write_atomically
+from fedhead.files import new_folder, write_atomically
 from fedhead.model import BACKBONE_FILE, MODEL_FILE, TransferModel
 from fedhead.registry import suggest
 
@@ -109,22 +107,10 @@ _WRITERS: Mapping[str, Callable[[TransferModel], tuple[bytes, Callable[..., Outp
 
 def _write_folder(model: TransferModel, path: Path) -> Exported:
     """Write model and backbone to a new folder, which is sufficient to load both."""
-    with disk_errors(path):
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(
-                f"{path} exists and is not an empty folder; a model with its backbone needs a new or empty folder."
-            )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
-        try:
-            model.backbone.save(temporary / BACKBONE_FILE)
-            model.save(temporary / MODEL_FILE)
-            read = TransferModel.load(temporary / MODEL_FILE, Backbone.load(temporary / BACKBONE_FILE))
-            difference = require_same(model, classifier_of(read), "fedhead")
-            size = sum(file.stat().st_size for file in temporary.iterdir())
-            temporary.chmod(0o755)
-            temporary.replace(path)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+    with new_folder(path, "a model with its backbone needs a new or empty folder.") as temporary:
+        model.backbone.save(temporary / BACKBONE_FILE)
+        model.save(temporary / MODEL_FILE)
+        read = TransferModel.load(temporary / MODEL_FILE, Backbone.load(temporary / BACKBONE_FILE))
+        difference = require_same(model, classifier_of(read), "fedhead")
+        size = sum(file.stat().st_size for file in temporary.iterdir())
     return Exported(path, size, difference)

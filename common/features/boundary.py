@@ -6,9 +6,7 @@ tokens. Values are float16 where the tail gives the same features to 1e-3, else 
 
 import functools
 import hashlib
-import json
 import logging
-import os
 import shutil
 import zlib
 from contextlib import closing
@@ -25,9 +23,10 @@ from torch import Tensor
 from fedhead.backbones.split import Tail, Trunk
 from fedhead.data import IntArray, Samples, UnreadableSampleError
 from fedhead.errors import FedheadError
+from fedhead.features.checkpoints import Blocks, Meta, intact_meta, is_whole, read_meta, truncate
 from fedhead.features.extraction import arranged, batch_size_for, read_ahead
 from fedhead.features.store import BLOCK, Prepared, Progress, prepare
-from fedhead.files import disk_errors, home, locked, write_atomically
+from fedhead.files import disk_errors, home, locked
 
 logger = logging.getLogger(__name__)
 
@@ -109,9 +108,8 @@ class BoundaryStore:
 
     @classmethod
     def _map(cls, path: Path, device: torch.device, extracted: int) -> Self:
-        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-        lengths = np.fromfile(path / "lengths.bin", dtype="<i8")
-        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        meta = read_meta(path)
+        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(_lengths(path))])
         shape = tuple(meta["shape"])
         values = np.memmap(
             path / "values.bin",
@@ -144,7 +142,7 @@ class BoundaryStore:
 
 def number_for(trunk: Trunk, tail: Tail) -> Kind:
     """Return `float16` if the tail gives the same features of the probes from it, to 1e-3; else `float32`."""
-    batch = trunk.preprocessing.collate([trunk.preprocessing(item) for item in trunk.preprocessing.probes()])
+    batch = trunk.probe_batch()
     with torch.inference_mode():
         values, mask = trunk.boundary(batch)
         exact = tail(values, mask)
@@ -155,31 +153,27 @@ def number_for(trunk: Trunk, tail: Tail) -> Kind:
 
 
 def _is_whole(path: Path) -> bool:
-    if not path.exists():
-        return False
-    try:
-        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-        lengths = np.fromfile(path / "lengths.bin", dtype="<i8")
-        whole = meta["format"] == FORMAT and _checksums(path, meta, lengths) == meta["checksums"]
-    except (OSError, ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        logger.warning("The activations in %s are damaged; they are extracted again.", path)
-        shutil.rmtree(path)
-    return bool(whole)
+    def is_intact(meta: Meta) -> bool:
+        return bool(meta["format"] == FORMAT and _checksums(path, meta, _lengths(path)) == meta["checksums"])
+
+    return is_whole(path, is_intact, "activations")
 
 
-def _block_rows(meta: dict[str, Any]) -> int:
+def _lengths(path: Path) -> npt.NDArray[np.int64]:
+    return np.fromfile(path / "lengths.bin", dtype="<i8")
+
+
+def _block_rows(meta: Meta) -> int:
     """Return the number of rows in a block: fewer where the activations of one are large."""
     elements = LONGEST if meta["sequences"] else 1
     return max(1, min(BLOCK, BLOCK_VALUES // max(int(np.prod(meta["shape"])) * elements, 1)))
 
 
-def _bytes_an_element(meta: dict[str, Any]) -> int:
+def _bytes_an_element(meta: Meta) -> int:
     return int(np.prod(meta["shape"])) * (2 if meta["number"] == "float16" else 4)
 
 
-def _checksums(path: Path, meta: dict[str, Any], lengths: IntArray) -> list[int]:
+def _checksums(path: Path, meta: Meta, lengths: IntArray) -> list[int]:
     """Return the CRC-32 of each block's values and lengths, without truncated blocks."""
     found = []
     with (path / "values.bin").open("rb") as values:
@@ -209,8 +203,7 @@ def _extract(trunk: Trunk, samples: Samples, rows: IntArray, path: Path, number:
     wanted = [row for row in range(begun, len(samples)) if row in readable]
     read_row = functools.partial(prepare, samples, trunk)
     with (
-        (partial / "values.bin").open("ab") as values,
-        (partial / "lengths.bin").open("ab") as lengths,
+        Blocks(partial, ("values.bin", "lengths.bin"), meta) as blocks,
         closing(read_ahead(read_row, wanted, ahead=2 * chunk)) as prepared,
     ):
         for start in range(begun, len(samples), block_rows):
@@ -231,13 +224,7 @@ def _extract(trunk: Trunk, samples: Samples, rows: IntArray, path: Path, number:
                     f"The activations of {samples.spec} at the boundary do not fit on the disk of {path.parent}. Free "
                     "some space, set FEDHEAD_HOME to a folder on another disk, or tune fewer layers."
                 )
-            for file, written in ((values, block), (lengths, counts.tobytes())):
-                file.write(written)
-                file.flush()
-                os.fsync(file.fileno())
-            meta["checksums"].append(zlib.crc32(counts.tobytes(), zlib.crc32(block)))
-            meta["done"] = stop
-            write_atomically(partial / "meta.json", json.dumps(meta))
+            blocks.append((block, counts.tobytes()), stop)
     partial.rename(path)
     return len(wanted)
 
@@ -268,27 +255,20 @@ def _activations(trunk: Trunk, read: dict[int, Prepared], batch_size: int) -> di
     return made
 
 
-def _resume(partial: Path, trunk: Trunk, number: Kind) -> dict[str, Any]:
+def _resume(partial: Path, trunk: Trunk, number: Kind) -> Meta:
     """Return the state of a partial folder, with its files cut off at that state."""
-    batch = trunk.preprocessing.collate([trunk.preprocessing(item) for item in trunk.preprocessing.probes()])
-    values, mask = trunk.boundary(batch)
+    values, mask = trunk.boundary(trunk.probe_batch())
     sequences = mask is not None
     shape = list(values.shape[2:] if sequences else values.shape[1:])
-    fresh = {"format": FORMAT, "number": number, "shape": shape, "sequences": sequences, "done": 0, "checksums": []}
-    lengths = np.zeros(0, "<i8")
-    meta: dict[str, Any] = fresh
-    try:
-        saved = json.loads((partial / "meta.json").read_text(encoding="utf-8"))
-        lengths = np.fromfile(partial / "lengths.bin", dtype="<i8")[: saved["done"]]
-        same = {name: saved[name] for name in ("format", "number", "shape")} == {
-            name: fresh[name] for name in ("format", "number", "shape")
-        }
-        if same and len(lengths) == saved["done"] and _checksums(partial, saved, lengths) == saved["checksums"]:
-            meta = saved
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    done = lengths[: meta["done"]]
-    for name, size in (("values.bin", int(done.sum()) * _bytes_an_element(meta)), ("lengths.bin", 8 * meta["done"])):
-        with (partial / name).open("ab") as file:
-            file.truncate(size)
+    form = {"format": FORMAT, "number": number, "shape": shape}
+    fresh: Meta = {**form, "sequences": sequences, "done": 0, "checksums": []}
+
+    def is_intact(meta: Meta) -> bool:
+        lengths = _lengths(partial)[: meta["done"]]
+        same = all(meta[name] == value for name, value in form.items())
+        return same and len(lengths) == meta["done"] and _checksums(partial, meta, lengths) == meta["checksums"]
+
+    meta = intact_meta(partial, is_intact) or fresh
+    elements = int(_lengths(partial)[: meta["done"]].sum()) if meta["done"] else 0
+    truncate(partial, {"values.bin": elements * _bytes_an_element(meta), "lengths.bin": 8 * meta["done"]})
     return meta

@@ -8,7 +8,6 @@ key: their rows are retried whenever the store is opened.
 
 import functools
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -29,6 +28,7 @@ from fedhead.data import KeyArray, RowError, Samples, UnreadableSampleError, req
 from fedhead.data.samples import Former
 from fedhead.devices import Precision, multiplying
 from fedhead.errors import FedheadError, UnreadableDataError, UserError
+from fedhead.features.checkpoints import META, Blocks, Meta, intact_meta, is_whole, read_meta, truncate, write_meta
 from fedhead.features.extraction import arranged, batch_size_for, read_ahead
 from fedhead.files import disk_errors, home, locked, write_atomically
 
@@ -131,7 +131,7 @@ class FeatureStore:
 
     @classmethod
     def _map(cls, path: Path, extracted: int) -> Self:
-        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+        meta = read_meta(path)
         shape = (meta["rows"], meta["features"])
         # Copy-on-write, because torch warns about tensors over read-only memory.
         mapped = np.memmap(path / "features.bin", dtype="<f4", mode="c", shape=shape)
@@ -165,9 +165,9 @@ def store_key(backbone: Backbone, fingerprint: str, precision: Precision) -> str
 
 def _adopt(before: Path, path: Path, former: Former, spec: str) -> None:
     """Migrate a store of the previous version if it is certainly of the same data; otherwise log the reason."""
-    if not (before / "meta.json").is_file():
+    if not (before / META).is_file():
         return
-    finished = (before / "meta.json").stat().st_mtime_ns
+    finished = (before / META).stat().st_mtime_ns
     changed = "files have changed, were renamed or got other permissions since" if former.changed >= finished else ""
     if fault := former.fault() or changed:
         logger.warning("The cached features for %s are extracted again: %s.", spec, fault)
@@ -178,18 +178,10 @@ def _adopt(before: Path, path: Path, former: Former, spec: str) -> None:
 
 
 def _is_whole(path: Path) -> bool:
-    """Return whether a finished store exists; delete it if its content is corrupt."""
-    if not path.exists():
-        return False
-    try:
-        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-        whole = bool(meta["format"] == FORMAT and list(_checksums(path, meta)) == meta["checksums"])
-    except (OSError, ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        logger.warning("The features in %s are damaged; they are extracted again.", path)
-        shutil.rmtree(path)
-    return whole
+    def is_intact(meta: Meta) -> bool:
+        return bool(meta["format"] == FORMAT and list(_checksums(path, meta)) == meta["checksums"])
+
+    return is_whole(path, is_intact, "features")
 
 
 def _fill_contents(samples: Samples, path: Path) -> None:
@@ -204,7 +196,7 @@ def _fill_contents(samples: Samples, path: Path) -> None:
     write_atomically(file, contents.tobytes())
 
 
-def _checksums(path: Path, meta: dict[str, Any]) -> Iterator[int]:
+def _checksums(path: Path, meta: Meta) -> Iterator[int]:
     """Yield the CRC-32 of each block's features and keys; nothing for truncated blocks."""
     with (path / "features.bin").open("rb") as features, (path / "keys.bin").open("rb") as keys:
         step = block_rows(meta["features"])
@@ -244,9 +236,7 @@ def _extract(
     chunk = {"image": batch_size, "audio": min(4 * batch_size, size)}.get(backbone.kind, size)
     read_row = functools.partial(prepare, samples, backbone)
     with (
-        (partial / "features.bin").open("ab") as features,
-        (partial / "keys.bin").open("ab") as keys,
-        (partial / "contents.bin").open("ab") as contents,
+        Blocks(partial, ("features.bin", "keys.bin", "contents.bin"), meta) as blocks,
         multiplying(precision, backbone.device),
         closing(read_ahead(read_row, range(begun, len(samples)), ahead=2 * chunk)) as prepared,
     ):
@@ -261,15 +251,8 @@ def _extract(
                 block.append(extracted)
                 block_keys.append(row_keys)
                 progress(rows.stop, len(samples))
-            features_bytes, both = np.concatenate(block).tobytes(), np.concatenate(block_keys)
-            keys_bytes, contents_bytes = both[:, 0].tobytes(), both[:, 1].tobytes()
-            for file, written in ((features, features_bytes), (keys, keys_bytes), (contents, contents_bytes)):
-                file.write(written)
-                file.flush()
-                os.fsync(file.fileno())
-            meta["checksums"].append(zlib.crc32(keys_bytes, zlib.crc32(features_bytes)))
-            meta["done"] = stop
-            write_atomically(partial / "meta.json", json.dumps(meta))
+            both = np.concatenate(block_keys)
+            blocks.append((np.concatenate(block).tobytes(), both[:, 0].tobytes(), both[:, 1].tobytes()), stop)
     partial.rename(path)
     return len(samples) - begun
 
@@ -289,7 +272,7 @@ def prepare(samples: Samples, backbone: Backbone, row: int) -> Prepared:
         return UnreadableSampleError(f"{samples.name(row)}: {error}")
 
 
-def _note_unreadable(read: dict[int, Prepared], meta: dict[str, Any], strict: bool) -> None:
+def _note_unreadable(read: dict[int, Prepared], meta: Meta, strict: bool) -> None:
     for row, prepared in read.items():
         if isinstance(prepared, UnreadableSampleError):
             if strict:
@@ -306,13 +289,13 @@ def _retry(backbone: Backbone, samples: Samples, path: Path, precision: Precisio
     A store of the previous version does not record these reasons: all rows that it skipped, and rows with features that
     are not finite, are retried once.
     """
-    meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+    meta = read_meta(path)
     again = meta["passing"] if "passing" in meta else _doubtful(path, meta)
     if "passing" in meta and not again:
         return 0
     meta["passing"] = []
     if not again:
-        write_atomically(path / "meta.json", json.dumps(meta))
+        write_meta(path, meta)
         return 0
     for row in again:
         meta["skipped"].pop(str(row), None)
@@ -332,11 +315,11 @@ def _retry(backbone: Backbone, samples: Samples, path: Path, precision: Precisio
                 file.flush()
                 os.fsync(file.fileno())
         meta["checksums"] = list(_checksums(path, meta))
-    write_atomically(path / "meta.json", json.dumps(meta))
+    write_meta(path, meta)
     return sum(done)
 
 
-def _doubtful(path: Path, meta: dict[str, Any]) -> list[int]:
+def _doubtful(path: Path, meta: Meta) -> list[int]:
     """Return the rows of a store that were skipped or have features that are not finite."""
     width = meta["features"] * 4
     rows = {int(row) for row in meta["skipped"]}
@@ -375,9 +358,9 @@ def _extract_rows(
     return features, keys
 
 
-def _resume(partial: Path, samples: Samples, backbone: Backbone) -> dict[str, Any]:
+def _resume(partial: Path, samples: Samples, backbone: Backbone) -> Meta:
     """Return the state of a partial folder, with its files truncated to that state."""
-    fresh = {
+    fresh: Meta = {
         "format": FORMAT,
         "rows": len(samples),
         "features": backbone.num_values,
@@ -386,16 +369,14 @@ def _resume(partial: Path, samples: Samples, backbone: Backbone) -> dict[str, An
         "skipped": {},
         "passing": [],
     }
-    try:
-        meta: dict[str, Any] = json.loads((partial / "meta.json").read_text(encoding="utf-8"))
+
+    def is_intact(meta: Meta) -> bool:
         done = {**meta, "rows": meta["done"]}
         meta.setdefault("passing", [int(row) for row in meta["skipped"]])
         whole = (partial / "contents.bin").stat().st_size >= 8 * meta["done"]
-        if meta["format"] != FORMAT or not whole or list(_checksums(partial, done)) != meta["checksums"]:
-            meta = fresh
-    except (OSError, ValueError, KeyError, TypeError):
-        meta = fresh
-    for name, width in (("features.bin", meta["features"] * 4), ("keys.bin", 8), ("contents.bin", 8)):
-        with (partial / name).open("ab") as file:
-            file.truncate(meta["done"] * width)
+        return bool(meta["format"] == FORMAT and whole and list(_checksums(partial, done)) == meta["checksums"])
+
+    meta = intact_meta(partial, is_intact) or fresh
+    widths = {"features.bin": meta["features"] * 4, "keys.bin": 8, "contents.bin": 8}
+    truncate(partial, {name: meta["done"] * width for name, width in widths.items()})
     return meta

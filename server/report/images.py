@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from fedhead.server.report import charts
 from fedhead.server.report.layout import Figure, Table
-from fedhead.server.report.scores import number_interval, score_by_site, worst_first
+from fedhead.server.report.scores import number_interval, score_by_site, worst_first, worst_site
 from fedhead.server.runs.record import RunRecord, Values
 from fedhead.wording import counted
 
@@ -35,10 +35,13 @@ class ImageScore:
         if known:
             worst = min(known, key=lambda one: one[self.own][0])
             said.append(f"Worst class: {worst['name']}, with {self.own_title} {number_interval(worst[self.own])}.")
-        sites = [(name, one) for name, one in worst_first(record, self.score) if one[self.score][0] is not None]
-        if len(sites) > 1:
-            name, one = sites[0]
-            said.append(f"Worst site: {name}, {number_interval(one[self.score])} on {counted(one['rows'], 'image')}.")
+        if sum(one[self.score][0] is not None for one in record.sites.values()) > 1:
+            said += worst_site(
+                record,
+                self.score,
+                lambda one: f"{number_interval(one[self.score])} on {counted(one['rows'], 'image')}",
+                units="images",
+            )
         return said
 
     def by_class(

@@ -8,7 +8,7 @@ from fedhead.server.report.detection import detection_quality
 from fedhead.server.report.layout import DASH, Figure, Section, Table
 from fedhead.server.report.privacy import noisy_accuracy
 from fedhead.server.report.regression import interval_sentences, regression_quality
-from fedhead.server.report.scores import number_interval
+from fedhead.server.report.scores import number_interval, worst_site
 from fedhead.server.report.segmentation import segmentation_quality
 from fedhead.server.report.survival import calibration_sentences, survival_quality
 from fedhead.server.report.tagging import tagging_quality
@@ -109,12 +109,7 @@ def _sentences(record: RunRecord) -> list[str]:
             f"Predicted levels are {number_interval(pooled['mae'])} levels from the true ones on average. Cohen's "
             f"kappa with quadratic weights is {number_interval(pooled['quadratic_kappa'])}."
         )
-    if record.sites:
-        name, worst = min(record.sites.items(), key=lambda pair: (pair[1]["accuracy"][0], -pair[1]["rows"]))
-        said.append(
-            f"Worst site: {name}, {interval(worst['accuracy'])} of {counted(worst['rows'], 'row')}."
-            + (" With so few rows this is uncertain." if worst["rows"] < 30 else "")
-        )
+    said += worst_site(record, "accuracy", lambda one: f"{interval(one['accuracy'])} of {counted(one['rows'], 'row')}")
     present = [one for one in pooled["classes"] if one["sensitivity"][0] is not None]
     if present:
         least = min(present, key=lambda one: (one["sensitivity"][0], -one["rows"]))

@@ -5,7 +5,14 @@ from typing import Any
 
 from fedhead.server.report import charts
 from fedhead.server.report.layout import Figure, Section, Table
-from fedhead.server.report.scores import number_interval, on_test_set, score_by_site, score_forest, worst_first
+from fedhead.server.report.scores import (
+    number_interval,
+    on_test_set,
+    score_by_site,
+    score_forest,
+    worst_first,
+    worst_site,
+)
 from fedhead.server.runs.record import RunRecord, Values
 from fedhead.wording import counted, percent
 
@@ -38,12 +45,9 @@ def _sentences(record: RunRecord) -> list[str]:
         f"{number_interval(one['rmse'], '.4g')}, where the target's standard deviation is {one['deviation']:.4g}."
         for one in record.pooled["targets"][:5]
     ]
-    known = {name: one for name, one in record.sites.items() if one["r2"][0] is not None}
-    if known:
-        name, worst = min(known.items(), key=lambda pair: (pair[1]["r2"][0], -pair[1]["rows"]))
-        few = " With so few rows this is uncertain." if worst["rows"] < 30 else ""
-        said.append(f"Worst site: {name}, R2 {number_interval(worst['r2'])} on {counted(worst['rows'], 'row')}.{few}")
-    return said
+    return said + worst_site(
+        record, "r2", lambda one: f"R2 {number_interval(one['r2'])} on {counted(one['rows'], 'row')}"
+    )
 
 
 def interval_sentences(record: RunRecord) -> list[str]:

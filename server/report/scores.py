@@ -1,6 +1,6 @@
 """Scores that are numbers rather than shares, such as R2 and concordance: in words, and by site."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from markupsafe import Markup
 
@@ -32,6 +32,26 @@ def worst_first(record: RunRecord, score: str) -> list[tuple[str, Values]]:
     return sorted(
         record.sites.items(), key=lambda pair: (float("inf") if (at := known[pair[0]]) is None else at, pair[0])
     )
+
+
+def worst_site(
+    record: RunRecord, score: str, said: Callable[[Values], str], counts: str = "rows", units: str = ""
+) -> list[str]:
+    """Return a sentence on the site with the least score; none if no site has it.
+
+    Args:
+        record: of the run.
+        score: its name in a report.
+        said: words the report of this site.
+        counts: the name of the number in a report that makes the score certain.
+        units: what this counts, for readers; by default its name.
+    """
+    known = {name: one for name, one in record.sites.items() if one[score][0] is not None}
+    if not known:
+        return []
+    name, worst = min(known.items(), key=lambda pair: (pair[1][score][0], -pair[1]["rows"]))
+    few = f" With so few {units or counts} this is uncertain." if worst[counts] < 30 else ""
+    return [f"Worst site: {name}, {said(worst)}.{few}"]
 
 
 def score_forest(

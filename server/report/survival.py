@@ -5,7 +5,7 @@ from typing import Any
 
 from fedhead.server.report import charts
 from fedhead.server.report.layout import DASH, Figure, Section, Table
-from fedhead.server.report.scores import number_interval, on_test_set, score_by_site, worst_first
+from fedhead.server.report.scores import number_interval, on_test_set, score_by_site, worst_first, worst_site
 from fedhead.server.runs.record import RunRecord, Values
 from fedhead.wording import counted
 
@@ -36,13 +36,12 @@ def _sentences(record: RunRecord) -> list[str]:
         "predicted risk; one half is chance. Times and risks are compared in bins.",
     ]
     said += calibration_sentences(record)
-    known = {name: one for name, one in record.sites.items() if one["concordance"][0] is not None}
-    if known:
-        name, worst = min(known.items(), key=lambda pair: (pair[1]["concordance"][0], -pair[1]["rows"]))
-        few = " With so few events this is uncertain." if worst["events"] < 30 else ""
-        figure = number_interval(worst["concordance"])
-        said.append(f"Worst site: {name}, {figure} with {counted(worst['events'], 'event')}.{few}")
-    return said
+    return said + worst_site(
+        record,
+        "concordance",
+        lambda one: f"{number_interval(one['concordance'])} with {counted(one['events'], 'event')}",
+        "events",
+    )
 
 
 def calibration_sentences(record: RunRecord) -> list[str]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from fedhead.server.report.layout import Figure, Section, Table
-from fedhead.server.report.scores import number_interval, on_test_set, score_by_site, worst_first
+from fedhead.server.report.scores import number_interval, on_test_set, score_by_site, worst_first, worst_site
 from fedhead.server.runs.record import RunRecord, Values
 from fedhead.wording import counted
 
@@ -23,7 +23,7 @@ def tagging_quality(record: RunRecord, key: str, question: str, unknown: Callabl
         "Ranges in brackets are 95 % intervals; they assume independent entities.",
         "An entity is found if its type and both of its ends are right. "
         f"Precision is {number_interval(pooled['precision'])}, recall {number_interval(pooled['recall'])}.",
-        _worst(record),
+        *_worst(record),
     ]
     return Section(
         key=key,
@@ -35,14 +35,11 @@ def tagging_quality(record: RunRecord, key: str, question: str, unknown: Callabl
     )
 
 
-def _worst(record: RunRecord) -> str:
-    known = {name: one for name, one in record.sites.items() if one["f1"][0] is not None}
-    if not known:
-        return ""
-    name, worst = min(known.items(), key=lambda pair: (pair[1]["f1"][0], -pair[1]["rows"]))
-    few = " With so few entities this is uncertain." if worst["entities"] < 30 else ""
-    entities = counted(worst["entities"], "entity", "entities")
-    return f"Worst site: {name}, {number_interval(worst['f1'])} on {entities}.{few}"
+def _worst(record: RunRecord) -> list[str]:
+    def said(one: Values) -> str:
+        return f"{number_interval(one['f1'])} on {counted(one['entities'], 'entity', 'entities')}"
+
+    return worst_site(record, "f1", said, "entities")
 
 
 def _by_type(record: RunRecord) -> Table:

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedhead.errors import UserError
-from fedhead.files import disk_errors
+from fedhead.files import new_folder, require_new_folder
 from fedhead.heads import Head, behind
 from fedhead.model import BACKBONE_FILE, MODEL_FILE
 from fedhead.registry import suggest
@@ -25,6 +24,8 @@ from fedhead.sums.subproblem import merged, restricted
 from fedhead.tasks import make_task
 from fedhead.tasks.clusters import is_unnamed
 from fedhead.wording import quoted
+
+_ELSEWHERE = "give --out a new one."
 
 RECORD = "solve.json"
 """The file that describes the sub-problem, beside its model."""
@@ -98,8 +99,7 @@ def solve(run_dir: Path | str, out: Path | str, problem: SubProblem) -> Solved:
     """
     out = Path(out)
     with opened(run_dir) as run:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"{out} exists and is not an empty folder; give --out a new one.")
+        require_new_folder(out, _ELSEWHERE)
         stats, sites, all_rows = _sums_without(run, tuple(problem.without))
         everything = stats.rows
         columns, stats = _columns(run, stats, problem)
@@ -339,26 +339,18 @@ def _notes(run: FinishedRun, form: HeadForm, stats: FeatureStatistics, fewer: bo
 
 def _write(run: FinishedRun, out: Path, head: Head, solved: Solved, unlearned: Sequence[str]) -> None:
     """Write the folder: all of it, or nothing."""
-    with disk_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
-        try:
-            changes: dict[str, Any] = {
-                "temperature": solved.temperature,
-                "scores": [],
-                "residuals": [],
-                "spread": [],
-                "unlearned": list(unlearned),
-            }
-            if run.config.task == "clusters" and not is_unnamed(run.classes, solved.classes):
-                changes["task"] = "classification"
-            run.model.write(temporary / MODEL_FILE, head, solved.classes, changes)
-            DeliveredModel(temporary / MODEL_FILE)
-            (temporary / RECORD).write_text(json.dumps(asdict(solved), indent=1) + "\n", encoding="utf-8")
-            if (run.path / BACKBONE_FILE).is_file():
-                shutil.copyfile(run.path / BACKBONE_FILE, temporary / BACKBONE_FILE)
-            temporary.chmod(0o755)
-            temporary.replace(out)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+    changes: dict[str, Any] = {
+        "temperature": solved.temperature,
+        "scores": [],
+        "residuals": [],
+        "spread": [],
+        "unlearned": list(unlearned),
+    }
+    if run.config.task == "clusters" and not is_unnamed(run.classes, solved.classes):
+        changes["task"] = "classification"
+    with new_folder(out, _ELSEWHERE) as temporary:
+        run.model.write(temporary / MODEL_FILE, head, solved.classes, changes)
+        DeliveredModel(temporary / MODEL_FILE)
+        (temporary / RECORD).write_text(json.dumps(asdict(solved), indent=1) + "\n", encoding="utf-8")
+        if (run.path / BACKBONE_FILE).is_file():
+            shutil.copyfile(run.path / BACKBONE_FILE, temporary / BACKBONE_FILE)
