@@ -23,7 +23,7 @@ from fedhead.server.runs.history import Outcome, Round
 from fedhead.server.runs.record import read_rounds
 from fedhead.server.runs.status_record import StatusRecord
 from fedhead.server.runs.summary import damaged
-from fedhead.tasks import tasks
+from fedhead.tasks import Task, make_task, tasks
 from fedhead.threads import LastingThread
 
 FILE = "status.json"
@@ -70,6 +70,7 @@ class RunStatus(Observer):
         }
         self._standing: dict[str, SiteState] = {}
         self._hides_rows = False
+        self._task: Task | None = None
         self._history: list[dict[str, Any]] = []
         self._folder: Path | None = None
         self._ended = threading.Event()
@@ -102,6 +103,7 @@ class RunStatus(Observer):
 
     def on_started(self, config: RunConfig, run_dir: Path | None) -> None:
         name = tasks[config.task].score_name
+        self._task = make_task(config.task, config.classes) if config.classes else None
         self._hides_rows = config.privacy.secure_sum or config.privacy.on
         self.note(
             rounds=config.rounds, run=run_dir.name if run_dir else "", score_name=name, state="running", message=""
@@ -135,6 +137,9 @@ class RunStatus(Observer):
 
     def on_finished(self, outcome: Outcome) -> None:
         score = outcome.history[outcome.kept_round].score
+        if score is None and self._task is not None and outcome.sites:
+            # Of some tasks the score is known from the evaluation at the end only.
+            score = self._task.score_of(self._task.pooled(outcome.sites.values()))
         self._end(state="finished", message="", score=score, kept_round=outcome.kept_round)
 
     def on_failed(self, error: BaseException) -> None:

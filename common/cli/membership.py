@@ -134,11 +134,11 @@ def _change(function: str, arguments: tuple[Any, ...], as_json: bool, **options:
 
 
 def _print_change(change: "MembershipChange", console: Console) -> None:
-    verb = "left" if change.action == "leave" else "joined"
+    verb, row = "left" if change.action == "leave" else "joined", change.task.row_name
     lines = Table.grid(padding=(0, 2))
     sites = counted(len(change.sites), "site")
-    lines.add_row("Site", f"{change.site} {verb} with {counted(change.rows, 'row')}; the run now has {sites}")
-    lines.add_row("Rows", f"{change.rows_before} before, {change.rows_after} now")
+    lines.add_row("Site", f"{change.site} {verb} with {counted(change.rows, row)}; the run now has {sites}")
+    lines.add_row(f"{row.capitalize()}s", f"{change.rows_before} before, {change.rows_after} now")
     shown = len(change.task.shown(change.classes))
     classes = f"{shown - len(change.classes_added)} before, {shown} now"
     named = change.task.output_names[1].capitalize()
@@ -149,8 +149,8 @@ def _print_change(change: "MembershipChange", console: Console) -> None:
         after, before = (score_words(one, change.score_name) for one in (change.accuracy, change.accuracy_before))
         lines.add_row(
             change.task.score_title,
-            f"{after} on {counted(change.rows_held_out, 'held-out row')} of {change.site}, solved without held-out rows"
-            + (f", where the model before has {before}" if before else ""),
+            f"{after} on {counted(change.rows_held_out, f'held-out {row}')} of {change.site}, solved without held-out "
+            f"{row}s" + (f", where the model before has {before}" if before else ""),
         )
     if change.skipped:
         lines.add_row("Skipped", counted(change.skipped, "unreadable row"))

@@ -112,7 +112,7 @@ def simulate(
 def _print_result(result: "RunResult", console: Console) -> None:
     console.print(_history_table(result))
     if 0 < len(result.config.classes) <= MOST_LINES and result.sites:
-        console.print(figure_table(result.evaluation, "Held-out rows: "))
+        console.print(figure_table(result.evaluation, f"Held-out {result.task.row_name}s: "))
     lines = Table.grid(padding=(0, 2))
     if rows := result.outcome.clusters.get("rows"):
         lines.add_row("Clusters", f"{len(rows)}, of {', '.join(map(str, rows))} rows; name them: fedhead cluster name")
@@ -146,7 +146,8 @@ def _score(result: "RunResult") -> str:
         said = f"{score_words(result.test_score, name)} on the test set; "
     if result.sites:
         said += (
-            f"{score_words(result.score_held_out, name)} on {result.evaluation.rows} held-out rows from "
+            f"{score_words(result.score_held_out, name)} on "
+            f"{counted(result.evaluation.rows, f'held-out {result.task.row_name}')} from "
             f"{counted(result.outcome.num_evaluated, 'site')}"
         )
         if by_site := result.score_by_site:

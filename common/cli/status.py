@@ -116,11 +116,15 @@ def _round_table(values: Mapping[str, Any]) -> Table:
         table.add_column(column, justify="right")
     table.add_column("left out")
     for line in values["history"][-MOST_ROUNDS:]:
+        score = line["score"]
+        if score is None and line["number"] == values.get("kept_round"):
+            # Of some tasks the score is known from the evaluation at the end only.
+            score = values.get("score")
         table.add_row(
             str(line["number"]),
             str(line["sites"] or ""),
             "" if line["loss"] is None else f"{line['loss']:.4f}",
-            score_words(line["score"], str(values.get("score_name", "accuracy"))),
+            score_words(score, str(values.get("score_name", "accuracy"))),
             size(line["bytes_down"]),
             size(line["bytes_up"]),
             f"{line['seconds']:.2f}",

@@ -18,6 +18,7 @@ _LEVELS = np.linspace(0, 1, 101)
 """Recalls at which the precision is averaged; those of COCO."""
 
 _NO_BOXES = "No item has a box of this class."
+_ONE_ITEM = "One item has no interval."
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,8 @@ def detection_report(sums: DetectionSums, classes: Sequence[str]) -> DetectionRe
 def _estimate(value: float, items: int) -> Estimate:
     if not items or math.isnan(value):
         return Estimate.undefined(_NO_BOXES)
+    if items == 1:
+        return Estimate(value, None, None, _ONE_ITEM)
     # At 0 and 1 the logit is infinite; half a trial is added to either side.
     centre = (value * items + 0.5) / (items + 1)
     logit, error = math.log(centre / (1 - centre)), _Z / math.sqrt(items * centre * (1 - centre))
@@ -137,8 +140,12 @@ def _estimate(value: float, items: int) -> Estimate:
 
 
 def _mean(parts: Sequence[Estimate]) -> Estimate:
-    known = [(one.value, one.low, one.high) for one in parts if one.value is not None]
-    if not known:
+    values = [one.value for one in parts if one.value is not None]
+    if not values:
         return Estimate.undefined(_NO_BOXES)
-    value, low, high = np.array(known, np.float64).mean(0).tolist()
+    ends = [(one.low, one.high) for one in parts if one.low is not None and one.high is not None]
+    value = float(np.mean(values))
+    if len(ends) < len(values):
+        return Estimate(value, None, None, _ONE_ITEM)
+    low, high = np.array(ends, np.float64).mean(0).tolist()
     return Estimate(value, low, high)

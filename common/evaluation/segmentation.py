@@ -14,7 +14,8 @@ from fedhead.sums.segmentation import UNIT, SegmentationSums, overlaps
 FloatArray = npt.NDArray[np.float64]
 
 _Z = 1.959963984540054
-_NO_PIXELS = "No pixel is of a class, neither truly nor by prediction."
+_NO_PIXELS = "No held-out pixel is of this class."
+_ONE_ITEM = "One item has no interval."
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class SegmentationReport:
     Attributes:
         rows: the number of items.
         loss: the mean cross entropy of places in nats; None without items.
-        miou: the mean intersection over union over the classes with true or predicted pixels.
+        miou: the mean intersection over union over the classes that items contain.
         dice: the mean Dice coefficient, likewise.
         areas: each class's metrics.
     """
@@ -84,7 +85,7 @@ def segmentation_report(sums: SegmentationSums, classes: Sequence[str]) -> Segme
     Ratios are of pixels summed over items. Their intervals are by the delta method on sums over independent items.
     """
     both, union = overlaps(sums.confusion)
-    seen = union > 0
+    seen = sums.present > 0
     ious = [_ratio(sums, row) for row in _iou_weights(both, union)]
     dices = [_ratio(sums, row) for row in _dice_weights(both, union)]
     values = {"iou": np.divide(both, union, out=np.zeros_like(both), where=seen)}
@@ -141,5 +142,5 @@ def _estimate(value: float, error: float, known: bool) -> Estimate:
     if not known:
         return Estimate.undefined(_NO_PIXELS)
     if not math.isfinite(error):
-        return Estimate(value, 0.0, 1.0)
+        return Estimate(value, None, None, _ONE_ITEM)
     return Estimate(value, max(value - _Z * error, 0.0), min(value + _Z * error, 1.0))

@@ -53,6 +53,7 @@ class DenseTask(Task):
 
     dense = True
     kind = PLACES
+    row_name = "image"
     scales_outputs: ClassVar[bool] = False
     calibrates: ClassVar[bool] = False
     pairs_losses: ClassVar[bool] = False

@@ -68,6 +68,7 @@ class Tagging(Classification):
     loss = TagCrossEntropy()
     answer_name = "tags"
     answer_meaning = "Calibrated probabilities of a word's tags, which sum to 1."
+    row_name = "word"
     output_names = ("type of entities", "types of entities")
     misfit = "Its data has no tagged words, or tags that this run does not know; the site's own log has the details."
     pairs_losses = False

@@ -89,6 +89,9 @@ class Task(Predictions):
     output_names: ClassVar[tuple[str, str]] = ("class", "classes")
     """What one output of a model is, and several are, for readers."""
 
+    row_name: ClassVar[str] = "row"
+    """What held-out rows, and rows that sites count, are for readers, in the singular."""
+
     answer_name: ClassVar[str]
     """Kind of a model's output for each column: `probabilities` or `values`."""
 

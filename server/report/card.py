@@ -119,11 +119,22 @@ def _results(record: RunRecord, task: str) -> list[dict[str, Any]]:
             )
             if (value := (record.pooled.get(figure) or [None])[0]) is not None
         ]
-        results.append(_result(task, f"held-out rows of {counted(record.num_evaluated, 'site')}", "held-out", metrics))
+        results.append(
+            _result(
+                task,
+                f"held-out {record.task.row_name}s of {counted(record.num_evaluated, 'site')}",
+                "held-out",
+                metrics,
+            )
+        )
     if record.noisy:
         name = f"{title}, with noise for differential privacy" + _with_interval(record.noisy["accuracy"])
         metrics = [{"type": "accuracy", "value": record.noisy["accuracy"][0], "name": name}]
-        results.append(_result(task, f"held-out rows of {counted(record.num_sites, 'site')}", "held-out", metrics))
+        results.append(
+            _result(
+                task, f"held-out {record.task.row_name}s of {counted(record.num_sites, 'site')}", "held-out", metrics
+            )
+        )
     tested = record.tested
     if tested is not None:
         kind = _HUB_METRIC.get(record.task.score_name, record.task.score_name)

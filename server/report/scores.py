@@ -55,7 +55,7 @@ def worst_site(
 
 
 def score_forest(
-    reports: Sequence[tuple[str, Values]], score: str, words: str, reference: float | None = None
+    reports: Sequence[tuple[str, Values]], score: str, words: str, reference: float | None = None, row: str = "row"
 ) -> Markup:
     """Draw a score with its interval for each report that has it.
 
@@ -64,10 +64,11 @@ def score_forest(
         score: its name in a report.
         words: its name for readers.
         reference: where a dashed line is.
+        row: what a row is for readers.
     """
     known = [(name, one[score], one["rows"]) for name, one in reports if one[score][0] is not None]
     lines = [charts.Interval(name, value, low, high, rows) for name, (value, low, high), rows in known]
-    return charts.forest(lines, f"{words} on held-out rows", reference, wording=lambda value: f"{value:.2f}")
+    return charts.forest(lines, f"{words} on held-out {row}s", reference, wording=lambda value: f"{value:.2f}")
 
 
 def score_by_site(
@@ -86,4 +87,9 @@ def score_by_site(
     title = f"{words[0].upper()}{words[1:]} by site"
     if len(sites) > _MOST_SITES:
         title = f"The {_MOST_SITES} sites of {len(sites):,} with the lowest {words}"
-    return Figure(title, score_forest(sites[:_MOST_SITES], score, words, record.pooled[score][0]), table, caption)
+    return Figure(
+        title,
+        score_forest(sites[:_MOST_SITES], score, words, record.pooled[score][0], record.task.row_name),
+        table,
+        caption,
+    )

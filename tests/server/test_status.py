@@ -1,5 +1,6 @@
 """How a run stands, told by its folder; and the coordinator's command, as processes."""
 
+import io
 import json
 import os
 import signal
@@ -9,14 +10,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
+from rich.console import Console
 
 from fedhead.backbones import load_backbone
+from fedhead.cli.status import run_tables
 from fedhead.config import RunConfig
 from fedhead.data import held_out, load_samples
 from fedhead.errors import FedheadError, UserError
@@ -28,6 +33,7 @@ from fedhead.server.runs.history import Round
 from fedhead.server.runs.record import read_rounds
 from fedhead.server.status import FILE, RunStatus, read_status
 from fedhead.simulations import simulate
+from fedhead.sums.segmentation import SegmentationSums
 
 
 @pytest.fixture
@@ -79,6 +85,22 @@ def test_a_resumed_run_keeps_the_rounds_that_were_complete(link: SuperLink, fold
     assert [entry["number"] for entry in values["history"]] == [0, 1, 2]
     assert values["history"][2]["score"] == 0.9
     assert values["state"] == "interrupted"
+
+
+def test_the_score_of_an_evaluation_at_the_end_is_in_the_table(link: SuperLink, folder: Path) -> None:
+    status = RunStatus(link)
+    config = RunConfig(task="segmentation", backbone="torchvision:mobilenet_v2", classes=("a", "b"))
+    status.on_started(config, folder)
+    first = replace(line(0), score=None)
+    status.on_round(first)
+    sums = SegmentationSums.of_item(np.array([[90, 10], [0, 40]]), 0.1)
+    outcome: Any = SimpleNamespace(history=[first], kept_round=0, sites={"ward": sums + sums})
+    status.on_finished(outcome)
+    values = read_status(folder)
+    assert values["score"] == pytest.approx((90 / 100 + 40 / 50) / 2)
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(run_tables(values))
+    assert "0.850" in console.export_text()
 
 
 def test_a_process_that_ended_without_a_word_is_dead(link: SuperLink, folder: Path) -> None:

@@ -105,11 +105,21 @@ def test_figures_equal_those_of_torchmetrics() -> None:
     assert report.miou.value == pytest.approx(float(jaccard.mean()), abs=1e-6)
 
 
-def test_one_item_has_no_narrow_interval() -> None:
+def test_one_item_has_no_interval() -> None:
     # Without an error, the variance of the one item is 0, too.
     report = segmentation_report(SegmentationSums.of_item(np.diag([900, 60, 40]), 0.1), TASK.columns)
     figures = [report.miou, report.dice, *(figure for one in report.areas for figure in (one.iou, one.dice))]
-    assert [(one.low, one.high) for one in figures] == [(0.0, 1.0)] * len(figures)
+    assert {(one.low, one.high) for one in figures} == {(None, None)}
+    assert all(one.value is not None for one in figures)
+
+
+def test_a_class_without_items_has_no_figures() -> None:
+    confusion = np.array([[90, 5, 5], [0, 0, 0], [0, 10, 30]])
+    sums = SegmentationSums.of_item(confusion, 0.1) + SegmentationSums.of_item(confusion, 0.2)
+    report = segmentation_report(sums, TASK.columns)
+    assert report.areas[1].iou.value is None
+    assert report.areas[1].dice.value is None
+    assert report.miou.value == pytest.approx((90 / 100 + 30 / 45) / 2)
 
 
 def test_intervals_cover_the_ratio_of_other_items() -> None:
