@@ -21,6 +21,7 @@ from fedhead.client.release.training_limits import (
     TrainingLimits,
 )
 from fedhead.config import Epsilon, NonNegative, Positive
+from fedhead.config.unknown import unknown_setting
 from fedhead.errors import UserError
 from fedhead.files import require_private, safe_name, write_atomically
 from fedhead.protocol.actions import ACTIONS
@@ -429,15 +430,7 @@ def _read(path: Path) -> bytes:
 
 def _sentence(detail: Any) -> str:
     where = ".".join(str(part) for part in detail["loc"])
-    if detail["type"] == "extra_forbidden":
-        tables: dict[str, type[BaseModel]] = {
-            "limits": Limits,
-            "permit": Permit,
-            "backbones": Backbones,
-            "budget": Budget,
-            "privacy": Privacy,
-        }
-        table = tables[detail["loc"][0]] if len(detail["loc"]) > 1 else SiteSettings
-        return f"There is no setting {where!r}. {suggest(str(detail['loc'][-1]), list(table.model_fields))}"
+    if unknown := unknown_setting(detail, SiteSettings):
+        return unknown
     message = detail["msg"].removeprefix("Value error, ")
     return f"Setting {where!r}: {message[0].lower()}{message[1:]}"

@@ -155,12 +155,7 @@ def run_plan(
         partial(_coordinate, plan, parts, test, deliver, tuning.tail if tuning else None),
     )
     if attack:
-        from fedhead.simulations.attack import attack_membership
-        from fedhead.simulations.audit import audit_private
-
-        everyone = np.unique(np.concatenate(list(held.values())))
-        made = audit_private if attack == "audit" else attack_membership
-        outcome = replace(outcome, attack=made(config, plan.backbone, shared, everyone).to_dict())
+        outcome = replace(outcome, attack=_attack(attack, plan, shared, held))
     ended = time.perf_counter()
     decided = config.changed(outcome.settled)
     return RunResult(
@@ -176,6 +171,18 @@ def run_plan(
         seconds={"extraction": extracted_at - started, "rounds": ended - extracted_at, "total": ended - started},
         run_dir=parts.path if parts else None,
     )
+
+
+def _attack(
+    attack: Literal["membership", "audit"], plan: Plan, shared: SharedData, held: Mapping[str, IntArray]
+) -> dict[str, Any]:
+    """Return what an attack on the run's head, or an audit of its noise, finds."""
+    from fedhead.simulations.attack import attack_membership
+    from fedhead.simulations.audit import audit_private
+
+    everyone = np.unique(np.concatenate(list(held.values())))
+    made = audit_private if attack == "audit" else attack_membership
+    return made(plan.config, plan.backbone, shared, everyone).to_dict()
 
 
 def _run_on_engine(

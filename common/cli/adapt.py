@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from fedhead.cli import options
-from fedhead.cli.application import app, in_sentences, output, progress_bars
+from fedhead.cli.application import app, in_sentences, output, progress_of
 from fedhead.cli.predict import Device, Model, Weights, load_model
 from fedhead.wording import counted, percent
 
@@ -50,8 +50,7 @@ def adapt(
     loaded.require_items("Adapting")
     adaptation = load_adaptation(loaded, model / MODEL_FILE if model.is_dir() else model)
     samples = load_samples(data)
-    with progress_bars() as progress:
-        task = progress.add_task("Features", total=None)
+    with progress_of("Features") as progress:
         made = adapt_model(
             loaded,
             adaptation,
@@ -59,7 +58,7 @@ def adapt(
             method,
             min_rows=min_rows,
             strict=strict_data,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
+            progress=progress,
         )
     if made is not None:
         out.mkdir(parents=True)

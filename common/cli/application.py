@@ -7,7 +7,8 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import click
@@ -155,6 +156,19 @@ codecs.register_error(ANY_NAME, _bytes_of_names)
 def output() -> Console:
     """Return the terminal, printing names of sites, classes and folders as they are, not read as markup."""
     return _terminal(markup=False)
+
+
+@contextmanager
+def progress_of(what: str, *, visible: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """Draw one bar while a block runs; gives a function to call with the number done and the total.
+
+    Args:
+        what: the name of the bar.
+        visible: whether the bar appears before the first call.
+    """
+    with progress_bars() as bars:
+        bar = bars.add_task(what, total=None, visible=visible)
+        yield lambda done, total: bars.update(bar, completed=done, total=total, visible=True)
 
 
 def progress_bars() -> Progress:

@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from fedhead.cli import options
-from fedhead.cli.application import app, in_sentences, output, progress_bars
+from fedhead.cli.application import app, in_sentences, output, progress_of
 from fedhead.errors import UserError
 from fedhead.wording import percent
 
@@ -57,14 +57,13 @@ def show(
     samples = load_samples(data)
     loaded = TransferModel.load(model, weights=weights)
     loaded.backbone.to(pick_device(device))
-    with progress_bars() as progress:
-        task = progress.add_task("Features", total=None)
+    with progress_of("Features") as progress:
         shown = gallery(
             loaded,
             samples,
             examples,
             strict=strict_data,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
+            progress=progress,
         )
     if html is not None:
         write_gallery(html, samples, shown)

@@ -52,7 +52,7 @@ def export(
     folder = model if model.is_dir() else model.parent
     if file_format == PEFT_FORMAT:
         adapted = export_adapter(TransferModel.load(model, weights=weights), folder, out or folder / FOLDER)
-        _print_adapter(adapted, as_json)
+        _print(adapted, "adapters for PEFT. Merged by PEFT, features", as_json)
         return
     check_format(file_format)
     loaded = TransferModel.load(model, weights=weights)
@@ -64,29 +64,18 @@ def export(
     written = export_model(loaded, file_format, path, nms=nms)
     if file_format == "fedhead" and (folder / CARD).is_file():
         write_atomically(path / CARD, (folder / CARD).read_bytes())
-    if as_json:
-        typer.echo(_as_json(written))
-        return
     *some, last = map(str, BATCH_SIZES)
-    output().print(
-        f"{written.path}: {size(written.size)}, {loaded.task.description}. Run back on {', '.join(some)} and "
-        f"{last} samples: {loaded.task.answer_name} differ by {written.difference:.1g} at most.",
-        highlight=False,
-        soft_wrap=True,
-    )
+    checked = f"{loaded.task.description}. Run back on {', '.join(some)} and {last} samples: {loaded.task.answer_name}"
+    _print(written, checked, as_json)
 
 
-def _as_json(written: "Exported") -> str:
-    return json.dumps({"path": str(written.path), "bytes": written.size, "largest_difference": written.difference})
-
-
-def _print_adapter(written: "Exported", as_json: bool) -> None:
+def _print(written: "Exported", checked: str, as_json: bool) -> None:
     if as_json:
-        typer.echo(_as_json(written))
+        values = {"path": str(written.path), "bytes": written.size, "largest_difference": written.difference}
+        typer.echo(json.dumps(values))
         return
     output().print(
-        f"{written.path}: {size(written.size)}, adapters for PEFT. Merged by PEFT, features differ by "
-        f"{written.difference:.1g} at most.",
+        f"{written.path}: {size(written.size)}, {checked} differ by {written.difference:.1g} at most.",
         highlight=False,
         soft_wrap=True,
     )

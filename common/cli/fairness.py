@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedhead.cli import options
-from fedhead.cli.application import app, in_sentences, output, progress_bars
+from fedhead.cli.application import app, in_sentences, output, progress_of
 from fedhead.cli.predict import Device, Model, Weights, load_model
 from fedhead.wording import counted, percent
 
@@ -56,15 +56,14 @@ def fairness(
     found = [GroupCounts.load(path, loaded) for path in counts or ()]
     if data:
         samples = load_samples(data)
-        with progress_bars() as progress:
-            task = progress.add_task("Features", total=None)
+        with progress_of("Features") as progress:
             found.append(
                 count_groups(
                     loaded,
                     samples,
                     min_class_count=min_class_count,
                     strict=strict_data,
-                    progress=lambda done, total: progress.update(task, completed=done, total=total),
+                    progress=progress,
                 )
             )
     first, *others = found

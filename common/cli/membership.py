@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedhead.cli import options
-from fedhead.cli.application import app, in_sentences, output, progress_bars
+from fedhead.cli.application import app, in_sentences, output, progress_of
 from fedhead.wording import counted, score_words
 
 if TYPE_CHECKING:
@@ -120,13 +120,8 @@ def _change(function: str, arguments: tuple[Any, ...], as_json: bool, **options:
     """Change the sites or classes of a run, and print the result."""
     from fedhead import membership
 
-    with progress_bars() as progress:
-        extraction = progress.add_task("Features", total=None, visible=False)
-        change = getattr(membership, function)(
-            *arguments,
-            on_extraction=lambda done, total: progress.update(extraction, completed=done, total=total, visible=True),
-            **options,
-        )
+    with progress_of("Features", visible=False) as progress:
+        change = getattr(membership, function)(*arguments, on_extraction=progress, **options)
     if as_json:
         typer.echo(json.dumps(change.summary()))
     else:

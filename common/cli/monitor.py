@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedhead.cli import options
-from fedhead.cli.application import app, in_sentences, output, progress_bars
+from fedhead.cli.application import app, in_sentences, output, progress_of
 from fedhead.cli.predict import Device, Model, Weights, load_model
 from fedhead.wording import counted, percent
 
@@ -63,12 +63,7 @@ def _counted(model: "TransferModel", paths: list[str], data: str, min_rows: int,
     from fedhead.data.inputs import find_inputs
     from fedhead.drift import count_drift, count_inputs
 
-    with progress_bars() as progress:
-        task = progress.add_task("Features", total=None)
-
-        def show(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
-
+    with progress_of("Features") as show:
         if data:
             return count_drift(model, load_samples(data), min_rows=min_rows, strict=strict, progress=show)
         columns = getattr(model.backbone.preprocessing, "columns", ())

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedhead.cli import options
-from fedhead.cli.application import ANY_NAME, app, in_sentences, output, progress_bars
+from fedhead.cli.application import ANY_NAME, app, in_sentences, output, progress_bars, progress_of
 from fedhead.wording import counted, percent
 
 if TYPE_CHECKING:
@@ -111,14 +111,13 @@ def evaluate(
 
     loaded = load_model(model, weights, device)
     samples = load_samples(data)
-    with progress_bars() as progress:
-        task = progress.add_task("Features", total=None)
+    with progress_of("Features") as progress:
         evaluated = evaluate_model(
             loaded,
             samples,
             coverage=coverage,
             strict=strict_data,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
+            progress=progress,
         )
     if as_json:
         typer.echo(json.dumps(_as_json(evaluated, loaded)))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedhead.cli import options
-from fedhead.cli.application import app, in_sentences, progress_bars
+from fedhead.cli.application import app, in_sentences, progress_of
 from fedhead.cli.predict import Device, Model, Weights, load_model
 from fedhead.wording import counted
 
@@ -148,12 +148,11 @@ def _features(model: "TransferModel", samples: "Samples") -> tuple[Any, Any]:
 
     from fedhead.features.store import FeatureStore
 
-    with progress_bars() as progress:
-        task = progress.add_task("Features", total=None)
+    with progress_of("Features") as progress:
         store = FeatureStore.open(
             model.backbone,
             samples,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
+            progress=progress,
         )
     return store.features, torch.from_numpy(store.readable())
 

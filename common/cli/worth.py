@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedhead.cli import options
-from fedhead.cli.application import app, in_sentences, output, progress_bars
+from fedhead.cli.application import app, in_sentences, output, progress_of
 
 if TYPE_CHECKING:
     from fedhead.evaluation.worth import Worth
@@ -36,12 +36,11 @@ def worth(
     from fedhead.server.report import write_report
     from fedhead.server.runs.worth import worth_of_run
 
-    with progress_bars() as progress:
-        task = progress.add_task("Coalitions", total=None)
+    with progress_of("Coalitions") as progress:
         found = worth_of_run(
             run,
             permutations=permutations or 0,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
+            progress=progress,
         )
     write_report(run)
     if as_json:

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fedhead.config.changes import merge
 from fedhead.config.fields import DENSE_LAYERS, MOST_LIFTED, Positive, lifted_width
 from fedhead.config.rules import RULES
 from fedhead.config.tables import LocalConfig, PrivacyConfig, SimulationConfig, StrategyConfig, Table, TuneConfig
+from fedhead.config.unknown import unknown_setting
 from fedhead.errors import UserError
-from fedhead.registry import suggest
 
 
 class RunConfig(Table):
@@ -231,15 +231,8 @@ class RunConfig(Table):
 
 def _sentence(detail: Any) -> str:
     where = ".".join(str(part) for part in detail["loc"])
-    if detail["type"] == "extra_forbidden":
-        tables: dict[str, type[BaseModel]] = {
-            "local": LocalConfig,
-            "tune": TuneConfig,
-            "privacy": PrivacyConfig,
-            "simulation": SimulationConfig,
-        }
-        table = tables[detail["loc"][0]] if len(detail["loc"]) > 1 else RunConfig
-        return f"There is no setting {where!r}. {suggest(str(detail['loc'][-1]), list(table.model_fields))}"
+    if unknown := unknown_setting(detail, RunConfig):
+        return unknown
     message = detail["msg"].removeprefix("Value error, ")
     if not where:
         return f"{message[0].upper()}{message[1:]}."

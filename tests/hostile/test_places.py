@@ -56,20 +56,7 @@ def test_a_class_whose_boxes_lose_their_cells_but_in_one_image_has_no_sums(tmp_p
     assert backbone.geometry.grid == (3, 3)
     accepted = AcceptedBackbones(frozenset({backbone.spec}))
     site = LocalSite("ward", draw(tmp_path), "cpu", guard=Guard(5, 20), backbones=accepted)
-    manifest = Manifest(
-        run="run",
-        backbone=backbone.spec,
-        layer=backbone.layer,
-        backbone_digest=backbone.digest,
-        weights_digest=backbone.weights_digest,
-        num_features=backbone.num_features,
-        classes=("cell", "rare"),
-        task="detection",
-        head="linear",
-        holdout=0.2,
-        seed=0,
-        local=RunConfig().local,
-    )
+    manifest = Manifest.of("run", RunConfig(task="detection", rounds=0), backbone, ("cell", "rare"))
     for chunk in chunks(backbone.to_bytes(), 10**6):
         site.install(manifest, chunk)
     holding = site.open(manifest)

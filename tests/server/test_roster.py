@@ -72,19 +72,7 @@ def watch() -> Watch:
 
 @pytest.fixture
 def roster(backbone: Backbone, watch: Watch) -> Roster:
-    manifest = Manifest(
-        run="0" * 32,
-        backbone=backbone.spec,
-        layer=backbone.layer,
-        backbone_digest=backbone.digest,
-        weights_digest=backbone.weights_digest,
-        num_features=backbone.num_features,
-        classes=("cat", "dog"),
-        head="linear",
-        holdout=0.2,
-        seed=0,
-        local=RunConfig().local,
-    )
+    manifest = Manifest.of("0" * 32, RunConfig(), backbone, ("cat", "dog"))
     messenger = Messenger(Registry({1: "a", 2: "b"}), 1.0)
     return Roster(messenger, manifest, WeightsFile(backbone, 10), torch.zeros(1, 4), watch)
 
