@@ -234,7 +234,9 @@ class LocalSite:
         _keep(self._isolations, store.digest, found)
         self.backbones.require_features(manifest.backbone, found)
         task = make_task(manifest.task, manifest.classes)
-        places, labels = ItemPlaces.with_targets(task, backbone.geometry, self.samples, self._targets(task))
+        places, labels = ItemPlaces.with_targets(
+            task, backbone.geometry, self.samples, self._targets(task), store.features
+        )
         data = LabelledFeatures.of(store.features, labels, task, self.device, places)
         rows = self._commonly_marked(store, manifest.backbone)
         population = Population.of(self.samples, rows, store.keys, store.contents)

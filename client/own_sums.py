@@ -103,7 +103,7 @@ def sum_own_rows(
     """
     task = make_task(manifest.task, manifest.classes)
     rows = store.readable()
-    places, targets = ItemPlaces.with_targets(task, backbone.geometry, samples, targets)
+    places, targets = ItemPlaces.with_targets(task, backbone.geometry, samples, targets, store.features)
     data = LabelledFeatures.of(store.features, targets, task, backbone.device, places)
     ledger = Ledger(ledger_path(site), guard.min_class_count)
     admitted = Atoms(ledger.atoms).admit(

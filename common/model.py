@@ -159,7 +159,11 @@ class TransferModel:
         # Finite, since outputs are interpolated.
         lowest = outputs.min() - UNLEARNED_MARGIN
         outputs = torch.where(self.unlearned_mask.to(outputs.device), lowest, outputs)
-        return [self.task.decode(one, geometry, size) for one, size in zip(outputs, sizes, strict=True)]
+        found = geometry.proposals(features)
+        proposals = [None] * len(sizes) if found is None else list(found)
+        return [
+            self.task.decode(one, geometry, size, own) for one, size, own in zip(outputs, sizes, proposals, strict=True)
+        ]
 
     def probabilities(self, items: Iterable[Any], *, batch_size: int = 64) -> Tensor:
         """Return class probabilities `[n, C]`; see `answers`.

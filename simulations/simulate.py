@@ -133,7 +133,7 @@ def run_plan(
     if parts is not None:
         parts.checkpoint.data = _data_digest(plan, store, test_store)
     task = make_task(config.task, config.classes)
-    places, labels = ItemPlaces.with_targets(task, plan.backbone.geometry, plan.samples, plan.labels)
+    places, labels = ItemPlaces.with_targets(task, plan.backbone.geometry, plan.samples, plan.labels, store.features)
     tuning, test_rows = _tuning(plan, store, test_store)
     shared = SharedData(
         plan.backbone, store, labels, plan.guard, task, plan.steps, labels_of(plan.samples), places, tuning=tuning

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fedhead.backbones.geometry import DENSE_SIZE, MAP, Geometry, split_map, split_maps
 from fedhead.backbones.pooling import pool, poolings
 from fedhead.backbones.preprocessing import Batch, ImagePreprocessing, Preprocessing
+from fedhead.backbones.proposals import PROPOSALS, Proposals, Proposer, split_proposals
 from fedhead.backbones.state_dict import require_finite
 from fedhead.data import Item, Kind
 from fedhead.data.items import ITEMS
@@ -38,7 +39,17 @@ backbone_sources: Registry[BackboneSource] = Registry(
     },
 )
 
+detecting: Registry[Callable[[str], bool]] = Registry(
+    "source of detectors", {name: f"fedhead.backbones.{name}" for name in ("python", "torchvision")}
+)
+"""Functions by source that return whether a name is a detector's."""
+
 FORMAT = "fedhead-backbone-1"
+
+PLACES = "places"
+"""Name of a layer for finding objects: the proposals of a detector, or `OBJECT_MAPS`."""
+
+OBJECT_MAPS = "maps/8@416"
 
 
 class Backbone:
@@ -167,13 +178,15 @@ class Backbone:
         Raises:
             UserError: if it keeps the maps of some of its layers only.
         """
-        kept = {name == MAP for name in self.pooling.split("+")}
+        kept = {name in (MAP, PROPOSALS) for name in self.pooling.split("+")}
         if kept == {False}:
             return None
         if len(kept) > 1:
             raise UserError(f"Layer {self.layer!r} of {self.spec} keeps the maps of some layers and pools others.")
         output, _ = self._run(self.probe_batch())
         size = self.preprocessing.size if isinstance(self.preprocessing, ImagePreprocessing) else (0, 0)
+        if isinstance(output, Tensor) and self.pooling == PROPOSALS:
+            return Proposals.from_rows(output, size)
         return Geometry.of(output, size)
 
     def keeping_maps(self, size: int, layer: str) -> Self:
@@ -234,7 +247,12 @@ class Backbone:
 
     def probe(self) -> Tensor:
         """Return the features `[PROBES, d]` of fixed items, or their mean over places, for comparing two machines."""
-        values = self.features_of(self.preprocessing.probes()).cpu()
+        items = self.preprocessing.probes()
+        if isinstance(self.module, Proposer):
+            images = torch.stack([self.preprocessing(item) for item in items])
+            with torch.inference_mode():
+                return self.module.steady(images.to(self.device)).cpu()
+        values = self.features_of(items).cpu()
         return values if self.geometry is None else self.geometry.means(values)
 
     def to_bytes(self) -> bytes:
@@ -298,12 +316,18 @@ def load_backbone(spec: str, *, weights: str = "default", layer: str = "penultim
             maps or sequences, as in `layer3:max` or `penultimate:cls`; or several, as in `layer3+penultimate`, whose
             features are joined. `layer2+layer3:map` keeps the maps of both, and `:map@320` those of images of
             320 x 320; `maps` stands for the layers at strides 4, 8 and 16, and `maps/8` for those at 8, 16 and 32.
+            `proposals` or `proposals:150@320` gives a detector's boxes with their features, and `places` these or, of
+            other backbones, `maps/8@416`.
         seed: seeds random weights.
 
     Raises:
         UserError: for an unknown source, name, layer or pooling, and for weights that do not fit.
     """
     source, name = split_spec(spec)
+    if layer == PLACES:
+        layer = PROPOSALS if proposes(spec) else OBJECT_MAPS
+    elif split_proposals(layer) is not None and not proposes(spec):
+        raise UserError(f"{spec} is no detector, so it gives no proposals: leave the layer out, or name another one.")
     if split_maps(layer) is not None:
         layer = default_maps(spec, layer)
     taps = [split_layer(part) for part in layer.split("+")]
@@ -319,6 +343,12 @@ def load_backbone(spec: str, *, weights: str = "default", layer: str = "penultim
     if len(taps) > 1:
         return backbone.pooled("+".join(pooling or "mean" for _, pooling in taps), layer)
     return backbone.pooled(pooling) if pooling else backbone
+
+
+def proposes(spec: str) -> bool:
+    """Return whether a backbone is a detector, whose rows are proposals."""
+    source, name = split_spec(spec)
+    return source in detecting and detecting[source](name)
 
 
 def default_maps(spec: str, layer: str) -> str:
@@ -372,7 +402,7 @@ def split_layer(layer: str) -> tuple[str, str | None]:
         UserError: if there is no such pooling.
     """
     name, colon, pooling = layer.rpartition(":")
-    if not colon or pooling.isdigit():
+    if not colon or pooling.isdigit() or split_proposals(layer) is not None:
         return layer, None
     if not split_map(pooling)[0]:
         _ = poolings[pooling]

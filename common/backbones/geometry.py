@@ -78,6 +78,10 @@ class Geometry:
         """Return the features of all places `[n, P, d]`, row by row of the grid, from stored values `[n, V]`."""
         return self.maps(values).flatten(2).mT
 
+    def proposals(self, values: Tensor) -> Tensor | None:
+        """Return the box `[n, P, 4]` of each place, as shares of the image; None for a grid of cells."""
+        return None
+
     def means(self, values: Tensor) -> Tensor:
         """Return the mean over an item's places `[n, d]`, from stored values `[n, V]`."""
         return self.maps(values).mean((2, 3))

@@ -100,6 +100,12 @@ def whole(sequences: Tensor, mask: Tensor | None) -> Tensor:
     return sequences.mT.flatten(1)
 
 
+@poolings.register("proposals")
+def proposed(sequences: Tensor, mask: Tensor | None) -> Tensor:
+    """Return all rows of a detector's proposals, one after the other."""
+    return sequences.flatten(1)
+
+
 @poolings.register("flatten")
 def flatten(sequences: Tensor, mask: Tensor | None) -> Tensor:
     """Return all positions concatenated.

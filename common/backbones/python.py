@@ -8,6 +8,8 @@ The function takes no arguments and returns `(module, preprocessing)`, or a `Bac
         module = ...  # takes [n, 3, 224, 224]; returns vectors, maps or sequences
         return module, ImagePreprocessing.imagenet(224)
 
+A function that returns `fedhead.backbones.detectors.detector_backbone(model)` gives a detector, for finding objects.
+
 The module's output is the penultimate layer, and `--layer` accepts any module inside it. Its code is not sent: every
 site needs the same file. Its weights are sent.
 """
@@ -15,8 +17,9 @@ site needs the same file. Its weights are sent.
 import torch
 from torch import nn
 
-from fedhead.backbones.backbone import Backbone, backbone_sources
+from fedhead.backbones.backbone import Backbone, backbone_sources, detecting
 from fedhead.backbones.layers import PENULTIMATE, Stopped
+from fedhead.backbones.proposals import PROPOSALS
 from fedhead.backbones.state_dict import assign_weights, read_weights
 from fedhead.data.python import user_function
 from fedhead.errors import FedheadError, UserError
@@ -41,7 +44,7 @@ def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
     made = _call(spec, seed)
     module, preprocessing = made.module, made.preprocessing
     try:
-        if layer != PENULTIMATE:
+        if layer not in (PENULTIMATE, PROPOSALS):
             module = Stopped(
                 module, layer, spec, preprocessing.collate(list(map(preprocessing, preprocessing.probes())))
             )
@@ -65,6 +68,12 @@ def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
             f"The module of '{spec}' fails on the output of its preprocessing: {type(error).__name__}: {error}"
         ) from error
     return backbone
+
+
+@detecting.register("python")
+def is_detector(name: str) -> bool:
+    """Return whether the function returns a detector."""
+    return _call(f"python:{name}", 0).pooling == PROPOSALS
 
 
 def _call(spec: str, seed: int) -> Backbone:

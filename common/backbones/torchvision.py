@@ -1,4 +1,4 @@
-"""`torchvision:NAME`: any torchvision classification model, without its classifier."""
+"""`torchvision:NAME`: any torchvision classification model or detector, without its last layer."""
 
 import inspect
 import re
@@ -9,12 +9,13 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from fedhead.backbones.backbone import Backbone, backbone_sources
+from fedhead.backbones.backbone import Backbone, backbone_sources, detecting
 from fedhead.backbones.catalogue import Catalogue, Entry, catalogues, image_input
 from fedhead.backbones.downloads import fetch_torch_file, torch_file
 from fedhead.backbones.geometry import DENSE_SIZE, dense_layers
 from fedhead.backbones.layers import Graph
 from fedhead.backbones.preprocessing import ImagePreprocessing
+from fedhead.backbones.proposals import PROPOSALS
 from fedhead.backbones.state_dict import align, fill_weights, read_weights, without_unneeded
 from fedhead.errors import UserError
 from fedhead.registry import suggest
@@ -37,6 +38,11 @@ def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
         FedheadError: if torchvision's weights are not on this machine and cannot be downloaded.
     """
     spec = f"torchvision:{name}"
+    if is_detector(name):
+        from fedhead.backbones.detectors import build
+
+        path = str(fetch_torch_file(_entry(name)[1].url, spec)) if weights == "default" else weights
+        return build(name, layer, None if weights == "random" else read_weights(path), seed, path)
     model_name, entry = _entry(name)
     path = str(fetch_torch_file(entry.url, spec)) if weights == "default" else weights
     model = _build(model_name, entry, seed)
@@ -55,7 +61,7 @@ def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
 def names() -> Sequence[str]:
     """Return the models, and with a dot their weights other than the default ones."""
     listed = []
-    for model_name in torchvision.models.list_models(module=torchvision.models):
+    for model_name in _known():
         entries = torchvision.models.get_model_weights(model_name)
         others = [entry.name for entry in entries if entry is not entries.DEFAULT]
         listed += [model_name, *(f"{model_name}.{other}" for other in others)]
@@ -66,7 +72,7 @@ def entry(name: str) -> Entry:
     """Return torchvision's metadata of a model and its weights."""
     _, found = _entry(name)
     path = torch_file(found.url)
-    size = found.transforms().crop_size[0]
+    size = _detector_size(name) if is_detector(name) else found.transforms().crop_size[0]
     return Entry(
         spec=f"torchvision:{name}",
         input=image_input(3, size, size),
@@ -78,28 +84,56 @@ def entry(name: str) -> Entry:
 
 
 def layers(name: str) -> Sequence[str]:
-    """Return the nodes of a model's graph."""
+    """Return the nodes of a model's graph; of a detector its proposals."""
     model_name, found = _entry(name)
+    if is_detector(name):
+        return (PROPOSALS,)
     return Graph(_build(model_name, found, seed=0)).layers
 
 
 def map_layers(name: str, strides: Sequence[int]) -> Sequence[str]:
-    """Return a model's last module at each of some strides."""
+    """Return a model's last module at each of some strides.
+
+    Raises:
+        UserError: for a detector.
+    """
     model_name, found = _entry(name)
+    if is_detector(name):
+        raise UserError(
+            f"torchvision:{name} is a detector, whose rows are proposals and not cells of maps: leave the layer out, "
+            "or set it to 'proposals'."
+        )
     return dense_layers(_build(model_name, found, seed=0), torch.zeros(1, 3, DENSE_SIZE, DENSE_SIZE), strides)
 
 
 catalogues.register("torchvision")(Catalogue(names, entry, layers))
 
 
+@detecting.register("torchvision")
+def is_detector(name: str) -> bool:
+    """Return whether a model finds objects: its rows are proposals."""
+    return name.partition(".")[0] in torchvision.models.list_models(module=torchvision.models.detection)
+
+
+def _detector_size(name: str) -> int:
+    """Return the default size of a detector's images: that in its name, or torchvision's default."""
+    found = re.search(r"ssd300|_320_|lite320", name)
+    return int(re.sub(r"\D", "", found[0])) if found else 800
+
+
+def _known() -> list[str]:
+    found = (torchvision.models, torchvision.models.detection)
+    return [name for module in found for name in torchvision.models.list_models(module=module)]
+
+
 def _entry(name: str) -> tuple[str, Any]:
     """Return the model's name, and the entry of its weights.
 
     Raises:
-        UserError: for a name that is not a classification model, or not an entry of the model.
+        UserError: for a name that is neither a classification model nor a detector, or not an entry of the model.
     """
     model_name, _, entry_name = name.partition(".")
-    known = torchvision.models.list_models(module=torchvision.models)
+    known = _known()
     if model_name not in known:
         raise UserError(_what_it_is_instead(model_name, known))
     entries = torchvision.models.get_model_weights(model_name)
@@ -115,8 +149,8 @@ def _what_it_is_instead(name: str, known: list[str]) -> str:
         return f"torchvision:{name} is quantized, which fedhead does not support; use torchvision:{instead}."
     if name in torchvision.models.list_models():
         task = torchvision.models.get_model_builder(name).__module__.split(".")[2]
-        return f"torchvision:{name} is a model for {task}, but a backbone must be a classification model."
-    return f"torchvision has no classification model {name!r}. {suggest(name, known)}"
+        return f"torchvision:{name} is a model for {task}, but a backbone must be a classification model or a detector."
+    return f"torchvision has no classification model or detector {name!r}. {suggest(name, known)}"
 
 
 def _build(name: str, entry: Any, seed: int) -> nn.Module:

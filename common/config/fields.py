@@ -11,7 +11,7 @@ from fedhead.tuning import parse_tune
 MOST_LIFTED = 4096
 """Largest width of a lift: the sums of wider features would be projected."""
 
-DENSE_LAYERS = {"detection": "maps/8@416", "segmentation": "maps"}
+DENSE_LAYERS = {"detection": "places", "segmentation": "maps"}
 """Tasks about places of items, such as pixels, with the layers that each takes by default."""
 
 Scalar = bool | int | float | str

@@ -36,7 +36,8 @@ class RunConfig(Table):
         "penultimate",
         description="Layer that gives the features: 'penultimate' or a name, with an optional pooling, as in "
         "'hidden:6:cls'. Tasks about places keep whole maps: 'layer2+layer3:map', ':map@320' for images of 320 x 320, "
-        "or by default 'maps', the layers at strides 4, 8 and 16, or 8, 16 and 32 for detection ('maps/8').",
+        "or by default 'maps', the layers at strides 4, 8 and 16, or 8, 16 and 32 for detection ('maps/8'); "
+        "of a detector 'proposals', or 'proposals:150@320' for 150 in images of 320 x 320.",
     )
     basis: Literal["none", "unit", "root", "auto"] = Field(
         "none",
@@ -175,11 +176,10 @@ class RunConfig(Table):
 
     @property
     def _dense_layer(self) -> str:
-        default = DENSE_LAYERS[self.task]
         name, at, size = self.layer.partition("@")
-        if name == "maps":
-            return default.partition("@")[0] + at + size
-        return default if self.layer == "penultimate" else self.layer
+        if self.task == "detection" and name == "maps":
+            return f"maps/8{at}{size}"
+        return DENSE_LAYERS[self.task] if self.layer == "penultimate" else self.layer
 
     def settled(self) -> Self:
         """Return the configuration with what the task, tuning, adaptation or differential privacy decides."""

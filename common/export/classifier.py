@@ -38,7 +38,10 @@ class Classifier(nn.Module):
         features = pool(output, self.pooling, mask).to(torch.float32)
         if isinstance(self.task, DenseTask) and self.geometry is not None:
             return self.task.program(
-                self.head(self.geometry.places(features)), self.get_buffer("unlearned"), self.geometry
+                self.head(self.geometry.places(features)),
+                self.get_buffer("unlearned"),
+                self.geometry,
+                self.geometry.proposals(features),
             )
         answers: Tensor = self.answers_of(self.head(features))
         return answers if self.excess is None else (answers, self.excess(features))

@@ -9,6 +9,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fedhead.backbones import Backbone
+from fedhead.backbones.proposals import Proposals
 from fedhead.errors import UserError
 from fedhead.export.classifier import Outputs, classifier_of
 from fedhead.export.description import metadata_of
@@ -49,6 +50,11 @@ def export_model(model: TransferModel, file_format: str, path: Path | str, *, nm
         raise UserError(
             f"A model of the task {model.task.name!r} gives several answers per text, which the format {file_format!r} "
             "does not support; export it as 'fedhead' or 'state-dict'."
+        )
+    if isinstance(model.backbone.geometry, Proposals) and file_format in ("onnx", "torch-export"):
+        raise UserError(
+            f"The backbone {model.backbone.spec} chooses its proposals by the content of an image, which a program in "
+            f"the format {file_format!r} does not support; export it as 'fedhead' or 'state-dict'."
         )
     if file_format == "fedhead":
         return _write_folder(model, path)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import numpy as np
 
 from fedhead.backbones.geometry import Geometry
+from fedhead.backbones.proposals import Proposals
 from fedhead.data import BoolArray, IntArray, Samples
 from fedhead.errors import UserError
 from fedhead.sums.calibration import Calibration
@@ -59,6 +60,9 @@ class DenseTask(Task):
     pairs_losses: ClassVar[bool] = False
     counts_scores: ClassVar[bool] = False
 
+    takes_proposals: ClassVar[bool] = False
+    """Whether places may be a detector's proposals."""
+
     @abstractmethod
     def annotations(self, samples: Samples) -> Callable[[int], Any]:
         """Return a function that reads the annotation of an item, in terms of the task's columns."""
@@ -68,24 +72,36 @@ class DenseTask(Task):
         """Return the places of `n` items, given their stored values `[n, V]`."""
 
     @abstractmethod
-    def summed_classes(self, annotation: Any, geometry: Geometry) -> BoolArray:
-        """Return `[C]`, whether places of an item add to the sums of each class; not all that is annotated does."""
+    def summed_classes(self, annotation: Any, geometry: Geometry, proposals: "Tensor | None" = None) -> BoolArray:
+        """Return `[C]`, whether places of an item add to the sums of each class; not all that is annotated does.
 
-    @abstractmethod
-    def count_items(self, outputs: "Tensor", annotations: Sequence[Any], geometry: Geometry) -> Any:
-        """Return the evaluation sums of `n` items, given the head's outputs `[n, P, C]` at all of their places.
-
-        They have the attributes `rows`, the number of items, and `loss_sum`, each item's mean loss added up.
+        Args:
+            annotation: of the item.
+            geometry: of the backbone's places.
+            proposals: `[P, 4]`, the boxes of the item's places; None for cells.
         """
 
     @abstractmethod
-    def decode(self, outputs: "Tensor", geometry: Geometry, size: tuple[int, int]) -> Any:
+    def count_items(
+        self, outputs: "Tensor", annotations: Sequence[Any], geometry: Geometry, proposals: "Tensor | None" = None
+    ) -> Any:
+        """Return the evaluation sums of `n` items, given the head's outputs `[n, P, C]` at all of their places.
+
+        They have the attributes `rows`, the number of items, and `loss_sum`, each item's mean loss added up. Proposals
+        are `[n, P, 4]`, the boxes of places; None for cells.
+        """
+
+    @abstractmethod
+    def decode(
+        self, outputs: "Tensor", geometry: Geometry, size: tuple[int, int], proposals: "Tensor | None" = None
+    ) -> Any:
         """Return the prediction for one item, given the head's outputs `[P, C]`.
 
         Args:
             outputs: of the head, at all places.
             geometry: of the maps.
             size: height and width of the original image.
+            proposals: `[P, 4]`, the boxes of places; None for cells.
         """
 
     @abstractmethod
@@ -110,13 +126,16 @@ class DenseTask(Task):
         """Return an image, perhaps smaller than the item, with an annotation drawn on it."""
 
     @abstractmethod
-    def program(self, outputs: "Tensor", unlearned: "Tensor", geometry: Geometry) -> "Tensor":
+    def program(
+        self, outputs: "Tensor", unlearned: "Tensor", geometry: Geometry, proposals: "Tensor | None" = None
+    ) -> "Tensor":
         """Return the answers of an exported model for `n` items, with torch operations only.
 
         Args:
             outputs: `[n, P, C]`, of the head at all places.
             unlearned: `[C]`, bool, the columns without places at any site.
             geometry: of the maps.
+            proposals: `[n, P, 4]`, the boxes of places; None for cells.
         """
 
     @abstractmethod
@@ -219,6 +238,12 @@ class ItemPlaces:
         Raises:
             UserError: if the backbone keeps no maps, or keeps them for a task of whole items.
         """
+        proposes = isinstance(geometry, Proposals)
+        if proposes and not (isinstance(task, DenseTask) and task.takes_proposals):
+            raise UserError(
+                f"The backbone is a detector, whose rows are proposals, which the task {task.name!r} does not take. "
+                "Set task to 'detection', or choose another backbone."
+            )
         if not isinstance(task, DenseTask):
             if geometry is not None:
                 raise UserError(f"The task {task.name!r} is about whole items: choose a layer without ':map'.")
@@ -229,7 +254,7 @@ class ItemPlaces:
 
     @classmethod
     def with_targets(
-        cls, task: Task, geometry: Geometry | None, samples: Samples, targets: Targets
+        cls, task: Task, geometry: Geometry | None, samples: Samples, targets: Targets, features: "Tensor"
     ) -> "tuple[ItemPlaces | None, Targets]":
         """Return how items become places, and the targets that guards count; None, and `targets`, if rows are items.
 
@@ -237,16 +262,23 @@ class ItemPlaces:
             UserError: as `of` does.
         """
         places = cls.of(task, geometry, samples)
-        return places, targets if places is None else places.summed(targets)
+        return places, targets if places is None else places.summed(targets, features)
 
-    def summed(self, targets: Targets) -> Targets:
+    def summed(self, targets: Targets, features: "Tensor") -> Targets:
         """Return targets `[n, C]` with 1 for the classes whose sums an item adds to: these are what guards count.
 
-        Where a grid is coarse, of several objects in a cell only one adds to a sum.
+        Where a grid is coarse, of several objects in a cell only one adds to a sum. Objects without a proposal add to
+        none.
+
+        Args:
+            targets: of all items.
+            features: `[n, V]`, their stored values.
         """
         kept = targets.copy()
         for row in np.flatnonzero(targets.any(1)).tolist():
-            kept[row] &= self.task.summed_classes(self.annotation(row), self.geometry)
+            found = self.geometry.proposals(features[row : row + 1].cpu())
+            own = None if found is None else found[0]
+            kept[row] &= self.task.summed_classes(self.annotation(row), self.geometry, own)
         return kept
 
     @property
@@ -277,5 +309,6 @@ class ItemPlaces:
         with torch.inference_mode():
             for values, annotations in self.blocks(features, rows):
                 outputs = head(self.geometry.places(values))
-                total = total + self.task.count_items(outputs, annotations, self.geometry)
+                found = self.geometry.proposals(values)
+                total = total + self.task.count_items(outputs, annotations, self.geometry, found)
         return total

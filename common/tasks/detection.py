@@ -1,4 +1,4 @@
-"""Detection: boxes around the objects in images, from the maps of a frozen backbone."""
+"""Detection: boxes around the objects in images, from the maps or the proposals of a frozen backbone."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedhead.backbones.geometry import Geometry
+from fedhead.backbones.proposals import with_area
 from fedhead.data import BoolArray, Samples
 from fedhead.data.boxes import Boxes
 from fedhead.data.drawn_boxes import draw_boxes
@@ -18,6 +19,7 @@ from fedhead.sums.score_bins import ScoreBins
 from fedhead.tasks.cells import Found, assign, corners_of, find_boxes, within
 from fedhead.tasks.dense import DenseTask, Places
 from fedhead.tasks.losses import BinaryCrossEntropy
+from fedhead.tasks.proposals import beside, match, refined
 from fedhead.tasks.task import Targets, tasks
 from fedhead.wording import counted
 
@@ -38,7 +40,7 @@ SHOWN = 0.05
 
 @tasks.register("detection")
 class Detection(DenseTask):
-    """Boxes of objects: each cell of the finest map has the logits of classes and of objectness, and a box.
+    """Boxes of objects: each cell of the finest map or proposal has the logits of classes and of objectness, and a box.
 
     Args:
         columns: the classes of objects, or the columns that follow from them.
@@ -56,6 +58,7 @@ class Detection(DenseTask):
     family = "classification"
     misfit = "Its boxes do not fit the classes of this run; the site's own log has the details."
     solvers = ("boxes",)
+    takes_proposals = True
     baseline_solver = "boxes"
 
     def __init__(self, columns: Sequence[str]) -> None:
@@ -143,34 +146,38 @@ class Detection(DenseTask):
     def expand(self, values: "Tensor", annotations: Sequence[Boxes], geometry: Geometry) -> Places:
         import torch
 
-        features = geometry.places(values)
+        features, proposals = geometry.places(values), _each(geometry.proposals(values), len(values))
         kept, targets, items = [], [], 0
-        for own, boxes in zip(features, annotations, strict=True):
-            used, columns = self._targets(boxes, geometry)
-            found = columns[:, : len(self.classes)].sum(1, keepdim=True)
+        for own, boxes, found in zip(features, annotations, proposals, strict=True):
+            used, columns = self._targets(boxes, geometry, found)
+            positive = columns[:, : len(self.classes)].sum(1, keepdim=True)
             kept.append(own[used])
-            targets.append(torch.cat([columns, found * own[used].double()], 1))
+            targets.append(torch.cat([columns, positive * own[used].double()], 1))
             items += bool(used.any())
         return Places(torch.cat(kept), torch.cat(targets), items)
 
-    def summed_classes(self, annotation: Boxes, geometry: Geometry) -> BoolArray:
-        _, columns = self._targets(annotation, geometry)
+    def summed_classes(self, annotation: Boxes, geometry: Geometry, proposals: "Tensor | None" = None) -> BoolArray:
+        _, columns = self._targets(annotation, geometry, proposals)
         marked: BoolArray = columns[:, : len(self.classes)].any(0).numpy()
         return marked
 
-    def _targets(self, boxes: Boxes, geometry: Geometry) -> "tuple[Tensor, Tensor]":
+    def _targets(self, boxes: Boxes, geometry: Geometry, proposals: "Tensor | None") -> "tuple[Tensor, Tensor]":
         """Return which places `[P]` are learned from, and the targets of these `[p, 5 C + 1]`."""
         import torch
         from torch.nn import functional
 
         corners = torch.from_numpy(boxes.corners)
         ignored = torch.from_numpy(boxes.ignored)
-        given = assign(corners[~ignored], geometry.grid)
+        if proposals is None:
+            given, known = assign(corners[~ignored], geometry.grid), ~within(corners[ignored], geometry.grid)
+        else:
+            given = match(corners[~ignored], proposals)
+            known = with_area(proposals) & ~beside(corners[ignored], proposals)
         positive = given.box >= 0
         labels = torch.from_numpy(boxes.labels)[~ignored]
         marked = torch.zeros(len(positive), len(self.classes), dtype=torch.float64)
         marked[positive] = functional.one_hot(labels[given.box[positive]], len(self.classes)).double()
-        used = positive | ~within(corners[ignored], geometry.grid)
+        used = positive | known
         shapes = (marked[:, :, None] * given.shape[:, None]).flatten(1)
         return used, torch.cat([marked, given.objectness[:, None], shapes], 1)[used]
 
@@ -180,21 +187,24 @@ class Detection(DenseTask):
 
     # Evaluation.
 
-    def found(self, outputs: "Tensor", geometry: Geometry, least: float | None = None) -> Found:
+    def found(self, outputs: "Tensor", geometry: Geometry, proposals: "Tensor | None" = None) -> Found:
         """Return the boxes of an item, as shares of its width and height, given the outputs `[P, 5 C + 1]`."""
-        corners, scores = self.candidates(outputs, geometry)
-        return find_boxes(corners, scores) if least is None else find_boxes(corners, scores, least)
+        return find_boxes(*self.candidates(outputs, geometry, proposals))
 
-    def candidates(self, outputs: "Tensor", geometry: Geometry) -> "tuple[Tensor, Tensor]":
-        """Return boxes `[..., P, C, 4]` of all cells and their scores `[..., P, C]`, with torch operations only."""
+    def candidates(
+        self, outputs: "Tensor", geometry: Geometry, proposals: "Tensor | None" = None
+    ) -> "tuple[Tensor, Tensor]":
+        """Return boxes `[..., P, C, 4]` of all places and their scores `[..., P, C]`, with torch operations only."""
         count = len(self.classes)
         scores = outputs[..., :count].softmax(-1) * outputs[..., count : count + 1].sigmoid()
         shapes = outputs[..., count + 1 :].reshape(*outputs.shape[:-1], count, len(SHAPE))
-        return corners_of(shapes, geometry.grid), scores
+        return corners_of(shapes, geometry.grid) if proposals is None else refined(shapes, proposals), scores
 
-    def decode(self, outputs: "Tensor", geometry: Geometry, size: tuple[int, int]) -> list[dict[str, Any]]:
+    def decode(
+        self, outputs: "Tensor", geometry: Geometry, size: tuple[int, int], proposals: "Tensor | None" = None
+    ) -> list[dict[str, Any]]:
         """Return the boxes of an image as JSON types: class, score, and left, top, width and height in pixels."""
-        found = self.found(outputs, geometry)
+        found = self.found(outputs, geometry, proposals)
         height, width = size
         pixels = found.corners * found.corners.new_tensor([width, height, width, height])
         return [
@@ -231,29 +241,36 @@ class Detection(DenseTask):
         sides = np.hstack([corners[:, :2], corners[:, 2:] - corners[:, :2]]).tolist()
         return draw_boxes(image, sides, [self.classes[label] for label in labels], labels)
 
-    def program(self, outputs: "Tensor", unlearned: "Tensor", geometry: Geometry) -> "Tensor":
-        """Return boxes and scores `[n, P, C, 5]` of all cells, without suppressing overlapping ones."""
+    def program(
+        self, outputs: "Tensor", unlearned: "Tensor", geometry: Geometry, proposals: "Tensor | None" = None
+    ) -> "Tensor":
+        """Return boxes and scores `[n, P, C, 5]` of all places, without suppressing overlapping ones."""
         import torch
 
-        corners, scores = self.candidates(outputs.masked_fill(unlearned, -float("inf")), geometry)
+        corners, scores = self.candidates(outputs.masked_fill(unlearned, -float("inf")), geometry, proposals)
         return torch.cat([corners, scores[..., None]], -1)
 
     def program_shape(self, geometry: Geometry) -> list[int]:
         return [geometry.num_places, len(self.classes), len(SHAPE) + 1]
 
-    def count_items(self, outputs: "Tensor", annotations: Sequence[Boxes], geometry: Geometry) -> DetectionSums:
+    def count_items(
+        self, outputs: "Tensor", annotations: Sequence[Boxes], geometry: Geometry, proposals: "Tensor | None" = None
+    ) -> DetectionSums:
         total = self.no_rows()
-        for own, boxes in zip(outputs.cpu().double(), annotations, strict=True):
+        places = _each(proposals, len(outputs))
+        for own, boxes, found in zip(outputs.cpu().double(), annotations, places, strict=True):
             if not bool(own.isfinite().all()):
                 raise ValueError("The head produces outputs that are not finite.")
-            total = total + self._of_item(own, boxes, geometry)
+            total = total + self._of_item(own, boxes, geometry, found)
         return total
 
-    def _of_item(self, outputs: "Tensor", boxes: Boxes, geometry: Geometry) -> DetectionSums:
+    def _of_item(
+        self, outputs: "Tensor", boxes: Boxes, geometry: Geometry, proposals: "Tensor | None"
+    ) -> DetectionSums:
         from torch.nn import functional
 
-        found = self.found(outputs, geometry)
-        used, targets = self._targets(boxes, geometry)
+        found = self.found(outputs, geometry, proposals)
+        used, targets = self._targets(boxes, geometry, proposals)
         count = len(self.classes)
         loss = functional.binary_cross_entropy_with_logits(outputs[used, count], targets[:, count])
         return detection_sums(
@@ -306,6 +323,11 @@ class Detection(DenseTask):
 
     def decide(self, answers: "Tensor") -> list[Any]:
         raise UserError("A detector decides by image: its boxes are found together.")
+
+
+def _each(proposals: "Tensor | None", items: int) -> "Sequence[Tensor | None]":
+    """Return the boxes `[P, 4]` of each item's places; None for cells."""
+    return [None] * items if proposals is None else list(proposals.cpu())
 
 
 def _columns(classes: Sequence[str]) -> tuple[str, ...]:

@@ -110,7 +110,7 @@ class Segmentation(DenseTask):
         targets = shares[used] / known[used][:, None]
         return Places(geometry.places(values)[used], targets, int(used.any(1).sum()))
 
-    def summed_classes(self, annotation: Mask, geometry: Geometry) -> BoolArray:
+    def summed_classes(self, annotation: Mask, geometry: Geometry, proposals: "Tensor | None" = None) -> BoolArray:
         if not (annotation == IGNORED).any():
             return np.bincount(annotation.ravel(), minlength=len(self.columns)) > 0
         shares = self._shares(annotation, geometry)
@@ -134,7 +134,9 @@ class Segmentation(DenseTask):
         maps = outputs.T.reshape(1, outputs.shape[1], *geometry.grid)
         return functional.interpolate(maps, size, mode="bilinear", align_corners=False)[0]
 
-    def decode(self, outputs: "Tensor", geometry: Geometry, size: tuple[int, int]) -> Mask:
+    def decode(
+        self, outputs: "Tensor", geometry: Geometry, size: tuple[int, int], proposals: "Tensor | None" = None
+    ) -> Mask:
         """Return the class numbers of an image's pixels, uint8 `[height, width]`."""
         decided: Mask = self.pixels(outputs, geometry, size).argmax(0).byte().cpu().numpy()
         return decided
@@ -157,7 +159,9 @@ class Segmentation(DenseTask):
         known = np.where(annotation == IGNORED, np.uint8(0), annotation)
         return overlay(image, np.asarray(mask_image(known).resize(image.size)))
 
-    def program(self, outputs: "Tensor", unlearned: "Tensor", geometry: Geometry) -> "Tensor":
+    def program(
+        self, outputs: "Tensor", unlearned: "Tensor", geometry: Geometry, proposals: "Tensor | None" = None
+    ) -> "Tensor":
         """Return the probabilities of each class `[n, C, height, width]` in the pixels of the prepared image."""
         from torch.nn import functional
 
@@ -168,7 +172,9 @@ class Segmentation(DenseTask):
     def program_shape(self, geometry: Geometry) -> list[int]:
         return [len(self.columns), *geometry.size]
 
-    def count_items(self, outputs: "Tensor", annotations: Sequence[Mask], geometry: Geometry) -> SegmentationSums:
+    def count_items(
+        self, outputs: "Tensor", annotations: Sequence[Mask], geometry: Geometry, proposals: "Tensor | None" = None
+    ) -> SegmentationSums:
         total = self.no_rows()
         for own, mask in zip(outputs.cpu(), annotations, strict=True):
             if not bool(own.isfinite().all()):

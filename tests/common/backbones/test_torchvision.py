@@ -149,8 +149,7 @@ def test_entry_selects_weights_and_preprocessing() -> None:
     [
         ("resnet19", "Did you mean 'resnet1"),
         ("quantized_resnet18", "is quantized, which fedhead does not support; use torchvision:resnet18"),
-        ("fasterrcnn_resnet50_fpn", "is a model for detection, but a backbone must be a classification model"),
-        ("raft_small", "is a model for optical_flow"),
+        ("raft_large", "is a model for optical_flow, but a backbone must be a classification model or a detector"),
     ],
 )
 def test_errors_for_other_kinds_of_models(name: str, words: str) -> None:

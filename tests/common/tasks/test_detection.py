@@ -294,7 +294,7 @@ def test_found_boxes_are_counted_drawn_and_exported():
 @pytest.mark.parametrize(
     ("given", "settled"),
     [
-        ({}, "maps/8@416"),
+        ({}, "places"),
         ({"layer": "maps"}, "maps/8"),
         ({"layer": "maps@640"}, "maps/8@640"),
         ({"layer": "maps/4@512"}, "maps/4@512"),
