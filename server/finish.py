@@ -157,9 +157,8 @@ class Finish:
         if exchange.metrics:
             progress.best.add(last.number, last.arrays, exchange)
         kept = progress.best.choose(exchange) if exchange.metrics else None
-        if kept is None or not kept.number:
-            reason = "No round was better" if kept else "Tuned versions could not be compared"
-            logger.info("%s; the solved head is delivered.", reason)
+        if kept is None:
+            logger.info("Tuned versions could not be compared; the solved head is delivered.")
             return 0, form.start(stats), None
         decision = decide(
             self.run.messenger,
@@ -169,13 +168,13 @@ class Finish:
             self.run.task,
             stats,
             (kept.number, kept.arrays),
-            last.number,
+            (last.number, last.arrays),
             Cost.of(progress.history, len(self.run.roster.nodes)),
             self.run.config.seed,
         )
         exchange.include(decision.exchange)
         self.choices = [*self.choices, decision.choice]
-        return (kept.number if decision.tuned else 0), decision.arrays, decision.delivered
+        return decision.number, decision.arrays, decision.delivered
 
     def _diagnose(
         self, request: HeadRequest, stats: FeatureStatistics | None, exchange: Exchange

@@ -23,8 +23,10 @@ LIFT_RATIO = 0.98
 FEWEST_ERRORS = 10
 """Held-out errors that a lifted discriminant head needs for a trustworthy comparison."""
 
-CHANCE = 1 - NormalDist().cdf(2)
-"""Probability that a version which is no better gains two standard errors."""
+BAR = 2.0
+"""Standard errors that a version must gain to be proven better."""
+CHANCE = 1 - NormalDist().cdf(BAR)
+"""Probability that a version which is no better gains as much."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +39,7 @@ class Rival:
         level: its features.
         lifted: whether these are lifted.
         counts_errors: whether it is left out with few held-out errors.
+        trained: whether it is trained in rounds, and not solved.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Rival:
     level: Level = "map"
     lifted: bool = False
     counts_errors: bool = False
+    trained: bool = False
 
 
 @dataclass(frozen=True)
@@ -175,31 +179,32 @@ def errors_to_gain(versions: int) -> float:
     return NormalDist().inv_cdf(1 - CHANCE / max(versions, 1))
 
 
-def choose_tuned(rivals: Sequence[Rival], sums: RivalSums, rounds: int) -> tuple[int, Choice]:
-    """Choose between the solved head, a tail with its trained head, and this tail with its head solved again.
+def choose_tuned(rivals: Sequence[Rival], bars: Sequence[float], sums: RivalSums) -> tuple[int, Choice]:
+    """Choose between the solved head, first, and tuned versions, each by proof against the one taken so far.
 
-    The first and the last are delivered solved from all rows, held-out ones included, so that they are compared alike;
-    the trained head, which has not seen these rows, must be proven better than both.
+    Heads that are solved are delivered solved from all rows, held-out ones included, so that they are compared alike. A
+    trained head has not seen these rows, and must be proven better than all heads before it.
 
     Args:
-        rivals: the three, in this order.
+        rivals: the solved head, and tuned versions in the order of preference.
+        bars: the standard errors that each must gain.
         sums: their comparison.
-        rounds: the number of rounds that the tail is the best of.
     """
-    needed = errors_to_gain(rounds)
-    best = 1 if _is_proven(sums, 1, 2, needed) else 2
-    proven = _is_proven(sums, best, 0, needed)
-    taken = best if proven else 0
+    taken = 0
+    for at, rival in enumerate(rivals[1:], start=1):
+        others = range(at) if rival.trained else (taken,)
+        if all(_is_proven(sums, at, other, bars[at]) for other in others):
+            taken = at
+    shown = taken or 1
     reason = "There are too few held-out rows for a proof."
     if sums.rows > 1:
-        gain, error = sums.paired.gain(best, 0)
-        fewer = int(sums.right[0] - sums.right[best])
+        gain, error = sums.paired.gain(shown, 0)
+        fewer = int(sums.right[0] - sums.right[shown])
         reason = (
-            f"The mean held-out loss of {rivals[best].name} is {abs(gain):.4f} {'less' if gain > 0 else 'more'} than "
-            f"that of the solved head, with a paired standard error of {error:.4f}, of which the best of {rounds} "
-            f"rounds must gain {needed:.1f}"
-            f"{f'; it predicts {fewer} fewer held-out rows correctly' if fewer > 0 else ''}: tuning is "
-            f"{'proven' if proven else 'not proven'} to be better."
+            f"The mean held-out loss of {rivals[shown].name} is {abs(gain):.4f} {'less' if gain > 0 else 'more'} than "
+            f"that of the solved head, with a paired standard error of {error:.4f}, of which it must gain "
+            f"{bars[shown]:.1f}{f'; it predicts {fewer} fewer held-out rows correctly' if fewer > 0 else ''}: "
+            f"tuning is {'proven' if taken else 'not proven'} to be better."
         )
     return taken, Choice("Tuning", rivals[taken].name, reason, sums.rows, figures(rivals, sums))
 

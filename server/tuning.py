@@ -4,8 +4,9 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
+from fedhead.errors import FedheadError
 from fedhead.protocol.actions import STATISTICS
 from fedhead.protocol.messages import SITE_COUNTS, Payload, StatisticsRequest
 from fedhead.server.collect import Question
@@ -15,7 +16,7 @@ from fedhead.server.messenger import Messenger
 from fedhead.server.pooling import Pooling
 from fedhead.server.roster import Roster
 from fedhead.server.runs.history import Round
-from fedhead.server.selection import Rival, choose_tuned, compare_rivals
+from fedhead.server.selection import BAR, Rival, choose_tuned, compare_rivals, errors_to_gain
 from fedhead.server.tuned_form import TunedForm
 from fedhead.sums.features import FeatureStatistics
 from fedhead.sums.rivals import RivalSums
@@ -24,27 +25,38 @@ from fedhead.tasks import Task
 
 logger = logging.getLogger(__name__)
 
-SOLVED_AGAIN = 2
-"""Position of the tail with its head solved again among the rivals."""
-
 
 @dataclass(frozen=True)
 class Decision:
     """What is delivered of a tuned run.
 
     Attributes:
+        number: the round whose tail is kept; 0 for the solved head.
         arrays: the parameters, as they were compared.
         delivered: the parameters with the head solved from all rows, held-out ones included; None for others.
-        tuned: whether the tail is kept; otherwise the solved head is.
         choice: the comparison, as JSON types.
         exchange: the traffic.
     """
 
+    number: int
     arrays: Arrays
     delivered: Arrays | None
-    tuned: bool
     choice: Mapping[str, Any]
     exchange: Exchange
+
+
+class _Version(NamedTuple):
+    """A tail whose head is solved again.
+
+    Attributes:
+        number: of its round.
+        tail: its parameters; none of the backbone as it is.
+        train: statistics of its features over training rows.
+    """
+
+    number: int
+    tail: Arrays
+    train: FeatureStatistics
 
 
 @dataclass(frozen=True)
@@ -94,11 +106,14 @@ def decide(
     task: Task,
     stats: FeatureStatistics,
     best: tuple[int, Arrays],
-    rounds: int,
+    last: tuple[int, Arrays],
     cost: Cost,
     seed: int,
 ) -> Decision:
-    """Solve the head on the best tail's features, and compare it, the trained one and the solved head of round 0.
+    """Solve the head on tuned features, and compare it with the solved head of round 0.
+
+    The tail of the last round comes first: nothing has selected it, so that held-out rows prove it best. The tail with
+    the least held-out loss comes second, with a higher bar, and third its trained head.
 
     Args:
         messenger: reaches the sites.
@@ -107,34 +122,48 @@ def decide(
         form: of what is trained.
         task: of the run.
         stats: of the frozen backbone's features.
-        best: the round and the parameters of the best tail.
-        rounds: the number of rounds that it is the best of.
+        best: the round and the parameters with the least held-out loss; of round 0 if no tail is better.
+        last: the last round and its parameters.
         cost: of all rounds.
         seed: draws sites where there are very many.
 
     Raises:
         FedheadError: if too few sites answer.
     """
-    number, arrays = best
     exchange = Exchange()
-    tail = form.tail_of(arrays)
-    train = _tuned_statistics(pooling, task, tail, StatisticsRequest(), exchange)
-    rivals = [
-        Rival("the solved head", form.start(stats)),
-        Rival(f"round {number}", arrays, "tail"),
-        Rival(f"round {number} with its head solved again", form.solved_on(tail, train), "tail"),
-    ]
+    rivals, bars, versions = [Rival("the solved head", form.start(stats))], [0.0], [_Version(0, {}, stats)]
+    selected = errors_to_gain(last[0])
+    for number, arrays, bar in ((*last, BAR), (*best, selected)):
+        if number in [version.number for version in versions]:
+            continue
+        tail = form.tail_of(arrays)
+        try:
+            train = _tuned_statistics(pooling, task, tail, StatisticsRequest(), exchange)
+            arrays = form.solved_on(tail, train)
+        except FedheadError as error:
+            logger.warning("No head can be solved on the features of round %d: %s", number, error)
+            continue
+        rivals.append(Rival(f"round {number} with its head solved again", arrays, "tail"))
+        bars.append(bar)
+        versions.append(_Version(number, tail, train))
+    if best[0]:
+        rivals.append(Rival(f"round {best[0]}", best[1], "tail", trained=True))
+        bars.append(selected)
+    if len(rivals) == 1:
+        raise FedheadError("Tuned versions could not be compared.")
     sums, asking = compare_rivals(messenger, some_sites(roster.nodes, seed), roster.rows, rivals)
     exchange.include(asking)
-    taken, choice = choose_tuned(rivals, sums, rounds)
+    taken, choice = choose_tuned(rivals, bars, sums)
     if sums.rows:
-        choice = replace(choice, reason=f"{choice.reason} {_gain(sums, taken or SOLVED_AGAIN, cost)}")
+        choice = replace(choice, reason=f"{choice.reason} {_gain(sums, taken or 1, cost)}")
     logger.info("%s: %s. %s", choice.question, choice.taken, choice.reason)
-    delivered = None
-    if taken == SOLVED_AGAIN:
-        held_out = _tuned_statistics(pooling, task, tail, StatisticsRequest(rows="held_out"), exchange)
-        delivered = form.solved_on(tail, train + held_out)
-    return Decision(rivals[taken].arrays, delivered, taken > 0, choice.to_dict(), exchange)
+    number, delivered = best[0], None
+    if taken < len(versions):
+        number, tail, train = versions[taken]
+        if taken:
+            held_out = _tuned_statistics(pooling, task, tail, StatisticsRequest(rows="held_out"), exchange)
+            delivered = form.solved_on(tail, train + held_out)
+    return Decision(number, rivals[taken].arrays, delivered, choice.to_dict(), exchange)
 
 
 def _tuned_statistics(

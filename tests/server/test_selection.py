@@ -13,7 +13,7 @@ from fedhead.data import Samples, load_samples, samples_from_arrays
 from fedhead.errors import UserError
 from fedhead.membership import join, leave
 from fedhead.model import TransferModel
-from fedhead.server.selection import Rival, choose_map, choose_round
+from fedhead.server.selection import BAR, Rival, choose_map, choose_round, choose_tuned, errors_to_gain
 from fedhead.simulations import simulate
 from fedhead.solvers.closed_form import ridge_error
 from fedhead.sums.calibration import TEMPERATURES
@@ -77,6 +77,66 @@ def test_rounds_must_be_better_by_a_standard_error() -> None:
         paired = PairedLosses.of(np.stack([solved, trained]))
         sums = RivalSums(paired, np.zeros((2, len(TEMPERATURES))), np.array([300, 300]))
         assert choose_round(RIVALS[:2], sums)[0] == taken
+
+
+TUNED = [
+    Rival("solved", {}),
+    Rival("last, solved", {}, "tail"),
+    Rival("best, solved", {}, "tail"),
+    Rival("best, trained", {}, "tail", trained=True),
+]
+
+
+def tuned_sums(gains: list[float], right: list[int], seed: int = 0, rows: int = 200) -> RivalSums:
+    """Losses whose differences from the first head's have a standard error of about 0.0141, with these means."""
+    generator = np.random.default_rng(seed)
+    solved = generator.uniform(0.5, 1.5, rows)
+    losses = [solved]
+    for gain in gains:
+        noise = generator.normal(0, 0.2, rows)
+        losses.append(solved - gain + noise - noise.mean())
+    return RivalSums(PairedLosses.of(np.stack(losses)), np.zeros((4, len(TEMPERATURES))), np.array(right))
+
+
+@pytest.mark.parametrize(
+    ("gains", "right", "taken"),
+    [
+        ([0.035, 0.0, 0.0], [150, 150, 150, 150], 1),
+        # Less than two standard errors, or more errors.
+        ([0.02, 0.0, 0.0], [150, 160, 150, 150], 0),
+        ([0.2, 0.0, 0.0], [150, 149, 150, 150], 0),
+        # The best of ten rounds needs more than the last.
+        ([-0.2, 0.035, 0.0], [150, 150, 150, 150], 0),
+        ([-0.2, 0.05, 0.0], [150, 150, 150, 150], 2),
+        # A trained head must be better than all others, not only than the solved one.
+        ([0.02, 0.0, 0.05], [150, 150, 150, 160], 0),
+        ([0.0, 0.0, 0.1], [150, 150, 150, 160], 3),
+        ([0.04, 0.0, 0.2], [150, 150, 150, 160], 3),
+    ],
+)
+def test_a_tuned_model_must_be_proven_better(gains: list[float], right: list[int], taken: int) -> None:
+    selected = errors_to_gain(10)
+    chosen, choice = choose_tuned(TUNED, [0, BAR, selected, selected], tuned_sums(gains, right))
+    assert chosen == taken
+    assert choice.taken == TUNED[taken].name
+    assert ("not proven" in choice.reason) == (taken == 0)
+
+
+def test_tuning_without_effect_is_rarely_kept() -> None:
+    bars = [0, BAR, *[errors_to_gain(10)] * 2]
+    generator = np.random.default_rng(1)
+    kept = 0
+    for seed in range(400):
+        # Means of differences that are zero but for the rows that were drawn.
+        gains = list(generator.normal(0, 0.2 / 200**0.5, 3))
+        right = [150, *(150 + generator.integers(-5, 6, 3))]
+        kept += choose_tuned(TUNED, bars, tuned_sums(gains, right, seed))[0] > 0
+    assert kept <= 0.04 * 400
+
+
+def test_the_bar_rises_with_the_number_of_versions() -> None:
+    assert errors_to_gain(1) == pytest.approx(2)
+    assert [round(errors_to_gain(number), 1) for number in (5, 10, 20)] == [2.6, 2.8, 3.1]
 
 
 @pytest.fixture(autouse=True)

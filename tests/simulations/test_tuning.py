@@ -63,7 +63,7 @@ def test_a_proven_tail_is_delivered(tuned: RunResult) -> None:
     assert figures["kept_round"] > 0
     assert figures["accuracy_solved"] == tuned.history[0].test_score
     (choice,) = figures["choices"]
-    solved, _, again = choice["rivals"]
+    solved, again, *_ = choice["rivals"]
     assert choice["taken"] == again["name"]
     assert again["loss"] < solved["loss"]
     assert tuned.outcome.all_rows
