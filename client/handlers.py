@@ -15,7 +15,7 @@ from fedhead.client.agreement import agreement, map_form
 from fedhead.client.answers import Answer, Handler
 from fedhead.client.clusters import clusters
 from fedhead.client.description_handlers import describe, install
-from fedhead.client.head_handlers import calibrate, compare, evaluate, gradient, report, train
+from fedhead.client.head_handlers import calibrate, compare, evaluate, gradient, report, subgroups, train
 from fedhead.client.map_handlers import map_features, standardise
 from fedhead.client.personal import personalise
 from fedhead.client.private_sums import private
@@ -47,6 +47,7 @@ from fedhead.protocol.actions import (
     RIVALS,
     STANDARDISE,
     STATISTICS,
+    SUBGROUPS,
     TRAIN,
     UNMASK,
 )
@@ -211,6 +212,7 @@ HANDLERS: Mapping[str, Handler] = {
     EVALUATE: evaluate,
     REPORT: report,
     CALIBRATE: calibrate,
+    SUBGROUPS: subgroups,
     COMPARE: compare,
     RIVALS: rivals,
     PERSONALISE: personalise,

@@ -28,7 +28,7 @@ from fedhead.data import BoolArray, IntArray, calibration_half
 from fedhead.evaluation.comparison import HEADS
 from fedhead.heads import Head, LinearHead
 from fedhead.heads.tail import HEAD, TAIL, part_of
-from fedhead.protocol.heads import CalibrateRequest, HeadReply, HeadRequest, ReportRequest
+from fedhead.protocol.heads import CalibrateRequest, HeadReply, HeadRequest, ReportRequest, SubgroupsRequest
 from fedhead.protocol.messages import (
     MessageError,
     Payload,
@@ -46,6 +46,8 @@ from fedhead.sums.heads import (
     HeadSums,
     mean_metrics,
 )
+from fedhead.sums.score_bins import ScoreBins
+from fedhead.sums.subgroups import SubgroupSums
 from fedhead.sums.sums import Arrays, Sums
 
 SCORED_ROWS = 8192
@@ -225,6 +227,30 @@ def calibrate(sites: Sequence[Site], payload: Payload, context: Context, merged:
         sums = calibration_sums(
             prepare([sites[position] for position in positions], agreed, request.head), agreed, request
         )
+        yield Answer(positions, of_several(sums.to_arrays(), len(positions)), agreed.manifest, ("held_out",))
+
+
+def subgroups(sites: Sequence[Site], payload: Payload, context: Context, merged: bool) -> Iterator[Answer]:
+    """Count how the head does in each of the named subgroups of the sites' held-out rows."""
+    agreed = agreement(context)
+    request = SubgroupsRequest.from_payload(payload, form_of(sites, agreed, payload.arrays))
+    if not agreed.task.kind.exclusive:
+        raise MessageError(f"it asks for subgroups, which the task {agreed.manifest.task!r} does not count")
+    for positions in shared(sites, merged):
+        ready = prepare([sites[position] for position in positions], agreed, request.head)
+        rows, owners = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        for holding in ready.holdings:
+            if holding.subgroups is not None:
+                place = holding.subgroups.positions(holding.by_subgroup, request.names)
+                rows.append(holding.by_subgroup[place >= 0])
+                owners.append(place[place >= 0])
+        outputs, targets = outputs_of(np.concatenate(rows), ready, agreed)
+        if agreed.task.scales_outputs:
+            outputs = outputs.double() / request.temperature
+        counted = agreed.task.count(
+            outputs, targets, np.concatenate(owners), len(request.names), ScoreBins.default(len(agreed.task.columns))
+        )
+        sums = SubgroupSums(list(counted))
         yield Answer(positions, of_several(sums.to_arrays(), len(positions)), agreed.manifest, ("held_out",))
 
 

@@ -25,6 +25,7 @@ from fedhead.client.release.masking import Asked, SecureSum
 from fedhead.client.release.noise import Noise
 from fedhead.client.release.population import Population
 from fedhead.client.release.secure_sessions import SecureSessions
+from fedhead.client.release.subgroups import Subgroups
 from fedhead.client.release.training_limits import TrainingLimits
 from fedhead.client.site_data import Holding, hold, refuse_if_withheld
 from fedhead.client.tails import Tuning
@@ -255,6 +256,8 @@ class LocalSite:
             contents=store.contents,
             people=people_of(store.keys, store.contents),
             labels=labels_of(self.samples),
+            subgroups=Subgroups.of(self.samples),
+            by_subgroup=admitted.by_subgroup,
         )
         refuse_if_withheld(holding.guarded)
         if not holding.guarded.num_rows:
@@ -265,6 +268,7 @@ class LocalSite:
                     self.atoms.path,
                 )
             raise FedheadError(self.guard.refusal)
+        _warn_of_uncounted(holding)
         waiting = np.setdiff1d(rows, np.concatenate([holding.guarded.train, holding.guarded.held_out]))
         if len(waiting):
             logger.warning(
@@ -356,6 +360,19 @@ class LocalSite:
         if found is None:
             raise FedheadError(f"The weights of {manifest.backbone} are not installed at {self.name}.")
         return found
+
+
+def _warn_of_uncounted(holding: Holding) -> None:
+    uncounted = len(holding.held_out.rows) - len(holding.by_subgroup)
+    if holding.subgroups is None or not uncounted or holding.min_class_count < 2:
+        return
+    logger.warning(
+        "%d of %d held-out rows are counted in no subgroup: they have none, were released together with rows of others "
+        "before their column was named, or are fewer than %d of a subgroup and class.",
+        uncounted,
+        len(holding.held_out.rows),
+        holding.min_class_count,
+    )
 
 
 def _isolation_of(store: FeatureStore, geometry: Geometry | None) -> Isolation:

@@ -2,10 +2,11 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 from torch import Tensor
 
 from fedhead.client.isolation import Features
@@ -14,8 +15,9 @@ from fedhead.client.release.guard import Guard, GuardedRows
 from fedhead.client.release.masking import Asked
 from fedhead.client.release.row_sets import HELD_OUT_ROWS, TRAINING_ROWS, keys_of
 from fedhead.client.release.secure_sessions import SecureSessions
+from fedhead.client.release.subgroups import Subgroups, countable
 from fedhead.client.release.training_limits import TrainingLimits
-from fedhead.data import BoolArray, IntArray, KeyArray
+from fedhead.data import BoolArray, IntArray, KeyArray, calibration_half
 from fedhead.errors import FedheadError
 from fedhead.heads import FeatureMap, Head
 from fedhead.protocol.messages import Manifest, WeightsChunk
@@ -44,6 +46,8 @@ class Holding:
         share: of the rows that are held out.
         min_class_count: the guard's least number of rows behind a sum.
         people: of all rows of `data`, see `people_of`.
+        subgroups: of all rows of `data`; None if the data names none.
+        by_subgroup: those of `held_out` that may be counted by subgroup.
     """
 
     data: LabelledFeatures
@@ -57,6 +61,8 @@ class Holding:
     share: float | None = None
     min_class_count: int = 0
     people: IntArray | None = None
+    subgroups: Subgroups | None = None
+    by_subgroup: IntArray = field(default_factory=lambda: np.empty(0, np.int64))
 
     @cached_property
     def keys_by_group(self) -> Mapping[str, KeyArray]:
@@ -83,6 +89,8 @@ def hold(
     contents: KeyArray | None = None,
     people: IntArray | None = None,
     labels: Targets | None = None,
+    subgroups: Subgroups | None = None,
+    by_subgroup: BoolArray | None = None,
 ) -> Holding:
     """Let the guard withhold the rows that must not be computed on.
 
@@ -99,6 +107,8 @@ def hold(
         contents: `[N]`, the identities of rows in the ledger; by default `keys`.
         people: `[N]`, see `people_of`.
         labels: `[N]` or `[N, C]`, the site's own labels, whatever the run's task; None for rows with real targets.
+        subgroups: of the rows of `data`; None if the data names none.
+        by_subgroup: `[n]`, which rows may be counted by subgroup; by default as many as fit in one release.
     """
 
     def of(values: IntArray | None, chosen: IntArray) -> IntArray | None:
@@ -106,6 +116,14 @@ def hold(
 
     guarded = guard.allowed_rows(rows, targets[rows], out, task, of(people, rows))
     held = guarded.held_out
+    divided = np.empty(0, np.int64)
+    if subgroups is not None:
+        numbers = subgroups.numbers[held]
+        if by_subgroup is None:
+            fit = countable(guard, numbers, calibration_half(keys[held]), of(people, held))
+        else:
+            fit = np.isin(held, rows[by_subgroup]) & (numbers >= 0)
+        divided = held[fit]
     summable = guard.summable(held, targets[held], task, of(people, held), None if labels is None else labels[held])
     return Holding(
         data=data,
@@ -119,6 +137,8 @@ def hold(
         share=share,
         min_class_count=guard.min_class_count,
         people=people,
+        subgroups=subgroups,
+        by_subgroup=divided,
     )
 
 

@@ -1,8 +1,7 @@
 """Group fairness: a model's metrics and calibration in each group of rows, from counts that add across sites."""
 
 import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -10,24 +9,20 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from fedhead.config import LONGEST_SUBGROUP, MOST_SUBGROUPS
 from fedhead.data import Samples
 from fedhead.data.samples import require_kind
 from fedhead.drift import head_digest, read_counts
 from fedhead.errors import FedheadError, UserError
-from fedhead.evaluation.metrics import EvaluationReport, reliability, report, wilson_interval
 from fedhead.features.store import FeatureStore, Progress
 from fedhead.files import write_atomically
 from fedhead.model import TransferModel
 from fedhead.sums.evaluation import EvaluationSums
 from fedhead.sums.score_bins import ScoreBins
-from fedhead.wording import one_line, percent
-
-MOST_GROUPS = 100
-"""Largest number of groups; a column with more values is not a group of people or devices."""
+from fedhead.wording import one_line
 
 _FORMAT = "fedhead-groups-1"
 _ROWS = 8192
-_MOST_CHARACTERS = 200
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,54 +85,11 @@ class GroupCounts:
             like = EvaluationSums.zeros(len(model.classes), kind=model.task.kind)
             groups = {_checked_name(name): _read(arrays, like) for name, arrays in dict(values["groups"]).items()}
             withheld = values["withheld"]
-            if len(groups) > MOST_GROUPS or not isinstance(withheld, int) or not 0 <= withheld <= 2**31:
+            if len(groups) > MOST_SUBGROUPS or not isinstance(withheld, int) or not 0 <= withheld <= 2**31:
                 raise ValueError("it has too many groups, or a wrong number of withheld ones")
             return cls(values["model"], model.classes, groups, withheld)
 
         return read_counts(path, _FORMAT, parse)
-
-
-@dataclass(frozen=True)
-class GroupReport:
-    """Metrics of one group.
-
-    Attributes:
-        name: of the group.
-        metrics: its figures, with 95 % intervals.
-        calibration_error: the expected calibration error.
-        difference: its accuracy minus that of all other groups' rows; None for an only group.
-        low: lower limit of the difference's 95 % interval (Newcombe, Statistics in Medicine 1998).
-        high: upper limit.
-        threshold: the probability from which the last class is predicted, if thresholds were asked for.
-        sensitivity: the share of the last class's rows at or above the threshold.
-        specificity: the share of the other rows below it.
-    """
-
-    name: str
-    metrics: EvaluationReport
-    calibration_error: float | None
-    difference: float | None = None
-    low: float | None = None
-    high: float | None = None
-    threshold: float | None = None
-    sensitivity: float | None = None
-    specificity: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON types."""
-        found = {
-            "name": self.name,
-            **self.metrics.to_dict(),
-            "calibration_error": self.calibration_error,
-            "difference": None if self.difference is None else [self.difference, self.low, self.high],
-        }
-        if self.threshold is not None:
-            found |= {
-                "threshold": self.threshold,
-                "sensitivity": self.sensitivity,
-                "specificity": self.specificity,
-            }
-        return found
 
 
 def count_groups(
@@ -152,8 +104,10 @@ def count_groups(
 
     Args:
         model: a classifier.
-        samples: labelled rows with groups, as from a data spec with `group=COLUMN`; those without a group are left out.
-        min_class_count: groups with fewer rows are withheld. The counts have no total, so nothing can be subtracted.
+        samples: labelled rows with subgroups, as from a data spec with `group_by=COLUMN`, or else with groups; those
+            without one are left out.
+        min_class_count: groups with fewer rows, or patients where the data names these beside subgroups, are withheld.
+            The counts have no total, so nothing can be subtracted.
         strict: whether to stop at unreadable rows.
         progress: called with the number of rows done and of all.
 
@@ -166,18 +120,19 @@ def count_groups(
     if model.task.divides_items:
         raise UserError(f"Groups are compared for classifiers of whole inputs, not for the task {model.task.name!r}.")
     require_kind(model.backbone.spec, model.backbone.kind, samples.kind)
-    if samples.groups is None:
+    groups = samples.groups if samples.subgroups is None else samples.subgroups
+    if groups is None:
         raise UserError(
-            "The data has no groups; name their column in the data spec, as in csv:FILE?label=...&group=sex."
+            "The data has no groups; name their column in the data spec, as in csv:FILE?label=...&group_by=sex."
         )
     targets = torch.from_numpy(model.task.encode(samples))
     store = FeatureStore.open(model.backbone, samples, strict=strict, progress=progress)
-    rows = [row for row in store.readable().tolist() if samples.groups[row] is not None]
-    names = sorted({str(samples.groups[row]) for row in rows})
-    if len(names) > MOST_GROUPS:
-        raise UserError(f"The data has {len(names):,} groups; groups to compare are {MOST_GROUPS} at most.")
+    rows = [row for row in store.readable().tolist() if groups[row] is not None]
+    names = sorted({str(groups[row]) for row in rows})
+    if len(names) > MOST_SUBGROUPS:
+        raise UserError(f"The data has {len(names):,} groups; groups to compare are {MOST_SUBGROUPS} at most.")
     number = {name: place for place, name in enumerate(names)}
-    owners = np.array([number[str(samples.groups[row])] for row in rows], np.int64)
+    owners = np.array([number[str(groups[row])] for row in rows], np.int64)
     head, index = model.head.to("cpu"), torch.tensor(rows, dtype=torch.int64)
     with torch.inference_mode():
         parts = [head(store.features[block].cpu()).double() for block in torch.split(index, _ROWS)]
@@ -190,76 +145,17 @@ def count_groups(
         logits, targets[index], owners, max(len(names), 1), ScoreBins.default(len(model.classes))
     )
     found = dict(zip(names, counted, strict=False))
-    kept = {_checked_name(name): sums for name, sums in found.items() if sums.rows >= max(min_class_count, 1)}
+    people = store.keys[rows] if samples.subgroups is not None else np.arange(len(rows))
+    pairs = np.unique(np.stack([owners.astype(np.uint64), people.astype(np.uint64)]), axis=1)
+    sizes = dict(zip(names, np.bincount(pairs[0].astype(np.int64), minlength=len(names)).tolist(), strict=True))
+    kept = {_checked_name(name): sums for name, sums in found.items() if sizes[name] >= max(min_class_count, 1)}
     if not kept:
         raise FedheadError(f"Nothing is counted: no group has {max(min_class_count, 1)} rows or more.")
     return GroupCounts(head_digest(model), model.classes, kept, len(found) - len(kept))
 
 
-def compare_groups(counts: GroupCounts, sensitivity: float | None = None) -> list[GroupReport]:
-    """Compare groups; the worst by accuracy is first.
-
-    Args:
-        counts: of any number of sites, added.
-        sensitivity: for models of two classes: the sensitivity to the last class that each group's own threshold is to
-            reach.
-
-    Raises:
-        UserError: if thresholds are asked for of other models, or for an impossible sensitivity.
-    """
-    if sensitivity is not None and len(counts.classes) != 2:
-        raise UserError(f"Thresholds are for models of two classes; this one has {len(counts.classes)}.")
-    if sensitivity is not None and not 0 < sensitivity < 1:
-        raise UserError(f"The sensitivity must be between 0 and 1, not {sensitivity:g}.")
-    found = []
-    for name, sums in counts.groups.items():
-        others = [one for other, one in counts.groups.items() if other != name]
-        difference = _difference(sums, others)
-        chosen = (None, None, None) if sensitivity is None else _threshold(sums, sensitivity)
-        metrics = report(sums, counts.classes)
-        found.append(GroupReport(name, metrics, reliability(sums).error, *difference, *chosen))
-    return sorted(found, key=lambda one: (one.metrics.accuracy.value or 0.0, one.name))
-
-
-def worst_group(groups: Sequence[GroupReport]) -> str:
-    """Return the finding about the worst group in a sentence."""
-    worst = groups[0]
-    value, low, high = worst.metrics.accuracy.to_list()[:3]
-    said = f"The worst group is {worst.name!r}: accuracy {percent(value)} ({percent(low)} to {percent(high)})"
-    if worst.difference is None or worst.low is None or worst.high is None:
-        return f"{said}; there is no other group."
-    limits = f"{100 * worst.low:+.1f} to {100 * worst.high:+.1f}"
-    verdict = "lower than" if worst.high < 0 else "not clearly different from"
-    return f"{said}, {verdict} the other groups' ({100 * worst.difference:+.1f} points, {limits})."
-
-
-def _difference(sums: EvaluationSums, others: Iterable[EvaluationSums]) -> tuple[float | None, ...]:
-    """Return the difference of the accuracies, and the limits of its interval from the Wilson limits of both."""
-    rest = list(others)
-    right, rows = sum(one.correct for one in rest), sum(one.rows for one in rest)
-    if not rows or not sums.rows:
-        return None, None, None
-    shares = np.array([sums.correct / sums.rows, right / rows])
-    low, high = wilson_interval(np.array([sums.correct, right]), np.array([sums.rows, rows]))
-    difference = float(shares[0] - shares[1])
-    down = math.hypot(float(shares[0] - low[0]), float(high[1] - shares[1]))
-    up = math.hypot(float(high[0] - shares[0]), float(shares[1] - low[1]))
-    return difference, difference - down, difference + up
-
-
-def _threshold(sums: EvaluationSums, sensitivity: float) -> tuple[float | None, ...]:
-    """Return the highest threshold at a bin's edge that reaches a sensitivity, with sensitivity and specificity."""
-    rest, own = (counts[::-1].cumsum() for counts in sums.scores[1])
-    if not own[-1]:
-        return None, None, None
-    place = int(np.searchsorted(own, sensitivity * own[-1] - 1e-9))
-    edge = ScoreBins.default(2).lower_edge(1, len(own) - 1 - place)
-    specificity = float(1 - rest[place] / rest[-1]) if rest[-1] else None
-    return 1 / (1 + math.exp(-edge)) if edge > -700 else 0.0, float(own[place] / own[-1]), specificity
-
-
 def _checked_name(name: str) -> str:
-    if not name or one_line(name, _MOST_CHARACTERS) != name:
+    if not name or one_line(name, LONGEST_SUBGROUP) != name:
         raise UserError(f"A group's name is empty, too long or holds control characters: {one_line(name, 40)!r}.")
     return name
 

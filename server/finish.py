@@ -20,6 +20,7 @@ from fedhead.server.runs.checkpoint import Progress
 from fedhead.server.runs.history import Outcome
 from fedhead.server.selection import Rival, choose_round, compare_rivals
 from fedhead.server.site_diagnosis import diagnose_sites
+from fedhead.server.subgroups import evaluate_subgroups
 from fedhead.server.tuned_form import TunedForm
 from fedhead.server.tuning import Cost, decide
 from fedhead.sums.features import FeatureStatistics
@@ -60,9 +61,11 @@ class Finish:
         held_out_rows = self.run.config.holdout > 0 or exchange.sums()[HELD_OUT] > 0
         sites: dict[str, Any] = {}
         calibrated, foreign = None, None
+        subgroups: dict[str, Any] = {}
         request = HeadRequest(arrays, server_round=number)
         if held_out_rows:
             sites, calibrated = self._evaluated(request, head, exchange)
+            subgroups = self._by_subgroup(request, calibrated, exchange)
             foreign = self._foreign(exchange)
         diagnoses, personal = self._diagnose(request, stats, exchange)
         adaptation = self._adaptation(stats, exchange)
@@ -95,6 +98,7 @@ class Finish:
             adaptation=adaptation and adaptation.of_sums(delivered_stats),
             traffic=progress.traffic,
             personal=personal,
+            subgroups=subgroups,
             tuning=self._tuning(tuned is not None),
         )
 
@@ -109,6 +113,19 @@ class Finish:
         sites, calibrated = evaluation.by_site(), evaluation.calibrate()
         exchange.include(evaluation.exchange)
         return sites, calibrated
+
+    def _by_subgroup(self, head: HeadRequest, calibrated: Calibrated | None, exchange: Exchange) -> dict[str, Any]:
+        """Return how the kept head does in each subgroup of the run, as JSON types; empty if it has none."""
+        run = self.run
+        if not run.config.subgroups:
+            return {}
+        temperature = calibrated.calibration.temperature if calibrated else 1.0
+        asked = some_sites(run.roster.nodes, run.config.seed)
+        found, asking = evaluate_subgroups(
+            run.messenger, asked, run.roster.rows, run.config, run.task, head, temperature
+        )
+        exchange.include(asking)
+        return found
 
     def _foreign(self, exchange: Exchange) -> Foreign | None:
         """Return the test of inputs unlike the sites' rows, if the run asks for it."""

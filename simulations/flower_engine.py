@@ -22,6 +22,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedhead.backbones import load_backbone
 from fedhead.client.app import make_app
 from fedhead.client.release.guard import Guard
+from fedhead.client.release.subgroups import Subgroups
 from fedhead.config import RunConfig
 from fedhead.data import IntArray
 from fedhead.devices import pick_device
@@ -33,9 +34,10 @@ from fedhead.protocol.messages import Manifest, WeightsChunk
 from fedhead.server.runs.history import Outcome
 from fedhead.simulations.cluster import connected
 from fedhead.simulations.sites import SharedData, SimulatedSite
-from fedhead.tasks import Targets, make_task
+from fedhead.tasks import make_task
 
 _OWN_LABELS = "own_labels.npy"
+_SUBGROUPS = "subgroups.npy"
 
 START_SECONDS = 120.0
 """How long sites may take to register with Flower's engine, which is in memory."""
@@ -55,6 +57,7 @@ class _Told:
     min_rows: int
     task: str
     classes: list[str]
+    subgroups: list[str]
 
 
 class FlowerSite(SimulatedSite):
@@ -77,8 +80,7 @@ class FlowerSite(SimulatedSite):
 def run_on_flower(
     config: RunConfig,
     rows: Mapping[str, IntArray],
-    labels: Targets,
-    own_labels: Targets | None,
+    shared: SharedData,
     store: FeatureStore,
     coordinate: Callable[[Grid], Outcome],
 ) -> Outcome:
@@ -87,9 +89,8 @@ def run_on_flower(
     Args:
         config: of the run.
         rows: `[n]`, of each site by name.
-        labels: of all rows.
-        own_labels: the labels in the data, whatever the run's task; None for real targets.
-        store: their features.
+        shared: what all sites share.
+        store: the features of all rows.
         coordinate: runs the coordinator over a Grid.
 
     Raises:
@@ -97,7 +98,7 @@ def run_on_flower(
     """
     home().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="flower-run-", dir=home()) as folder:
-        _write(Path(folder), config, rows, labels, own_labels, store)
+        _write(Path(folder), config, rows, shared, store)
         return _run(partial(_site_of, folder), len(rows), config.simulation.cluster, coordinate)
 
 
@@ -105,8 +106,7 @@ def _write(
     folder: Path,
     config: RunConfig,
     rows: Mapping[str, IntArray],
-    labels: Targets,
-    own_labels: Targets | None,
+    shared: SharedData,
     store: FeatureStore,
 ) -> None:
     table = config.simulation
@@ -121,12 +121,15 @@ def _write(
         min_rows=table.min_rows,
         task=config.task,
         classes=list(config.classes),
+        subgroups=list(shared.subgroups.names if shared.subgroups else ()),
     )
     write_atomically(folder / "told.json", json.dumps(asdict(told)))
     write_atomically(folder / "names.json", json.dumps(list(rows)))
-    np.save(folder / "labels.npy", labels)
-    if own_labels is not None:
-        np.save(folder / _OWN_LABELS, own_labels)
+    np.save(folder / "labels.npy", shared.labels)
+    if shared.own_labels is not None:
+        np.save(folder / _OWN_LABELS, shared.own_labels)
+    if shared.subgroups is not None:
+        np.save(folder / _SUBGROUPS, shared.subgroups.numbers)
     np.save(folder / "rows.npy", np.concatenate(list(rows.values())))
     np.save(folder / "ends.npy", np.cumsum([len(own) for own in rows.values()]))
 
@@ -137,6 +140,7 @@ def _shared(folder: str) -> SharedData:
     backbone = load_backbone(told.backbone, weights=told.weights, layer=told.layer, seed=told.seed)
     store = FeatureStore.read(Path(told.features))
     labels, own = np.load(Path(folder) / "labels.npy"), Path(folder) / _OWN_LABELS
+    numbers = Path(folder) / _SUBGROUPS
     return SharedData(
         backbone.to(pick_device(told.device)),
         store,
@@ -144,6 +148,7 @@ def _shared(folder: str) -> SharedData:
         Guard(told.min_class_count, told.min_rows),
         make_task(told.task, told.classes),
         own_labels=np.load(own) if own.exists() else None,
+        subgroups=Subgroups(tuple(told.subgroups), np.load(numbers)) if numbers.exists() else None,
     )
 
 

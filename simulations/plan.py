@@ -15,7 +15,7 @@ from fedhead.backbones.identity import identity_for
 from fedhead.client.release.guard import Guard
 from fedhead.client.release.masking import SecureSum
 from fedhead.client.release.noise import Noise
-from fedhead.config import RunConfig
+from fedhead.config import SUBGROUPED, RunConfig
 from fedhead.data import IntArray, Samples, load_samples, load_sites, require_kind
 from fedhead.devices import pick_device
 from fedhead.errors import UserError
@@ -193,6 +193,7 @@ def make_plan(config: RunConfig, inputs: Inputs = Inputs()) -> Plan:
         "init": init,
         "classes": list(task.columns),
         "classes_from": "",
+        "subgroups": list(given.subgroups or _subgroups_of(samples, given)),
         "weights": _absolute(given.weights),
         "simulation": {"data": samples.spec, "test_data": test_samples.spec if test_samples else ""},
     }
@@ -208,6 +209,18 @@ def make_plan(config: RunConfig, inputs: Inputs = Inputs()) -> Plan:
     )
     plan.assign(np.arange(len(samples)))
     return plan
+
+
+def _subgroups_of(samples: Samples, config: RunConfig) -> list[str]:
+    """Return the subgroups that the data names; none, with a warning, where a run of this kind counts none."""
+    names = sorted({name for name in samples.subgroups or () if name is not None})
+    if names and (config.privacy.on or config.task not in SUBGROUPED):
+        logger.warning(
+            "The head is not evaluated by subgroup: that is for the tasks %s without differential privacy.",
+            " and ".join(SUBGROUPED),
+        )
+        return []
+    return names
 
 
 def _require_masks(config: RunConfig, strategy: Strategy) -> None:

@@ -21,6 +21,7 @@ from fedhead.backbones import load_backbone
 from fedhead.backbones.identity import identity_for
 from fedhead.backbones.split import Tail
 from fedhead.client.release.guard import labels_of
+from fedhead.client.release.subgroups import Subgroups
 from fedhead.client.tails import Tuning
 from fedhead.config import DENSE_LAYERS, RunConfig
 from fedhead.data import IntArray, Samples
@@ -136,7 +137,16 @@ def run_plan(
     places, labels = ItemPlaces.with_targets(task, plan.backbone.geometry, plan.samples, plan.labels, store.features)
     tuning, test_rows = _tuning(plan, store, test_store)
     shared = SharedData(
-        plan.backbone, store, labels, plan.guard, task, plan.steps, labels_of(plan.samples), places, tuning=tuning
+        plan.backbone,
+        store,
+        labels,
+        plan.guard,
+        task,
+        plan.steps,
+        labels_of(plan.samples),
+        places,
+        tuning=tuning,
+        subgroups=Subgroups.of(plan.samples),
     )
     held, empty = _held_rows(plan, store, apps)
     allowed = dict(zip(held, shared.count_allowed(list(held.values()), config).tolist(), strict=True))
@@ -197,7 +207,7 @@ def _run_on_engine(
     """Run a coordinator over sites in this process, on Ray, or in Flower's own engine."""
     config, table = plan.config, plan.config.simulation
     if table.engine == "flower":
-        return run_on_flower(config, held, shared.labels, shared.own_labels, store, coordinate)
+        return run_on_flower(config, held, shared, store, coordinate)
     sites = [SimulatedSite(name, rows, shared, allowed[name]) for name, rows in held.items()]
     blocks = count_blocks(table.blocks, len(store.keys), len(sites))
     with in_process_identity(run_id=RUN_ID):
@@ -213,6 +223,7 @@ def _run_on_engine(
             classes=config.classes,
             device=table.device,
             run_id=RUN_ID,
+            subgroups=shared.subgroups,
         )
         return run_on_ray(config, sites, held, store, told, blocks, coordinate)
 
@@ -317,6 +328,8 @@ def _data_digest(plan: Plan, *stores: FeatureStore | None) -> str:
         if store is not None and targets is not None:
             digest.update(f"{store.digest} {targets.dtype} {targets.shape} ".encode() + targets.tobytes())
     digest.update(repr(plan.samples.sites).encode(errors="surrogatepass"))
+    if plan.samples.subgroups is not None:
+        digest.update(repr(plan.samples.subgroups).encode(errors="surrogatepass"))
     for name, rows in (plan.own_rows or {}).items():
         digest.update(f"{name} ".encode() + rows.tobytes())
     return digest.hexdigest()

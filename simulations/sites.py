@@ -16,6 +16,7 @@ from fedhead.client.release.guard import Guard, people_of
 from fedhead.client.release.masking import Asked
 from fedhead.client.release.noise import Noise
 from fedhead.client.release.secure_sessions import SecureSessions, packed
+from fedhead.client.release.subgroups import Subgroups
 from fedhead.client.release.training_limits import TrainingLimits
 from fedhead.client.site_data import Holding, hold, refuse_if_withheld
 from fedhead.client.tails import Tuning
@@ -48,6 +49,7 @@ class SharedData:
         places: how items become the places that are learned from; None if rows are items.
         device: for training; by default the backbone's.
         tuning: the tail and its activations, in a tuned run.
+        subgroups: of all rows; None if the data names none.
 
     Attributes:
         has_weights: whether every site has the backbone's weights before it is sent any.
@@ -65,7 +67,9 @@ class SharedData:
         places: ItemPlaces | None = None,
         device: torch.device | None = None,
         tuning: Tuning | None = None,
+        subgroups: Subgroups | None = None,
     ) -> None:
+        self.subgroups = subgroups
         self.own_labels = own_labels
         self.people = people_of(store.keys, store.contents)
         self.backbone = backbone
@@ -231,5 +235,6 @@ class SimulatedSite:
                 shared.guard,
                 people=shared.people,
                 labels=shared.own_labels,
+                subgroups=shared.subgroups,
             )
         return self._holding

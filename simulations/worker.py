@@ -16,6 +16,7 @@ import torch
 from flwr.app import ConfigRecord, Context, RecordDict
 
 from fedhead.client.release.guard import Guard
+from fedhead.client.release.subgroups import Subgroups
 from fedhead.data import IntArray, KeyArray
 from fedhead.devices import pick_device
 from fedhead.features.store import FeatureStore
@@ -46,6 +47,7 @@ class Shared:
         classes: of the run.
         device: as in the settings.
         run_id: of the run.
+        subgroups: of all rows; None if the data names none.
     """
 
     path: str
@@ -57,6 +59,7 @@ class Shared:
     classes: Sequence[str]
     device: str
     run_id: int
+    subgroups: Subgroups | None = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,7 @@ class Worker:
             make_task(told.task, told.classes),
             own_labels=told.own_labels,
             device=pick_device(told.device),
+            subgroups=told.subgroups,
         )
 
     def answer(

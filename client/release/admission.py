@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import numpy as np
@@ -11,6 +11,7 @@ from safetensors.numpy import load, save
 
 from fedhead.client.release.guard import Guard, count_people
 from fedhead.client.release.population import Population
+from fedhead.client.release.subgroups import divisible
 from fedhead.data import BoolArray, IntArray, KeyArray, calibration_half, held_out
 from fedhead.tasks import Targets, Task
 
@@ -28,6 +29,8 @@ class KeptAtoms:
     strata: KeyArray = field(default_factory=lambda: np.empty(0, np.uint64))
     held_out: BoolArray = field(default_factory=lambda: np.empty(0, np.bool_))
     atoms: IntArray = field(default_factory=lambda: np.empty(0, np.int64))
+    subgroups: KeyArray = field(default_factory=lambda: np.empty(0, np.uint64))
+    """The subgroups that rows were counted by; 0 for none. An atom is only ever counted by one division."""
 
     def with_atoms(self, made: Sequence[IntArray], rows: Population, out: BoolArray) -> Self:
         """Return these and further atoms, given by the positions of their rows."""
@@ -41,7 +44,29 @@ class KeptAtoms:
             np.concatenate([self.strata, rows.strata[added]]),
             np.concatenate([self.held_out, out[added]]),
             np.concatenate([self.atoms, numbers]),
+            np.concatenate([self.subgroups, np.zeros(len(added), np.uint64)]),
         )
+
+    def counted_by(self, rows: Population, atom: IntArray) -> tuple[Self, BoolArray]:
+        """Note the subgroups of atoms that were not counted by any.
+
+        Args:
+            rows: the population.
+            atom: `[n]`, the atom of each row to count by subgroup, or -1.
+
+        Returns:
+            The atoms, and `[n]`, the rows of those that are counted by the same subgroups as ever.
+        """
+        assert rows.subgroups is not None
+        if not len(self.ids) or not len(atom):
+            return self, np.zeros(len(atom), np.bool_)
+        order = rows.ids.argsort()
+        places = order[np.searchsorted(rows.ids, self.ids, sorter=order).clip(max=len(order) - 1)]
+        chosen = (rows.ids[places] == self.ids) & (atom[places] == self.atoms)
+        named = np.isin(self.atoms, self.atoms[self.subgroups != 0])
+        other = chosen & named & (self.subgroups != rows.subgroups[places])
+        noted = replace(self, subgroups=np.where(chosen & ~named, rows.subgroups[places], self.subgroups))
+        return noted, (atom >= 0) & ~np.isin(atom, self.atoms[other])
 
     def to_bytes(self) -> bytes:
         arrays = {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -62,6 +87,9 @@ class KeptAtoms:
             raise ValueError(str(error)) from None
         if kept._digest() != digest:
             raise ValueError("its digest differs")
+        if not len(kept.subgroups):
+            # Earlier versions counted nothing by subgroup.
+            return replace(kept, subgroups=np.zeros(len(kept.ids), np.uint64))
         return kept
 
     def _digest(self) -> bytes:
@@ -77,6 +105,7 @@ class Admission:
     def __init__(
         self, kept: KeptAtoms, rows: Population, targets: Targets, task: Task, guard: Guard, out: BoolArray
     ) -> None:
+        self.kept = kept
         self.rows, self.targets, self.task, self.guard, self.out = rows, targets, task, guard, out
         self.half = calibration_half(rows.keys)
         self.exclusive = task.kind.exclusive
@@ -101,6 +130,28 @@ class Admission:
             if not len(lost):
                 return rows
             admitted &= ~np.isin(self.atom, lost)
+
+    def noted(self, admitted: IntArray) -> tuple[KeptAtoms, BoolArray | None]:
+        """Return all atoms as they are to be kept, and `[m]`, which admitted rows may be counted by subgroup.
+
+        These are the held-out rows of atoms that have enough rows of each subgroup that they have rows of, and of none.
+        """
+        after = self.kept.with_atoms(self.atoms, self.rows, self.out) if self.atoms else self.kept
+        if self.rows.subgroups is None:
+            return after, None
+        rows = admitted[self.out[admitted]]
+        _, first = np.unique(after.contents, return_index=True)
+        firsts = dict(zip(after.contents[first].tolist(), after.atoms[first].tolist(), strict=True))
+        contents = self.rows.contents[rows].tolist()
+        new = np.array([firsts[content] for content in contents], np.int64) == self.atom[rows]
+        cells = np.stack([self.rows.subgroups[rows], self.half[rows]])
+        cell = np.unique(cells, axis=1, return_inverse=True)[1].reshape(-1)
+        fit = divisible(self.atom[rows], cell, new, self.rows.people_at(rows), self.guard.min_class_count)
+        atom = np.full(len(self.atom), -1, np.int64)
+        atom[rows[fit]] = self.atom[rows[fit]]
+        noted, counted = after.counted_by(self.rows, atom)
+        unchanged = np.array_equal(noted.subgroups, after.subgroups)
+        return after if unchanged else noted, counted[admitted]
 
     def _left_by_guard(self, rows: IntArray) -> BoolArray:
         memberships = self.task.memberships(self.targets[rows])
@@ -170,7 +221,7 @@ class Admission:
             alike = np.unique(np.packbits(has_group, axis=1), axis=0, return_inverse=True)[1].reshape(-1)
         atoms, rest = [], []
         for places in _runs(alike):
-            cut, remainder = self._cut(rows, places)
+            cut, remainder = self._cut_by_subgroup(rows, places)
             atoms += cut
             rest += remainder
         if rest:
@@ -181,6 +232,28 @@ class Admission:
     def _people(self, rows: IntArray) -> IntArray:
         people = self.rows.people_at(rows)
         return rows if people is None else people
+
+    def _cut_by_subgroup(self, rows: IntArray, places: IntArray) -> tuple[list[IntArray], list[int]]:
+        """Cut rows of the same groups into atoms, held-out rows of one subgroup each as far as these are enough.
+
+        Rows of subgroups that are too few are atoms together or, where they are too few, too, part of another atom.
+        """
+        if self.rows.subgroups is None or not self.exclusive or not self.out[rows[places]].all():
+            return self._cut(rows, places)
+        atoms: list[IntArray] = []
+        few: list[int] = []
+        for own in _runs(self.rows.subgroups[rows[places]]):
+            cut, rest = self._cut(rows, places[own])
+            atoms += cut
+            few += rest
+        if not few:
+            return atoms, []
+        cut, rest = self._cut(rows, np.sort(np.array(few)))
+        if rest and atoms:
+            smallest = min(range(len(atoms)), key=lambda number: len(atoms[number]))
+            atoms[smallest] = np.sort(np.concatenate([atoms[smallest], rest]))
+            return atoms, []
+        return atoms + cut, rest
 
     def _cut(self, rows: IntArray, places: IntArray) -> tuple[list[IntArray], list[int]]:
         """Cut rows of the same groups into atoms, without dividing a group of rows such as a patient.
@@ -227,7 +300,7 @@ def _joined(
         rest = np.concatenate([rest, atoms.pop(chosen)])
 
 
-def _runs(values: IntArray) -> list[IntArray]:
+def _runs(values: IntArray | KeyArray) -> list[IntArray]:
     """Return the places of each distinct value, ascending."""
     order = values.argsort(kind="stable")
     return np.split(order, np.flatnonzero(np.diff(values[order])) + 1) if len(values) else []

@@ -12,6 +12,10 @@ enough for an atom. The rest of an atom that lost a row waits with them, as does
 exception is a class that comes with fewer held-out rows: these form one atom, which goes as a whole, unless the guard
 does not evaluate so few.
 
+Where the data names subgroups, such as sexes, held-out rows are divided into atoms of one subgroup each as far as these
+have enough rows. Only atoms that have enough rows of each subgroup that they have rows of are counted by subgroup, and
+always by the same subgroups, so that such counts, too, differ by `min_class_count` rows or more from all others.
+
 Where the run divides rows by thresholds, such as the edges of time bins, sums under slightly moved ones would differ by
 single rows. So the first thresholds that rows were admitted under are kept beside the atoms, and others are refused.
 """
@@ -41,10 +45,12 @@ class Admitted:
     Attributes:
         rows: `[m]`, positions in the population, ascending.
         held_out: `[m]`, which of them are held out.
+        by_subgroup: `[m]`, which of them may be counted by subgroup; None if the data names no subgroups.
     """
 
     rows: IntArray
     held_out: BoolArray
+    by_subgroup: BoolArray | None = None
 
 
 class Atoms:
@@ -111,7 +117,8 @@ class Atoms:
                 releases. Nothing may leave then.
         """
         if guard.min_class_count < 2:
-            return Admitted(np.arange(len(rows.ids)), held_out(rows.keys, share))
+            out = held_out(rows.keys, share)
+            return Admitted(np.arange(len(rows.ids)), out, None if rows.subgroups is None else out)
         with disk_errors(self.path):
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with locked(self.path.with_suffix(".lock")):
@@ -125,10 +132,11 @@ class Atoms:
                 if task.grid and len(admitted) and not left.refusal and not self.grid_path.exists():
                     write_atomically(self.grid_path, json.dumps(task.grid))
                     sync_folder(self.path.parent)
-                if made.atoms and not left.refusal:
-                    write_atomically(self.path, kept.with_atoms(made.atoms, rows, out).to_bytes())
+                after, by_subgroup = made.noted(admitted)
+                if after is not kept and not left.refusal:
+                    write_atomically(self.path, after.to_bytes())
                     sync_folder(self.path.parent)
-        return Admitted(admitted, out[admitted])
+        return Admitted(admitted, out[admitted], by_subgroup)
 
     def _read(self) -> KeptAtoms:
         try:

@@ -23,6 +23,7 @@ class Population:
         keys: `[n]`, what rows are held out by.
         strata: `[n]`, of the class of each row; 0 where a row has any number of classes, or real targets.
         people: `[n]`, see `people_of`.
+        subgroups: `[n]`, of the subgroup of each row, such as its sex; 0 for none. None if the data names none.
     """
 
     ids: KeyArray
@@ -30,6 +31,7 @@ class Population:
     keys: KeyArray
     strata: KeyArray
     people: IntArray | None = None
+    subgroups: KeyArray | None = None
 
     @classmethod
     def of(cls, samples: Samples, rows: IntArray, keys: KeyArray, contents: KeyArray) -> Self:
@@ -50,7 +52,15 @@ class Population:
         by_class = samples.targets is None and not samples.multi_label
         ids = mix(ids + occurrence * _GOLDEN)
         people = people_of(keys[rows], contents[rows])
-        return cls(ids, contents[rows], keys[rows], targets if by_class else np.zeros_like(targets), people)
+        subgroups = _subgroup_keys(samples)
+        return cls(
+            ids,
+            contents[rows],
+            keys[rows],
+            targets if by_class else np.zeros_like(targets),
+            people,
+            None if subgroups is None else subgroups[rows],
+        )
 
     def people_at(self, rows: IntArray) -> IntArray | None:
         """Return the people of some rows, by their positions."""
@@ -68,6 +78,14 @@ def _target_keys(samples: Samples) -> KeyArray:
         values = np.ascontiguousarray(samples.targets[:, column], dtype="<f8") + 0.0
         hashed = mix(mix(hashed + _text_key(samples.target_names[column])) ^ values.view(np.uint64))
     return hashed
+
+
+def _subgroup_keys(samples: Samples) -> KeyArray | None:
+    """Return `[N]`, the identity of each row's subgroup; None if the data names none."""
+    if samples.subgroups is None:
+        return None
+    keys = {name: _text_key(f"subgroup {name}") for name in samples.subgroups if name is not None}
+    return np.array([keys.get(name or "", np.uint64(0)) for name in samples.subgroups], dtype=np.uint64)
 
 
 def _text_key(text: str) -> np.uint64:

@@ -11,7 +11,7 @@ _MOST_NAMES = 10
 
 
 def extras(result: "CompletedRun") -> list[tuple[str, str]]:
-    """Return pairs of a title and a text on robust pooling, the value of sites, tuning and foreign inputs."""
+    """Return pairs of a title and a text on what the run was asked for beside its head."""
     from fedhead.server.robust_pooling import HARMFUL
     from fedhead.server.runs.record import WORTH
 
@@ -28,6 +28,8 @@ def extras(result: "CompletedRun") -> list[tuple[str, str]]:
     if config.tune.on:
         tuning = [f"{one['taken']}. {one['reason']}" for one in outcome.choices if one["question"] == "Tuning"]
         lines.append(("Tuning", tuning[0] if tuning else "the solved head. No round was better than it"))
+    if worst := outcome.subgroups.get("sentence"):
+        lines.append(("Subgroups", worst))
     if config.foreign:
         lines.append(("Foreign inputs", _foreign(result)))
     return lines

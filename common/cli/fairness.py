@@ -15,17 +15,18 @@ from fedhead.wording import counted, percent
 
 if TYPE_CHECKING:
     from fedhead.evaluation.metrics import Estimate
-    from fedhead.fairness import GroupCounts, GroupReport
+    from fedhead.evaluation.subgroups import GroupReport
+    from fedhead.fairness import GroupCounts
 
 
 @app.command(
-    epilog="Example: [bold]fedhead fairness runs/xray --data 'csv:scans.csv?label=finding&group=sex' --out sex.json"
+    epilog="Example: [bold]fedhead fairness runs/xray --data 'csv:scans.csv?label=finding&group_by=sex' --out sex.json"
     "[/bold]"
 )
 @in_sentences
 def fairness(
     model: Model,
-    data: Annotated[str, typer.Option(help="Labelled rows, with the column of groups as group=COLUMN.")] = "",
+    data: Annotated[str, typer.Option(help="Labelled rows, with the column of groups as group_by=COLUMN.")] = "",
     counts: options.Counts = None,
     sensitivity: Annotated[
         float | None,
@@ -47,7 +48,8 @@ def fairness(
     """Compare a model's accuracy and calibration between groups of rows, and name the worst; only counts leave."""
     from fedhead.data import load_samples
     from fedhead.errors import UserError
-    from fedhead.fairness import GroupCounts, compare_groups, count_groups, worst_group
+    from fedhead.evaluation.subgroups import compare_groups, worst_group
+    from fedhead.fairness import GroupCounts, count_groups
 
     if not (data or counts):
         raise UserError("Give --data with labelled rows, or --counts with the counts of other sites.")
@@ -68,7 +70,7 @@ def fairness(
             )
     first, *others = found
     total = sum(others, start=first)
-    groups = compare_groups(total, sensitivity)
+    groups = compare_groups(total.groups, total.classes, sensitivity)
     if out is not None:
         total.save(out)
     if as_json:

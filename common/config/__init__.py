@@ -3,9 +3,12 @@
 from fedhead.config.changes import merge, parse_assignments
 from fedhead.config.fields import (
     DENSE_LAYERS,
+    LONGEST_SUBGROUP,
     MOST_DECAY,
     MOST_EPSILON,
     MOST_LIFTED,
+    MOST_SUBGROUPS,
+    SUBGROUPED,
     Epsilon,
     NonNegative,
     Positive,
@@ -18,9 +21,12 @@ from fedhead.config.tables import LocalConfig, PrivacyConfig, SimulationConfig, 
 
 __all__ = [
     "DENSE_LAYERS",
+    "LONGEST_SUBGROUP",
     "MOST_DECAY",
     "MOST_EPSILON",
     "MOST_LIFTED",
+    "MOST_SUBGROUPS",
+    "SUBGROUPED",
     "Epsilon",
     "LocalConfig",
     "NonNegative",

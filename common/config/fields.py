@@ -14,6 +14,15 @@ MOST_LIFTED = 4096
 DENSE_LAYERS = {"detection": "places", "segmentation": "maps"}
 """Tasks about places of items, such as pixels, with the layers that each takes by default."""
 
+SUBGROUPED = ("classification", "ordinal")
+"""The tasks whose heads are evaluated by subgroup."""
+
+MOST_SUBGROUPS = 100
+"""Largest number of subgroups; a column with more values does not divide people or devices into groups."""
+
+LONGEST_SUBGROUP = 200
+"""Longest name of a subgroup."""
+
 Scalar = bool | int | float | str
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from fedhead.config.fields import DENSE_LAYERS
+from fedhead.config.fields import DENSE_LAYERS, SUBGROUPED
 from fedhead.config.tables import LocalConfig
 
 if TYPE_CHECKING:
@@ -46,6 +46,18 @@ def _personal_heads_are_of_classes(run: "RunConfig") -> None:
         raise ValueError(f"personal heads are for task 'classification', not {run.task!r}")
     if run.personal == "closed" and run.init in ("zeros", "random"):
         raise ValueError("personal = 'closed' needs pooled sums: choose an init that is solved, such as 'lda'")
+
+
+@_rule
+def _subgroups_are_of_classified_rows(run: "RunConfig") -> None:
+    if run.sensitivity and len(run.classes) not in (0, 2):
+        raise ValueError(f"sensitivity is for two classes; this run has {len(run.classes)}")
+    if not run.subgroups:
+        return
+    if run.task not in SUBGROUPED:
+        raise ValueError(f"subgroups are for the tasks {' and '.join(map(repr, SUBGROUPED))}, not {run.task!r}")
+    if run.privacy.on:
+        raise ValueError("subgroups need exact counts, which differential privacy does not give: leave one out")
 
 
 @_rule

@@ -9,11 +9,19 @@ import tomli_w
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from fedhead.config.changes import merge
-from fedhead.config.fields import DENSE_LAYERS, MOST_LIFTED, Positive, lifted_width
+from fedhead.config.fields import (
+    DENSE_LAYERS,
+    LONGEST_SUBGROUP,
+    MOST_LIFTED,
+    MOST_SUBGROUPS,
+    Positive,
+    lifted_width,
+)
 from fedhead.config.rules import RULES
 from fedhead.config.tables import LocalConfig, PrivacyConfig, SimulationConfig, StrategyConfig, Table, TuneConfig
 from fedhead.config.unknown import unknown_setting
 from fedhead.errors import UserError
+from fedhead.wording import one_line
 
 
 class RunConfig(Table):
@@ -109,6 +117,18 @@ class RunConfig(Table):
         description="Let the model tell inputs that are unlike the sites' rows, by distances from their sums; this "
         "needs two more exchanges.",
     )
+    subgroups: tuple[str, ...] = Field(
+        (),
+        description="Subgroups of rows, such as ['f', 'm'], in each of which the head is evaluated; sites name their "
+        "column in the data spec, as in ?group_by=sex. In simulation by default those of the data.",
+    )
+    sensitivity: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="For two classes: report each subgroup's own threshold that reaches this sensitivity to the last "
+        "class; 0 reports none.",
+    )
     min_sites: int = Field(
         1,
         ge=1,
@@ -148,6 +168,18 @@ class RunConfig(Table):
         if given and values.setdefault("task", "multi-label") != "multi-label":
             raise ValueError(f"multi_label asks for task 'multi-label', but task is {values['task']!r}")
         return values
+
+    @field_validator("subgroups")
+    @classmethod
+    def _subgroups_are_few_short_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if len(names) > MOST_SUBGROUPS:
+            raise ValueError(f"expected {MOST_SUBGROUPS} subgroups or fewer, not {len(names)}")
+        for name in names:
+            if not name or one_line(name, LONGEST_SUBGROUP) != name:
+                raise ValueError(f"expected names of one line and {LONGEST_SUBGROUP} characters or fewer")
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{twice[0]!r} is named twice")
+        return names
 
     @field_validator("classes")
     @classmethod

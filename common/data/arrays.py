@@ -70,6 +70,7 @@ def samples_from_arrays(
     groups: Any = None,
     sites: Any = None,
     targets: Any = None,
+    subgroups: Any = None,
     spec: str = "arrays",
 ) -> Samples:
     """Wrap in-memory images with their labels or targets. Everything is read by position.
@@ -84,6 +85,7 @@ def samples_from_arrays(
         groups: `[n]`, the group of each row, which the held-out split must not divide; a missing value for none.
         sites: `[n]`, the site of each row.
         targets: `[n]` or `[n, K]` real targets instead of labels; a frame's columns name them.
+        subgroups: `[n]`, the subgroup of each row, by which a head's metrics are divided; a missing value for none.
         spec: the name of the data in messages.
 
     Raises:
@@ -92,7 +94,7 @@ def samples_from_arrays(
     values = by_position(images, f"The images of {spec}")
     if (named := column_names(images)) is not None and len(named) == 1:
         values = list(values[:, 0])
-    return _samples(values, "image", labels, classes, groups, sites, targets, spec)
+    return _samples(values, "image", labels, classes, groups, sites, targets, subgroups, spec)
 
 
 def samples_from_texts(
@@ -103,6 +105,7 @@ def samples_from_texts(
     groups: Any = None,
     sites: Any = None,
     targets: Any = None,
+    subgroups: Any = None,
     spec: str = "texts",
 ) -> Samples:
     """Wrap in-memory texts with their labels or targets; see `samples_from_arrays`.
@@ -114,6 +117,7 @@ def samples_from_texts(
         groups: see `samples_from_arrays`.
         sites: see `samples_from_arrays`.
         targets: see `samples_from_arrays`.
+        subgroups: see `samples_from_arrays`.
         spec: the name of the data in messages.
 
     Raises:
@@ -125,7 +129,7 @@ def samples_from_texts(
     for row, value in enumerate(values):
         if not isinstance(value, str | Path) and value is not None and value == value:
             raise UserError(f"{spec}[{row}] is {type(value).__name__}; expected a text, or the Path of a file.")
-    return _samples(values, "text", labels, classes, groups, sites, targets, spec)
+    return _samples(values, "text", labels, classes, groups, sites, targets, subgroups, spec)
 
 
 def samples_from_clips(
@@ -137,6 +141,7 @@ def samples_from_clips(
     groups: Any = None,
     sites: Any = None,
     targets: Any = None,
+    subgroups: Any = None,
     spec: str = "clips",
 ) -> Samples:
     """Wrap in-memory sounds with their labels or targets; see `samples_from_arrays`.
@@ -150,6 +155,7 @@ def samples_from_clips(
         groups: see `samples_from_arrays`.
         sites: see `samples_from_arrays`.
         targets: see `samples_from_arrays`.
+        subgroups: see `samples_from_arrays`.
         spec: the name of the data in messages.
 
     Raises:
@@ -157,7 +163,7 @@ def samples_from_clips(
     """
     given = by_position(clips, f"The clips of {spec}")
     values = [_sound(given[row], rate, f"{spec}[{row}]") for row in range(len(given))]
-    return _samples(values, "audio", labels, classes, groups, sites, targets, spec)
+    return _samples(values, "audio", labels, classes, groups, sites, targets, subgroups, spec)
 
 
 def _sound(value: Any, rate: int | None, name: str) -> Any:
@@ -185,6 +191,7 @@ def samples_from_numbers(
     groups: Any = None,
     sites: Any = None,
     targets: Any = None,
+    subgroups: Any = None,
     spec: str = "numbers",
 ) -> Samples:
     """Wrap in-memory rows of numbers with their labels or targets, for the backbone `identity`.
@@ -197,6 +204,7 @@ def samples_from_numbers(
         groups: see `samples_from_arrays`.
         sites: see `samples_from_arrays`.
         targets: see `samples_from_arrays`.
+        subgroups: see `samples_from_arrays`.
         spec: the name of the data in messages.
 
     Raises:
@@ -214,7 +222,7 @@ def samples_from_numbers(
     by_name = {name: table[:, position].tolist() for position, name in enumerate(names)}
     numbers = NumberRows.of(by_name, lambda row: f"{spec}[{row}]")
     values = [numbers.read(row) for row in range(len(table))]
-    samples = _samples(values, "table", labels, classes, groups, sites, targets, spec, numbers.columns)
+    samples = _samples(values, "table", labels, classes, groups, sites, targets, subgroups, spec, numbers.columns)
     return replace(samples, incomplete=numbers.incomplete)
 
 
@@ -226,6 +234,7 @@ def _samples(
     groups: Any,
     sites: Any,
     targets: Any,
+    subgroups: Any,
     spec: str,
     columns: Columns | None = None,
 ) -> Samples:
@@ -233,7 +242,7 @@ def _samples(
     words = "rows" if kind == "table" else ITEMS[kind]
     if (labels is None) == (targets is None):
         raise UserError(f"{spec} has {'no labels' if labels is None else 'labels and targets'}; expected one of them.")
-    given = {"labels": labels, "targets": targets, "groups": groups, "sites": sites}
+    given = {"labels": labels, "targets": targets, "groups": groups, "sites": sites, "subgroups": subgroups}
     for what, annotation in given.items():
         if annotation is None:
             continue
@@ -241,7 +250,7 @@ def _samples(
             given[what] = by_position(annotation, f"The {what} of {spec}")
         if len(values) != len(given[what]):
             raise UserError(f"{spec} has {len(values)} {words} but {len(given[what])} {what}.")
-    labels, targets, groups, sites = given.values()
+    labels, targets, groups, sites, subgroups = given.values()
     names, indices, real, target_names = _annotations(labels, classes, targets, spec)
     digest = hashlib.sha256(repr(names).encode(errors="surrogatepass"))
     digest.update(indices.tobytes())
@@ -266,6 +275,7 @@ def _samples(
         targets=real,
         target_names=target_names,
         columns=columns.names if columns else (),
+        subgroups=None if subgroups is None else names_of(by_position(subgroups, f"The subgroups of {spec}")),
     )
 
 

@@ -3,7 +3,8 @@
 The file has `features` `[n, d]`, `labels` or `targets`, and perhaps `bags`, `groups`, `sites` and `classes`: arrays of
 an archive or data sets of HDF5, or in Parquet the columns `features` (a list of numbers in each row), `label` or
 `target`, `bag`, `group` and `site`. Rows of one bag, such as the patches of a slide, become one row: their mean.
-Options name other arrays or columns: `features:uni.h5?features=embedding&label=diagnosis&bag=slide`.
+Options name other arrays or columns: `features:uni.h5?features=embedding&label=diagnosis&bag=slide`; `group_by=sex`
+names that of subgroups, by which a run divides its metrics.
 """
 
 import hashlib
@@ -33,7 +34,14 @@ MOST_BYTES = 2**36
 
 SUFFIXES = (".npz", ".parquet", ".h5", ".hdf5")
 
-_SINGULAR = {"labels": "label", "targets": "target", "bags": "bag", "groups": "group", "sites": "site"}
+_SINGULAR = {
+    "labels": "label",
+    "targets": "target",
+    "bags": "bag",
+    "groups": "group",
+    "sites": "site",
+    "subgroups": "group_by",
+}
 _DAMAGE: tuple[type[Exception], ...] = (
     zipfile.BadZipFile,
     zlib.error,
@@ -46,14 +54,14 @@ _DAMAGE: tuple[type[Exception], ...] = (
     TypeError,
     ValueError,
 )
-_WHOLE_BAG = ("labels", "targets", "groups", "sites")
+_WHOLE_BAG = ("labels", "targets", "groups", "sites", "subgroups")
 
 
 @sources.register("features")
 def load_features(argument: str) -> Samples:
     """Embeddings in a NumPy archive, a Parquet or an HDF5 file (extra `h5`), with labels or targets; bags by mean."""
     spec = f"features:{argument}"
-    given, options = split_options(argument, {"features", "label", "target", "bag", "group", "site"}, spec)
+    given, options = split_options(argument, {"features", *_SINGULAR.values()}, spec)
     path = to_path(given).absolute()
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"{spec} names {path.name!r}; expected a file with a suffix of {', '.join(SUFFIXES)}.")
@@ -62,7 +70,9 @@ def load_features(argument: str) -> Samples:
     wanted = {array: options[option] for array, option in _SINGULAR.items() if option in options}
     arrays = _read(path, {"features": options.get("features", "features"), **wanted})
     samples = _samples(path, arrays, f"features:{join_options(str(path), options)}")
-    described = repr((samples.fingerprint, str(stamp(path)), sorted(options.items())))
+    # Subgroups change no feature, and the stamp changes with their values.
+    deciding = sorted((name, value) for name, value in options.items() if name != "group_by")
+    described = repr((samples.fingerprint, str(stamp(path)), deciding))
     return replace(samples, fingerprint=hashlib.sha256(described.encode(errors="surrogatepass")).hexdigest())
 
 
@@ -91,6 +101,7 @@ def _samples(path: Path, arrays: Mapping[str, npt.NDArray[Any]], spec: str) -> S
         groups=annotations.get("groups"),
         sites=annotations.get("sites"),
         targets=annotations.get("targets"),
+        subgroups=annotations.get("subgroups"),
         spec=spec,
     )
 

@@ -107,6 +107,8 @@ class Samples:
         fingerprint: changes whenever labels or content may have changed.
         groups: the group of each row (a patient, a writer), which the held-out split must not divide; None for rows
             that are a group of their own.
+        subgroups: the subgroup of each row (a sex, a scanner) by which a head's metrics are divided; None for rows
+            without one.
         sites: the site of each row, if the data names sites.
         splits: the split of each row (train, test), if the data has splits.
         kind: the kind of item that `read` returns.
@@ -143,6 +145,7 @@ class Samples:
     annotation: Callable[[int], Any] | None = None
     annotated: str = ""
     sequences: IntArray | None = None
+    subgroups: Sequence[str | None] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)

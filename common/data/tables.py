@@ -6,7 +6,8 @@ choose rows: `csv:all.csv?label=diagnosis&group=patient&split=train`.
 
 A table without any of the first four holds rows of numbers: `csv:heart.csv?label=disease&features=age,pulse`; without
 `features` all other columns of numbers are used. `categories=sex,stage` adds columns with a few levels, and
-`missing=pulse:0` names codes of missing values. `target=COLUMN` or `target=A,B` selects real targets for regression
+`missing=pulse:0` names codes of missing values. `group_by=sex` names a column of subgroups, by which a run divides its
+metrics; it stays a feature where it is one. `target=COLUMN` or `target=A,B` selects real targets for regression
 instead of classes; `labels=no` is for rows without either, and `labels=some` leaves rows without a label out.
 """
 
@@ -38,7 +39,11 @@ from fedhead.errors import UserError
 from fedhead.wording import quoted
 
 OPTIONS = frozenset(
-    {*COLUMNS, "target", "labels", "time", "event", "features", "categories", "missing", "kind", "root", "separator"}
+    {
+        *COLUMNS,
+        *("target", "labels", "time", "event", "features", "categories", "missing", "kind", "root", "separator"),
+        "group_by",
+    }
 )
 """Options of every source that reads a table."""
 
@@ -123,8 +128,10 @@ def samples_of_table(table: Table, options: dict[str, str], spec: str) -> Sample
     root = Path(options.get("root", table.path.parent))
     items = _items_of(table, rows, root, options, spec, annotations.columns, (group, site))
     fingerprints = (table.fingerprint, table.former.fingerprint)
+    # Subgroups change no feature, and the table's own fingerprint covers their values.
+    deciding = sorted((name, value) for name, value in options.items() if name != "group_by")
     described = [
-        repr((one, sorted(options.items()), str(root))) + stamps
+        repr((one, deciding, str(root))) + stamps
         for one, stamps in zip(fingerprints, (items.stamps, items.former_stamps), strict=True)
     ]
     groups = names_of(chosen_values(table, group, rows)) if group else None
@@ -148,6 +155,7 @@ def samples_of_table(table: Table, options: dict[str, str], spec: str) -> Sample
         incomplete=items.incomplete,
         former=None if fingerprint == before else replace(items.former, fingerprint=before),
         left_out=(*unlabelled, *items.left_out),
+        subgroups=_subgroups(table, rows, options, spec),
     )
 
 
@@ -381,6 +389,13 @@ def _choose_rows(table: Table, options: dict[str, str], spec: str) -> tuple[IntA
     splits = [name or "" for name in names_of(table.values([column])[0])]
     rows = choose_split(splits, wanted, spec)
     return rows, [splits[row] for row in rows]
+
+
+def _subgroups(table: Table, rows: IntArray, options: dict[str, str], spec: str) -> list[str | None] | None:
+    """Return the subgroup of each row from the column in the option `group_by`; None without the option."""
+    if "group_by" not in options:
+        return None
+    return names_of(chosen_values(table, column_for(table, "group_by", options, spec), rows))
 
 
 def _sites(values: list[Any], column: str, table: Table, rows: IntArray) -> list[str]:

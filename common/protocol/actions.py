@@ -43,6 +43,7 @@ AGREE = "query.agree"
 UNMASK = "query.unmask"
 REPORT = "evaluate.report"
 CALIBRATE = "evaluate.calibrate"
+SUBGROUPS = "evaluate.subgroups"
 
 ACTIONS: Mapping[str, Action] = {
     action.name: action
@@ -107,6 +108,12 @@ ACTIONS: Mapping[str, Action] = {
             CALIBRATE,
             "measure a head's calibration on held-out rows",
             "calibration sums on held-out rows: losses by temperature, predictions by probability, or errors by size",
+            sums=True,
+        ),
+        Action(
+            SUBGROUPS,
+            "evaluate a head on held-out rows by subgroup, if the site's data names their column (group_by)",
+            "detailed results on held-out rows by subgroup, such as sex: counts of predictions by true class, in bins",
             sums=True,
         ),
         Action(

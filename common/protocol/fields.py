@@ -5,6 +5,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field, ValidationError
 
+from fedhead.config import LONGEST_SUBGROUP, MOST_SUBGROUPS
 from fedhead.wording import one_line
 
 MOST_CLASSES = 100_000
@@ -43,6 +44,21 @@ Name = Annotated[str, Field(min_length=1, max_length=512)]
 
 Names = Annotated[tuple[Name, ...], Field(max_length=MOST_CLASSES), AfterValidator(_are_distinct)]
 """Distinct names."""
+
+
+def _are_plain(names: Sequence[str]) -> Sequence[str]:
+    if any(one_line(name, LONGEST_SUBGROUP) != name for name in names):
+        raise ValueError("a name is too long, or contains control characters")
+    return names
+
+
+SubgroupNames = Annotated[
+    tuple[Name, ...],
+    Field(min_length=1, max_length=MOST_SUBGROUPS),
+    AfterValidator(_are_distinct),
+    AfterValidator(_are_plain),
+]
+"""Distinct names of subgroups, of one line each."""
 
 Width = Annotated[int, Field(ge=1, le=MOST_FEATURES, strict=True)]
 """A number of features."""

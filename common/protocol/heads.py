@@ -9,7 +9,7 @@ import numpy.typing as npt
 from flwr.app import RecordDict
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fedhead.protocol.fields import Coefficient, Flag, RoundNumber, wrong_fields
+from fedhead.protocol.fields import Coefficient, Flag, RoundNumber, SubgroupNames, wrong_fields
 from fedhead.protocol.messages import MessageError, Payload, check_arrays, payload_bytes
 from fedhead.sums.heads import TABLE, FloatArray, HeadSums, check_metrics, mean_metrics
 from fedhead.sums.score_bins import ScoreBins
@@ -127,6 +127,50 @@ class CalibrateRequest:
         values = _read_values(_CalibrateValues, payload.values)
         temperature = values.pop("temperature")
         return cls(HeadRequest(arrays, **values), temperature, bins)
+
+
+class _SubgroupValues(_CalibrateValues):
+    """Values that accompany a head for evaluation by subgroup."""
+
+    names: SubgroupNames
+
+
+@dataclass(frozen=True)
+class SubgroupsRequest:
+    """A head for detailed evaluation in each of several subgroups of rows.
+
+    Attributes:
+        head: the head.
+        names: the subgroups to count, in the order of the reply; a site counts rows of others in none.
+        temperature: the divisor of logits, above 0.
+    """
+
+    head: HeadRequest
+    names: tuple[str, ...]
+    temperature: float = 1.0
+
+    def to_content(self) -> RecordDict:
+        """Return the content of a Flower message."""
+        values = {
+            "server_round": self.head.server_round,
+            "temperature": self.temperature,
+            "names": list(self.names),
+        }
+        return Payload(values, self.head.arrays).to_content()
+
+    @classmethod
+    def from_payload(cls, payload: Payload, expected: Arrays) -> Self:
+        """Read and validate a received request.
+
+        Raises:
+            MessageError: if it is not a head of the manifest's form, with names and a positive temperature.
+        """
+        check_arrays(payload.arrays, expected)
+        values = _read_values(_SubgroupValues, payload.values)
+        names, temperature = values.pop("names"), values.pop("temperature")
+        if not temperature:
+            raise MessageError("its temperature is 0")
+        return cls(HeadRequest(payload.arrays, **values), tuple(names), temperature)
 
 
 def _read_values(kind: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:

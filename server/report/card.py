@@ -17,6 +17,7 @@ from fedhead.server.report.layout import Figure, Section, Table
 from fedhead.server.report.privacy import solver_of
 from fedhead.server.report.quality import calibration, quality
 from fedhead.server.report.releases import releases
+from fedhead.server.report.subgroups import subgroups
 from fedhead.server.report.worth import worth
 from fedhead.server.runs.record import RunRecord
 from fedhead.wording import counted, listed, without_controls
@@ -296,6 +297,8 @@ def _evaluation(record: RunRecord) -> list[str]:
     parts.append(_items([said for said in section.sentences if said not in calibration(record)]))
     columns = ("class", "target", "site")
     parts += [_table(_of(section, column)) for column in columns if _of(section, column).rows]
+    if divided := subgroups(record):
+        parts += ["### By subgroup", _plain(divided.answer), _table(divided.tables[0][1])]
     return [*parts, "### Against each site's own head", _plain(worth(record).answer)]
 
 

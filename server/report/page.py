@@ -19,6 +19,7 @@ from fedhead.server.report.privacy import solver_of
 from fedhead.server.report.quality import interval, quality
 from fedhead.server.report.releases import releases
 from fedhead.server.report.scores import number_interval
+from fedhead.server.report.subgroups import subgroups
 from fedhead.server.report.worth import worth
 from fedhead.server.runs.record import REPORT, RunRecord
 from fedhead.wording import counted, duration, size, without_controls
@@ -67,9 +68,10 @@ def render(record: RunRecord, *, live: bool = False) -> str:
 
 def sections(record: RunRecord) -> list[Section]:
     """Return the report's sections in order."""
-    own = personal(record)
+    own, divided = personal(record), subgroups(record)
     return [
         *([found] if (found := clusters(record)) else [quality(record), worth(record)]),
+        *([divided] if divided else []),
         *contributions(record),
         cost(record),
         fit(record),

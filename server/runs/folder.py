@@ -160,6 +160,7 @@ class RunFolder(Observer):
             "coverage": [one.to_dict() for one in outcome.coverage],
             "traffic": outcome.traffic.to_dict(),
             **({"personal": outcome.personal.to_dict()} if outcome.personal else {}),
+            **({"subgroups": dict(outcome.subgroups)} if outcome.subgroups else {}),
             **({"baseline": dict(baseline)} if baseline else {}),
             **({"privacy": dict(outcome.privacy)} if outcome.privacy else {}),
             **({"foreign": outcome.foreign.to_dict()} if outcome.foreign else {}),

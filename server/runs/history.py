@@ -100,6 +100,7 @@ class Outcome:
             clusters, as JSON types.
         tuning: of a tuned run, what was kept and the number of trained parameters, as JSON types.
         personal: the results of the sites' personal heads, if they made any.
+        subgroups: the kept head's evaluation by subgroup, the worst first, as JSON types; empty without any.
         adaptation: of the head to rows without labels, if the run compared any.
         foreign: the test for foreign inputs, if the run asked for one.
         attack: the outcome of an attack on such heads, if a simulation asked for one.
@@ -129,6 +130,7 @@ class Outcome:
     attack: Mapping[str, Any] = field(default_factory=dict)
     clusters: Mapping[str, Any] = field(default_factory=dict)
     tuning: Mapping[str, Any] = field(default_factory=dict)
+    subgroups: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def single_sites(self) -> Mapping[str, EvaluationSums]:

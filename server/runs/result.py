@@ -161,6 +161,8 @@ class CompletedRun:
             bytes_full_model=self.outcome.full_model_bytes,
             sites_refused=dict(self.outcome.refused),
             choices=[dict(one) for one in self.outcome.choices],
+            subgroups=list(self.outcome.subgroups.get("groups", ())),
+            worst_subgroup=self.outcome.subgroups.get("sentence"),
             run_dir=str(self.run_dir) if self.run_dir else None,
         )
 

@@ -50,6 +50,8 @@ class RunSummary(BaseModel):
     sites_empty: list[str] | None = Field(None, description="Of a simulation: sites without rows.")
     sites_refused: dict[str, str] = Field({}, description="Sites that could not take part, with the reason.")
     choices: list[dict[str, Any]] = Field([], description="Comparisons of heads on held-out rows, and their results.")
+    subgroups: list[dict[str, Any]] = Field([], description="Metrics by subgroup, the worst by accuracy first.")
+    worst_subgroup: str | None = Field(None, description="The finding about the worst subgroup in a sentence.")
     run_dir: str | None = Field(None, description="The run folder.")
     membership: dict[str, Any] | None = Field(None, description="The last change of membership since the run, if any.")
 

@@ -11,7 +11,8 @@ from fedhead.backbones import Backbone, ImagePreprocessing, backbone_sources
 from fedhead.cli import app
 from fedhead.data import Samples, samples_from_arrays
 from fedhead.errors import FedheadError, UserError
-from fedhead.fairness import GroupCounts, compare_groups, count_groups, worst_group
+from fedhead.evaluation.subgroups import compare_groups, worst_group
+from fedhead.fairness import GroupCounts, count_groups
 from fedhead.heads import LinearHead
 from fedhead.model import TransferModel
 
@@ -53,7 +54,7 @@ def test_groups_have_the_accuracy_of_their_rows_and_small_ones_are_withheld(mode
     assert sorted(counts.groups) == ["f", "m"]
     assert counts.withheld == 1
     right = np.where(brightness > 127.5, "ill", "well") == labels
-    found = {one.name: one for one in compare_groups(counts)}
+    found = {one.name: one for one in compare_groups(counts.groups, CLASSES)}
     for name in ("f", "m"):
         assert found[name].metrics.accuracy.value == pytest.approx(right[groups == name].mean())
         assert found[name].metrics.rows == (groups == name).sum()
@@ -62,7 +63,7 @@ def test_groups_have_the_accuracy_of_their_rows_and_small_ones_are_withheld(mode
     assert found["m"].low is not None
     assert found["m"].high is not None
     assert found["m"].low < difference < found["m"].high < 0
-    said = worst_group(compare_groups(counts))
+    said = worst_group(compare_groups(counts.groups, CLASSES))
     assert said.startswith("The worst group is 'm'")
     assert "lower than the other groups'" in said
     assert sorted(count_groups(model, samples, min_class_count=0).groups) == ["f", "m", "x"]
@@ -89,10 +90,10 @@ def test_counts_of_sites_add_to_those_of_all_rows(model: TransferModel, tmp_path
 def test_each_groups_own_threshold_reaches_the_sensitivity(model: TransferModel) -> None:
     samples, brightness, labels, groups = rows(2000, few=0)
     counts = count_groups(model, samples)
-    assert all(one.threshold is None for one in compare_groups(counts))
+    assert all(one.threshold is None for one in compare_groups(counts.groups, CLASSES))
     logits = 8 * (4 * brightness / 255 - 2)
     probability = 1 / (1 + np.exp(-logits))
-    for one in compare_groups(counts, sensitivity=0.8):
+    for one in compare_groups(counts.groups, CLASSES, sensitivity=0.8):
         assert one.threshold is not None
         own = groups == one.name
         above = probability >= one.threshold
@@ -102,7 +103,7 @@ def test_each_groups_own_threshold_reaches_the_sensitivity(model: TransferModel)
         assert (~above)[own & (labels == "well")].mean() == pytest.approx(one.specificity, abs=1e-9)
     for wrong in (0.0, 1.0, float("nan")):
         with pytest.raises(UserError, match="between 0 and 1"):
-            compare_groups(counts, sensitivity=wrong)
+            compare_groups(counts.groups, CLASSES, sensitivity=wrong)
 
 
 def test_data_without_groups_or_with_small_groups_only(model: TransferModel) -> None:
