@@ -22,6 +22,7 @@ from fedhead.client.release.training_limits import (
 )
 from fedhead.config import Epsilon, NonNegative, Positive
 from fedhead.config.unknown import unknown_setting
+from fedhead.devices import Precision
 from fedhead.errors import UserError
 from fedhead.files import require_private, safe_name, write_atomically
 from fedhead.protocol.actions import ACTIONS
@@ -205,6 +206,7 @@ class SiteSettings(_Table):
         ca_bundle: a PEM file of authorities that it trusts beside the kit's; empty for none.
         data: a data spec.
         device: where its features are computed.
+        precision: of its backbones' products, see `fedhead.features.extraction.usable`.
         holdout: the share of rows that it holds out for evaluation.
         strict_data: refuse to take part with unreadable rows, instead of skipping them.
         limits: of its guard.
@@ -221,6 +223,11 @@ class SiteSettings(_Table):
     )
     data: str = ""
     device: str = "auto"
+    precision: Precision = Field(
+        "float32",
+        description="Precision of extraction: 'float32', or 'mixed', which is faster on GPUs and on CPUs that multiply "
+        "bfloat16 and used if the backbone's features of two fixed inputs stay within 2 %.",
+    )
     holdout: float = Field(0.2, ge=0, lt=1, allow_inf_nan=False, description="Share of rows that the site holds out.")
     strict_data: bool = False
     limits: Limits = Limits()

@@ -64,6 +64,7 @@ def site_of(
             agree,
             settings.backbones.check_features,
         ),
+        precision=settings.precision,
         holdout=settings.holdout,
         training=training,
         summation=_summation(settings, keys),

@@ -12,12 +12,28 @@ Precision = Literal["float32", "mixed"]
 """Whether products are of float32 throughout, or of half precision where torch holds that to be safe."""
 
 
+BFLOAT16 = ("amx_bf16", "avx512_bf16", "bf16", "arm_bf16")
+"""Names of the capabilities of processors that multiply bfloat16."""
+
+
+def half_type(device: torch.device) -> torch.dtype:
+    """Return the type of half precision on a device."""
+    return torch.bfloat16 if device.type == "cpu" else torch.float16
+
+
+def multiplies_halves(device: torch.device) -> bool:
+    """Return whether a device has products in half precision; a CPU without them emulates them slowly."""
+    if device.type != "cpu":
+        return True
+    there = torch.cpu.get_capabilities()
+    return any(there.get(name, False) for name in BFLOAT16)
+
+
 @contextmanager
 def multiplying(precision: Precision, device: torch.device) -> Iterator[None]:
     """Multiply so within the context: float32 without TensorFloat-32, which is good for three digits only."""
     if precision == "mixed":
-        half = torch.bfloat16 if device.type == "cpu" else torch.float16
-        with torch.autocast(device.type, dtype=half):
+        with torch.autocast(device.type, dtype=half_type(device)):
             yield
     elif device.type == "cuda":
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):

@@ -40,6 +40,8 @@ coordinator = {address}
 data = ""
 # auto, cpu, cuda or mps.
 device = "auto"
+# Of the backbone's products: float32, or mixed, which is faster on GPUs and on CPUs that multiply bfloat16.
+precision = "float32"
 # Whether an unreadable row stops the site instead of being skipped.
 strict_data = false
 # Share of the rows that are held out for evaluation; a run cannot choose it.

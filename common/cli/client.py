@@ -47,6 +47,13 @@ _Data = Annotated[
 _Device = Annotated[
     str | None, typer.Option(help="Device: 'auto', 'cpu', 'cuda' or 'mps'.", rich_help_panel=options.SITE)
 ]
+_Precision = Annotated[
+    str | None,
+    typer.Option(
+        help="Precision of extraction: 'float32', or 'mixed', faster on GPUs and on CPUs that multiply bfloat16.",
+        rich_help_panel=options.SITE,
+    ),
+]
 _StrictData = Annotated[
     bool | None,
     typer.Option(
@@ -115,6 +122,7 @@ def client(
     site: _Site = None,
     data: _Data = None,
     device: _Device = None,
+    precision: _Precision = None,
     strict_data: _StrictData = None,
     min_class_count: _MinClassCount = None,
     min_rows: _MinRows = None,
@@ -135,6 +143,7 @@ def client(
         "ca_bundle": ca_bundle,
         "data": data,
         "device": device,
+        "precision": precision,
         "strict_data": strict_data,
         "limits": _given({"min_class_count": min_class_count, "min_rows": min_rows}),
         "backbones": {"allow": allow_backbone} if allow_backbone else None,

@@ -23,9 +23,10 @@ from torch import Tensor
 from fedhead.backbones.split import Tail, Trunk
 from fedhead.data import IntArray, Samples, UnreadableSampleError
 from fedhead.errors import FedheadError
+from fedhead.features.blocks import Prepared, prepare
 from fedhead.features.checkpoints import Blocks, Meta, intact_meta, is_whole, read_meta, truncate
 from fedhead.features.extraction import arranged, batch_size_for, read_ahead
-from fedhead.features.store import BLOCK, Prepared, Progress, prepare
+from fedhead.features.store import BLOCK, Progress
 from fedhead.files import disk_errors, home, locked
 
 logger = logging.getLogger(__name__)

@@ -4,8 +4,9 @@ import copy
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
+from contextlib import closing
 from itertools import islice
 from os import cpu_count
 from queue import SimpleQueue
@@ -17,28 +18,43 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from fedhead.backbones import Backbone
+from fedhead.devices import Precision, half_type, multiplies_halves, multiplying
 
 logger = logging.getLogger(__name__)
 
 COMPILED_FROM = 100_000
-"""Number of rows from which compiling pays: it takes 5 to 20 s and saves 5 to 15 % of the folded pass."""
+"""Number of rows from which compiling pays on a GPU. On the CPU, it saves 4 % of a pass and takes half a minute."""
 
 CPU_BATCH = 16
-"""Batch size on the CPU. Activations stay in the processor's caches: 1.1 to 1.4 times as fast as 64. Small batches of
-texts also need less padding: 4 % of the tokens of short texts, against 19 % with 64."""
+"""Batch size on the CPU. Activations stay in the processor's caches: 1.1 to 1.4 times as fast as 64."""
+
+CPU_TOKENS = 1024
+"""Most tokens of a batch of texts on the CPU, padding included, and the reason for larger batches of short texts."""
 
 CUDA_BATCHES = (64, 128, 256, 512, 1024)
 TEXT_BATCH = 64
 AUDIO_BATCH = 32
 TABLE_BATCH = 1024
-MOST_WORKERS = 16
+MOST_READERS = 16
+MOST_LANES = 8
+"""Most batches that pass through a backbone at once; each holds the activations of one batch."""
+
+SHARED_SOURCES = ("bundled", "features", "hf", "identity", "timm", "torchvision", "vectors")
+"""Sources whose modules keep nothing between forward passes, so that several threads may share one."""
+
+MIXED_TOLERANCE = 0.02
+"""Largest difference that mixed precision may make to the probe's features, relative to their norm."""
+
 GAIN = 1.05
 """Smallest speed-up for which a larger batch is worth its memory."""
 
 T = TypeVar("T")
+S = TypeVar("S")
 
 
-def arranged(backbone: Backbone, rows: int, *, compiled: bool | None = None) -> Backbone:
+def arranged(
+    backbone: Backbone, rows: int, *, precision: Precision = "float32", compiled: bool | None = None
+) -> Backbone:
     """Return a backbone with the same features, to 1e-4 relative, that is faster over many rows.
 
     Batch norms are folded into the preceding convolutions (Jacob et al., 2018, section 3.2), weights use the
@@ -48,14 +64,45 @@ def arranged(backbone: Backbone, rows: int, *, compiled: bool | None = None) -> 
     Args:
         backbone: the backbone; it is not modified.
         rows: the expected number of rows.
-        compiled: whether to compile; None decides by `rows`.
+        precision: under `mixed`, weights of convolutions and linear layers are converted once, not in every pass.
+        compiled: whether to compile; None decides by device and `rows`.
     """
-    if backbone.kind != "image":
+    if backbone.kind == "image":
+        module = _folded(backbone.module).to(memory_format=torch.channels_last)
+    elif precision == "mixed":
+        module = copy.deepcopy(backbone.module)
+    else:
         return backbone
-    module = _folded(backbone.module).to(memory_format=torch.channels_last)
-    if compiled if compiled is not None else rows >= COMPILED_FROM:
+    if precision == "mixed":
+        for layer in module.modules():
+            if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+                layer.to(half_type(backbone.device))
+    if compiled if compiled is not None else backbone.device.type == "cuda" and rows >= COMPILED_FROM:
         module = _Compiled(module)
     return backbone.running(module)
+
+
+def usable(precision: Precision, backbone: Backbone) -> Precision:
+    """Return `precision`, or float32 with a warning where `mixed` is slower, or changes the probe's features by 2 %."""
+    if precision == "float32":
+        return precision
+    if not multiplies_halves(backbone.device):
+        logger.warning("This processor has no products in half precision: features are extracted in float32.")
+        return "float32"
+    exact = backbone.probe()
+    with multiplying(precision, backbone.device):
+        rounded = arranged(backbone, 1, precision=precision, compiled=False).probe()
+    difference = float((rounded - exact).norm() / exact.norm().clamp_min(1e-12))
+    if not difference <= MIXED_TOLERANCE:
+        logger.warning(
+            "Mixed precision changes the features of %s by %.1f %% of their norm on the probe, where %.0f %% is "
+            "allowed: they are extracted in float32.",
+            backbone.spec,
+            100 * difference,
+            100 * MIXED_TOLERANCE,
+        )
+        return "float32"
+    return precision
 
 
 def _folded(module: nn.Module) -> nn.Module:
@@ -137,30 +184,87 @@ def fastest_batch(seconds: Callable[[int], float], candidates: Iterable[int]) ->
     return best
 
 
-def read_ahead(read: Callable[[int], T], rows: Iterable[int], *, ahead: int) -> Generator[T]:
+def batches_of(
+    backbone: Backbone, lengths: Sequence[int], batch_size: int, *, by_tokens: bool = True
+) -> list[list[int]]:
+    """Divide prepared inputs into batches, by length, and return their positions.
+
+    Images have one length; texts and clips are padded to the longest of their batch. On the CPU, a batch of texts is
+    limited by its tokens instead of its rows: short texts would leave a small batch's products too thin.
+
+    Args:
+        backbone: the backbone.
+        lengths: of the inputs.
+        batch_size: most rows of a batch.
+        by_tokens: whether batches of texts may have more rows, up to `TEXT_BATCH`, and fewer.
+    """
+    by_tokens = by_tokens and backbone.kind == "text" and backbone.device.type == "cpu"
+    most = TEXT_BATCH if by_tokens else batch_size
+    batches: list[list[int]] = []
+    for position in sorted(range(len(lengths)), key=lengths.__getitem__):
+        last = batches[-1] if batches else []
+        fits = not by_tokens or (len(last) + 1) * lengths[position] <= CPU_TOKENS
+        if last and len(last) < most and fits:
+            last.append(position)
+        else:
+            batches.append([position])
+    return batches
+
+
+def lanes_of(backbone: Backbone) -> int:
+    """Return how many batches may pass through `backbone` at once: on the CPU one for each of torch's threads.
+
+    A pass on one thread never waits for others. Modules of unknown sources may not be shared by threads.
+    """
+    if backbone.device.type != "cpu" or backbone.spec.partition(":")[0] not in SHARED_SOURCES:
+        return 1
+    return min(torch.get_num_threads(), MOST_LANES)
+
+
+def in_lanes(backbone: Backbone, work: Callable[[S], T], batches: Iterable[S]) -> Generator[T]:
+    """Yield `work(batch)` for each batch, in order, with as many at once as `lanes_of` says."""
+    lanes = lanes_of(backbone)
+    if lanes == 1:
+        yield from map(work, batches)
+        return
+    own = max(1, torch.get_num_threads() // lanes)
+    with closing(read_ahead(work, batches, ahead=2 * lanes, threads=lanes, torch_threads=own)) as done:
+        yield from done
+
+
+def read_ahead(
+    read: Callable[[S], T], rows: Iterable[S], *, ahead: int, threads: int | None = None, torch_threads: int = 1
+) -> Generator[T]:
     """Yield `read(row)` for each row, in order, while threads read up to `ahead` rows further.
 
-    Threads are sufficient: decoding, resizing and hashing release the interpreter's lock. Close the iterator to stop
-    early.
+    Threads are sufficient: decoding, resizing, hashing and torch's operators release the interpreter's lock. Close the
+    iterator to stop early.
+
+    Args:
+        read: makes something of a row.
+        rows: taken as they are needed.
+        ahead: the number of rows ahead.
+        threads: the number of threads; None for one per core, at most `MOST_READERS`.
+        torch_threads: torch's threads in each of them.
 
     Raises:
         Exception: any error of `read`, at its row's turn.
     """
     remaining = iter(rows)
-    # The readers take one torch thread each, since they share the processor with the forward pass. A caller that never
+    # Readers take one torch thread each, since they share the processor with the forward pass. A caller that never
     # set its own number of threads would inherit theirs permanently.
     torch.set_num_threads(torch.get_num_threads())
-    tasks: SimpleQueue[tuple[Future[T], int] | None] = SimpleQueue()
+    tasks: SimpleQueue[tuple[Future[T], S] | None] = SimpleQueue()
 
-    def submit(row: int) -> Future[T]:
+    def submit(row: S) -> Future[T]:
         future: Future[T] = Future()
         tasks.put((future, row))
         return future
 
     # Daemon threads: a hanging read must not delay Ctrl-C, as an executor's threads would.
     readers = [
-        Thread(target=_serve, args=(tasks, read), name="read-ahead", daemon=True)
-        for _ in range(min(MOST_WORKERS, cpu_count() or 1))
+        Thread(target=_serve, args=(tasks, read, torch_threads), name="read-ahead", daemon=True)
+        for _ in range(threads or min(MOST_READERS, cpu_count() or 1))
     ]
     for reader in readers:
         reader.start()
@@ -176,9 +280,9 @@ def read_ahead(read: Callable[[int], T], rows: Iterable[int], *, ahead: int) -> 
             tasks.put(None)
 
 
-def _serve(tasks: "SimpleQueue[tuple[Future[T], int] | None]", read: Callable[[int], T]) -> None:
+def _serve(tasks: "SimpleQueue[tuple[Future[T], S] | None]", read: Callable[[S], T], torch_threads: int) -> None:
     """Process queued tasks until the end marker."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(torch_threads)
     while (task := tasks.get()) is not None:
         future, row = task
         if future.set_running_or_notify_cancel():

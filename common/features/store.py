@@ -6,7 +6,6 @@ options that select rows). Possibly temporary failures, such as a permission or 
 key: their rows are retried whenever the store is opened.
 """
 
-import functools
 import hashlib
 import logging
 import os
@@ -15,7 +14,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,12 +22,13 @@ import torch
 from torch import Tensor
 
 from fedhead.backbones import Backbone
-from fedhead.data import KeyArray, RowError, Samples, UnreadableSampleError, require_kind
+from fedhead.data import KeyArray, Samples, UnreadableSampleError, require_kind
 from fedhead.data.samples import Former
-from fedhead.devices import Precision, multiplying
+from fedhead.devices import Precision
 from fedhead.errors import FedheadError, UnreadableDataError, UserError
+from fedhead.features.blocks import Block, extract_blocks
 from fedhead.features.checkpoints import META, Blocks, Meta, intact_meta, is_whole, read_meta, truncate, write_meta
-from fedhead.features.extraction import arranged, batch_size_for, read_ahead
+from fedhead.features.extraction import arranged, usable
 from fedhead.files import disk_errors, home, locked, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -40,9 +39,6 @@ BLOCK = 1024
 
 BLOCK_VALUES = 2**22
 """Most values per checkpoint, for items with many."""
-
-WORD_BATCH = 256
-"""Words per forward pass, of a number of texts."""
 
 Progress = Callable[[int, int], None]
 """Called with the number of rows done and the total."""
@@ -94,7 +90,8 @@ class FeatureStore:
             strict: whether unreadable rows are an error instead of being skipped.
             empty: whether the features may be those of no row, if none can be read.
             batch_size: rows per forward pass; None chooses by backbone and device.
-            precision: `mixed` is faster on CUDA and accurate to two or three digits; its features are stored apart.
+            precision: `mixed` is faster on GPUs, and on CPUs that multiply bfloat16, and accurate to two or three
+                digits; its features are stored apart. Where it is not `usable`, it is float32.
             root: the folder of all stores; by default in `fedhead.files.home()`.
             progress: called as rows are completed.
 
@@ -105,6 +102,7 @@ class FeatureStore:
             FedheadError: if the disk is full.
         """
         require_kind(backbone.spec, backbone.kind, samples.kind)
+        precision = usable(precision, backbone)
         path = (root or home() / "features") / store_key(backbone, samples.fingerprint, precision)
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -227,60 +225,37 @@ def _extract(
             f"The features of {samples.spec} need {needed / 1e6:.0f} MB more in {path.parent}, which has less free "
             "space. Free some space, or set FEDHEAD_HOME to a folder on another disk."
         )
-    begun = int(meta["done"])
-    forward = arranged(backbone, len(samples))
-    with multiplying(precision, backbone.device):
-        size = block_rows(backbone.num_values)
-        batch_size = min(batch_size or batch_size_for(forward), size)
-    # Texts are small: a whole block is read at once, so that texts of similar length share a batch; of clips, a few.
-    chunk = {"image": batch_size, "audio": min(4 * batch_size, size)}.get(backbone.kind, size)
-    read_row = functools.partial(prepare, samples, backbone)
+    begun, step = int(meta["done"]), block_rows(backbone.num_values)
+    blocks = [range(start, min(start + step, len(samples))) for start in range(begun, len(samples), step)]
+    forward = arranged(backbone, len(samples), precision=precision)
+    made = extract_blocks(
+        forward,
+        samples,
+        blocks,
+        precision=precision,
+        batch_size=batch_size,
+        progress=lambda done: progress(begun + done, len(samples)),
+    )
     with (
-        Blocks(partial, ("features.bin", "keys.bin", "contents.bin"), meta) as blocks,
-        multiplying(precision, backbone.device),
-        closing(read_ahead(read_row, range(begun, len(samples)), ahead=2 * chunk)) as prepared,
+        Blocks(partial, ("features.bin", "keys.bin", "contents.bin"), meta) as written,
+        closing(made),
     ):
-        for start in range(begun, len(samples), size):
-            block, block_keys = [], []
-            stop = min(start + size, len(samples))
-            for first in range(start, stop, chunk):
-                rows = range(first, min(first + chunk, stop))
-                read = dict(zip(rows, islice(prepared, len(rows)), strict=True))
-                extracted, row_keys = _extract_rows(forward, read, samples, batch_size)
-                _note_unreadable(read, meta, strict)
-                block.append(extracted)
-                block_keys.append(row_keys)
-                progress(rows.stop, len(samples))
-            both = np.concatenate(block_keys)
-            blocks.append((np.concatenate(block).tobytes(), both[:, 0].tobytes(), both[:, 1].tobytes()), stop)
+        for block in made:
+            _note_unreadable(block, meta, strict)
+            keys, contents = (column.tobytes() for column in block.keys.T)
+            written.append((block.features.tobytes(), keys, contents), int(meta["done"]) + len(block.rows))
     partial.rename(path)
     return len(samples) - begun
 
 
-Prepared = tuple[tuple[int, int], Tensor] | UnreadableSampleError
-"""A row's two keys and prepared input, or the reason why it cannot be read."""
-
-
-def prepare(samples: Samples, backbone: Backbone, row: int) -> Prepared:
-    """Read one row, and prepare it for the backbone."""
-    try:
-        item = samples.read(row)
-        return samples.keys(row, item), backbone.preprocessing(item)
-    except UnreadableSampleError as error:
-        return error
-    except RowError as error:
-        return UnreadableSampleError(f"{samples.name(row)}: {error}")
-
-
-def _note_unreadable(read: dict[int, Prepared], meta: Meta, strict: bool) -> None:
-    for row, prepared in read.items():
-        if isinstance(prepared, UnreadableSampleError):
-            if strict:
-                raise UserError(f"{prepared} With strict data, one unreadable row stops the run.") from None
-            logger.warning("%s It is skipped.", prepared)
-            meta["skipped"][str(row)] = str(prepared)
-            if not prepared.lasting:
-                meta["passing"].append(row)
+def _note_unreadable(block: Block, meta: Meta, strict: bool) -> None:
+    for row, error in sorted(block.unreadable.items()):
+        if strict:
+            raise UserError(f"{error} With strict data, one unreadable row stops the run.") from None
+        logger.warning("%s It is skipped.", error)
+        meta["skipped"][str(row)] = str(error)
+        if not error.lasting:
+            meta["passing"].append(row)
 
 
 def _retry(backbone: Backbone, samples: Samples, path: Path, precision: Precision) -> int:
@@ -299,24 +274,26 @@ def _retry(backbone: Backbone, samples: Samples, path: Path, precision: Precisio
         return 0
     for row in again:
         meta["skipped"].pop(str(row), None)
-    read: dict[int, Prepared] = {row: prepare(samples, backbone, row) for row in again}
-    forward = arranged(backbone, len(read))
-    with multiplying(precision, backbone.device):
-        features, keys = _extract_rows(forward, read, samples, batch_size_for(forward))
-    _note_unreadable(read, meta, strict=False)
-    done = [not isinstance(prepared, UnreadableSampleError) for prepared in read.values()]
-    if any(done):
-        for name, values in (("features.bin", features), ("keys.bin", keys[:, 0]), ("contents.bin", keys[:, 1])):
+    forward, step = arranged(backbone, len(again), precision=precision), block_rows(backbone.num_values)
+    blocks = [again[start : start + step] for start in range(0, len(again), step)]
+    retried = 0
+    for block in extract_blocks(forward, samples, blocks, precision=precision):
+        _note_unreadable(block, meta, strict=False)
+        done = [row not in block.unreadable for row in block.rows]
+        keys, contents = block.keys.T
+        for name, values in (("features.bin", block.features), ("keys.bin", keys), ("contents.bin", contents)):
             with (path / name).open("r+b") as file:
-                for position, row in enumerate(read):
+                for position, row in enumerate(block.rows):
                     if done[position]:
                         file.seek(row * values[position].nbytes)
                         file.write(values[position].tobytes())
                 file.flush()
                 os.fsync(file.fileno())
+        retried += sum(done)
+    if retried:
         meta["checksums"] = list(_checksums(path, meta))
     write_meta(path, meta)
-    return sum(done)
+    return retried
 
 
 def _doubtful(path: Path, meta: Meta) -> list[int]:
@@ -329,33 +306,6 @@ def _doubtful(path: Path, meta: Meta) -> list[int]:
             block = np.frombuffer(file.read(step * width), dtype="<f4").reshape(-1, meta["features"])
             rows.update((start + np.flatnonzero(~np.isfinite(block).all(1))).tolist())
     return sorted(rows)
-
-
-def _extract_rows(
-    backbone: Backbone, read: dict[int, Prepared], samples: Samples, batch_size: int
-) -> tuple[np.ndarray[Any, np.dtype[np.float32]], KeyArray]:
-    """Return features and keys `[n, 2]` of prepared rows; rows with features that are not finite become unreadable."""
-    numbers, rows = list(read), list(read.values())
-    readable = {position: row for position, row in enumerate(rows) if not isinstance(row, UnreadableSampleError)}
-    keys = np.zeros((len(rows), 2), dtype="<u8")
-    features = np.zeros((len(rows), backbone.num_values), dtype="<f4")
-    if backbone.kind == "text" and any(row[1].ndim == 2 for row in readable.values()):
-        # Words of one text share its forward pass.
-        batch_size = max(batch_size, WORD_BATCH)
-    # Images have one size; texts and clips are padded to the longest of their batch.
-    ordered = sorted(readable, key=lambda position: len(readable[position][1]))
-    for start in range(0, len(ordered), batch_size):
-        positions = ordered[start : start + batch_size]
-        batch = backbone.preprocessing.collate([readable[position][1] for position in positions])
-        features[positions] = backbone.features(batch).cpu().numpy()
-        keys[positions] = [readable[position][0] for position in positions]
-    for position in np.flatnonzero(~np.isfinite(features).all(1)).tolist():
-        features[position], keys[position] = 0, 0
-        name = samples.name(numbers[position])
-        read[numbers[position]] = UnreadableSampleError(
-            f"{name}: {backbone.spec} produces features that are not finite (NaN or infinity)."
-        )
-    return features, keys
 
 
 def _resume(partial: Path, samples: Samples, backbone: Backbone) -> Meta:

@@ -1,13 +1,27 @@
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from fedhead.backbones import Backbone, load_backbone
 from fedhead.features import extraction
-from fedhead.features.extraction import CPU_BATCH, arranged, batch_size_for, fastest_batch, read_ahead
+from fedhead.features.extraction import (
+    CPU_BATCH,
+    CPU_TOKENS,
+    TEXT_BATCH,
+    arranged,
+    batch_size_for,
+    batches_of,
+    fastest_batch,
+    in_lanes,
+    read_ahead,
+    usable,
+)
 
 
 def with_moved_norms(backbone: Backbone) -> Backbone:
@@ -92,9 +106,8 @@ def test_fallback_without_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pyte
         return fail
 
     monkeypatch.setattr(torch, "compile", compile_nothing)
-    monkeypatch.setattr(extraction, "COMPILED_FROM", 10)
     plain = load_backbone("bundled:glyphnet")
-    faster = arranged(plain, 10)
+    faster = arranged(plain, 10, compiled=True)
     batch = images(plain)
     for _ in range(2):
         assert relative_difference(faster.features(batch), plain.features(batch)) < 1e-4
@@ -103,6 +116,57 @@ def test_fallback_without_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pyte
 
 def test_batch_size_is_fixed_on_cpu() -> None:
     assert batch_size_for(load_backbone("bundled:glyphnet")) == CPU_BATCH
+
+
+@given(st.lists(st.integers(0, 3000), max_size=200))
+def test_batches_of_texts_hold_each_once_and_are_limited_by_tokens(lengths: list[int]) -> None:
+    texts = SimpleNamespace(kind="text", device=torch.device("cpu"))
+    batches = batches_of(texts, lengths, CPU_BATCH)  # type: ignore[arg-type]
+    assert sorted(position for batch in batches for position in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) <= TEXT_BATCH
+        assert len(batch) == 1 or len(batch) * max(lengths[position] for position in batch) <= CPU_TOKENS
+
+
+def test_batches_of_images_keep_their_order() -> None:
+    glyphnet = load_backbone("bundled:glyphnet")
+    assert batches_of(glyphnet, [1] * 5, 2) == [[0, 1], [2, 3], [4]]
+
+
+def test_modules_of_unknown_sources_are_not_shared_by_threads() -> None:
+    glyphnet = load_backbone("bundled:glyphnet")
+    own = Backbone("python:own:make", glyphnet.module, glyphnet.preprocessing)
+    threads: set[str] = set()
+
+    def work(batch: int) -> int:
+        threads.add(threading.current_thread().name)
+        return batch * batch
+
+    assert list(in_lanes(own, work, range(9))) == [batch * batch for batch in range(9)]
+    assert threads == {threading.current_thread().name}
+
+
+@pytest.mark.parametrize(
+    ("halves", "tolerance", "expected", "said"),
+    [
+        (True, 0.02, "mixed", ""),
+        (True, 0.0, "float32", "changes the features of bundled:glyphnet by"),
+        (False, 0.02, "float32", "no products in half precision"),
+    ],
+)
+def test_mixed_precision_must_be_fast_and_close(
+    halves: bool,
+    tolerance: float,
+    expected: str,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(extraction, "multiplies_halves", lambda device: halves)
+    monkeypatch.setattr(extraction, "MIXED_TOLERANCE", tolerance)
+    assert usable("mixed", load_backbone("bundled:glyphnet")) == expected
+    assert said in caplog.text
+    assert bool(caplog.text) == bool(said)
 
 
 @pytest.mark.parametrize(

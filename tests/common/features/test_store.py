@@ -15,6 +15,7 @@ from fedhead.backbones.preprocessing import Batch
 from fedhead.data import Samples, UnreadableSampleError, load_samples, samples_from_arrays, samples_from_texts
 from fedhead.data.items import content_key
 from fedhead.errors import FedheadError, UserError
+from fedhead.features import extraction
 from fedhead.features import store as features_module
 from fedhead.features.store import FeatureStore
 
@@ -221,7 +222,10 @@ def test_backbone_of_another_kind_is_rejected(tmp_path: Path, samples: Samples) 
     assert not list(tmp_path.iterdir())
 
 
-def test_mixed_precision_features_are_close_and_stored_separately(tmp_path: Path, samples: Samples) -> None:
+def test_mixed_precision_features_are_close_and_stored_separately(
+    tmp_path: Path, samples: Samples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extraction, "multiplies_halves", lambda device: True)
     glyphnet = load_backbone("bundled:glyphnet")
     exact = FeatureStore.open(glyphnet, samples, root=tmp_path)
     mixed = FeatureStore.open(glyphnet, samples, precision="mixed", root=tmp_path)
@@ -229,6 +233,18 @@ def test_mixed_precision_features_are_close_and_stored_separately(tmp_path: Path
     assert mixed.features.dtype == torch.float32
     difference = (mixed.features - exact.features).abs().max() / exact.features.abs().max()
     assert 1e-6 < difference < 0.03
+
+
+def test_features_have_the_same_bits_with_any_number_of_batches_at_once(
+    tmp_path: Path, samples: Samples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    glyphnet = load_backbone("bundled:glyphnet")
+    made = []
+    for lanes in (1, 3):
+        monkeypatch.setattr(extraction, "lanes_of", lambda backbone, lanes=lanes: lanes)
+        made.append(FeatureStore.open(glyphnet, samples, root=tmp_path / str(lanes)))
+    assert torch.equal(made[0].features, made[1].features)
+    assert made[0].digest == made[1].digest
 
 
 def test_contents_are_added_to_a_store_without_them(tmp_path: Path, samples: Samples) -> None:
