@@ -13,7 +13,7 @@ from fedhead.client.answers import Answer, of_several, shared
 from fedhead.client.site_data import Holding, Site
 from fedhead.data import IntArray
 from fedhead.privacy.sensitivity import group_weights, svec, unit_rows
-from fedhead.privacy.stages import BINS, CLIP, LOSS_LIMIT, TEMPERATURES
+from fedhead.privacy.stages import BIAS_FEATURE, BINS, CLIP, LOSS_LIMIT, TEMPERATURES
 from fedhead.protocol.messages import MessageError, Payload
 from fedhead.protocol.private import PrivateRequest
 from fedhead.sums.sums import Arrays
@@ -94,14 +94,14 @@ def _add_centre(total: dict[str, Tensor], block: Block, head: dict[str, Tensor])
 def _add_gradient(total: dict[str, Tensor], block: Block, head: dict[str, Tensor]) -> None:
     rows, labels, weights = block
     residuals = clipped_residuals(rows, labels, head) * weights[:, None]
-    total["gradient"] += torch.cat([residuals.T @ rows, residuals.sum(0)[:, None]], dim=1)
+    total["gradient"] += torch.cat([residuals.T @ rows, BIAS_FEATURE * residuals.sum(0)[:, None]], dim=1)
 
 
 def clipped_residuals(rows: Tensor, labels: Tensor, head: dict[str, Tensor]) -> Tensor:
     """Return `[n, C]`, the gradient of each row's cross entropy by the logits, scaled by its limit.
 
-    The gradient by weight and bias is its outer product with the row and 1: their norms multiply. It is scaled so that
-    this norm is at most `CLIP` (Abadi et al., 2016), without a gradient for each row in memory.
+    The gradient by weight and bias is its outer product with the row and `BIAS_FEATURE`: their norms multiply. It is
+    scaled so that this norm is at most `CLIP` (Abadi et al., 2016), without a gradient for each row in memory.
 
     Args:
         rows: `[n, d]`.
@@ -110,7 +110,7 @@ def clipped_residuals(rows: Tensor, labels: Tensor, head: dict[str, Tensor]) -> 
     """
     residuals = torch.softmax(_logits(rows, head), dim=1)
     residuals[torch.arange(len(labels)), labels] -= 1
-    lengths = residuals.norm(dim=1) * (rows.square().sum(1) + 1).sqrt()
+    lengths = residuals.norm(dim=1) * (rows.square().sum(1) + BIAS_FEATURE**2).sqrt()
     limited: Tensor = residuals * (CLIP / lengths.clamp_min(CLIP))[:, None]
     return limited
 

@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,23 +11,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedhead.backbones import Backbone
 from fedhead.errors import FedheadError
 from fedhead.heads import UnitHead
 from fedhead.privacy.accountant import epsilon_for
 from fedhead.privacy.descent import descend
-from fedhead.privacy.heads import NoisySums, solve_noisy, temperature_of
+from fedhead.privacy.heads import NoisySums, solve_noisy, temperature_of, trusted_names
 from fedhead.privacy.mechanism import Mechanism
+from fedhead.privacy.sensitivity import unit_rows
 from fedhead.privacy.stages import (
     BINS,
-    CALIBRATION_SHARE,
     CENTRE_SHARE,
     LARGEST_WEIGHT,
     LOSS_LIMIT,
     ROUNDS_SHARE,
     better_solver,
-    calibrates,
+    calibration_share,
     centre_of,
     descends,
+    noise_level,
     temperature_from,
 )
 from fedhead.protocol.actions import PRIVATE
@@ -41,6 +44,9 @@ from fedhead.sums.sums import Arrays
 logger = logging.getLogger(__name__)
 
 _NORMAL = 1.96
+
+_BATCH = 64
+"""Names of classes that go through the backbone at a time."""
 
 _SETTLED = "settled"
 """In a checkpoint, the entry that says how many sites' noises add up."""
@@ -66,7 +72,8 @@ class PrivateCoordinator(Coordinator):
         assert terms is not None
         self._parties = self._settle_parties(terms)
         self.observer.on_step("statistics", 0)
-        solved = solve_private(self._ask, terms.mu, len(self.config.classes), self.config.rounds)
+        names = named_features(self.backbone, self.config.classes)
+        solved = solve_private(self._ask, terms.mu, len(self.config.classes), self.config.rounds, names)
         self.observer.on_step("evaluate", 0)
         evaluation = self._evaluate(terms.spends("held_out"), solved) if terms.evaluate else {}
         spent = {
@@ -78,6 +85,7 @@ class PrivateCoordinator(Coordinator):
             "parties": self._parties,
             "max_colluding": terms.max_colluding,
             "solver": solved.solver,
+            "names": solved.names,
             **({"rounds": solved.rounds, "asked_rounds": self.config.rounds} if self.config.rounds else {}),
             "accounts": {
                 "training rows": _account(terms.mu, terms.delta),
@@ -191,6 +199,7 @@ class Solved:
         bias: `[C]`.
         shift: `[d]`, the noisy centre.
         rounds: of noisy gradients after that.
+        names: whether class means were shrunk to the names of classes.
     """
 
     solver: str
@@ -198,6 +207,7 @@ class Solved:
     bias: Tensor
     shift: Tensor
     rounds: int = 0
+    names: bool = False
 
     def head(self, probe: Tensor) -> UnitHead:
         """Return the head for features as they are, given the features `[PROBES, d]` of the probe."""
@@ -228,7 +238,18 @@ Ask = Callable[[PrivateRequest], Released]
 """Makes a release."""
 
 
-def solve_private(ask: Ask, mu: float, classes: int, rounds: int = 0) -> Solved:
+def named_features(backbone: Backbone, classes: Sequence[str]) -> Tensor | None:
+    """Return `[C, d]`, features of the names of classes about the probe's mean, of norm 1; None if not of texts."""
+    if backbone.kind != "text":
+        return None
+    texts = [re.sub(r"[\s_-]+", " ", name).strip() or name for name in classes]
+    parts = [texts[start : start + _BATCH] for start in range(0, len(texts), _BATCH)]
+    prepare = backbone.preprocessing
+    features = [backbone.features(prepare.collate([prepare(text) for text in part])).cpu().double() for part in parts]
+    return unit_rows(torch.cat(features) - backbone.probe().cpu().double().mean(0))
+
+
+def solve_private(ask: Ask, mu: float, classes: int, rounds: int = 0, names: Tensor | None = None) -> Solved:
     """Solve a head from the centre of the rows and sums about it, and calibrate it if that is worth its share.
 
     Rounds of noisy gradients start from the solved head, if they are asked for and worth their share: public figures
@@ -239,20 +260,23 @@ def solve_private(ask: Ask, mu: float, classes: int, rounds: int = 0) -> Solved:
         mu: that all may spend.
         classes: `C`.
         rounds: of gradients that are asked for.
+        names: `[C, d]`, features of the names of classes, of norm 1 as rows are before their centre is known.
     """
     released = ask(PrivateRequest("centre", mu * math.sqrt(CENTRE_SHARE)))
     count = float(released.sums["count"][0])
     shift = centre_of(count, released.sums["total"], released.sigma("total")).astype(np.float32)
-    calibrating = mu * math.sqrt(CALIBRATION_SHARE)
-    calibrated = calibrates(count, calibrating / released.deviations)
-    rest = mu * math.sqrt(1 - CENTRE_SHARE - (CALIBRATION_SHARE if calibrated else 0))
-    solver = better_solver(count, classes, rest / released.deviations)
-    descending = rounds > 0 and solver == "lda" and descends(count, classes, len(shift), rest / released.deviations)
+    calibrating = calibration_share(count, mu / released.deviations)
+    rest = mu * math.sqrt(1 - CENTRE_SHARE - calibrating)
+    level = noise_level(count, classes, len(shift), rest / released.deviations)
+    solver = better_solver(level)
+    descending = rounds > 0 and descends(level)
     one = rest * math.sqrt(1 - ROUNDS_SHARE) if descending else rest
     released = ask(PrivateRequest(solver, one, {"shift": shift}))
     sums, sigmas = released.sums, [released.sigma(name) for name in released.mechanism.arrays]
     gram = torch.from_numpy(sums["gram"]) if "gram" in sums else None
     noisy = NoisySums(torch.from_numpy(sums["counts"]), torch.from_numpy(sums["sums"]), gram, *sigmas)
+    if names is not None:
+        noisy = replace(noisy, names=unit_rows(names - torch.from_numpy(shift).double()))
     head = solve_noisy(noisy)
     temperature = temperature_of(head, noisy)
     weight, bias = ((part / temperature).clamp(-LARGEST_WEIGHT, LARGEST_WEIGHT).float() for part in head.affine())
@@ -263,13 +287,14 @@ def solve_private(ask: Ask, mu: float, classes: int, rounds: int = 0) -> Solved:
             arrays = {"shift": shift, "weight": weight.numpy(), "bias": bias.numpy()}
             return torch.from_numpy(ask(PrivateRequest("gradient", each, arrays, step)).sums["gradient"])
 
-        weight, bias = descend(gradient, weight, bias, noisy, rounds)
-    if calibrated:
+        weight, bias = descend(gradient, weight, bias, float(noisy.shrunk_counts().sum()), rounds)
+    if calibrating:
         arrays = {"shift": shift, "weight": weight.numpy(), "bias": bias.numpy()}
-        released = ask(PrivateRequest("calibration", calibrating, arrays))
+        released = ask(PrivateRequest("calibration", mu * math.sqrt(calibrating), arrays))
         best = temperature_from(released.sums["excess"], released.sigma("excess"))
         weight, bias = weight / best, bias / best
-    return Solved(solver, weight, bias, torch.from_numpy(shift), rounds if descending else 0)
+    named = trusted_names(noisy) is not None
+    return Solved(solver, weight, bias, torch.from_numpy(shift), rounds if descending else 0, named)
 
 
 def evaluation_of(sums: Arrays, sigmas: Mapping[str, float]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from fedhead.errors import UserError
 from fedhead.heads import Head
 from fedhead.protocol.messages import Manifest
 from fedhead.protocol.private import PrivateRequest
-from fedhead.server.private_run import Released, solve_private
+from fedhead.server.private_run import Released, named_features, solve_private
 from fedhead.simulations.sites import SharedData
 from fedhead.solvers import solve_head
 from fedhead.sums.features import FeatureStatistics
@@ -128,6 +128,8 @@ def attack_membership(config: RunConfig, backbone: Backbone, shared: SharedData,
     terms = agreed.manifest.privacy
     assert terms is not None
 
+    names = named_features(backbone, config.classes)
+
     def solve_noisy(chosen: IntArray) -> Head:
         own = rows[chosen]
         holding = hold(
@@ -138,7 +140,7 @@ def attack_membership(config: RunConfig, backbone: Backbone, shared: SharedData,
             mechanism = request.mechanism(len(config.classes), backbone.num_features)
             return Released(mechanism, mechanism.add_noise(private_sums([holding], agreed, request)))
 
-        return solve_private(ask, terms.mu, len(config.classes), config.rounds).head(shared.probe)
+        return solve_private(ask, terms.mu, len(config.classes), config.rounds, names).head(shared.probe)
 
     return attack_heads(features, labels, solve_noisy, mu=terms.mu, seed=config.seed)
 

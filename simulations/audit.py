@@ -26,9 +26,10 @@ from fedhead.config import RunConfig
 from fedhead.data import IntArray
 from fedhead.privacy.mechanism import Mechanism
 from fedhead.privacy.sensitivity import unsvec
+from fedhead.privacy.stages import BIAS_FEATURE
 from fedhead.protocol.messages import Manifest
 from fedhead.protocol.private import PrivateRequest
-from fedhead.server.private_run import Released, solve_private
+from fedhead.server.private_run import Released, named_features, solve_private
 from fedhead.simulations.sites import SharedData
 from fedhead.sums.sums import Arrays
 
@@ -139,7 +140,7 @@ def audit_private(
         scores[:] += np.concatenate([_agreement_with(rest, features, labels, request) for features, labels, _ in own])
         return Released(mechanism, noisy)
 
-    solve_private(ask, terms.mu, len(config.classes), config.rounds)
+    solve_private(ask, terms.mu, len(config.classes), config.rounds, named_features(backbone, config.classes))
     order = np.argsort(scores, kind="stable")
     half = GUESSES // 2
     right = int(added[order[-half:]].sum() + (~added[order[:half]]).sum())
@@ -178,7 +179,7 @@ def _agreement_with(rest: Arrays, rows: Tensor, labels: Tensor, request: Private
     parts = {name: torch.from_numpy(np.asarray(array)) for name, array in rest.items()}
     if "gradient" in parts:
         head = {name: torch.from_numpy(np.array(array)).double() for name, array in request.arrays.items()}
-        residuals, extended = clipped_residuals(rows, labels, head), nn.functional.pad(rows, (0, 1), value=1.0)
+        residuals, extended = clipped_residuals(rows, labels, head), nn.functional.pad(rows, (0, 1), value=BIAS_FEATURE)
         scores = (residuals * (extended @ parts["gradient"].T)).sum(1)
     elif "total" in parts:
         scores = parts["count"] + rows @ parts["total"]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedhead.heads import LinearHead
+from fedhead.privacy.names import names_spectrum, nearness, shrink_to_names
 from fedhead.privacy.sensitivity import unsvec
 
 LEAST_SHARE = 0.05
@@ -34,6 +35,7 @@ class NoisySums:
         sigma_counts: the noise's standard deviation on counts.
         sigma_sums: on class sums.
         sigma_gram: on every entry of `gram`.
+        names: `[C, d]`, features of the classes' names, as rows are given; used without a Gram matrix.
     """
 
     counts: Tensor
@@ -42,6 +44,7 @@ class NoisySums:
     sigma_counts: float
     sigma_sums: float
     sigma_gram: float = 0.0
+    names: Tensor | None = None
 
     @property
     def edge(self) -> float:
@@ -63,20 +66,40 @@ def solve_noisy(noisy: NoisySums) -> LinearHead:
     The covariance is that of `within_spectrum`: without a Gram matrix it is spherical, as for nearest means. The mean
     of class `c` has noise of variance `v_c = sigma_s^2 / n_c^2` in each feature. Deviations from the centre are
     multiplied by `s / (s + v_c)`, with `s` their own mean variance (empirical Bayes; Efron and Morris, 1973).
-    Otherwise classes with few rows get the longest weights, of noise.
+    Otherwise classes with few rows get the longest weights, of noise. With names of classes, see `shrink_to_names`.
     """
-    counts, sums = noisy.shrunk_counts(), noisy.sums
+    counts = noisy.shrunk_counts()
     rows = float(counts.sum())
     spectrum, vectors = within_spectrum(noisy)
-    means = sums / counts[:, None]
-    centre = sums.sum(0) / rows
-    deviations = means - centre
-    noise = (noisy.sigma_sums / counts)[:, None] ** 2
-    signal = (deviations.square().mean() - noise.mean()).clamp(min=0)
-    deviations = deviations * (signal / (signal + noise))
+    centre, deviations = class_means(noisy)
     weight = (deviations @ vectors / spectrum) @ vectors.T
     bias = (counts / rows).log() - 0.5 * (weight * deviations).sum(1) - weight @ centre
     return LinearHead.from_weights(weight, bias)
+
+
+def class_means(noisy: NoisySums) -> tuple[Tensor, Tensor]:
+    """Return the centre `[d]` of all rows, and the shrunk deviations `[C, d]` of class means from it."""
+    counts = noisy.shrunk_counts()
+    centre, deviations, noise = _noisy_means(noisy)
+    if (names := trusted_names(noisy)) is not None:
+        return centre, shrink_to_names(deviations, names, counts, noise)
+    signal = (deviations.square().mean() - noise.mean()).clamp(min=0)
+    return centre, deviations * (signal / (signal + noise))[:, None]
+
+
+def trusted_names(noisy: NoisySums) -> Tensor | None:
+    """Return features of the classes' names if the sums prove class means near them, and have no Gram matrix."""
+    if noisy.names is None or noisy.gram is not None:
+        return None
+    _, deviations, noise = _noisy_means(noisy)
+    return noisy.names if nearness(deviations, noisy.names, noisy.shrunk_counts(), noise) else None
+
+
+def _noisy_means(noisy: NoisySums) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the centre `[d]`, deviations of class means `[C, d]`, and the variance of their noise `[C]`."""
+    counts = noisy.shrunk_counts()
+    centre = noisy.sums.sum(0) / counts.sum()
+    return centre, noisy.sums / counts[:, None] - centre, (noisy.sigma_sums / counts) ** 2
 
 
 def within_spectrum(noisy: NoisySums) -> tuple[Tensor, Tensor]:
@@ -84,13 +107,19 @@ def within_spectrum(noisy: NoisySums) -> tuple[Tensor, Tensor]:
 
     Class sums have variance `sigma_s^2 / n_c` too much in the products that are taken from the Gram matrix. An
     eigenvalue `w` beyond `edge / N` becomes `(w + sqrt(w^2 - 4 t^2)) / 2` with `t = edge / (2 N)`; the others
-    become their mean. Without a Gram matrix all are equal, and their sum is what the class means leave of norm 1.
+    become their mean. Without a Gram matrix their sum is what the class means leave of norm 1, and all are equal, or
+    as `names_spectrum` guesses.
     """
     counts, sums = noisy.shrunk_counts(), noisy.sums
     rows, size = float(counts.sum()), sums.shape[1]
     if noisy.gram is None:
         between = (sums.square().sum(1) - size * noisy.sigma_sums**2) / counts
-        variance = max(1 - float(between.sum()) / rows, LEAST_SHARE) / size
+        # Less its standard error: a covariance that is too small makes a head too sure.
+        error = ((2 * size * noisy.sigma_sums**2 + 4 * between * counts) * noisy.sigma_sums**2).clamp(min=0) / counts**2
+        variance = max(1 - max(float(between.sum() - error.sum().sqrt()), 0.0) / rows, LEAST_SHARE) / size
+        if (names := trusted_names(noisy)) is not None:
+            spectrum, vectors = names_spectrum(names, counts)
+            return variance * spectrum, vectors
         return torch.full((size,), variance, dtype=torch.float64), torch.eye(size, dtype=torch.float64)
     gram = unsvec(noisy.gram, size)
     gram.diagonal().add_(noisy.sigma_sums**2 * float((1 / counts).sum()))

@@ -18,27 +18,36 @@ rows."""
 LOSS_LIMIT = 8.0
 """Losses of rows count as at most this many nats."""
 
-CENTRE_SHARE = 0.1
+CENTRE_SHARE = 0.05
 """Share of the training rows' `mu^2` that their centre spends; the sums about it spend the rest."""
 
-CALIBRATION_SHARE = 0.05
-"""The same of the calibration of the head, where one is made."""
+CALIBRATION_NOISE = 0.02
+"""Standard deviation of the noise on a mean confidence for which a calibration spends, but at most
+`MOST_CALIBRATION`."""
+
+MOST_CALIBRATION = 0.05
+"""Largest share of the training rows' `mu^2` that the calibration of the head spends."""
 
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 """Temperatures at which a head's confidence is compared with its accuracy."""
 
-CLIP = 1.0
-"""Largest norm of a row's gradient by weight and bias, with features of norm 1; without a limit it is at most 2."""
+CLIP = 0.5
+"""Largest norm of a row's gradient by weight and bias; without a limit it is at most 1.5."""
+
+BIAS_FEATURE = 0.3
+"""Feature of every row that the bias weighs in a gradient, beside those of norm 1: 1 would take up half of `CLIP`."""
 
 LARGEST_WEIGHT = 1e6
 """Bar on the weights of a head for unit-norm rows; larger ones saturate every loss."""
 
-ROUNDS_SHARE = 0.4
+ROUNDS_SHARE = 0.6
 """Share of the `mu^2` of sums and rounds together that rounds spend, where they are worth it."""
 
-LARGEST_STEP_NOISE = 0.2
-"""Largest norm of the noise on a class's gradient, for each row of a mean class, for which rounds are made; one round
-with all the budget would have this noise."""
+LDA_NOISE = 0.12
+"""Largest `noise_level` for which the Gram matrix is worth its share."""
+
+ROUNDS_NOISE = 0.35
+"""Largest `noise_level` for which rounds are worth their share."""
 
 LARGEST_NOISE = 0.1
 """Largest standard deviation of the noise on a mean confidence for which a calibration is made."""
@@ -92,41 +101,47 @@ def mechanism(stage: Stage, mu: float, classes: int, features: int) -> Mechanism
     return Mechanism.split(mu, forms(stage, classes, features))
 
 
-def better_solver(rows: float, classes: int, mu: float) -> Literal["lda", "nearest-mean"]:
-    """Return which sums to ask for, from public figures alone.
-
-    Where the noise on counts exceeds half the rows of a class, the noise on the Gram matrix would hide more than the
-    covariance tells, and all of the budget goes to class sums.
-
-    Args:
-        rows: about how many rows there are, as far as it is public.
-        classes: `C`.
-        mu: that the sums may spend.
-    """
-    share = forms("lda", classes, 1)["counts"][0]
-    return "nearest-mean" if 1 / (mu * math.sqrt(share)) > rows / (2 * classes) else "lda"
-
-
-def calibrates(rows: float, mu: float) -> bool:
-    """Return whether a calibration is worth its share of the budget, from public figures alone.
-
-    Args:
-        rows: about how many rows there are, as far as it is public.
-        mu: that the calibration may spend.
-    """
-    return forms("calibration", 1, 1)["excess"][2] / (mu * max(rows, 1.0)) < LARGEST_NOISE
-
-
-def descends(rows: float, classes: int, features: int, mu: float) -> bool:
-    """Return whether rounds of noisy gradients are worth their share of the budget, from public figures alone.
+def noise_level(rows: float, classes: int, features: int, mu: float) -> float:
+    """Return the noise on the mean of a class: its norm if one release of all class sums spent the whole budget.
 
     Args:
         rows: about how many rows there are, as far as it is public.
         classes: `C`.
         features: `d`.
-        mu: that sums and rounds may spend together.
+        mu: that all sums may spend.
     """
-    return CLIP * math.sqrt(features + 1) * classes / (mu * max(rows, 1.0)) < LARGEST_STEP_NOISE
+    return classes * math.sqrt(features + 1) / (mu * max(rows, 1.0))
+
+
+def better_solver(level: float) -> Literal["lda", "nearest-mean"]:
+    """Return which sums to ask for, given the `noise_level`, from public figures alone.
+
+    Where class means are noisy, the noise on the Gram matrix hides all but the largest eigenvalues of the covariance,
+    and all of the budget goes to class sums.
+    """
+    return "lda" if level < LDA_NOISE else "nearest-mean"
+
+
+def descends(level: float) -> bool:
+    """Return whether rounds of noisy gradients after nearest means are worth their share, given the `noise_level`.
+
+    Gradients correct the means by the covariance that the Gram matrix would be too noisy for. With less noise,
+    discriminant analysis does this at once; with more, so do neither.
+    """
+    return LDA_NOISE <= level < ROUNDS_NOISE
+
+
+def calibration_share(rows: float, mu: float) -> float:
+    """Return the share of `mu^2` that a calibration spends, from public figures alone; 0 where none is worth it.
+
+    Args:
+        rows: about how many rows there are, as far as it is public.
+        mu: of the training rows' account.
+    """
+    unit = forms("calibration", 1, 1)["excess"][2] / (mu * max(rows, 1.0))
+    if unit / math.sqrt(MOST_CALIBRATION) >= LARGEST_NOISE:
+        return 0.0
+    return min((unit / CALIBRATION_NOISE) ** 2, MOST_CALIBRATION)
 
 
 def temperature_from(excess: FloatArray, sigma: float) -> float:

@@ -52,17 +52,22 @@ def solver_of(privacy: Mapping[str, Any] | None) -> str:
         return ""
     rounds = int(privacy.get("rounds", 0))
     more = f" and {counted(rounds, 'round')} of noisy gradients" if rounds else ""
-    return f"{solvers[str(privacy['solver'])]} on noisy sums{more}"
+    near = ", near the classes' names," if privacy.get("names") else ""
+    return f"{solvers[str(privacy['solver'])]}{near} on noisy sums{more}"
 
 
 def outcome(privacy: Mapping[str, Any]) -> list[str]:
     """Return sentences on the head and its noisy evaluation."""
     said = [f"{solver_of(privacy).capitalize()}, chosen by public figures."]
     if privacy.get("asked_rounds") and not privacy["rounds"]:
+        why = (
+            "discriminant analysis corrects means by the covariance at once"
+            if privacy["solver"] == "lda"
+            else "for so few rows, the noise on gradients would outweigh what rounds gain"
+        )
         said.append(
-            "No rounds were made: for so few rows, the noise on gradients would outweigh what rounds gain, so the "
-            "sums received the rounds' share of the budget. This was decided by the noisy number of rows, the classes, "
-            "the features and epsilon."
+            f"No rounds were made: {why}, so the sums received the rounds' share of the budget. This was decided by "
+            "the noisy number of rows, the classes, the features and epsilon."
         )
     if evaluation := privacy.get("evaluation"):
         said.append(noisy_accuracy(evaluation))

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedhead.config import RunConfig
-from fedhead.data import Samples, load_samples
+from fedhead.data import IntArray, Samples, load_samples
 from fedhead.errors import UserError
 from fedhead.simulations.benchmarks.measurement import Json, app, machine
 from fedhead.simulations.benchmarks.problem import SEED, own_home
@@ -30,10 +30,10 @@ def accuracies(
 ) -> Mapping[str, list[float]]:
     """Return the test accuracy of each repetition, by epsilon; `none` for the exact head.
 
-    Nothing is held out or evaluated, so that all rows train, and nothing is chosen by the test set. The rows are drawn
-    at random and divided evenly over the sites, which decides nothing: sums add.
+    Nothing is held out or evaluated, so that all rows train, and nothing is chosen by the test set. The division of
+    rows over sites decides nothing: sums add.
     """
-    drawn = np.random.default_rng(SEED).permutation(len(train))[:rows]
+    drawn = even_rows(train.labels, rows)
     sites = np.array_split(drawn, config.simulation.sites)
     found: dict[str, list[float]] = {}
     with own_home() as home:
@@ -49,6 +49,17 @@ def accuracies(
     return found
 
 
+def even_rows(labels: IntArray, rows: int) -> IntArray:
+    """Return rows drawn at random, from each class as evenly as it has rows; all if so many are asked for."""
+    order = np.random.default_rng(SEED).permutation(len(labels))
+    places = np.zeros(len(labels), np.int64)
+    for label in np.unique(labels):
+        of_class = np.flatnonzero(labels[order] == label)
+        places[of_class] = np.arange(len(of_class))
+    chosen: IntArray = order[np.argsort(places, kind="stable")][:rows]
+    return chosen
+
+
 @dataclass(frozen=True)
 class Problem:
     """Rows to train and test on, under a backbone.
@@ -59,7 +70,7 @@ class Problem:
         test: the pooled test set.
         backbone: its spec.
         weights: of the backbone.
-        rows: to train on, drawn at random; 0 for all.
+        rows: to train on, drawn evenly from the classes; 0 for all.
     """
 
     name: str
@@ -107,10 +118,10 @@ def privacy(
     ] = None,
     backbone: Annotated[str, typer.Option()] = "bundled:glyphnet",
     weights: Annotated[str, typer.Option()] = "default",
-    rows: Annotated[int, typer.Option(help="Rows to train on, drawn at random; 0 for all.")] = 0,
+    rows: Annotated[int, typer.Option(help="Rows to train on, drawn evenly from the classes; 0 for all.")] = 0,
     sites: Annotated[int, typer.Option(min=1)] = 20,
     noise: Annotated[str, typer.Option(help="'shared' or 'own'.")] = "shared",
-    rounds: Annotated[int, typer.Option(min=0, help="Rounds of noisy gradients, where they are worth it.")] = 0,
+    rounds: Annotated[int, typer.Option(min=0, help="Rounds of noisy gradients, where they are worth it.")] = 20,
     repeats: Annotated[int, typer.Option(min=1, help="Runs with fresh noise for each epsilon.")] = 5,
     epsilons: Annotated[str, typer.Option(help="Values of epsilon.")] = "0.5,1,3,8",
     as_json: Json = False,

@@ -15,7 +15,7 @@ from fedhead.client.release.guard import Guard
 from fedhead.client.site_data import Holding, hold
 from fedhead.config import RunConfig
 from fedhead.privacy.sensitivity import unit_rows
-from fedhead.privacy.stages import CLIP, LOSS_LIMIT, TEMPERATURES, Stage, forms
+from fedhead.privacy.stages import BIAS_FEATURE, CLIP, LOSS_LIMIT, TEMPERATURES, Stage, forms
 from fedhead.protocol.messages import Manifest
 from fedhead.protocol.private import PrivacyTerms, PrivateRequest
 from fedhead.tasks import make_task
@@ -146,7 +146,8 @@ def test_gradients_are_those_of_each_row_with_a_limited_norm() -> None:
     for row, label in zip(rows, labels, strict=True):
         head = [part.clone().requires_grad_() for part in (weight, bias)]
         loss = torch.nn.functional.cross_entropy((row @ head[0].T + head[1])[None], label[None])
-        own = torch.cat([part.reshape(3, -1) for part in torch.autograd.grad(loss, head)], dim=1)
+        by_weight, by_bias = torch.autograd.grad(loss, head)
+        own = torch.cat([by_weight, BIAS_FEATURE * by_bias[:, None]], dim=1)
         limited += float(own.norm()) > CLIP
         total += own / max(1.0, float(own.norm()) / CLIP)
     np.testing.assert_allclose(sums["gradient"], total.numpy(), atol=1e-9)

@@ -1,5 +1,7 @@
 """Rounds of gradients after a head that was solved from sums."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,12 +9,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from fedhead.privacy.accountant import mu_for
 from fedhead.privacy.descent import descend
 from fedhead.privacy.heads import NoisySums, solve_noisy
 from fedhead.privacy.mechanism import Mechanism
 from fedhead.privacy.sensitivity import svec, unit_rows
-from fedhead.privacy.stages import CLIP, ROUNDS_SHARE, descends, forms
+from fedhead.privacy.stages import (
+    BIAS_FEATURE,
+    CLIP,
+    LDA_NOISE,
+    ROUNDS_NOISE,
+    ROUNDS_SHARE,
+    better_solver,
+    descends,
+    forms,
+)
 
 CLASSES, FEATURES, ROWS = 3, 5, 400
 
@@ -40,21 +50,20 @@ def test_rounds_without_noise_lower_the_loss(rows: tuple[Tensor, Tensor]) -> Non
     def gradient(step: int, weight: Tensor, bias: Tensor) -> Tensor:
         asked.append(step)
         residuals = torch.softmax(features @ weight.double().T + bias.double(), 1) - functional.one_hot(labels, CLASSES)
-        return torch.cat([residuals.T @ features, residuals.sum(0)[:, None]], 1)
+        return torch.cat([residuals.T @ features, BIAS_FEATURE * residuals.sum(0)[:, None]], 1)
 
     def loss(weight: Tensor, bias: Tensor) -> float:
         return float(functional.cross_entropy(features @ weight.double().T + bias.double(), labels))
 
-    losses = [loss(weight, bias), *(loss(*descend(gradient, weight, bias, noisy, rounds)) for rounds in (5, 40))]
+    losses = [math.log(CLASSES), *(loss(*descend(gradient, weight, bias, ROWS, rounds)) for rounds in (5, 40))]
     assert losses == sorted(losses, reverse=True)
     assert losses[0] - losses[-1] > 1e-3
     assert asked == [*range(1, 6), *range(1, 41)]
 
 
-def test_one_round_is_one_step(rows: tuple[Tensor, Tensor]) -> None:
-    noisy = sums_of(*rows)
+def test_rounds_without_gradients_change_nothing() -> None:
     weight, bias = torch.zeros(CLASSES, FEATURES), torch.zeros(CLASSES)
-    still = descend(lambda step, weight, bias: torch.zeros(CLASSES, FEATURES + 1).double(), weight, bias, noisy, 1)
+    still = descend(lambda step, weight, bias: torch.zeros(CLASSES, FEATURES + 1).double(), weight, bias, ROWS, 1)
     assert torch.equal(still[0], weight)
     assert torch.equal(still[1], bias)
 
@@ -70,6 +79,7 @@ def test_sums_and_all_rounds_spend_their_mu_and_no_more(mu: float, rounds: int) 
     assert gradient.sigma("gradient") == pytest.approx(CLIP / each, rel=1e-2)
 
 
-def test_rounds_are_made_where_rows_outweigh_the_noise() -> None:
-    made = [descends(rows, 10, 192, mu_for(epsilon, 1e-5)) for rows in (300, 1437, 10**5) for epsilon in (0.5, 8.0)]
-    assert made == [False, False, False, True, True, True]
+def test_rounds_follow_nearest_means_only() -> None:
+    levels = [0.5 * LDA_NOISE, LDA_NOISE, 0.9 * ROUNDS_NOISE, ROUNDS_NOISE, 10.0]
+    assert [descends(level) for level in levels] == [False, True, True, False, False]
+    assert [better_solver(level) for level in levels] == ["lda"] + 4 * ["nearest-mean"]

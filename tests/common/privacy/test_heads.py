@@ -7,7 +7,17 @@ from torch import Tensor
 from fedhead.privacy.heads import NoisySums, solve_noisy, temperature_of, within_spectrum
 from fedhead.privacy.mechanism import Mechanism
 from fedhead.privacy.sensitivity import svec, unit_rows
-from fedhead.privacy.stages import Stage, better_solver, centre_of, forms, mechanism
+from fedhead.privacy.stages import (
+    CALIBRATION_NOISE,
+    MOST_CALIBRATION,
+    Stage,
+    better_solver,
+    calibration_share,
+    centre_of,
+    forms,
+    mechanism,
+    noise_level,
+)
 
 
 def problem(rows: int = 4000, size: int = 12, classes: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -110,9 +120,18 @@ def test_temperature_lowers_the_loss_of_noisy_heads(solver: Stage) -> None:
 
 
 def test_public_figures_choose_the_solver() -> None:
-    assert better_solver(1437, 10, 0.25) == "lda"
-    assert better_solver(2500, 77, 0.25) == "nearest-mean"
-    assert better_solver(2500, 77, 1.6) == "lda"
+    levels = [noise_level(rows, classes, 200, mu) for rows, classes, mu in ((1437, 10, 1.6), (2500, 77, 1.6))]
+    assert [better_solver(level) for level in levels] == ["lda", "nearest-mean"]
+    assert noise_level(100, 4, 24, 0.5) == pytest.approx(4 * 5 / 50)
+
+
+def test_a_calibration_spends_no_more_than_it_needs() -> None:
+    shares = [calibration_share(rows, 0.25) for rows in (30, 1000, 2500, 10**4, 10**6)]
+    assert shares[0] == 0
+    assert shares[1] == MOST_CALIBRATION
+    assert shares[1:] == sorted(shares[1:], reverse=True)
+    noise = mechanism("calibration", 0.25 * shares[3] ** 0.5, 5, 5).sigma("excess") / 10**4
+    assert noise == pytest.approx(CALIBRATION_NOISE, rel=0.01)
 
 
 def test_a_centre_of_noise_alone_is_near_zero() -> None:
