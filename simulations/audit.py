@@ -123,7 +123,7 @@ def audit_private(
     mixed = _Mixed(shared, rows, probe, rng)
     added = rng.random(CANARIES) < 0.5
     in_runs, all_of_them = mixed.canaries(added), mixed.canaries(np.ones(CANARIES, np.bool_))
-    scores = np.zeros(CANARIES)
+    scores, similarity = np.zeros(CANARIES), np.zeros((CANARIES, CANARIES))
 
     def ask(request: PrivateRequest) -> Released:
         mechanism = request.mechanism(len(config.classes), backbone.num_features)
@@ -136,11 +136,15 @@ def audit_private(
         noisy = add_noise(mechanism, {name: array + inside[name] for name, array in known.items()})
         # Half of the canaries are expected to be added.
         rest = {name: (noisy[name] - known[name] - every[name] / 2) / mechanism.sigma(name) ** 2 for name in known}
-        own = blocks([all_of_them], agreed, request)
-        scores[:] += np.concatenate([_agreement_with(rest, features, labels, request) for features, labels, _ in own])
+        own = list(blocks([all_of_them], agreed, request))
+        features, labels = torch.cat([block[0] for block in own]), torch.cat([block[1] for block in own])
+        scores[:] += _agreement_with(rest, features, labels, request)
+        similarity[:] += _similarity(features, labels, request, mechanism)
         return Released(mechanism, noisy)
 
     solve_private(ask, terms.mu, len(config.classes), config.rounds, named_features(backbone, config.classes))
+    # Each is added with probability 1/2: the best linear estimate given all others.
+    scores = np.linalg.solve(similarity + 4 * np.eye(CANARIES), scores)
     order = np.argsort(scores, kind="stable")
     half = GUESSES // 2
     right = int(added[order[-half:]].sum() + (~added[order[:half]]).sum())
@@ -189,3 +193,22 @@ def _agreement_with(rest: Arrays, rows: Tensor, labels: Tensor, request: Private
         scores = scores + ((rows @ unsvec(parts["gram"], rows.shape[1])) * rows).sum(1)
     found: FloatArray = scores.numpy()
     return found
+
+
+def _similarity(rows: Tensor, labels: Tensor, request: PrivateRequest, mechanism: Mechanism) -> FloatArray:
+    """Return `[n, n]`, inner products of the rows' parts of a release, in units of its noise."""
+    weights = {name: mechanism.sigma(name) ** -2 for name in mechanism.arrays}
+    products = rows @ rows.T
+    same = (labels[:, None] == labels).double()
+    if "gradient" in weights:
+        head = {name: torch.from_numpy(np.array(array)).double() for name, array in request.arrays.items()}
+        residuals = clipped_residuals(rows, labels, head)
+        found = weights["gradient"] * (residuals @ residuals.T) * (products + BIAS_FEATURE**2)
+    elif "total" in weights:
+        found = weights["count"] + weights["total"] * products
+    else:
+        found = same * (weights["counts"] + weights["sums"] * products)
+    if "gram" in weights:
+        found = found + weights["gram"] * products.square()
+    similarity: FloatArray = found.numpy()
+    return similarity

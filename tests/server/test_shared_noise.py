@@ -80,8 +80,8 @@ def simulated(entropy: Any, monkeypatch: pytest.MonkeyPatch, config: RunConfig) 
 def test_real_sites_and_the_simulation_share_the_same_noise(
     rounds: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # So few rows have rounds with much budget only.
-    config = private(privacy={"epsilon": 50.0}, rounds=rounds) if rounds else private()
+    # Rounds follow nearest means, of noisier sums.
+    config = private(privacy={"epsilon": 20.0}, rounds=rounds) if rounds else private()
     outcome, _ = run(NoisyNetwork(tmp_path, np.random.default_rng(7).bytes), config, tmp_path / "run")
     expected = simulated(np.random.default_rng(7).bytes, monkeypatch, config)
     for name, tensor in outcome.head.state_dict().items():
@@ -111,7 +111,7 @@ class Watched:
                 site = network.sites[name]
                 agreed = self.agreement(site)
                 exact += NoisyReply(private_sums([site.open(agreed.manifest)], agreed, request))
-            for array in ("gram", "confusion"):
+            for array in ("sums", "confusion"):
                 if array in made.arrays:
                     noise = (collected.total.arrays[array] - exact.arrays[array]) / made.sigma(array)
                     self.deviations[array] = (float(noise.std()), math.sqrt(len(collected.sites) / request.parties))
@@ -149,8 +149,8 @@ def test_the_total_has_the_noise_of_its_survivors(
     network.get_node_ids = back  # type: ignore[method-assign]
     outcome, _ = run(network, private(), tmp_path / "run")
     assert bool(asked) == bool(lost_at)
-    measured, stated = watched.deviations["gram"]
-    assert measured == pytest.approx(stated, rel=0.03)
+    measured, stated = watched.deviations["sums"]
+    assert measured == pytest.approx(stated, rel=0.08)
     assert 1 <= stated <= math.sqrt(SITES / 3)
     assert outcome.privacy["accounts"]["training rows"]["epsilon"] == pytest.approx(EPSILON)
     for name in NAMES:

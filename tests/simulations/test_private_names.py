@@ -13,28 +13,14 @@ from fedhead.server.private_run import named_features
 from fedhead.simulations import simulate
 
 CLASSES = ("lung_cough", "skin-rash", "heart rate", "sore throat")
+FILLERS = ("and", "a", "with", "today", "since", "some")
 ROWS, WIDTH = 400, 48
 
 
 @pytest.fixture
 def vectors(tmp_path: Path) -> Path:
     rng = np.random.default_rng(0)
-    words = [
-        "lung",
-        "cough",
-        "skin",
-        "rash",
-        "heart",
-        "rate",
-        "sore",
-        "throat",
-        "and",
-        "a",
-        "with",
-        "today",
-        "since",
-        "some",
-    ]
+    words = [*" ".join(CLASSES).replace("_", " ").replace("-", " ").split(), *FILLERS]
     lines = (" ".join([word, *(f"{value:.3f}" for value in rng.normal(size=WIDTH))]) for word in words)
     (tmp_path / "vectors.txt").write_text("\n".join(lines) + "\n")
     return tmp_path / "vectors.txt"
@@ -42,11 +28,10 @@ def vectors(tmp_path: Path) -> Path:
 
 def notes(path: Path, classes: tuple[str, ...]) -> str:
     draw = random.Random(0)
-    fillers = ["and", "a", "with", "today", "since", "some"]
     rows = ["text,label"]
     for row in range(ROWS):
         words = CLASSES[row % 4].replace("_", " ").replace("-", " ").split()
-        text = [draw.choice(words), *draw.sample(fillers, 3), f"{row}"]
+        text = [draw.choice(words), *draw.sample(FILLERS, 3), f"{row}"]
         rows.append(f"{' '.join(text)},{classes[row % 4]}")
     path.write_text("\n".join(rows) + "\n")
     return f"csv:{path}"
