@@ -272,11 +272,16 @@ def solve_private(ask: Ask, mu: float, classes: int, rounds: int = 0, names: Ten
     descending = rounds > 0 and descends(level)
     one = rest * math.sqrt(1 - ROUNDS_SHARE) if descending else rest
     released = ask(PrivateRequest(solver, one, {"shift": shift}))
-    sums, sigmas = released.sums, [released.sigma(name) for name in released.mechanism.arrays]
-    gram = torch.from_numpy(sums["gram"]) if "gram" in sums else None
-    noisy = NoisySums(torch.from_numpy(sums["counts"]), torch.from_numpy(sums["sums"]), gram, *sigmas)
-    if names is not None:
-        noisy = replace(noisy, names=unit_rows(names - torch.from_numpy(shift).double()))
+    sums, gram = released.sums, "gram" in released.sums
+    noisy = NoisySums(
+        counts=torch.from_numpy(sums["counts"]),
+        sums=torch.from_numpy(sums["sums"]),
+        gram=torch.from_numpy(sums["gram"]) if gram else None,
+        sigma_counts=released.sigma("counts"),
+        sigma_sums=released.sigma("sums"),
+        sigma_gram=released.sigma("gram") if gram else 0.0,
+        names=None if names is None else unit_rows(names - torch.from_numpy(shift).double()),
+    )
     head = solve_noisy(noisy)
     temperature = temperature_of(head, noisy)
     weight, bias = ((part / temperature).clamp(-LARGEST_WEIGHT, LARGEST_WEIGHT).float() for part in head.affine())

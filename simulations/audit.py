@@ -144,8 +144,8 @@ def audit_private(
 
     solve_private(ask, terms.mu, len(config.classes), config.rounds, named_features(backbone, config.classes))
     # Each is added with probability 1/2: the best linear estimate given all others.
-    scores = np.linalg.solve(similarity + 4 * np.eye(CANARIES), scores)
-    order = np.argsort(scores, kind="stable")
+    estimates = np.linalg.solve(similarity + 4 * np.eye(CANARIES), scores)
+    order = np.argsort(estimates, kind="stable")
     half = GUESSES // 2
     right = int(added[order[-half:]].sum() + (~added[order[:half]]).sum())
     return Audit(CANARIES, GUESSES, right, terms.epsilon, terms.delta)
