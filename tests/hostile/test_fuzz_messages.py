@@ -41,6 +41,7 @@ from fedhead.protocol.messages import (
     MessageError,
     Payload,
 )
+from fedhead.protocol.private import PrivateRequest
 from fedhead.server.network.grid import NetworkGrid
 from fedhead.server.network.superlink import SuperLink
 from fedhead.simulations import simulate
@@ -116,12 +117,36 @@ def recorder(rows: Samples, honest: ClientApp, tmp_path_factory: pytest.TempPath
     return made
 
 
+FURTHER: list[dict[str, Any]] = [
+    {"adapt": True, "foreign": True, "rounds": 0},
+    {"personal": "closed", "rounds": 0},
+    {"strategy": {"name": "pooled-lbfgs"}, "rounds": 1},
+    {"lift": "relu:300", "rounds": 0},
+    {"tune": {"layers": "features"}, "rounds": 1},
+]
+"""Settings of runs with other actions."""
+
+
 @pytest.fixture(scope="module")
-def asked(recorder: Recorder) -> dict[str, Payload]:
+def others(rows: Samples, honest: ClientApp, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Payload]:
+    """The messages of honest runs with other settings."""
+    found: dict[str, Payload] = {}
+    for changes in FURTHER:
+        made = Recorder(honest)
+        simulate(
+            CONFIG.changed(changes), rows, SITES, out=tmp_path_factory.mktemp("other") / "r", apps={"site-2": made}
+        )
+        found |= {action: payload for action, payload in made.seen if action not in found}
+    return found
+
+
+@pytest.fixture(scope="module")
+def asked(recorder: Recorder, others: dict[str, Payload]) -> dict[str, Payload]:
     """A message of every action, as an honest coordinator sends it."""
-    found = dict(recorder.seen)
+    found = others | dict(recorder.seen)
     manifest = found[DESCRIBE]
     found.setdefault("query.install", Payload({"file": "0" * 64, "size": 10, "offset": 0}, {"data": np.zeros(4, "u1")}))
+    found.setdefault("query.private", Payload(PrivateRequest("centre", 0.5).values()))
     for action in ACTIONS:
         found.setdefault(action, Payload({}, {"weight": np.zeros((10, 192), np.float32)}))
     assert manifest.values["num_features"] == load_backbone("bundled:glyphnet").num_features
