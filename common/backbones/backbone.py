@@ -40,7 +40,7 @@ backbone_sources: Registry[BackboneSource] = Registry(
 )
 
 detecting: Registry[Callable[[str], bool]] = Registry(
-    "source of detectors", {name: f"fedhead.backbones.{name}" for name in ("python", "torchvision")}
+    "source of detectors", {name: f"fedhead.backbones.{name}" for name in ("hf", "python", "torchvision")}
 )
 """Functions by source that return whether a name is a detector's."""
 

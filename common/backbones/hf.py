@@ -15,10 +15,11 @@ from urllib.parse import parse_qsl
 import torch
 from torch import Tensor, nn
 
-from fedhead.backbones.backbone import Backbone, backbone_sources, read_files
+from fedhead.backbones.backbone import Backbone, backbone_sources, detecting, read_files
 from fedhead.backbones.catalogue import Catalogue, Entry, catalogues, image_input
 from fedhead.backbones.downloads import not_to_be_had
 from fedhead.backbones.hf_audio import AudioEncoder, form_of, limit_of, max_seconds_of
+from fedhead.backbones.hf_detectors import build, files_find_objects, finds_objects
 from fedhead.backbones.hf_recipe import (
     Recipe,
     configure,
@@ -79,12 +80,16 @@ def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
     name, settings = parse_name(name)
     files = read_files(weights) if weights not in ("default", "random") else {}
     # A saved backbone replaces the folder, which may be on another machine.
-    folder = None if files else _local_folder(name)
-    spec = f"hf:{folder or name}{_query(settings)}"
-    if files:
+    local = None if files else _local_folder(name)
+    spec = f"hf:{local or name}{_query(settings)}"
+    folder = None if files else local or _snapshot(name, settings.revision)
+    if finds_objects(folder) if folder else files_find_objects(files, weights):
+        if settings != _Settings(revision=settings.revision):
+            raise UserError(f"{spec} finds objects in images: of the settings, only revision applies.")
+        return build(spec, folder, files, weights, layer, seed)
+    if folder is None:
         recipe = Recipe.from_files(files, weights)
     else:
-        folder = folder or _snapshot(name, settings.revision)
         if settings.dense is None:
             require_no_dense(folder, spec)
         recipe = read_recipe(folder, spec)
@@ -113,6 +118,17 @@ def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
         trained=weights != "random",
         files=recipe.to_files(),
     )
+
+
+@detecting.register("hf")
+def is_detector(name: str) -> bool:
+    """Return whether a name may be a detector's; True if its folder is not on this machine."""
+    plain, settings = parse_name(name)
+    try:
+        folder = _local_folder(plain) or _cached(plain, settings.revision)
+    except UserError:
+        return True
+    return folder is None or finds_objects(folder)
 
 
 def parse_name(name: str) -> tuple[str, _Settings]:

@@ -54,7 +54,13 @@ _SENTENCE_POOLINGS: dict[str, PoolingName] = {
 _SENTENCE_MODULES = ("Transformer", "Pooling", "Normalize", "Dropout")
 """Modules of sentence-transformers that are applied, or that have no effect on heads."""
 
-_UNREAD = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
+DETECTORS = (
+    *("conditional_detr", "d_fine", "deformable_detr", "detr"),
+    *("rt_detr", "rt_detr_v2", "table-transformer", "yolos"),
+)
+"""Architectures that find objects by queries."""
+
+UNREAD = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
 """Keys of a configuration that do not affect the module."""
 
 _PROCESSING_TOLERANCE = 1e-4
@@ -125,11 +131,11 @@ def read_recipe(folder: Path, spec: str) -> Recipe:
         config = configure(values, spec)
         cls = model_class(config, spec)
         if config.model_type in FORMS:
-            values = {key: value for key, value in config.to_dict().items() if key not in _UNREAD}
+            values = {key: value for key, value in config.to_dict().items() if key not in UNREAD}
             pooling: PoolingName = "pooler" if own_vector(config) else "mean"
             return Recipe(values, pooling, audio=audio_arguments(folder, config, spec))
         # The used part, such as the vision tower of an image-text model.
-        kept = {key: value for key, value in config.to_dict().items() if key not in _UNREAD}
+        kept = {key: value for key, value in config.to_dict().items() if key not in UNREAD}
         if getattr(cls, "main_input_name", "input_ids") == "pixel_values":
             image = _image_arguments(folder, config, spec)
             return Recipe(kept, _vision_pooling(config, spec), image=image)
@@ -146,7 +152,7 @@ def configure(values: Mapping[str, Any], spec: str) -> "PreTrainedConfig":
     if model_type not in CONFIG_MAPPING:
         code = " Its folder contains code for it, which fedhead does not execute." if "auto_map" in values else ""
         raise UserError(f"{spec} has the architecture {model_type!r}, which transformers does not include.{code}")
-    known = {key: value for key, value in values.items() if key not in _UNREAD}
+    known = {key: value for key, value in values.items() if key not in UNREAD}
     try:
         config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(known)
     # Configurations validate themselves and may raise any error.
@@ -155,7 +161,7 @@ def configure(values: Mapping[str, Any], spec: str) -> "PreTrainedConfig":
     vision = getattr(config, "vision_config", None)
     if vision is not None and not isinstance(vision, dict):
         config = vision
-    if getattr(config, "is_encoder_decoder", False) and config.model_type not in FORMS:
+    if getattr(config, "is_encoder_decoder", False) and config.model_type not in (*FORMS, *DETECTORS):
         raise UserError(f"{spec} translates texts to texts ({model_type}); use an encoder or a decoder alone.")
     config.use_cache = False
     return config
@@ -286,18 +292,9 @@ def image_size(size: int | Sequence[int]) -> tuple[int, int]:
 
 def _image_arguments(folder: Path, config: "PreTrainedConfig", spec: str) -> dict[str, Any]:
     """Return the image processor of a folder as the arguments of `ImagePreprocessing`."""
-    from transformers import AutoImageProcessor
-
-    if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
-        raise UserError(f"{spec} does not define its image preprocessing: {folder} has no preprocessor_config.json.")
-    try:
-        processor = AutoImageProcessor.from_pretrained(
-            folder, backend="pil", local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:
-        raise UserError(f"The image processor of {spec} cannot be read: {first_line(error)}") from None
+    processor = processor_of(folder, spec)
     said = processor.to_dict()
-    made = _to_preprocessing(said, getattr(config, "num_channels", 3))
+    made = to_preprocessing(said, getattr(config, "num_channels", 3))
     images = [Image.fromarray(_noise(height, width)) for height, width in ((301, 260), (90, 121))]
     for image in images if made else ():
         theirs = torch.as_tensor(np.asarray(processor(image, return_tensors="np")["pixel_values"][0]))
@@ -314,7 +311,23 @@ def _image_arguments(folder: Path, config: "PreTrainedConfig", spec: str) -> dic
     return asdict(made)
 
 
-def _to_preprocessing(said: Mapping[str, Any], channels: int) -> ImagePreprocessing | None:
+def processor_of(folder: Path, spec: str) -> Any:
+    """Return the image processor of a folder.
+
+    Raises:
+        UserError: if there is none, or it cannot be read.
+    """
+    from transformers import AutoImageProcessor
+
+    if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        raise UserError(f"{spec} does not define its image preprocessing: {folder} has no preprocessor_config.json.")
+    try:
+        return AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(f"The image processor of {spec} cannot be read: {first_line(error)}") from None
+
+
+def to_preprocessing(said: Mapping[str, Any], channels: int) -> ImagePreprocessing | None:
     """Return the same steps as a value; None for unsupported settings."""
     size = said.get("size") or {}
     if not said.get("do_resize") or channels not in (1, 3):
