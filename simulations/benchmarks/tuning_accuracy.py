@@ -2,69 +2,38 @@
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
-from PIL import Image, ImageOps
 
 from fedhead.config import RunConfig
-from fedhead.data import Item, Samples, load_samples
+from fedhead.data import Samples, load_samples
 from fedhead.errors import UserError
 from fedhead.evaluation.metrics import wilson_interval
 from fedhead.simulations.benchmarks.measurement import Json, Measurement, app
+from fedhead.simulations.benchmarks.pictures import cut_out, negative, spectrograms, spread
 from fedhead.simulations.benchmarks.problem import SEED
 from fedhead.simulations.benchmarks.time_to_accuracy import digits
 from fedhead.simulations.result import RunResult
 from fedhead.simulations.simulate import simulate
 
 SOLVED = "head"
-CHOICES = (SOLVED, "last:1", "last:2", "bitfit", "lora:8")
+PROGRESSIVE = "progressive"
+CHOICES = (SOLVED, "last:1", "last:2", "last:4", "bitfit", "lora:8", PROGRESSIVE)
 """What trains, as in the setting `tune.layers`; the head alone is solved, and not trained."""
 
 
-def negative(samples: Samples) -> Samples:
-    """Return grey negatives of photographs, which a backbone pretrained on photographs has not seen.
-
-    Raises:
-        UserError: if `samples` are not images.
-    """
-    if samples.kind != "image":
-        raise UserError(f"{samples.spec} holds no images, so there are no negatives of them; leave --negative out.")
-
-    def read(row: int) -> Item:
-        item = samples.read(row)
-        image = item if isinstance(item, Image.Image) else Image.fromarray(np.asarray(item))
-        return ImageOps.invert(image.convert("L")).convert("RGB")
-
-    return replace(
-        samples,
-        read=read,
-        spec=f"{samples.spec} (grey negatives)",
-        fingerprint=f"{samples.fingerprint} negative",
-        former=None,
-    )
-
-
-def spread(samples: Samples, rows: int) -> Samples:
-    """Return `rows` rows, spread evenly over the data; all of them for 0."""
-    if not 0 < rows < len(samples):
-        return samples
-    chosen = np.linspace(0, len(samples) - 1, rows).astype(np.int64)
-    return replace(
-        samples,
-        labels=samples.labels[chosen],
-        read=lambda row: samples.read(int(chosen[row])),
-        name=lambda row: samples.name(int(chosen[row])),
-        fingerprint=f"{samples.fingerprint} {rows} rows",
-        groups=None if samples.groups is None else [samples.groups[row] for row in chosen],
-        sites=None if samples.sites is None else [samples.sites[row] for row in chosen],
-        splits=None if samples.splits is None else [samples.splits[row] for row in chosen],
-        former=None,
-    )
+def tuned_by(name: str, config: RunConfig) -> dict[str, Any]:
+    """Return the changes to the settings for a choice; the layers of `progressive` are the last four, one by one."""
+    if name == SOLVED:
+        return {"rounds": 0}
+    if name != PROGRESSIVE:
+        return {"tune": {"layers": name}}
+    starts = {1 + config.rounds * stage // 4: f"last:{stage + 1}" for stage in range(4)}
+    return {"tune": {"schedule": starts, "decay": 2.6}}
 
 
 def figures_of(result: RunResult, tested: int) -> dict[str, Any]:
@@ -102,9 +71,8 @@ def measure(config: RunConfig, train: Samples, test: Samples, choices: Sequence[
     seconds: dict[str, float] = {}
     figures: dict[str, dict[str, Any]] = {}
     for name in choices:
-        changes = {"rounds": 0} if name == SOLVED else {"tune": {**config.tune.model_dump(), "layers": name}}
         with tempfile.TemporaryDirectory(prefix="fedhead-benchmark-") as folder:
-            run, out = config.changed(changes), Path(folder) / "run"
+            run, out = config.changed(tuned_by(name, config)), Path(folder) / "run"
             result = simulate(run, train, test_data=test, out=out)
         # Extraction is left out: runs that are cut at the same layer share it.
         seconds[name] = result.seconds["rounds"]
@@ -138,21 +106,27 @@ def tuning_accuracy(
     number: Annotated[int, typer.Option("--rounds", min=1)] = 10,
     rows: Annotated[int, typer.Option(help="Training rows, spread evenly over the data; 0 for all.", min=0)] = 0,
     negatives: Annotated[bool, typer.Option("--negative", help="Make grey negatives of all images.")] = False,
+    sounds: Annotated[bool, typer.Option("--spectrograms", help="Make pictures of all sounds.")] = False,
+    objects: Annotated[bool, typer.Option("--cut-out", help="Cut annotated objects out of all images.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the partition.", min=0)] = SEED,
     as_json: Json = False,
 ) -> None:
     """Test accuracy of the solved head and of tuned layers, what held-out rows kept, and its cost."""
     if bool(data) != bool(test_data):
         raise UserError("Give both --data and --test-data, or neither for the bundled digits.")
     train, test = (load_samples(data), load_samples(test_data)) if data else digits()
+    if objects:
+        train, test = cut_out(train), cut_out(test)
     train = spread(train, rows)
-    if negatives:
-        train, test = negative(train), negative(test)
+    for asked, seen in ((negatives, negative), (sounds, spectrograms)):
+        if asked:
+            train, test = seen(train), seen(test)
     torch.set_num_threads(1)
     config = RunConfig(
         backbone=backbone,
         weights=weights,
         rounds=number,
-        seed=SEED,
+        seed=seed,
         diagnose=False,
         simulation={"sites": sites, "partition": partition, "min_class_count": 0, "min_rows": 0, "device": "cpu"},
     )

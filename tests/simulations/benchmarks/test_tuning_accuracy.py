@@ -1,13 +1,9 @@
 import json
 
-import numpy as np
-import pytest
-from PIL import Image
 from typer.testing import CliRunner
 
-from fedhead.data import samples_from_arrays, samples_from_texts
-from fedhead.errors import UserError
-from fedhead.simulations.benchmarks.tuning_accuracy import app, negative, spread
+from fedhead.config import RunConfig
+from fedhead.simulations.benchmarks.tuning_accuracy import app, tuned_by
 
 
 def test_runs_are_compared_with_the_solved_head() -> None:
@@ -26,21 +22,7 @@ def test_runs_are_compared_with_the_solved_head() -> None:
         assert runs["last:1"]["accuracy"] == runs["head"]["accuracy"]
 
 
-def test_negatives_are_grey_and_inverted() -> None:
-    samples = samples_from_arrays(np.full((3, 4, 4, 3), 250, dtype=np.uint8), [0, 1, 0], classes=["a", "b"])
-    image = negative(samples).read(1)
-    assert isinstance(image, Image.Image)
-    assert np.unique(np.asarray(image)).tolist() == [5]
-    assert negative(samples).fingerprint != samples.fingerprint
-    with pytest.raises(UserError, match="no images"):
-        negative(samples_from_texts(["one", "two"], [0, 1], classes=["a", "b"]))
-
-
-def test_rows_are_spread_over_the_data() -> None:
-    samples = samples_from_arrays(
-        np.arange(10, dtype=np.uint8)[:, None, None] * np.ones((1, 2, 2), np.uint8), range(10)
-    )
-    few = spread(samples, 4)
-    assert few.labels.tolist() == [0, 3, 6, 9]
-    assert np.asarray(few.read(2)).max() == 6
-    assert spread(samples, 0) is samples
+def test_progressive_unfreezing_reaches_four_blocks_in_the_last_quarter() -> None:
+    made = RunConfig(rounds=8).changed(tuned_by("progressive", RunConfig(rounds=8)))
+    assert made.tune.schedule == {1: "last:1", 3: "last:2", 5: "last:3", 7: "last:4"}
+    assert made.tune.layers == "last:4"
