@@ -13,7 +13,7 @@ from torch import Tensor
 from fedhead.backbones import Backbone
 from fedhead.backbones.geometry import Geometry
 from fedhead.backbones.identity import marks_of
-from fedhead.backbones.split import split
+from fedhead.backbones.split import Split, split
 from fedhead.backbones.weights import PartialWeights, weights_path
 from fedhead.client.backbones import AcceptedBackbones, check_backbone, require_same
 from fedhead.client.isolation import Features, Isolation, commonly_marked, isolation
@@ -106,6 +106,7 @@ class LocalSite:
         self.keeps_heads = True
         self._holdings: dict[str, Holding] = {}
         self._isolations: dict[str, Isolation] = {}
+        self._splits: dict[str, Split] = {}
         self._tunings: dict[str, Tuning] = {}
 
     def refresh(self) -> None:
@@ -128,16 +129,28 @@ class LocalSite:
         return found
 
     def _cut(self, manifest: Manifest) -> Tuning:
-        backbone = self._backbone(manifest)
-        try:
-            trunk, tail = split(backbone, parse_tune(manifest.tune))
-        except UserError as error:
-            raise FedheadError(f"This site cannot tune {manifest.backbone}: {error}") from None
-        self.training.check_tail(manifest.tune, sum(value.numel() for value in tail.trainable().values()))
-        tail.to(self.device)
-        readable = self._store(backbone, manifest).readable()
+        trunk, tail = self._split(manifest)
+        readable = self._store(self._backbone(manifest), manifest).readable()
         logger.info("Activations below the tuned layers are computed once; each round then runs these layers alone.")
         return Tuning(tail, BoundaryStore.open(trunk, tail, self.samples, readable))
+
+    def _split(self, manifest: Manifest) -> Split:
+        """Return the two parts of a tuned run's backbone.
+
+        Raises:
+            FedheadError: if it cannot be cut, or more of it would train than this site allows.
+        """
+        key = f"{manifest.backbone_digest} {manifest.tune}"
+        found = self._splits.get(key)
+        if found is None:
+            try:
+                found = split(self._backbone(manifest), parse_tune(manifest.tune))
+            except UserError as error:
+                raise FedheadError(f"This site cannot tune {manifest.backbone}: {error}") from None
+            self.training.check_tail(manifest.tune, sum(value.numel() for value in found.tail.trainable().values()))
+            found.tail.to(self.device)
+        _keep(self._splits, key, found)
+        return found
 
     def has_weights(self, manifest: Manifest) -> bool:
         return self._find_backbone(manifest) is not None
@@ -182,6 +195,9 @@ class LocalSite:
     def check(self, manifest: Manifest, probe: Tensor) -> None:
         backbone = self._backbone(manifest)
         check_backbone(backbone, backbone.probe(), manifest, probe)
+        if manifest.tune:
+            # A refusal later on would spoil a secure sum, and lose the round of a plain one.
+            self._split(manifest)
 
     def check_map(self, manifest: Manifest, mapping: FeatureMap | None) -> None:
         if mapping is None or not mapping.form.lift:

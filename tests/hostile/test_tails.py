@@ -67,7 +67,7 @@ class Attack:
         )
         told = self.ask(DESCRIBE, Payload(manifest.wire(), {"probe": backbone.probe().numpy().astype(np.float32)}))
         assert not told.has_error(), told.error.reason
-        assert not Payload.from_content(told.content).values["refusal"]
+        self.refusal = Payload.from_content(told.content).values["refusal"]
 
     def ask(self, action: str, payload: Payload) -> Message:
         return self.process.answer(Message(payload.to_content(), 5, action))
@@ -96,6 +96,7 @@ class Attack:
 
 def test_sums_of_a_tail_that_singles_rows_out_do_not_leave(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     attack = Attack(tmp_path)
+    assert not attack.refusal
     trapped = attack.ask(STATISTICS, Payload({}, attack.trap()))
     assert trapped.has_error()
     assert "would show single rows" in trapped.error.reason
@@ -104,11 +105,14 @@ def test_sums_of_a_tail_that_singles_rows_out_do_not_leave(tmp_path: Path, caplo
     assert not honest.has_error(), honest.error.reason
 
 
-@pytest.mark.parametrize("action", [STATISTICS, RIVALS])
-def test_a_site_that_trains_nothing_computes_nothing_with_a_chosen_tail(tmp_path: Path, action: str) -> None:
+def test_a_site_that_trains_nothing_takes_no_part_in_a_tuned_run(tmp_path: Path) -> None:
     attack = Attack(tmp_path, permit={"actions": sorted(set(ACTIONS) - {TRAIN})})
-    values = {"levels": ["tail"], "temperatures": [1.0]} if action == RIVALS else {}
-    refused = attack.ask(action, Payload(values, attack.own()))
-    assert refused.has_error()
-    assert "max_trainable" in refused.error.reason
-    assert not attack.ask(STATISTICS, Payload({})).has_error()
+    assert "max_trainable" in attack.refusal
+    for action, values, arrays in (
+        (STATISTICS, {}, {}),
+        (STATISTICS, {}, attack.own()),
+        (RIVALS, {"levels": ["tail"], "temperatures": [1.0]}, attack.own()),
+    ):
+        refused = attack.ask(action, Payload(values, arrays))
+        assert refused.has_error()
+        assert "no manifest of the run" in refused.error.reason
