@@ -228,5 +228,5 @@ HANDLERS: Mapping[str, Handler] = {
 ABOUT_ROWS = frozenset(HANDLERS) - {DESCRIBE, INSTALL, OPEN, AGREE, UNMASK}
 """The actions whose handlers compute on rows."""
 
-ABOUT_PLACES = frozenset({STATISTICS, EVALUATE, REPORT})
+ABOUT_PLACES = frozenset({STANDARDISE, STATISTICS, TRAIN, EVALUATE, REPORT})
 """Those that are defined if rows are places of items."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from fedhead.client.answers import Answer, of_several, shared
 from fedhead.client.averaging import average_heads
 from fedhead.client.gradients import sum_gradient
 from fedhead.client.labelled_features import LabelledFeatures
+from fedhead.client.place_training import outputs_at_places, train_on_places
 from fedhead.client.site_data import Holding, Site
 from fedhead.client.tails import activations_of, lone_head, tuned_head
 from fedhead.client.training import evaluate_head, train_in_chunks
@@ -102,6 +104,9 @@ def train(sites: Sequence[Site], payload: Payload, context: Context, merged: boo
     parts: tuple[Part, ...] = ("train", "held_out")
     rows = [holding.train for holding in ready.holdings]
     min_batch = min(limits.min_batch, local.batch_size)
+    if ready.data.places is not None:
+        yield from _train_on_places(sites, agreed, ready, local, request.server_round, min_batch, merged)
+        return
     if merged:
         averaged, evaluation = average_heads(
             ready.head,
@@ -139,6 +144,49 @@ def train(sites: Sequence[Site], payload: Payload, context: Context, merged: boo
         for row, position in enumerate(positions.tolist()):
             sums = HeadSums({name: value[row] for name, value in heads.items()}, table[row])
             yield Answer([position], Payload({}, sums.to_arrays()), manifest, parts)
+
+
+def _train_on_places(
+    sites: Sequence[Site],
+    agreed: Agreement,
+    ready: "Prepared",
+    local: LocalConfig,
+    round_number: int,
+    min_batch: int,
+    merged: bool,
+) -> Iterator[Answer]:
+    """Train the head on places of items at each site, and evaluate the incoming one on their held-out items."""
+    table = evaluate_sites(ready)
+    parts: tuple[Part, ...] = ("train", "held_out")
+    base = {name: value.cpu().numpy() for name, value in ready.parameters.items()}
+    together = HeadSums({name: np.zeros_like(value) for name, value in base.items()})
+    usable: BoolArray = np.array([_finite(row) for row in table], np.bool_)
+    for position, trained in train_on_places(
+        ready.head,
+        ready.parameters,
+        ready.data,
+        [holding.train for holding in ready.holdings],
+        local,
+        seed=agreed.manifest.seed,
+        round_number=round_number,
+        min_batch=min_batch,
+    ):
+        table[position, [EXAMPLES, TRAIN_LOSS]] = trained.rows[0], trained.losses[0]
+        heads = {name: value[0].cpu().numpy() for name, value in trained.parameters.items()}
+        sums = HeadSums(heads, table[position])
+        if not merged:
+            yield Answer([position], Payload({}, sums.to_arrays()), agreed.manifest, parts)
+        elif usable[position] and np.isfinite(table[position]).all() and all(map(_finite, heads.values())):
+            together = together + sums
+        else:
+            usable[position] = False
+    if merged:
+        mean = {name: together.heads[name].astype(value.dtype) for name, value in base.items()}
+        yield Answer(range(len(sites)), _merged(sites, table, usable, mean), agreed.manifest, parts)
+
+
+def _finite(array: npt.NDArray[Any]) -> bool:
+    return bool(np.isfinite(array).all())
 
 
 def _asked_settings(agreed: Agreement, request: HeadRequest) -> LocalConfig:
@@ -344,6 +392,11 @@ def evaluate_sites(ready: Prepared) -> FloatArray:
         metrics = np.zeros((len(held), len(METRICS)))
         metrics[:, HELD_OUT] = [one.rows for one in sums]
         metrics[:, LOSS_SUM] = [one.loss_sum for one in sums]
+        # Rounds standardise features; of one exchange, the report at the end has the score.
+        if ready.data.standardisation is not None:
+            scored = partial(outputs_at_places, ready.head, ready.parameters, ready.data)
+            places, features = ready.data.places, ready.data.features
+            metrics[:, SCORE] = [places.summed_scores(scored, features, one.rows) for one in held]
         return metrics
     evaluation = evaluate_head(ready.head, ready.parameters, ready.data, held)
     metrics = np.zeros((len(held), len(METRICS) + evaluation.curves.shape[1]))
@@ -361,8 +414,7 @@ def places_report(ready: Prepared, rows: Sequence[IntArray]) -> Any:
     together = np.concatenate([np.empty(0, np.int64), *rows])
 
     def outputs(features: Tensor) -> Tensor:
-        like = next(iter(ready.parameters.values()))
-        return ready.head.outputs(ready.parameters, features.to(like)).cpu()
+        return outputs_at_places(ready.head, ready.parameters, ready.data, features).cpu()
 
     return places.evaluate(outputs, ready.data.features, together)
 

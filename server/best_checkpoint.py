@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedhead.server.exchange import Exchange
-from fedhead.sums.heads import HELD_OUT, LOSS_SUM, METRICS, FloatArray
+from fedhead.sums.heads import HELD_OUT, LOSS_SUM, METRICS, SCORE, FloatArray
 from fedhead.sums.sums import Arrays
 
 
@@ -41,8 +41,15 @@ class BestCheckpoint:
         self.sites = sites
         self.candidates = list(candidates)
 
-    def add(self, number: int, arrays: Arrays, evaluation: Exchange) -> None:
-        """Add a head with its evaluation by the sites."""
+    def add(self, number: int, arrays: Arrays, evaluation: Exchange, *, by_score: bool = False) -> None:
+        """Add a head with its evaluation by the sites.
+
+        Args:
+            number: its round.
+            arrays: the head.
+            evaluation: of the head.
+            by_score: whether heads are compared by what their summed scores lack of the best possible one.
+        """
         known = evaluation.metrics.keys()
         if self.sites is None:
             self.sites = sorted(known)
@@ -50,7 +57,7 @@ class BestCheckpoint:
             left = [row for row, site in enumerate(self.sites) if site in known]
             self.sites = [self.sites[row] for row in left]
             self.candidates = [Candidate(one.number, one.arrays, one.losses[left]) for one in self.candidates]
-        losses = np.array([_losses(evaluation.metrics[site]) for site in self.sites])
+        losses = np.array([_losses(evaluation.metrics[site], by_score) for site in self.sites])
         before = np.array([one.losses for one in self.candidates]).reshape(len(self.candidates), losses.size)
         if np.all(before <= losses.ravel(), axis=1).any():
             return
@@ -73,7 +80,10 @@ class BestCheckpoint:
         return min(self.candidates, key=lambda one: float(np.min(one.losses.sum(axis=0))))
 
 
-def _losses(metrics: FloatArray) -> FloatArray:
+def _losses(metrics: FloatArray, by_score: bool) -> FloatArray:
     """Return a site's summed held-out loss, or its losses at the temperatures `CURVE` if it sent them."""
+    if by_score:
+        lacking: FloatArray = metrics[HELD_OUT] - metrics[SCORE]
+        return lacking
     curve = metrics[len(METRICS) :]
     return curve if len(curve) else metrics[LOSS_SUM]

@@ -18,6 +18,7 @@ from fedhead.server.foreign import foreign_test
 from fedhead.server.personal import personalise
 from fedhead.server.runs.checkpoint import Progress
 from fedhead.server.runs.history import Outcome
+from fedhead.server.score_proof import choose_by_score
 from fedhead.server.selection import Rival, choose_round, compare_rivals
 from fedhead.server.site_diagnosis import diagnose_sites
 from fedhead.server.subgroups import evaluate_subgroups
@@ -151,8 +152,10 @@ class Finish:
         last, stats = progress.current, progress.stats
         if isinstance(self.run.form, TunedForm) and stats is not None:
             return self._kept_tuned(self.run.form, stats, exchange)
-        progress.best.add(last.number, last.arrays, exchange)
+        progress.best.add(last.number, last.arrays, exchange, by_score=self.run.task.dense)
         kept = progress.best.choose(exchange) or last
+        if kept.number and stats is not None and self.run.task.proves_by_score:
+            return self._proven_by_score(kept.number, kept.arrays, stats, exchange)
         if not (kept.number and self.run.calibrates_start(stats) and self.run.task.pairs_losses):
             return kept.number, kept.arrays, None
         rivals = [Rival("round 0", self.run.form.start(stats)), Rival(f"round {kept.number}", kept.arrays)]
@@ -163,6 +166,20 @@ class Finish:
         self.choices = [*self.choices, choice.to_dict()]
         logger.info("%s: %s. %s", choice.question, choice.taken, choice.reason)
         return kept.number if proven else 0, kept.arrays, None
+
+    def _proven_by_score(
+        self, number: int, arrays: Arrays, stats: FeatureStatistics, exchange: Exchange
+    ) -> tuple[int, Arrays, Arrays | None]:
+        """Return the round whose head is kept, and this head: the solved one, unless the other has a better score."""
+        solved, found = self.run.form.start(stats), []
+        for version, one in ((0, solved), (number, arrays)):
+            evaluation = self.run.evaluation(HeadRequest(one, server_round=version), self.run.task.bins())
+            found.append(evaluation.by_site())
+            exchange.include(evaluation.exchange)
+        proven, choice = choose_by_score(self.run.task, found[0], found[1], number)
+        self.choices = [*self.choices, choice.to_dict()]
+        logger.info("%s: %s. %s", choice.question, choice.taken, choice.reason)
+        return (number, arrays, None) if proven else (0, solved, None)
 
     def _kept_tuned(
         self, form: TunedForm, stats: FeatureStatistics, exchange: Exchange

@@ -41,7 +41,7 @@ class HeadCoordinator(Coordinator):
                     raise
                 logger.warning("Tuning ends before round %d: %s A smaller tune.lr may help.", number, error)
                 break
-            progress.best.add(current.number, current.arrays, exchange)
+            progress.best.add(current.number, current.arrays, exchange, by_score=self.task.dense)
             progress.full_model_bytes += 2 * exchange.asked * self._whole_model(current.arrays)
             progress.history.append(self.finished_round(current, exchange))
             progress.current = self.version(number, made, exchange)

@@ -30,7 +30,7 @@ def _full_gradients_are_of_linear_heads(run: "RunConfig") -> None:
     if run.strategy.name == "pooled-lbfgs":
         if run.head != "linear":
             raise ValueError(f"pooled-lbfgs trains a 'linear' head, not {run.head!r}")
-        if run.task in ("regression", "ordinal", "survival", "tagging"):
+        if run.task in ("regression", "ordinal", "survival", "tagging", *DENSE_LAYERS):
             raise ValueError(f"pooled-lbfgs is for classes; one exchange already solves the task {run.task!r}")
 
 
@@ -124,11 +124,6 @@ def _places_are_learned_from_sums(run: "RunConfig") -> None:
     }
     if wrong := [name for name, value in plain.items() if getattr(run, name) != value]:
         raise ValueError(f"task {run.task!r} takes no {wrong[0]} but {plain[wrong[0]]!r}: its rows are places")
-    if "rounds" in run.model_fields_set and run.rounds:
-        raise ValueError(
-            f"task {run.task!r} solves its head from sums: set rounds to 0. Places of one item are alike, and "
-            "rounds overfit them"
-        )
     if run.simulation.engine != "process":
         raise ValueError(f"task {run.task!r} is simulated in this process: leave simulation.engine at 'process'")
 

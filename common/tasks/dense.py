@@ -59,6 +59,7 @@ class DenseTask(Task):
     calibrates: ClassVar[bool] = False
     pairs_losses: ClassVar[bool] = False
     counts_scores: ClassVar[bool] = False
+    proves_by_score: ClassVar[bool] = True
 
     takes_proposals: ClassVar[bool] = False
     """Whether places may be a detector's proposals."""
@@ -70,6 +71,15 @@ class DenseTask(Task):
     @abstractmethod
     def expand(self, values: "Tensor", annotations: Sequence[Any], geometry: Geometry) -> Places:
         """Return the places of `n` items, given their stored values `[n, V]`."""
+
+    def training_loss(self, outputs: "Tensor", targets: "Tensor") -> "Tensor":
+        """Return the mean loss of places, for rounds.
+
+        Args:
+            outputs: `[p, C]`, of the head.
+            targets: `[p, C]`, the leading ones of `expand`.
+        """
+        return self.loss.values(outputs, targets).mean()
 
     @abstractmethod
     def summed_classes(self, annotation: Any, geometry: Geometry, proposals: "Tensor | None" = None) -> BoolArray:
@@ -160,7 +170,7 @@ class DenseTask(Task):
         return np.where(targets.any(1), frequency.argmin(1), -1)
 
     def inits(self, head: "type[Head]") -> tuple[str, ...]:
-        """Return the closed forms: heads of places are not trained in rounds."""
+        """Return the closed forms: rounds of heads of places start from a solved one."""
         return () if head.directional else tuple(init for init in head.inits if init in self.solvers)
 
     def counts_of(self, stats: FeatureStatistics) -> "Tensor":
@@ -300,6 +310,11 @@ class ItemPlaces:
             found = self.task.expand(values, annotations, self.geometry)
             stats.update(found.features, found.targets)
             stats.items += found.items
+
+    def summed_scores(self, head: "Callable[[Tensor], Tensor]", features: "Tensor", rows: IntArray) -> float:
+        """Return the scores of single items added up; an item whose score is undefined adds 0."""
+        found = (self.task.score_of(self.evaluate(head, features, rows[[place]])) for place in range(len(rows)))
+        return float(sum(one for one in found if one is not None))
 
     def evaluate(self, head: "Callable[[Tensor], Tensor]", features: "Tensor", rows: IntArray) -> Any:
         """Return the evaluation sums of items."""

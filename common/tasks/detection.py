@@ -156,6 +156,24 @@ class Detection(DenseTask):
             items += bool(used.any())
         return Places(torch.cat(kept), torch.cat(targets), items)
 
+    def training_loss(self, outputs: "Tensor", targets: "Tensor") -> "Tensor":
+        """Return the loss of objectness, classes (both cross entropy) and shapes, per cell with a box.
+
+        The sums over all cells are divided by the number of cells with a box, since nearly all have none.
+        """
+        from torch.nn import functional
+
+        count = len(self.classes)
+        marked = targets[:, :count]
+        positive = marked.any(1)
+        boxes = max(int(positive.sum()), 1)
+        loss = functional.binary_cross_entropy_with_logits(outputs[:, count], targets[:, count], reduction="sum")
+        loss = loss - (outputs[positive, :count].log_softmax(-1) * marked[positive]).sum()
+        shape = [-1, count, len(SHAPE)]
+        found, true = (one[positive, count + 1 :].reshape(shape) for one in (outputs, targets))
+        apart = functional.smooth_l1_loss(found, true, reduction="none", beta=0.1).sum(-1)
+        return (loss + (apart * marked[positive]).sum()) / boxes
+
     def summed_classes(self, annotation: Boxes, geometry: Geometry, proposals: "Tensor | None" = None) -> BoolArray:
         _, columns = self._targets(annotation, geometry, proposals)
         marked: BoolArray = columns[:, : len(self.classes)].any(0).numpy()

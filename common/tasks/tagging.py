@@ -74,6 +74,7 @@ class Tagging(Classification):
     pairs_losses = False
     counts_scores = False
     compares_classes = False
+    proves_by_score = True
     divides_items: ClassVar[bool] = True
 
     def __init__(self, columns: Sequence[str]) -> None:

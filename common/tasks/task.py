@@ -119,6 +119,9 @@ class Task(Predictions):
     dense: ClassVar[bool] = False
     """Whether rows of sums and heads are places of items; see `fedhead.tasks.dense`."""
 
+    proves_by_score: ClassVar[bool] = False
+    """Whether a head from rounds must have a better score, and not only a smaller loss, than the solved one."""
+
     divides_items: ClassVar[bool] = False
     """Whether an item, such as a text, has several rows, its `parts`, such as words."""
 

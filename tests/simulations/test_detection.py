@@ -83,6 +83,16 @@ def test_shapes_are_found(drawn: str, tmp_path: Path) -> None:
     assert "detection" in (tmp_path / "run" / "MODEL_CARD.md").read_text(encoding="utf-8")
 
 
+def test_rounds_are_judged_by_average_precision(drawn: str, tmp_path: Path) -> None:
+    result = run(drawn, tmp_path / "run", rounds=2, local={"lr": 0.003, "batch_size": 8})
+    assert [one.train_loss is None for one in result.history] == [True, False, False]
+    assert result.history[2].train_loss < result.history[1].train_loss
+    assert result.evaluation.ap50.value > 0.5
+    for choice in result.outcome.choices:
+        old, new = (one["score"] for one in choice["rivals"])
+        assert result.evaluation.ap50.value == pytest.approx(new if result.outcome.kept_round else old, abs=1e-6)
+
+
 def test_sites_of_the_data_and_secure_sums_give_the_same_head(drawn: str, tmp_path: Path) -> None:
     plain = run(drawn, tmp_path / "plain")
     sites = {"data": drawn, "partition": "folder", "min_rows": 4, "min_class_count": 2}
@@ -94,7 +104,7 @@ def test_sites_of_the_data_and_secure_sums_give_the_same_head(drawn: str, tmp_pa
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"rounds": 3}, "set rounds to 0"),
+        ({"rounds": 3, "strategy": {"name": "pooled-lbfgs"}}, "one exchange already solves"),
         ({"layer": "features.1"}, "choose layers with ':map'"),
         ({"privacy": {"epsilon": 1.0}}, "Differential privacy"),
         ({"init": "ridge"}, "'ridge'"),

@@ -78,6 +78,31 @@ def test_squares_are_found(drawn: str, tmp_path: Path) -> None:
     assert "segmentation" in (tmp_path / "run" / "MODEL_CARD.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("secure", [False, True])
+def test_rounds_start_from_the_solved_head_and_are_judged_by_mean_iou(drawn: str, tmp_path: Path, secure: bool) -> None:
+    changes: dict[str, object] = {"rounds": 2, "local": {"lr": 0.05, "batch_size": 8}}
+    if secure:
+        changes["privacy"] = {"secure_sum": True, "max_colluding": 0}
+    result = run(drawn, tmp_path / "run", **changes)
+    losses = [one.loss for one in result.history]
+    assert min(losses[1:]) < losses[0]
+    (choice,) = result.outcome.choices
+    assert choice["reason"].startswith("Mean IoU after rounds is")
+    old, new = (one["score"] for one in choice["rivals"])
+    solved = run(drawn, tmp_path / "solved").evaluation.miou.value
+    assert old == pytest.approx(solved, abs=1e-3)
+    kept = result.evaluation.miou.value
+    assert kept == pytest.approx(new if result.outcome.kept_round else old, abs=1e-6)
+    assert kept > 0.8
+
+
+def test_rounds_that_harm_are_not_kept(drawn: str, tmp_path: Path) -> None:
+    result = run(drawn, tmp_path / "run", rounds=2, local={"lr": 1000.0})
+    assert result.outcome.kept_round == 0
+    assert result.outcome.all_rows
+    assert result.evaluation.miou.value > 0.8
+
+
 def test_secure_sums_give_the_same_head(drawn: str, tmp_path: Path) -> None:
     plain = run(drawn, tmp_path / "plain")
     masked = run(drawn, tmp_path / "masked", privacy={"secure_sum": True, "max_colluding": 0})
@@ -89,7 +114,7 @@ def test_secure_sums_give_the_same_head(drawn: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"rounds": 3}, "set rounds to 0"),
+        ({"rounds": 3, "strategy": {"name": "pooled-lbfgs"}}, "one exchange already solves"),
         ({"lift": "relu:512"}, "takes no lift"),
         ({"personal": "closed"}, "Personal heads are for task"),
         ({"foreign": True}, "takes no foreign"),
@@ -137,7 +162,7 @@ def test_a_site_leaves_exactly(drawn: str, tmp_path: Path, monkeypatch: pytest.M
     left_by_guest = CliRunner().invoke(app, ["leave", str(tmp_path / "run"), "--site", "guest"])
     assert left_by_guest.exit_code == 0, left_by_guest.output
     said = " ".join(left_by_guest.output.split())
-    assert "guest left with 24 rows; the run now has 2 sites" in said
+    assert "guest left with 24 images; the run now has 2 sites" in said
     assert f"{rest.items + 24} before, {rest.items} now" in said
     left = load_file(tmp_path / "run" / "model.safetensors")["weight"]
     assert result
