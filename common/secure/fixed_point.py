@@ -118,13 +118,6 @@ def subtract(total: Elements, other: Elements) -> None:
     np.subtract(total[0], other[0], out=total[0])
 
 
-def negate(elements: Elements) -> Elements:
-    """Return the negative of each element."""
-    result = np.zeros_like(elements)
-    subtract(result, elements)
-    return result
-
-
 def _negate_where(negative: npt.NDArray[np.bool_], elements: Elements) -> None:
     """Negate elements of two limbs in place: invert all bits and add one."""
     flip = np.where(negative, ~np.uint64(0), np.uint64(0))

@@ -48,10 +48,9 @@ def test_sum_equals_exact_sum_of_rounded_values_in_any_order(data: st.DataObject
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.floats(-(2.0**61), 2.0**61), min_size=1, max_size=20), SIDES)
-def test_negation_and_round_trip(numbers: list[float], limbs: int) -> None:
+def test_round_trip(numbers: list[float], limbs: int) -> None:
     array = np.array(numbers) if limbs == 2 else np.array(numbers) / 2.0**32
     elements = ring.encode(array, limbs, 2)
-    assert (ring.decode(ring.negate(elements)) == -ring.decode(elements)).all()
     np.testing.assert_allclose(ring.decode(elements), array, rtol=0, atol=2.0 ** -(ring.FRACTION_BITS[limbs] + 1))
     large = np.abs(array) >= 2.0 ** (52 - ring.FRACTION_BITS[limbs])
     assert (ring.decode(elements)[large] == array[large]).all()
