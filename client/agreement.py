@@ -1,4 +1,4 @@
-"""What a run has told a site: manifest, probe, map of features and standardisation, in Flower's `Context`."""
+"""A run's messages to a site, kept in Flower's `Context`: manifest, probe, map of features and standardisation."""
 
 import json
 from collections.abc import Mapping
@@ -143,7 +143,7 @@ _UNFIT: Mapping[str, str] = {MAP: "unfit.map", STANDARDISE: "unfit.scale"}
 
 
 def keep_unfit(action: str, reason: str, context: Context) -> None:
-    """Keep why a map or a standardisation allows no sums, where a refusal would tell of the site's rows."""
+    """Keep why a map or a standardisation allows no sums, where a refusal would disclose the site's rows."""
     record = context.state[RECORD]
     assert isinstance(record, ConfigRecord)
     record[_UNFIT[action]] = reason

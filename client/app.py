@@ -89,7 +89,7 @@ def local_site(context: Context) -> "Site":
     """Return the site that a SuperNode's `--node-config` names.
 
     It has `site` and `data`, and perhaps `device`, `strict-data`, `min-class-count`, `min-rows`, `holdout`, and
-    `backbones`: what `[backbones] allow` of a `site.toml` lists, with spaces between.
+    `backbones`: the entries of `[backbones] allow` in a `site.toml`, separated by spaces.
 
     Raises:
         FedheadError: if `site` or `data` is missing.

@@ -131,7 +131,7 @@ class AcceptedBackbones:
 
 
 def _refuse_folder(spec: str) -> None:
-    """Refuse a folder that a coordinator names: the answer would tell whether it exists.
+    """Refuse a folder that a coordinator names: the answer would disclose whether it exists.
 
     Raises:
         FedheadError: if the spec is of the source `hf` and no name on the hub.

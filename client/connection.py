@@ -53,7 +53,7 @@ class WorkIsOverError(FedheadError):
 
 
 class RefusedError(WorkIsOverError):
-    """The coordinator does not take what was sent; it says why."""
+    """The coordinator rejects a message; it says why."""
 
 
 class TooLargeError(FedheadError):
@@ -172,7 +172,7 @@ class Connection:
         return lambda _: self._fleet.push_object(reply, session, object_id, content)
 
     def close(self, last: Message | None = None) -> None:
-        """Say goodbye, if anyone listens; with `last`, a reply that ends what was being worked on."""
+        """Send a goodbye; with `last`, a final reply to the message in progress."""
         if self._ending.is_set():
             return
         self._ending.set()

@@ -129,5 +129,5 @@ def description_of(site: Site, agreed: Agreement, *, steps: bool = False) -> Des
 
 
 def _told_rows(site: Site, agreed: Agreement) -> int:
-    """Return the number of rows that a description tells: none under secure summation or differential privacy."""
+    """Return the number of rows in a description: 0 under secure summation or differential privacy."""
     return 0 if agreed.manifest.secure_sum or agreed.manifest.privacy else site.num_rows

@@ -268,7 +268,7 @@ def report(sites: Sequence[Site], payload: Payload, context: Context, merged: bo
 
 
 def calibrate(sites: Sequence[Site], payload: Payload, context: Context, merged: bool) -> Iterator[Answer]:
-    """Sum over one half of the held-out rows what chooses a temperature, or over the other half what judges it."""
+    """Sum the losses that choose a temperature over half of the held-out rows, or that judge it over the other half."""
     agreed = agreement(context)
     request = CalibrateRequest.from_payload(payload, form_of(sites, agreed, payload.arrays))
     for positions in shared(sites, merged):

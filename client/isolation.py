@@ -1,8 +1,8 @@
 """A check of features: do they single rows out, so that sums over many rows spell out one?
 
 One-hot features do: where one row alone has a word, the word's row of the Gram matrix is this row. Natural networks are
-sparse too, after a ReLU, so the bars are between what they were measured to give and what encodings of words and hashes
-give. The check sees no isolation that is spread over all columns by a rotation, and cannot replace the choice of a
+sparse too, after a ReLU, so the bars are between the values measured for these and those of encodings of words and
+hashes. The check sees no isolation that is spread over all columns by a rotation, and cannot replace the choice of a
 backbone that the site trusts.
 """
 

@@ -52,7 +52,7 @@ def _conceals(site: Site, manifest: Manifest) -> bool:
 
 
 def _hold_back(action: str, reason: str, context: Context) -> None:
-    """Accept a map or a standardisation under which no sums leave: a refusal would tell of this site's rows."""
+    """Accept a map or a standardisation under which no sums leave: a refusal would disclose this site's rows."""
     logger.error("No sums of this site will be usable: %s", reason)
     keep_unfit(action, reason, context)
 

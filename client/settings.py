@@ -155,7 +155,7 @@ class Backbones(_Table):
 
 
 class Budget(_Table):
-    """How much the site tells; the ledger counts it, so a restart changes nothing."""
+    """Limits on the number of releases; the ledger counts them, so a restart changes nothing."""
 
     releases_per_day: int = Field(
         RELEASES_PER_DAY, ge=1, description="Replies about its rows that the site gives on one day, in UTC."
@@ -258,7 +258,7 @@ class SiteSettings(_Table):
         """Validate plain values.
 
         Raises:
-            UserError: naming each wrong one, and `where` it stands.
+            UserError: naming each wrong one, and `where` it is set.
         """
         try:
             return cls(**values)

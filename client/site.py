@@ -154,7 +154,7 @@ def _prepare(settings: SiteSettings, kit: Kit | None) -> tuple[Path, str]:
 
 
 class KeptContexts:
-    """What each run told the site, in memory and on disk.
+    """The messages of each run to the site, in memory and on disk.
 
     Args:
         folder: where it is kept.
@@ -174,7 +174,7 @@ class KeptContexts:
         return self._contexts[run]
 
     def keep(self, context: Context) -> None:
-        """Write what changed since it was read or last kept."""
+        """Write changes since the last read or write."""
         blob = content_to_bytes(context.state)
         path = self._path(context.run_id)
         if not context.state:
@@ -207,7 +207,7 @@ class SiteProcess:
         settings: the site's own, which decide.
         site: its data.
         connection: to the coordinator.
-        folder: where it keeps what runs told it.
+        folder: for the state of runs.
         released: grows by an entry with each release of the site's ledger.
         counts: of its answers.
     """

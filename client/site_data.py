@@ -42,7 +42,7 @@ class Holding:
         guarded: the rows that the guard allowed and withheld.
         keys: of all rows of `data`, by which they are held out.
         contents: of all rows of `data`, by which the ledger knows them.
-        task: names the groups that sums tell apart.
+        task: names the groups that sums distinguish.
         share: of the rows that are held out.
         min_class_count: the guard's least number of rows behind a sum.
         people: of all rows of `data`, see `people_of`.

@@ -35,7 +35,7 @@ def site_of(
     Args:
         settings: the site's own.
         ledger: the file that its releases are entered in.
-        before: what replies pass between the guard and the ledger.
+        before: the steps between the guard and the ledger.
         agree: asks a person about unknown weights.
         note: is called with each entry of the ledger.
         keys: of the site for secure summation, with the roster; None if it takes no part in any.

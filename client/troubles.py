@@ -123,7 +123,7 @@ class Troubles:
         )
 
     def of_refusal(self, response: httpx.Response, *, heals: bool) -> Trouble:
-        """Return why this site may not connect; a stock SuperLink does not tell the reasons apart, ours does."""
+        """Return why this site may not connect; a stock SuperLink gives no reason, ours does."""
         said = _body(response)
         remedy = "Ask the coordinator's operator for a new kit (fedhead provision --add-site)."
         if self.insecure:

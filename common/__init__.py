@@ -36,7 +36,7 @@ __all__ = [*_EXPORTS, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for, when it is asked for, so that a light module does not bring torch."""
+    """Import a public name on first use, so that light modules do not import torch."""
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)

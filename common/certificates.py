@@ -89,7 +89,7 @@ def _loaded(content: bytes) -> tuple[x509.CertificateSigningRequest, Any]:
     """Return a request and its key.
 
     Raises:
-        ValueError: if it is malformed; what the parser says is for programmers.
+        ValueError: if it is malformed; the parser's message is for programmers.
     """
     try:
         request = x509.load_pem_x509_csr(content)

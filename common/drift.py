@@ -177,7 +177,7 @@ def count_drift(
     """Count a site's new rows; labels are not needed.
 
     Args:
-        model: one that tells foreign inputs.
+        model: with a test of foreign inputs.
         samples: the rows; features are kept, as for a run.
         min_rows: with fewer rows, nothing is counted.
         strict: whether to stop at unreadable rows.
@@ -206,7 +206,7 @@ def count_inputs(
     """Count files without labels, such as those given to `fedhead predict`; their features are not kept.
 
     Args:
-        model: one that tells foreign inputs.
+        model: with a test of foreign inputs.
         inputs: unreadable ones are skipped, unless `strict`.
         min_rows: see `count_drift`.
         strict: see `count_drift`.

@@ -2,13 +2,13 @@
 
 
 class FedheadError(Exception):
-    """A failure told in one sentence: what was wrong, where, what was expected, what to do."""
+    """A failure in one sentence: the fault, its place, the expectation and the remedy."""
 
     exit_status = 1
 
 
 class UserError(FedheadError, ValueError):
-    """A mistake in what the user asked for or supplied; nothing was started because of it."""
+    """A mistake in the user's request or input; nothing was started because of it."""
 
     exit_status = 2
 

@@ -12,7 +12,7 @@ def require(module: str, extra: str, purpose: str) -> Any:
     Args:
         module: its name.
         extra: of fedhead, that installs it.
-        purpose: what needs it, as a sentence begins.
+        purpose: the feature that needs it, as the start of a sentence.
 
     Raises:
         UserError: if it is not installed, with the command that installs it.

@@ -79,7 +79,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def locked_folder(path: Path) -> Iterator[None]:
-    """Keep other processes from changing what is in a folder.
+    """Keep other processes from changing the content of a folder.
 
     Raises:
         UserError: if there is no such folder, or it cannot be read.
@@ -104,7 +104,7 @@ def locked_folder(path: Path) -> Iterator[None]:
 
 
 def _concerns(filename: object, path: Path) -> bool:
-    """Tell whether what could not be opened is `path`, beside or below it, or a folder above; not something else."""
+    """Return whether the file of an error is `path`, beside or below it, or a folder above."""
     if not isinstance(filename, str | os.PathLike):
         return True
     return Path(filename).is_relative_to(path.parent) or path.is_relative_to(filename)
@@ -150,7 +150,7 @@ def require_new_folder(path: Path, advice: str) -> None:
 
     Args:
         path: of a folder to write.
-        advice: a sentence on what to do otherwise.
+        advice: a sentence on the remedy otherwise.
 
     Raises:
         UserError: if something else is there.
@@ -165,7 +165,7 @@ def new_folder(path: Path, advice: str) -> Iterator[Path]:
 
     Args:
         path: of the folder.
-        advice: a sentence on what to do if there is one with content.
+        advice: a sentence on the remedy if there is a folder with content.
 
     Raises:
         UserError: if `path` is something else than an empty folder, or cannot be written.
@@ -216,7 +216,7 @@ def require_private(path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Have what was written to a file on the disk."""
+    """Flush the content of a file to the disk."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 

@@ -88,7 +88,7 @@ def add_class(
     """Add a class, or several, to a finished run, with a joining site that has rows of it, and solve the head again.
 
     The data may also hold rows of known classes. A site that takes part already must leave first and then joins with
-    all of its rows: new rows cannot be told from those that are in the site's sums.
+    all of its rows: new rows cannot be distinguished from those in the site's sums.
 
     Args:
         run_dir: the run folder.

@@ -136,7 +136,7 @@ class TransferModel:
         return torch.cat(parts) if parts else torch.empty(0, len(self.classes))
 
     def outputs(self, features: Tensor) -> Tensor:
-        """Return the head's outputs `[n, C]`, or `[n, P, C]` at all places, given what the backbone returns."""
+        """Return the head's outputs `[n, C]`, or `[n, P, C]` at all places, given the backbone's output."""
         geometry = self.backbone.geometry
         rows = features if geometry is None else geometry.places(features)
         outputs: Tensor = self.head.to(features.device)(rows)
@@ -146,7 +146,7 @@ class TransferModel:
         """Return the predictions of a task about places, such as masks.
 
         Args:
-            features: what the backbone returns for `n` items.
+            features: the backbone's output for `n` items.
             sizes: `n`, the height and width of each item.
 
         Raises:

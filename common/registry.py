@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def suggest(name: str, known: list[str]) -> str:
-    """Return the end of a sentence that names what `name` may have meant, or all that is known."""
+    """Return a sentence that suggests names close to `name`, or lists all known ones."""
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if close:
         return f"Did you mean {' or '.join(map(repr, close))}?"
@@ -33,7 +33,7 @@ class Registry(Generic[T]):
         """Start empty.
 
         Args:
-            kind: what an entry is, for messages.
+            kind: the name of an entry's kind, for messages.
             modules: names whose entry is made by importing a module, done when they are first asked for.
         """
         self.kind = kind

@@ -61,7 +61,7 @@ def parse_tune(text: str) -> TuneSpec:
     """Parse a spec such as `last:2`, `lora:8`, `bitfit@last:1` or `layer4`.
 
     Raises:
-        UserError: if it is malformed, with what was expected.
+        UserError: if it is malformed; the message says what was expected.
     """
     if len(text) > MOST_LENGTH or not text.isprintable():
         raise UserError(f"A choice of what to tune has at most {MOST_LENGTH} printable characters.")
@@ -84,7 +84,7 @@ def parse_tune(text: str) -> TuneSpec:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Progressive unfreezing (Howard & Ruder, 2018): what trains from which round on.
+    """Progressive unfreezing (Howard & Ruder, 2018): the layers that train from each round on.
 
     Attributes:
         starts: the first round of each stage, ascending from 1.

@@ -27,9 +27,9 @@ class Service:
     Attributes:
         name: of the unit, or of the service.
         description: its purpose.
-        command: what is run; a shell's line where it depends on what is there.
+        command: the command to run; a shell's line where it depends on existing files.
         reads: paths that it only reads: the kit, the configuration, the data.
-        finished: what is there once nothing is left to do; None for what never ends.
+        finished: a file that exists once the work is done; None for a service.
         port: that it listens on for sites; 0 if it does not.
         health: `HOST:PORT` of its health service; empty for none.
     """
@@ -84,7 +84,7 @@ def coordinator_service(
         program: how `fedhead` is called there.
 
     Raises:
-        UserError: if `kit` is not a coordinator's, or there is no configuration, or what it names would not be found.
+        UserError: if `kit` is not a coordinator's, the configuration is missing, or it names files that do not exist.
     """
     if not (kit / "coordinator.toml").is_file():
         raise UserError(f"{kit} is not a coordinator's kit: it has no coordinator.toml. fedhead provision makes one.")
@@ -266,7 +266,7 @@ def _read_by(run: Path) -> list[Path]:
 
 
 def _from_anywhere(spec: str) -> tuple[str, list[Path]]:
-    """Return a data spec with absolute paths, and what is read for it."""
+    """Return a data spec with absolute paths, and the files it reads."""
     source, _, argument = spec.partition(":")
     path = None if source in NAMED else local_path(spec)
     whole = path is not None and Path(argument).expanduser().exists()
@@ -293,5 +293,5 @@ def _for_systemd(text: str) -> str:
 
 
 def _for_compose(value: str | Sequence[str] | Mapping[str, object]) -> str:
-    """Return a value as JSON, which YAML is a superset of, without what Compose would replace."""
+    """Return a value as JSON, which is valid YAML, with Compose's variables escaped."""
     return json.dumps(value, ensure_ascii=False).replace("$", "$$")

@@ -102,7 +102,7 @@ class ExactSum:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read what `save` wrote, bit for bit.
+        """Undo `save`, bit for bit.
 
         Raises:
             UserError: if the file is missing, damaged or something else.

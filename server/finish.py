@@ -37,7 +37,7 @@ class Finish:
 
     Args:
         run: after its last round.
-        progress: what it has come to.
+        progress: its state.
     """
 
     def __init__(self, run: Coordinator, progress: Progress) -> None:
@@ -138,7 +138,7 @@ class Finish:
         return foreign
 
     def _tuning(self, kept: bool) -> dict[str, Any]:
-        """Return what is known of a tuned run beside its choices; nothing of others."""
+        """Return figures of a tuned run, other than its choices; empty for other runs."""
         if not isinstance(self.run.form, TunedForm):
             return {}
         return {"kept": "tuned" if kept else "solved", "trainable_parameters": self.run.form.num_parameters}

@@ -1,4 +1,4 @@
-"""The stock way: a small Flower app that names what is installed, so that `flwr run` runs it on any federation."""
+"""A small Flower app that names the installed packages, so that `flwr run` runs it on any federation."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Where the sites of a run are: Flower's Grid, with what fedhead's own Grids can do beyond it."""
+"""Flower's Grid, with further abilities of fedhead's own Grids."""
 
 import time
 from abc import ABC

@@ -109,7 +109,7 @@ class HeadCoordinator(Coordinator):
         return self.form.enter(self.form.temperature_scaled(arrays, temperature)), evaluation.exchange
 
     def _go_on(self, progress: Progress) -> Progress:
-        """Gather the sites again, and tell them how features are standardised in this run."""
+        """Gather the sites again, and send them the standardisation of this run."""
         exchange = progress.current.made_by
         self.messenger.traffic = progress.traffic
         self.form.standardisation = progress.standardisation

@@ -1,4 +1,4 @@
-"""The coordinator's kit: what it knows of its sites, and shows them."""
+"""The coordinator's kit: its addresses, certificate and register of sites."""
 
 import tomllib
 from collections.abc import Mapping

@@ -24,7 +24,7 @@ class _Arrival:
         installing: whether the weights are being sent to it.
         description: its description, once it has the weights.
         ready: whether it may take part.
-        told: the messages of the introduction that it was sent, by action.
+        told: the messages sent to introduce it, by action.
     """
 
     node_id: int

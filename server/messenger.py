@@ -167,7 +167,7 @@ class Messenger:
 
         Args:
             nodes: the sites, by name.
-            action: what is asked of them.
+            action: the request.
             content: the message.
             read: is called with each reply.
             together: whether one reply may speak for several sites of this process.

@@ -87,7 +87,7 @@ class EachRound(Observer):
 
 
 class Observers(Observer):
-    """Several observers, told in order."""
+    """Several observers, notified in order."""
 
     def __init__(self, observers: Iterable[Observer]) -> None:
         self._observers = list(observers)

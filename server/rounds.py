@@ -204,7 +204,7 @@ class Rounds:
         )
 
     def _heads(self, messages: Mapping[str, Message], addresses: Addresses, expected: Arrays) -> Exchange:
-        """Exchange messages about a head; screen what comes back, and order it by site name."""
+        """Exchange messages about a head; screen the replies, and order them by site name."""
         heads: dict[str, tuple[Message, HeadReply]] = {}
         metrics: dict[str, FloatArray] = {}
         unusable: dict[str, str] = {}

@@ -55,7 +55,7 @@ class Choice:
     """A comparison of heads, and the one that was taken.
 
     Attributes:
-        question: what was chosen, as a heading.
+        question: the subject of the choice, as a heading.
         taken: the name of the head.
         reason: why, in a sentence.
         rows: the held-out rows that decided.

@@ -15,7 +15,7 @@ class Standardising:
     Args:
         form: of the run's head, which keeps them.
         pooling: asks the sites for sums.
-        latecomers: tells sites that come later.
+        latecomers: informs sites that come later.
         observer: notified of the step.
     """
 

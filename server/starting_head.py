@@ -102,7 +102,7 @@ class HeadForm:
             self.target_standardisation = _as_float32(targets.mean(), targets.scale(hardly=0))
 
     def share(self, stats: FeatureStatistics | None) -> None:
-        """Keep what sites need to know of the pool's classes in rounds: nothing for heads alone."""
+        """Keep the pool's shares of classes for rounds; a head alone needs none."""
 
     def solve(self, stats: FeatureStatistics) -> Head:
         """Solve the float64 head named by `init`, for mapped features.

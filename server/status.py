@@ -191,7 +191,7 @@ class RunStatus(Observer):
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
-    """Return how a run stands, from its folder; `state` is `dead` if its process ended without saying so.
+    """Return the state of a run, from its folder; `state` is `dead` if its process was killed.
 
     Raises:
         UserError: if the folder holds no status.
@@ -268,7 +268,7 @@ def _exists(pid: int) -> bool:
 
 
 def _process_started(pid: int) -> str:
-    """Return what tells a process from a later one with its id, where the system says."""
+    """Return the start of a process, which distinguishes it from a later one with its id; empty if unknown."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
     except (OSError, IndexError):

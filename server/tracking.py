@@ -25,7 +25,7 @@ FIGURES = ("score", "loss", "train_loss", "test_score", "bytes_down", "bytes_up"
 
 
 def find_tracker(name: str) -> Observer:
-    """Return the observer that `name` stands for: registered, or `python:MODULE:FUNCTION`, which is called.
+    """Return the observer called `name`: a registered one, or the result of `python:MODULE:FUNCTION`.
 
     Raises:
         UserError: if there is none, or it needs a package that is not installed.
@@ -41,7 +41,7 @@ def find_tracker(name: str) -> Observer:
 
 
 class Tracked(Observer):
-    """Tells a tracker of a run; a tracker that fails is named, and told nothing more: it never ends a run.
+    """Notifies a tracker of a run; a failing tracker is named and dropped, and never ends a run.
 
     Args:
         name: for messages.

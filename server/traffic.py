@@ -55,7 +55,7 @@ class Traffic:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Mapping[str, Sequence[int]]]) -> Self:
-        """Read what `to_dict` returned."""
+        """Undo `to_dict`."""
         sites, actions = values["sites"], values["actions"]
         return cls(
             down=Counter({site: down for site, (down, _) in sites.items()}),

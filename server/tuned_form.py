@@ -1,4 +1,4 @@
-"""The form of what a tuned run trains: a tail of the backbone with its head, from the solved head on."""
+"""The trainable form of a tuned run: a tail of the backbone with its head, starting from the solved head."""
 
 import numpy as np
 import torch

@@ -80,7 +80,7 @@ class Cost:
 
 
 def _gain(sums: RivalSums, at: int, cost: Cost) -> str:
-    """Say how many points a tuned version gains, and at what cost.
+    """Describe the gain of a tuned version in points, and its cost.
 
     The interval takes the two versions' errors as independent, and so is wider than a paired one.
     """
@@ -119,7 +119,7 @@ def decide(
         messenger: reaches the sites.
         roster: the sites that take part.
         pooling: asks them for sums.
-        form: of what is trained.
+        form: of the tail and its head.
         task: of the run.
         stats: of the frozen backbone's features.
         best: the round and the parameters with the least held-out loss; of round 0 if no tail is better.

@@ -1,4 +1,4 @@
-"""A membership attack on heads: how well can someone who sees the head tell whose rows it was solved from?
+"""A membership attack on heads: how well does a head reveal the rows it was solved from?
 
 LiRA, the likelihood-ratio attack (Carlini et al., 2022, "Membership inference attacks from first principles"), is
 cheap on heads: many shadow heads are solved from random halves of the rows. For each row, the scores of the shadow

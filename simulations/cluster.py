@@ -1,4 +1,4 @@
-"""The engine on Ray: workers own blocks of sites, and this process adds up what they return.
+"""The engine on Ray: workers own blocks of sites, and this process adds their sums.
 
 What a site does depends on the site, the head, the seed and the round alone, and a worker keeps nothing that cannot be
 made again. So a lost worker's blocks go to others, whose sums have the same bits, and results do not depend on the
@@ -109,7 +109,7 @@ class Workers:
     """The workers of a run: one for each GPU of the cluster if there are any, else one for each core.
 
     Args:
-        shared: what they are told.
+        shared: the data of all sites.
         store: the features, for machines that do not see them.
         blocks: of sites.
 
@@ -223,7 +223,7 @@ class Workers:
             self._alive = self._start(1)
 
     def _state(self, state: State) -> Any:
-        """Return a reference to what sites know of a run; the same one for equal states."""
+        """Return a reference to the state of a run at its sites; the same one for equal states."""
         import ray
 
         for known, reference in self._states:
@@ -249,7 +249,7 @@ class Request:
         asked: the messages.
         block: the number of the block.
         positions: of the sites in the block; None for all, in order.
-        state: what they know of the run.
+        state: of the run at the sites.
     """
 
     asked: Asked
@@ -272,7 +272,7 @@ class ClusterGrid(InProcessGrid):
         sites: the simulated sites.
         rows: of each site, by name.
         store: the features of all rows.
-        shared: what workers are told.
+        shared: the data of all sites.
         blocks: how many blocks of sites are answered for separately.
     """
 
@@ -327,7 +327,7 @@ def run_on_ray(
         sites: the simulated sites.
         rows: of each site, by name.
         store: the features of all rows.
-        shared: what workers are told.
+        shared: the data of all sites.
         blocks: how many blocks of sites are answered for separately.
         coordinate: runs the coordinator over a Grid.
 

@@ -1,7 +1,7 @@
 """The engine for comparison: Flower's own simulation on Ray, one task per site and message, with the identical apps.
 
 A site is described by files in a folder that all machines of the cluster see, and lives in whichever worker its next
-message goes to. Everything here is importable, because what is in `__main__` is pickled anew for every message.
+message goes to. Everything here is importable, because code in `__main__` is pickled anew for every message.
 """
 
 import json
@@ -89,7 +89,7 @@ def run_on_flower(
     Args:
         config: of the run.
         rows: `[n]`, of each site by name.
-        shared: what all sites share.
+        shared: the data of all sites.
         store: the features of all rows.
         coordinate: runs the coordinator over a Grid.
 

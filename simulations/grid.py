@@ -156,7 +156,7 @@ class Asked:
     """Messages of one content to sites of one block.
 
     Attributes:
-        action: what is asked of them.
+        action: the request.
         nodes: those asked.
         messages: one to each, or one to all of them if `merged`.
         merged: whether one reply is to speak for all.

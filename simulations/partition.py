@@ -1,4 +1,4 @@
-"""Who holds what: partitions of a data set's rows among simulated sites, by name."""
+"""Partitions of a data set's rows among simulated sites, by name."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ def check_rows(rows: Sequence[npt.ArrayLike], total: int, shared: bool = False) 
         shared: whether sites may have rows in common.
 
     Raises:
-        UserError: if a number is no row, stands twice at a site, or at two sites that must not share it.
+        UserError: if a number is no row, occurs twice at a site, or at two sites that must not share it.
     """
     sites = {name: _row_numbers(name, part) for name, part in zip(site_names(len(rows)), rows, strict=True)}
     together = np.concatenate([np.empty(0, dtype=np.int64), *sites.values()])

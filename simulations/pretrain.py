@@ -3,7 +3,7 @@
     python -m fedhead.simulations.pretrain --out glyphnet.safetensors
 
 Letters in the faces that matplotlib ships are deformed, drawn as pen strokes or in their own outline, and
-reduced to grids of 8 to 28 pixels a side; GlyphNet learns to tell the letters apart.
+reduced to grids of 8 to 28 pixels a side; GlyphNet learns to classify the letters.
 
 600,000 letters took 324 s on two shared cores of an AMD EPYC (torch 2.15); the same seed and number of
 threads gave the same bytes again. Logistic regression, then shrunk LDA, fitted on a few of scikit-learn's
@@ -46,7 +46,7 @@ def train(
     learning_rate: float = 4e-3,
     log_every: int = 250,
 ) -> GlyphNet:
-    """Train a GlyphNet to tell the classes of `bank` apart.
+    """Train a GlyphNet to classify `bank`.
 
     AdamW under a one-cycle schedule, smoothed labels, batch norm after every layer with weights; the
     classifier sees the rectified features and is thrown away.

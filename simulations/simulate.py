@@ -186,7 +186,7 @@ def run_plan(
 def _attack(
     attack: Literal["membership", "audit"], plan: Plan, shared: SharedData, held: Mapping[str, IntArray]
 ) -> dict[str, Any]:
-    """Return what an attack on the run's head, or an audit of its noise, finds."""
+    """Return the results of an attack on the run's head, or of an audit of its noise."""
     from fedhead.simulations.attack import attack_membership
     from fedhead.simulations.audit import audit_private
 
@@ -338,7 +338,7 @@ def _data_digest(plan: Plan, *stores: FeatureStore | None) -> str:
 def _test_of(
     plan: Plan, task: Task, store: FeatureStore | None, activations: BoundaryStore | None
 ) -> Callable[[Head], float | None] | None:
-    """Return what scores a head on the pooled test set; None without one."""
+    """Return a function that scores a head on the pooled test set; None without one."""
     if store is None or plan.test_samples is None or plan.test_labels is None:
         return None
     places = ItemPlaces.of(task, plan.backbone.geometry, plan.test_samples)

@@ -153,7 +153,7 @@ def parse_sweep(texts: Sequence[str]) -> dict[str, list[Any]]:
     """Turn texts such as `partition=iid,dirichlet:0.3` into the values of each key; a value is TOML, or else text.
 
     Raises:
-        UserError: if one has no values, or a key stands twice.
+        UserError: if one has no values, or a key occurs twice.
     """
     sweep: dict[str, list[Any]] = {}
     for text in texts:
@@ -184,7 +184,7 @@ def study(
     A failed run is noted, and the others continue. Each has a folder of its own, whose `run.toml` reproduces it.
 
     Args:
-        config: what all runs share.
+        config: the common settings of all runs.
         sweep: values by key: a setting of the run (`head`, `rounds`), of its simulation (`partition`, `sites`), or of
             another table, as in `local.lr`.
         seeds: the seeds, or how many, counted from the config's.

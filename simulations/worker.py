@@ -1,6 +1,6 @@
 """A worker on a Ray cluster: it owns blocks of sites, answers for them as this process would, and extracts features.
 
-Everything here is importable, because what is in `__main__` is pickled anew for every call.
+Everything here is importable, because code in `__main__` is pickled anew for every call.
 """
 
 import os
@@ -35,7 +35,7 @@ State = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Shared:
-    """What every worker is told once.
+    """The data that every worker receives once.
 
     Attributes:
         path: of the feature store.
@@ -94,7 +94,7 @@ class Replies:
 
     Attributes:
         replies: each with the position of the first site it speaks for: a reply, or the reason why there is none.
-        state: what the sites know of the run now, if the request changed it.
+        state: of the run at the sites, if the request changed it.
     """
 
     replies: Sequence[tuple[int, Payload | str]]
@@ -162,8 +162,8 @@ class Worker:
         Args:
             number: of the block.
             block: a reference to it.
-            state: a reference to what its sites know of the run.
-            action: what is asked.
+            state: a reference to the state of the run at its sites.
+            action: the request.
             positions: the sites asked, by their positions in the block; None for all, in order.
             payload: the message.
             merged: whether one reply is to speak for all.
@@ -191,7 +191,7 @@ def keep_state(state: State, context: Context) -> None:
 
 
 def state_of(context: Context) -> State:
-    """Return what the sites of a context know of the run."""
+    """Return the state of the run in the context of its sites."""
     record = context.state.get(RECORD)
     return dict(record) if isinstance(record, ConfigRecord) else {}
 

@@ -148,7 +148,7 @@ class Approvals(Step):
         )
 
     def _described(self, manifest: Manifest, action: str) -> str:
-        """Return who asks for what, as a person reads it."""
+        """Describe a request for a person."""
         asked = ACTIONS[action]
         if action == INSTALL:
             origin = "unknown to this site"
@@ -205,7 +205,7 @@ def approvals_path(site: str) -> Path:
 
 
 def read_approvals(path: Path) -> list[Approval]:
-    """Return what people agreed to, oldest first.
+    """Return the agreements, oldest first.
 
     Agreements of the form that knew neither run nor backbone are void.
 

@@ -107,7 +107,7 @@ class Atoms:
         Args:
             rows: the site's readable rows.
             targets: `[n, ...]`, their targets.
-            task: names the groups that sums tell apart.
+            task: names the groups that sums distinguish.
             guard: the site's own; with a `min_class_count` below 2, any difference may leave and all rows are admitted.
             share: of rows that are held out, unless a row or one of its group was admitted before.
 

@@ -30,7 +30,7 @@ class GuardedRows:
         held_out: the rows left to evaluate on.
         counts: how many rows are left, by class name; a multi-label row counts for each of its classes.
         withheld: how many are not, by class name. For the site's own eyes: these are the small numbers.
-        refusal: why the whole site is withheld; empty if it is not. May travel: it tells no number of rows.
+        refusal: why the whole site is withheld; empty if it is not. May travel: it contains no number of rows.
     """
 
     train: IntArray
@@ -117,7 +117,7 @@ class Guard(Step):
             rows: the site's rows after the guard.
 
         Raises:
-            FedheadError: if not. It tells no number of rows.
+            FedheadError: if not. The message contains no number of rows.
         """
         needed = math.ceil(self.min_rows * width / plain)
         if width > plain and rows < needed:

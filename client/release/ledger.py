@@ -246,7 +246,7 @@ class Ledger(Step):
 
 
 def read_ledger(path: Path) -> list[Entry]:
-    """Return what left, oldest first; what was being written when a process was killed did not leave.
+    """Return the releases, oldest first; an incomplete last line was not released.
 
     Raises:
         UserError: if there is no ledger, or it may not be read.
@@ -276,7 +276,7 @@ def ledger_path(site: str) -> Path:
 
 
 def _stamp(handle: int) -> tuple[int, ...]:
-    """Return what changes whenever a file is written, or another one takes its place."""
+    """Return a value that changes whenever a file is written or replaced."""
     about = os.fstat(handle)
     return about.st_ino, about.st_size, about.st_mtime_ns
 

@@ -1,4 +1,4 @@
-"""torchvision's detectors without their last layer: trunk, pyramid and what follows are frozen, rows are proposals."""
+"""torchvision's detectors without their last layer: all other layers are frozen, and rows are proposals."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple

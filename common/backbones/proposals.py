@@ -29,7 +29,7 @@ class Asked(NamedTuple):
 
 
 def split_proposals(layer: str) -> Asked | None:
-    """Return what `proposals`, `proposals:COUNT` or `proposals:COUNT@SIZE` asks for; None for other layers.
+    """Parse `proposals`, `proposals:COUNT` or `proposals:COUNT@SIZE`; return None for other layers.
 
     Raises:
         UserError: if the number or the size is not valid.

@@ -211,7 +211,7 @@ ROWS = "rows"
 
 
 def _general(one: Any, two: Any) -> Any:
-    """Return what a size is for any number of rows, from its values for one row and two."""
+    """Return a size for any number of rows, from its values for one row and for two."""
     if isinstance(one, tuple):
         parts = tuple(_general(*pair) for pair in zip(one, two, strict=True))
         return None if None in parts else parts

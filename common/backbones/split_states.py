@@ -230,7 +230,7 @@ def _shared(model: nn.Module) -> nn.Module:
 
 
 def _rest(model: nn.Module, container: str) -> tuple[Any, ...] | None:
-    """Return what a block returns after the hidden state; None if it returns the state alone."""
+    """Return the rest of a block's output after the hidden state; None if it returns the state alone."""
     seen: list[Any] = []
     first = model.get_submodule(f"{container}.0")
     handle = first.register_forward_hook(lambda module, inputs, output: seen.append(output))

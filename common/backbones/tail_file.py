@@ -1,4 +1,4 @@
-"""A file of tuned parameters: what a run trained of a backbone, apart from its pretrained weights."""
+"""A file of a backbone's tuned parameters, without its pretrained weights."""
 
 import copy
 import json
@@ -24,7 +24,7 @@ _PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class TailFile:
-    """Tuned parameters and what they belong to.
+    """Tuned parameters, with the backbone and the layers they belong to.
 
     Attributes:
         spec: the backbone, `source:name`.

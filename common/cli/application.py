@@ -1,4 +1,4 @@
-"""The command line's frame: the application itself, failures told in sentences, progress and output."""
+"""The command line's frame: the application, failures in sentences, progress and output."""
 
 import codecs
 import functools
@@ -133,7 +133,7 @@ def terminal_handler() -> RichHandler:
 
 
 def _print_any_name() -> None:
-    """Print names that are not UTF-8 as the bytes that they are, and what is no text at all as escapes."""
+    """Print names that are not UTF-8 as raw bytes, and other undecodable text as escapes."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=ANY_NAME)

@@ -1,4 +1,4 @@
-"""`fedhead backbones`: which there are, what one is, and its weights in one file."""
+"""`fedhead backbones`: list the backbones, describe one, and write its weights to a file."""
 
 import json
 from dataclasses import asdict
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class _ListsByDefault(TyperGroup):
-    """Takes what is no command of its own for the pattern of `list`."""
+    """A group that treats an unknown command as the pattern of `list`."""
 
     def parse_args(self, ctx: "click.Context", args: list[str]) -> list[str]:
         named = args and (args[0] in self.commands or args[0] == "--help")
@@ -184,7 +184,7 @@ def _or_reason(find: "Callable[[], list[Block]]") -> "tuple[list[Block], str]":
 
 
 def _print_blocks(cut: "list[Block]", console: Console) -> None:
-    """Print a table of the blocks, with what storing the activations before each takes."""
+    """Print a table of the blocks, with the size of the stored activations before each."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("--tune", no_wrap=True)
     table.add_column("block", overflow="fold")

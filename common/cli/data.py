@@ -122,7 +122,7 @@ def _print(summary: "Summary", console: Console, html: Path | None) -> None:
 
 
 def _items(summary: "Summary") -> str:
-    """Return what the table of classes counts."""
+    """Return the unit that the table of classes counts."""
     if summary.annotated is None or not summary.classes:
         return "rows"
     return "words" if summary.kind == "text" else "images"
@@ -145,7 +145,7 @@ def _visible(name: str) -> str:
 
 
 def _facts(summary: "Summary") -> list[tuple[str, str]]:
-    """Return what is said of the data, beside its classes."""
+    """Return facts about the data, other than its classes."""
     from fedhead.data.items import ITEMS
 
     looked = "" if summary.looked_at == summary.rows else f"; {summary.looked_at} of them were read"

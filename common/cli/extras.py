@@ -1,4 +1,4 @@
-"""Lines of the terminal's summary on what a run was asked for beside its head."""
+"""Lines of the terminal's summary on optional results of a run."""
 
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ _MOST_NAMES = 10
 
 
 def extras(result: "CompletedRun") -> list[tuple[str, str]]:
-    """Return pairs of a title and a text on what the run was asked for beside its head."""
+    """Return pairs of a title and a text on each optional result of the run."""
     from fedhead.server.robust_pooling import HARMFUL
     from fedhead.server.runs.record import WORTH
 

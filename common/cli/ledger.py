@@ -1,4 +1,4 @@
-"""`fedhead ledger`: what left a site."""
+"""`fedhead ledger`: the releases of a site."""
 
 import json
 from pathlib import Path

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def watching(dashboard: str, *, anywhere: bool, track: Sequence[str] | None) -> "Iterator[list[Observer]]":
-    """Return who is to be told of a run; a live page is served until the block ends.
+    """Return the observers of a run; a live page is served until the block ends.
 
     Args:
         dashboard: `HOST:PORT` of the live page; empty for none.

@@ -131,7 +131,7 @@ def _change(
     renew: bool,
     new: bool,
 ) -> None:
-    """Change the kits in a folder as `fedhead provision` was told to, and print what is to be copied."""
+    """Change the kits in a folder, and print the files to copy."""
     from fedhead.certificates import fingerprint
     from fedhead.server import provision as kits
     from fedhead.server.site_requests import sign_requests

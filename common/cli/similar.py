@@ -46,7 +46,7 @@ def similar(
 ) -> None:
     """Print the similarity of every pair of inputs, or each input's most similar rows of --data.
 
-    With --data alone, print how well a threshold of similarity tells pairs of one class from pairs of two.
+    With --data alone, print how well a threshold of similarity separates pairs of one class from pairs of two.
     """
     from fedhead.data import load_samples
     from fedhead.data.inputs import find_inputs

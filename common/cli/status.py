@@ -1,4 +1,4 @@
-"""`fedhead status`: how a run on a network stands, and whether a process serves."""
+"""`fedhead status`: the state of a run on a network, and whether a process serves."""
 
 import json
 import sys
@@ -63,7 +63,7 @@ def _health(address: str, as_json: bool) -> None:
 
 
 def run_tables(values: Mapping[str, Any]) -> RenderableType:
-    """Return tables of how a run stands: the sites, then the rounds."""
+    """Return tables of a run's state: its sites, then its rounds."""
     shown: list[RenderableType] = [_headline(values), _site_table(values)]
     if values["history"]:
         shown.append(_round_table(values))
@@ -140,7 +140,7 @@ def _ago(seconds: float) -> str:
 
 
 class LiveTables:
-    """What `rich.live.Live` asks, again and again, how a run stands."""
+    """A renderable for `rich.live.Live` that shows the latest state of a run."""
 
     def __init__(self, snapshot: Callable[[], Mapping[str, Any]]) -> None:
         self._snapshot = snapshot

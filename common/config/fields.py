@@ -40,7 +40,7 @@ def lifted_width(text: str) -> int | None:
 
 
 def require_tunable(layers: str) -> str:
-    """Return a choice of what to tune, or none.
+    """Check the layers to tune, and return them; empty for none.
 
     Raises:
         ValueError: if it is malformed.

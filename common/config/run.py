@@ -214,7 +214,7 @@ class RunConfig(Table):
         return DENSE_LAYERS[self.task] if self.layer == "penultimate" else self.layer
 
     def settled(self) -> Self:
-        """Return the configuration with what the task, tuning, adaptation or differential privacy decides."""
+        """Return the configuration with settings decided by its task, tuning, adaptation or differential privacy."""
         if self.tune.on and "rounds" not in self.model_fields_set:
             return self.changed({"rounds": 10})
         if self.task == "clusters":

@@ -38,7 +38,7 @@ class Annotated(ABC):
 
     @abstractmethod
     def title(self, rows: int, items: str, classes: int) -> str:
-        """Return what the rows are, given their number, the name of their items and the number of classes."""
+        """Describe the rows, given their number, the name of their items and the number of classes."""
 
     @abstractmethod
     def facts(self) -> list[tuple[str, str]]:
@@ -201,7 +201,7 @@ def sees_items(samples: Samples) -> bool:
 
 
 def annotated(samples: Samples, pixels: IntArray, masks: int) -> Annotated | None:
-    """Return what is annotated in a data set; None for classes and real targets of rows.
+    """Return the kind of annotations in a data set; None for classes and real targets of rows.
 
     Args:
         samples: the data set.

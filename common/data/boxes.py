@@ -77,7 +77,7 @@ class Drawing:
         boxes: in pixels.
         split: of the image; empty if there is none.
         about: texts about the image by field, for the options `site` and `group`.
-        beside: what decides the annotation, for the fingerprint.
+        beside: further values that decide the annotation, for the fingerprint.
     """
 
     path: str
@@ -126,7 +126,7 @@ def samples_of_boxes(
         classes: all annotated classes, also those without a box.
         options: `classes` limits and orders the classes, `empty=no` leaves out images without boxes, `site` and `group`
             name a field of `Drawing.about` or are `subfolder`.
-        left_out: what the format could not use.
+        left_out: content that the format could not use.
 
     Raises:
         UserError: if there are no images, or an option or a class is wrong.
@@ -206,7 +206,7 @@ class _Drawn:
 def _chosen(
     found: list[tuple[Drawing, Boxes]], problems: _Problems, *, keeps_empty: bool
 ) -> tuple[list[tuple[Drawing, Boxes]], list[str]]:
-    """Return the images to use, and what to caution of; images without boxes that are left out are noted."""
+    """Return the images to use, and warnings about them; note images without boxes that are left out."""
     empty = [one for one, boxes in found if not len(boxes)]
     cautions = [_about_empty(len(empty), len(found))] if empty and keeps_empty else []
     if not keeps_empty:

@@ -164,7 +164,7 @@ def _decode(file: IO[bytes], name: str) -> Clip:
 
 
 def _missing_end(file: IO[bytes]) -> str:
-    """Return why a file is truncated if its container tells and libsndfile does not; otherwise an empty text."""
+    """Return why a file is truncated, if its container shows it and libsndfile does not; otherwise an empty text."""
     start = file.read(12)
     size = file.seek(0, io.SEEK_END)
     if start.startswith(b"RIFF") and start[8:] == b"WAVE":

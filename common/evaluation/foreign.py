@@ -43,7 +43,7 @@ _FORMAT = "fedhead-foreign-1"
 class Distances:
     """Distances of features from the rows of feature statistics (Lee et al., NeurIPS 2018).
 
-    Rows `x` have unit length: the length of features says little of what an input is. With square roots, features of
+    Rows `x` have unit length: the length of features says little about an input. With square roots, features of
     networks that end in a ReLU are closer to normal. `z = (x - m) whiten` has the identity as its covariance within
     classes, shrunk as for `lda`. The class distance is the root of `min_c |z - z_c|^2 / d`. The background distance is
     that from all rows under their total covariance `I + sum_c p_c z_c z_c^T`. Both are about 1 for rows like the known

@@ -284,7 +284,7 @@ def _sampled(
 ) -> tuple[FloatArray, FloatArray]:
     """Return the mean gain `[n]` of each site over sampled orders, and its standard error.
 
-    Each order is followed by its reverse: what a site gains early and late varies oppositely.
+    Each order is followed by its reverse, because gains of early and late sites vary oppositely.
     """
     generator = random.Random(seed)
     pairs = -(-orders // 2)

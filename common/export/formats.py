@@ -1,4 +1,4 @@
-"""The formats of exports, and what an export returns."""
+"""The formats of exports, and the result of an export."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Flower beyond its documentation: no other module may rely on what Flower does not document.
+"""Undocumented parts of Flower; no other module may rely on these.
 
 Written for flwr 1.41 and 1.42. `tests/common/flower/` fails loudly if another version moves anything used here, or if a
 module outside this package reaches past Flower's documented modules.

@@ -35,7 +35,7 @@ def content_to_bytes(content: RecordDict) -> bytes:
 
 
 def content_from_bytes(blob: bytes) -> RecordDict:
-    """Read what `content_to_bytes` returned.
+    """Undo `content_to_bytes`.
 
     Raises:
         ValueError: if it is anything else.

@@ -51,7 +51,7 @@ class MapForm:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read what `str` returns.
+        """Undo `str`.
 
         Raises:
             UserError: if it is no form.

@@ -1,8 +1,8 @@
 """Heads from noisy sums of unit-norm rows.
 
 The noise on the Gram matrix is a symmetric random matrix whose eigenvalues fill `[-edge, edge]` with
-`edge = sigma_g sqrt(2 d)` (Wigner's semicircle). Eigenvalues inside it tell nothing; those beyond it are too large by a
-known amount (Benaych-Georges and Nadakuditi, 2011). All functions only post-process a release.
+`edge = sigma_g sqrt(2 d)` (Wigner's semicircle). Eigenvalues inside it carry no information; those beyond it are too
+large by a known amount (Benaych-Georges and Nadakuditi, 2011). All functions only post-process a release.
 """
 
 import math

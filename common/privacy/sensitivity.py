@@ -30,7 +30,7 @@ def squared_mu(
         sums: on class sums.
         gram: on every entry of `svec`.
         bound: `B`.
-        neighbours: which data sets are to be hard to tell apart.
+        neighbours: which data sets are neighbours.
     """
     n, a, g = counts**-2, bound**2 / sums**2, bound**4 / gram**2
     if neighbours == "add-remove":

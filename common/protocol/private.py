@@ -83,7 +83,7 @@ class PrivateRequest:
         mu: that the release spends.
         arrays: `shift` `[d]`, except for the centre; for a gradient, calibration and evaluation also `weight`
             `[C, d]` and `bias` `[C]`.
-        step: tells repeated releases of one stage apart.
+        step: distinguishes repeated releases of one stage.
         parties: the number of sites whose noises add up to the variance, where sites share it; a real site checks it.
     """
 

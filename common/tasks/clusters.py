@@ -1,4 +1,4 @@
-"""Clusters: rows without labels; a run groups them, and the model tells the groups apart until people name them."""
+"""Clusters: a run groups rows without labels, and the model predicts their groups until people name them."""
 
 from collections.abc import Sequence
 from typing import ClassVar

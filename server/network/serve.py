@@ -47,7 +47,7 @@ def serve(
         out: the run folder; by default a new one under `runs/`.
         resume: whether to resume the run in `out`.
         monitoring: its endpoints, if any.
-        shown: shows how the run stands, while it is entered.
+        shown: a context that shows the state of the run.
         observers: notified of the run's events.
 
     Raises:
@@ -127,7 +127,7 @@ class NetworkRuns:
         Args:
             queue: of files.
             read: returns the configuration in a file.
-            shown: shows how a run stands, while it is entered.
+            shown: a context that shows the state of a run.
             observers: notified of each run's events.
         """
 

@@ -44,7 +44,7 @@ def worst_site(
         score: its name in a report.
         said: words the report of this site.
         counts: the name of the number in a report that makes the score certain.
-        units: what this counts, for readers; by default its name.
+        units: the counted things, for readers; by default its name.
     """
     known = {name: one for name, one in record.sites.items() if one[score][0] is not None}
     if not known:
@@ -64,7 +64,7 @@ def score_forest(
         score: its name in a report.
         words: its name for readers.
         reference: where a dashed line is.
-        row: what a row is for readers.
+        row: the name of a row for readers.
     """
     known = [(name, one[score], one["rows"]) for name, one in reports if one[score][0] is not None]
     lines = [charts.Interval(name, value, low, high, rows) for name, (value, low, high), rows in known]

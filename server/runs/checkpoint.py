@@ -48,7 +48,7 @@ OPERATIONAL = ("min_sites", "round_deadline", "with_backbone")
 
 @dataclass
 class Progress:
-    """Where a run stands once it has a head, and after each of its rounds.
+    """The state of a run once it has a head, and after each of its rounds.
 
     Attributes:
         current: the newest head.
@@ -100,7 +100,7 @@ class Checkpoint:
     Attributes:
         run: by which sites know the run; the same when it is resumed.
         data: a digest of all features and targets, where the coordinator's process holds them; else empty.
-        releases: of a private run, the noisy totals so far with what is known of them, by name.
+        releases: of a private run, the noisy totals so far and values about them, by name.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class Checkpoint:
         return progress
 
     def record(self, progress: Progress) -> None:
-        """Write where the run stands, if it is time to.
+        """Write the state of the run, if it is due.
 
         Raises:
             UserError: if it may not be written.
@@ -217,7 +217,7 @@ class Checkpoint:
 
     @property
     def hint(self) -> str:
-        """Say what can be done after a run failed."""
+        """Return advice for a failed run."""
         return f"What is complete is saved: go on with --resume {self._folder.path}."
 
     def remove(self) -> None:
@@ -232,7 +232,7 @@ class Checkpoint:
         """Raise unless the run is the one that was saved.
 
         Raises:
-            UserError: naming what differs.
+            UserError: naming the differences.
         """
         told = {
             "config": "another configuration; resume it with its own run.toml as it was written",
@@ -373,12 +373,12 @@ def _pair(arrays: Arrays, *names: str) -> tuple[Tensor, Tensor] | None:
 
 
 def new_run() -> str:
-    """Return what no other run is known by."""
+    """Return a new identifier of a run."""
     return uuid.uuid4().hex
 
 
 def config_digest(config: RunConfig) -> str:
-    """Return the SHA-256 of what decides a run's result."""
+    """Return the SHA-256 of the settings that decide a run's result."""
     values = config.model_dump(mode="json", exclude=set(OPERATIONAL))
     # Runs of earlier versions had no such table.
     if config.privacy == PrivacyConfig():
@@ -410,7 +410,7 @@ def _pack(values: Mapping[str, Any], arrays: Arrays) -> bytes:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read what `_pack` returned.
+    """Undo `_pack`.
 
     Raises:
         UserError: if it is missing, damaged or of another format.

@@ -233,7 +233,7 @@ class FinishedRun:
             )
 
     def require_contrast(self, stats: FeatureStatistics, site: str) -> None:
-        """Refuse what no head can be solved from.
+        """Check that a head can be solved from statistics.
 
         Raises:
             UserError: if it has rows of fewer than two classes or, multi-label, no class that some rows have and others
@@ -309,7 +309,7 @@ class FinishedRun:
         return [_parse_json(line, path) for line in path.read_text(encoding="utf-8").splitlines()]
 
     def _deliver(self, head: Head, classes: tuple[str, ...], record: Mapping[str, Any]) -> None:
-        """Write what follows from the sums; to do so twice changes nothing."""
+        """Write the files that follow from the sums; repeating this changes nothing."""
         self.model.replace(head, classes)
         # These are about the sites before the change.
         (self.path / WORTH).unlink(missing_ok=True)

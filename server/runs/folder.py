@@ -37,7 +37,7 @@ class RunFolder(Observer):
 
     @classmethod
     def create(cls, path: Path | str | None, name: str) -> Self:
-        """Make a new folder: `path`, or one under `runs/` that says when and what `name` was run.
+        """Make a new folder: `path`, or one under `runs/` named by the time and `name`.
 
         Raises:
             UserError: if it holds something already, or cannot be written.
@@ -90,7 +90,7 @@ class RunFolder(Observer):
             file.write(json.dumps(asdict(finished)) + "\n")
 
     def flush_metrics(self) -> None:
-        """Have what was appended on the disk."""
+        """Flush the appended metrics to the disk."""
         with disk_errors(self.path), (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             os.fsync(file.fileno())
 

@@ -81,7 +81,7 @@ class Outcome:
         head: the head that is delivered, for features as they are.
         kept_round: the round it comes from, the best by pooled held-out loss.
         all_rows: whether it is solved again of all rows, held-out ones included, from statistics of the features that
-            it is for; what is reported of it was measured without them. Else it has seen no held-out row.
+            it is for; its reported figures were measured without them. Otherwise it has seen no held-out row.
         history: from round 0.
         participants: the sites that took part.
         sites: the kept head's evaluation at each of them that has held-out rows; under secure summation at `POOL`.
@@ -93,18 +93,18 @@ class Outcome:
         full_model_bytes: the payload if backbone and head had been exchanged in each round.
         statistics: the sites' training rows summed, where the first head was solved of them.
         traffic: payload by site and by action.
-        unlearned: classes of which no site had a row, as far as statistics tell.
+        unlearned: classes without rows at any site, according to the statistics.
         choices: the comparisons of heads that decided the run, as JSON types; see `fedhead.server.selection.Choice`.
         settled: the settings that they decided, by name.
         clusters: of a run without labels, the rows and sites of each cluster, and the likelihood of other numbers of
             clusters, as JSON types.
-        tuning: of a tuned run, what was kept and the number of trained parameters, as JSON types.
+        tuning: of a tuned run, the kept head and the number of trained parameters, as JSON types.
         personal: the results of the sites' personal heads, if they made any.
         subgroups: the kept head's evaluation by subgroup, the worst first, as JSON types; empty without any.
         adaptation: of the head to rows without labels, if the run compared any.
         foreign: the test for foreign inputs, if the run asked for one.
         attack: the outcome of an attack on such heads, if a simulation asked for one.
-        privacy: of a private run, what was protected and spent, and the head's noisy evaluation.
+        privacy: of a private run, its unit and budget, and the head's noisy evaluation.
     """
 
     head: Head

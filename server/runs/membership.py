@@ -28,8 +28,8 @@ class MembershipChange:
         rows_after: how many are now.
         classes: the names of the model's classes now.
         classes_added: those among them that are new.
-        head: what is delivered now, for features as they are, in float64.
-        head_spec: what `make_head` builds it from.
+        head: the delivered head, for unmapped features, in float64.
+        head_spec: its spec for `make_head`.
         method: its solver.
         statistics: the sums that it was solved from.
         all_rows: whether these are all rows, held-out ones included; else the training rows.

@@ -35,7 +35,7 @@ class StatusRecord(BaseModel):
         address: the coordinator's `host:port`.
         host: the coordinator's machine.
         pid: its process.
-        process_started: tells the process from a later one with the same id; empty if the system does not say.
+        process_started: distinguishes the process from a later one with the same id; empty if unknown.
         started: `time.time()` at the start.
         updated: the same when the file was written.
         sites: by name.

@@ -95,7 +95,7 @@ def require_equal(what: str, result: RunResult, expected: RunResult) -> None:
 
 
 def measure(problem: Problem, nodes: tuple[int, ...], blocks: int) -> Measurement:
-    """Measure rounds of `problem` on clusters of the given sizes, and what a worker costs in each of them.
+    """Measure rounds of `problem` on clusters of the given sizes, and the cost of a worker in each.
 
     Raises:
         FedheadError: if a cluster makes anything else than one process, or a lost node changes anything.

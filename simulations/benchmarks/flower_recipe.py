@@ -1,6 +1,6 @@
 """The simulation that a Flower user would write: one `ClientApp`, `FedAvg.start`, Flower's Ray engine.
 
-Here because client code must be in an importable module: what is in `__main__` is pickled anew for every message.
+Here because client code must be in an importable module: code in `__main__` is pickled anew for every message.
 """
 
 import logging

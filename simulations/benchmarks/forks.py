@@ -58,7 +58,7 @@ class Forked:
         return self.poll()
 
     def end(self) -> None:
-        """Kill the process, whatever state it is in."""
+        """Kill the process in any state."""
         self.send(signal.SIGCONT)
         self.send(signal.SIGKILL)
         self._process.join()

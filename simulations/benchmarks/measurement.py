@@ -34,7 +34,7 @@ class Measurement:
     """What one benchmark found.
 
     Attributes:
-        title: what was measured, in a few words.
+        title: of the measurement, in a few words.
         seconds: the time of each.
         setting: sizes, versions and the machine of the figures.
         ratio: of each to ours, where seconds are of the same work; other figures by name.
@@ -89,7 +89,7 @@ class Measurement:
 
 
 def machine() -> dict[str, Any]:
-    """Return what figures depend on beside the code."""
+    """Return the conditions that figures depend on, other than the code."""
     return {
         "cpus": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),

@@ -1,4 +1,4 @@
-"""`network`: rounds over real sites on this machine, with TLS and registered keys, and what waiting sites cost.
+"""`network`: rounds over real sites on this machine, with TLS and registered keys, and the cost of waiting sites.
 
 Three sites are the command's own processes; with a backbone of 100 MB, the coordinator is one too. The many are light:
 one process holds them all, each with its own key, connection and rows, so that what is measured is the coordinator.
@@ -157,7 +157,7 @@ def with_light_sites(problem: Problem, home: Path, waiting: float) -> tuple[floa
 
 
 class Watch(Observer):
-    """Holds a run back before its first round, and watches what is taken meanwhile.
+    """Holds a run back before its first round, and measures the processor time meanwhile.
 
     Attributes:
         busy: this process's share of a core.

@@ -68,7 +68,7 @@ class Problem:
     lr: float = 0.01
 
     def config(self, **changes: object) -> RunConfig:
-        """Return the run, from zeros, nothing held out and no guard: what peers compute."""
+        """Return the configuration that peers compute as well: from zeros, nothing held out and no guard."""
         return RunConfig(
             backbone=f"benchmark:{self.features}",
             init="zeros",
@@ -106,7 +106,7 @@ class Problem:
         return simulate(self.config(), samples, self.sites, out=out)
 
     def tables(self, samples: Samples) -> "Tables":
-        """Return what peers train on: the same standardised features, in memory, by site."""
+        """Return the training data of peers: the same standardised features, in memory, by site."""
         store = FeatureStore.open(load_backbone(f"benchmark:{self.features}"), samples)
         moments = FeatureMoments.empty(store.features[:1].mean(0)).updated(store.features)
         mean, scale = moments.mean().float(), moments.scale().float()

@@ -24,7 +24,7 @@ PROBLEM = "FEDHEAD_BENCHMARK_PROBLEM"
 
 
 def rows_of_site() -> Samples:
-    """Return one site's rows; the data of the benchmark's own processes, which are told by their environment."""
+    """Return one site's rows, for the benchmark's own processes, which name it in their environment."""
     problem = Problem(**json.loads(os.environ[PROBLEM]))
     everything, first = problem.samples(), int(os.environ[SITE]) * problem.rows
     chosen = range(first, first + problem.rows)
@@ -97,7 +97,7 @@ def started(
 
 
 def watchable() -> bool:
-    """Tell whether this system shows what its processes take, as Linux does."""
+    """Return whether this system shows the memory of its processes, as Linux does."""
     return Path("/proc/self/stat").is_file()
 
 

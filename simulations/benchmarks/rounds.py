@@ -121,7 +121,7 @@ def measure(problem: Problem, repeats: int, *, ray: bool, peers: bool) -> Measur
     """Measure `problem` with everything that is installed, and check that all heads are one.
 
     Args:
-        problem: what is to be computed.
+        problem: the data and the settings.
         repeats: how often the quick ones are timed.
         ray: whether Flower's Ray engine is to take part.
         peers: whether pfl and the plain loop are to.

@@ -83,7 +83,7 @@ def _forward(backbone: Backbone, samples: Samples, rows: np.ndarray[tuple[int], 
 def measure(
     backbone: str, weights: str, train: Samples, test: Samples, config: RunConfig, target: float | None
 ) -> Measurement:
-    """Time both from raw images to `target`, or to what the recipe has after all rounds.
+    """Time both from raw images to `target`, or to the recipe's accuracy after all rounds.
 
     Raises:
         FedheadError: if ours does not get there.

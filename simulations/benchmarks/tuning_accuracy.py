@@ -37,7 +37,7 @@ def tuned_by(name: str, config: RunConfig) -> dict[str, Any]:
 
 
 def figures_of(result: RunResult, tested: int) -> dict[str, Any]:
-    """Return the figures of a run: accuracies on the test set with the 95 % interval, what was kept, and its cost."""
+    """Return the figures of a run: accuracies on the test set with the 95 % interval, the kept head, and its cost."""
     accuracy = float(result.test_accuracy or 0)
     right = np.array([round(accuracy * tested)])
     low, high = wilson_interval(right, np.array([tested]))
