@@ -187,7 +187,7 @@ class Connection:
                 self._fleet.deactivate(node)
                 self._remembered.unlink(missing_ok=True)
         except (httpx.HTTPError, ValueError, OSError) as error:
-            logger.debug("The coordinator was not told that this site goes: %s.", error)
+            logger.debug("The coordinator could not be notified that this site leaves: %s.", error)
         self._fleet.close()
 
     def _ask(self, request: Callable[[int], T], of: int | None = None, until: float = float("inf")) -> T:

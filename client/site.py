@@ -193,7 +193,7 @@ class KeptContexts:
             return RecordDict()
         # Flower raises many kinds on records that do not fit each other.
         except Exception:
-            logger.warning("What this run told the site cannot be read any more; the coordinator must tell it again.")
+            logger.warning("The site's state of this run can no longer be read; the coordinator must send it again.")
             return RecordDict()
 
     def _path(self, run: int) -> Path:

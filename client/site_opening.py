@@ -122,4 +122,4 @@ def require_data(settings: SiteSettings) -> None:
         UserError: if not.
     """
     if not settings.data:
-        raise UserError('Say what data this site has: --data folder:PATH, or data = "folder:PATH" in site.toml.')
+        raise UserError('Name the data of this site: --data folder:PATH, or data = "folder:PATH" in site.toml.')

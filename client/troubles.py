@@ -127,7 +127,7 @@ class Troubles:
         said = _body(response)
         remedy = "Ask the coordinator's operator for a new kit (fedhead provision --add-site)."
         if self.insecure:
-            remedy = "Give this site another name, or end what has it."
+            remedy = "Give this site another name, or end the process that uses it."
         if "code" not in said and said.get("detail"):
             return Trouble(f"{sentence_of(response)} {remedy}", heals=False)
         return Trouble(

@@ -159,7 +159,7 @@ class Drift:
     def sentence(self) -> str:
         """The finding in a sentence."""
         if not self.drifted:
-            return "The rows are like those that the model was measured on, as far as distances tell."
+            return "The rows are like those that the model was measured on, by their distances."
         return (
             "The rows differ from those that the model was measured on, so its accuracy and calibration may not hold: "
             "evaluate it on labelled rows of today."

@@ -164,7 +164,7 @@ def _left_notes(run: FinishedRun, site: str) -> list[str]:
             f"these is delivered any more, but the statistics head ({run.form().init}), solved from the sums of "
             "the other sites alone."
         )
-    notes.append("How accurate the new head is cannot be told here, because no site's rows are at hand.")
+    notes.append("The new head's accuracy is unknown here, because this machine has no site's rows.")
     return notes
 
 
@@ -200,9 +200,9 @@ def _come(
             f"The model was of round {run.gradient_round}. It is replaced by the statistics head ({run.form().init}), "
             "which gradient rounds have not touched; to train further, start a run with all the sites."
         )
-    elsewhere = "How it does at the other sites cannot be told here, because their rows are not at hand."
+    elsewhere = "Its accuracy at the other sites is unknown here, because this machine does not have their rows."
     if measured.accuracy is None:
-        elsewhere = "How accurate the new head is cannot be told here, because no held-out rows are at hand."
+        elsewhere = "The new head's accuracy is unknown here, because this machine has no held-out rows."
     return run.change(
         action,
         site,

@@ -37,7 +37,7 @@ def foreign_test(
     form, width = basis_for(probe), probe.shape[1]
     if width > MOST_FEATURES:
         logger.warning(
-            "Foreign inputs are not told: the backbone has %d features, and their distances take %d or less.",
+            "Foreign inputs are not recognised: the backbone has %d features, and their distances take %d or less.",
             width,
             MOST_FEATURES,
         )
@@ -48,7 +48,7 @@ def foreign_test(
     try:
         distances = Distances.from_statistics(summed.total, form)
     except UserError as problem:
-        logger.warning("Foreign inputs are not told: %s", problem)
+        logger.warning("Foreign inputs are not recognised: %s", problem)
         return None, exchange
     question = Question(DISTANCES, Payload({"form": form}, distances.to_arrays()).to_content(), DistanceSums())
     # Only sites whose training rows are in the sums judge them.
@@ -56,7 +56,7 @@ def foreign_test(
     collected = collect(messenger, nodes, question, rows)
     exchange.include(collected.exchange)
     if (counted := collected.total.rows) < LEAST_ROWS:
-        logger.warning("Foreign inputs are not told: %d held-out rows are too few for a limit.", counted)
+        logger.warning("Foreign inputs are not recognised: %d held-out rows are too few for a limit.", counted)
         return None, exchange
     # With fewer rows the limit would be beyond all of them.
     share = max(SHARE, 2 / counted)

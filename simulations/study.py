@@ -162,7 +162,7 @@ def parse_sweep(texts: Sequence[str]) -> dict[str, list[Any]]:
         if not equals or not key.strip() or not all(values):
             raise UserError(f"Expected KEY=VALUE,VALUE, as in partition=iid,dirichlet:0.3, not {text!r}.")
         if key.strip() in sweep:
-            raise UserError(f"The sweep of {key.strip()!r} stands twice; list all its values once.")
+            raise UserError(f"The sweep of {key.strip()!r} occurs twice; list all its values once.")
         sweep[key.strip()] = [parse_assignments([f"value={value}"])["value"] for value in values]
     return sweep
 

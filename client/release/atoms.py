@@ -79,7 +79,7 @@ class Atoms:
             return
         logger.error(
             "The run has other time bins than earlier releases of this site, those until %s. If sums under both may be "
-            "compared, which can lay single rows bare, move %s away.",
+            "compared, which can disclose single rows, move %s away.",
             ", ".join(f"{edge:.12g}" for edge in kept),
             self.grid_path,
         )

@@ -239,8 +239,8 @@ class Ledger(Step):
         if few := few_differing(keys, before, self.min_class_count, whole=earlier.whole):
             raise TooCloseError(
                 f"Nothing was sent: {few[0]} of the {few[1]} differ from those released to run {earlier.run} at "
-                f"{earlier.when:%Y-%m-%d %H:%M:%S} UTC, and subtracting the two releases would lay bare what changed. "
-                f"None may differ, or {self.min_class_count} or more (--min-class-count). Put the data back as it was, "
+                f"{earlier.when:%Y-%m-%d %H:%M:%S} UTC, and subtracting both releases would disclose the changed rows: "
+                f"none may differ, or {self.min_class_count} or more (--min-class-count). Put the data back as it was, "
                 "or release again when more rows have changed."
             )
 

@@ -64,7 +64,7 @@ def list_(
 
     found = list(search(pattern))
     if not found:
-        raise UserError(f"No backbone's name fits {pattern!r}. 'fedhead backbones' tells what can be searched.")
+        raise UserError(f"No backbone's name fits {pattern!r}. 'fedhead backbones' lists what can be searched.")
     if as_json:
         typer.echo(json.dumps([asdict(entry) for entry in found], default=str))
     else:

@@ -215,7 +215,7 @@ def _insecure_settings(site: str | None, changes: dict[str, Any]) -> "SiteSettin
 
 
 def _ask(described: str) -> bool:
-    errors.print("[bold]The coordinator asks for what nobody here has approved.[/bold]")
+    errors.print("[bold]The coordinator asks for a release that nobody here has approved.[/bold]")
     errors.print(described, markup=False, highlight=False, soft_wrap=True)
     try:
         return typer.confirm("Agree, for this run and backbone?", err=True)

@@ -96,7 +96,7 @@ def _similarity(path: Path, model: "TransferModel") -> "Similarity":
         raise UserError(f"A model of the task {model.task.name!r} does not compare whole inputs, only parts of them.")
     if model.foreign is not None:
         return Similarity.from_distances(model.foreign.distances)
-    advice = "Start the run with foreign = true (--foreign) to keep what similarities need in its model."
+    advice = "Start the run with foreign = true (--foreign) to keep the statistics that similarities need in its model."
     folder = path if path.is_dir() else path.parent
     if not (folder / "run.toml").is_file():
         raise UserError(f"{path} has no sums of its sites' rows, so inputs cannot be compared. {advice}")

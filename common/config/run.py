@@ -114,7 +114,7 @@ class RunConfig(Table):
     )
     foreign: bool = Field(
         False,
-        description="Let the model tell inputs that are unlike the sites' rows, by distances from their sums; this "
+        description="Let the model recognise inputs unlike the sites' rows, by distances from their sums; this "
         "needs two more exchanges.",
     )
     subgroups: tuple[str, ...] = Field(

@@ -158,11 +158,11 @@ class SiteLink:
             except KeyError:
                 return refusal(403, "The run is over, or is not this coordinator's.")
             except (DecodeError, ValueError, RecursionError) as error:
-                return refusal(400, f"The request is not what it should be: {error}.")
+                return refusal(400, f"The request is malformed: {error}.")
             # Flower's handlers raise many kinds on requests that no honest site sends.
             except Exception as error:
                 logger.warning("A request of %s (%s) failed: %s.", self.name, request_name, type(error).__name__)
-                return refusal(400, f"The request is not what it should be ({type(error).__name__}).")
+                return refusal(400, f"The request is malformed ({type(error).__name__}).")
 
     def _check(self, request_name: str, request: Any) -> None:
         """Check that a request speaks for this site alone.

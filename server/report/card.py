@@ -320,7 +320,7 @@ def _unlearned(record: RunRecord) -> list[str]:
     if record.private:
         return [
             "## Unlearned classes",
-            "Unknown: under differential privacy, sites do not tell whether a class has rows.",
+            "Unknown: under differential privacy, sites do not disclose whether a class has rows.",
         ]
     said = "None: every class had rows at some site."
     if names:

@@ -245,7 +245,7 @@ class FinishedRun:
             left = [name for name, count in zip(self.classes, stats.counts.tolist(), strict=True) if count]
             raise UserError(
                 f"Without {site!r} all rows are of {quoted(left) or 'no class'}: there is nothing left for a head to "
-                "tell apart."
+                "learn."
             )
 
     def change(

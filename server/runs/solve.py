@@ -107,7 +107,7 @@ def solve(run_dir: Path | str, out: Path | str, problem: SubProblem) -> Solved:
         if not has_contrast(stats):
             rows = stats.counts.tolist() if not stats.kind.real else [stats.rows] * len(columns)
             found = ", ".join(f"{name!r}: {count}" for name, count in zip(columns, rows, strict=True))
-            raise UserError(f"These rows leave nothing to tell apart ({found}).")
+            raise UserError(f"A head needs rows of two classes, or of a target with two values ({found}).")
         solution = form.solve(stats)
         priors = _set_priors(solution, stats, columns, form.init, problem.priors)
         head = behind(run.model.mapping, solution)
@@ -325,13 +325,13 @@ def _notes(run: FinishedRun, form: HeadForm, stats: FeatureStatistics, fewer: bo
         )
     calibrated = run.config.task != "clusters"
     if form.task.scales_outputs and (form.init != run.form().init or run.gradient_round or not calibrated):
-        notes.append("Its probabilities are not calibrated, as no held-out rows are at hand.")
+        notes.append("Its probabilities are not calibrated, as this machine has no held-out rows.")
     elif form.task.scales_outputs:
         notes.append("The temperature is that of the run, chosen on held-out rows of all of its sites.")
     if not all_rows:
         notes.append("The head is solved from training rows alone: the run has no sums of held-out rows.")
     notes.append(
-        "The new head's accuracy is not known here, because no site's rows are at hand; measure it with fedhead "
+        "The new head's accuracy is not known here, because this machine has no site's rows; measure it with fedhead "
         "evaluate."
     )
     return notes

@@ -93,7 +93,7 @@ def network(
             figures |= shipping(Problem(sites=sites, rows=rows), home / "shipping")
     setting = {"rows": rows, "features": features, "classes": CLASSES, "rounds": rounds, "light_rounds": light_rounds}
     left_out = {} if watchable() else {"what processes take": "it is read from /proc, which only Linux has."}
-    title = "Over loopback TLS: median round, and what processes take"
+    title = "Over loopback TLS: median round, and memory of the processes"
     Measurement(title, seconds, setting, figures, units="figure", left_out=left_out).show(as_json=as_json)
 
 

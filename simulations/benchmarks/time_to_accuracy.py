@@ -133,7 +133,7 @@ def time_to_accuracy(
     number: Annotated[int, typer.Option("--rounds", min=1)] = 10,
     lr: Annotated[float, typer.Option(help="Of the recipe's SGD on raw features.")] = 0.1,
     target: Annotated[
-        float | None, typer.Option(help="Accuracy to stop at, in 0..1; by default what the recipe ends with.")
+        float | None, typer.Option(help="Accuracy to stop at, in 0..1; by default the recipe's final one.")
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -435,7 +435,7 @@ def test_the_guard_and_the_ledger_are_the_sites_own(finished: Path, caplog: pyte
     ledger_path("careful").with_suffix(".atoms").unlink()
     with pytest.raises(FedheadError, match="differ by too few"):
         join(run, "careful", fewer)
-    assert "lay bare what changed" in caplog.text
+    assert "disclose the changed rows" in caplog.text
     assert RunFolder(run).sums.sites() == [f"site-{number}" for number in range(4)]
 
 
@@ -753,7 +753,7 @@ def test_the_commands_tell_what_became_of_the_run(finished: Path) -> None:
     left = command("leave", "run", "--site", "guest")
     assert left.exit_code == 0, stderr_of(left)
     assert "guest left with 100 rows" in left.stdout
-    assert "cannot be told here" in left.stdout
+    assert "is unknown here" in left.stdout
 
 
 def test_the_commands_print_one_json_value(finished: Path) -> None:

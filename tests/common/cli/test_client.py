@@ -42,7 +42,7 @@ LOCAL = ("--insecure", "--site", "here")
         (("--kit", "kit/here", "--insecure"), "one of the two"),
         (("--kit", "nowhere"), "There is no kit nowhere"),
         (("--kit", "kit/here", "--site", "there", "--data", "digits"), "leave --site away"),
-        (("--kit", "kit/here"), "Say what data this site has"),
+        (("--kit", "kit/here"), "Name the data of this site"),
         (("--kit", "kit/coordinator", "--data", "digits"), "A kit holds site.toml, ca.pem and key.pem"),
         (("--insecure", "--data", "digits"), "--site NAME"),
         ((*LOCAL, "--data", "digits", "--coordinator", "coord.example.org:9092"), "goes to this machine alone"),
