@@ -92,9 +92,8 @@ class Adaptation:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if about.format != "fedhead-adaptation-1" or about.method not in METHODS:
                 raise ValueError(f"it has the format {about.format!r} and the method {about.method!r}")
-            if about.temperatures.keys() != set(METHODS) or not all(
-                0 < one < 1e6 for one in about.temperatures.values()
-            ):
+            known = {PLAIN, about.method} <= about.temperatures.keys() <= set(METHODS)
+            if not known or not all(0 < one < 1e6 for one in about.temperatures.values()):
                 raise ValueError("its temperatures are not those of the methods")
             pooled = FeatureStatistics.from_tensors(tensors)
         except (OSError, SafetensorError, ValidationError, ValueError) as error:
@@ -165,6 +164,8 @@ def adapt_model(
     chosen = method or adaptation.method
     if chosen == PLAIN:
         return None
+    if chosen not in adaptation.temperatures:
+        raise UserError(f"The run that made this model did not compare {chosen!r}; run it again for that.")
     require_kind(model.backbone.spec, model.backbone.kind, samples.kind)
     store = FeatureStore.open(model.backbone, samples, strict=strict, progress=progress)
     rows = torch.from_numpy(store.readable())

@@ -18,7 +18,7 @@ from fedhead.sums.rivals import RivalSums
 logger = logging.getLogger(__name__)
 
 ERRORS = 2.0
-"""Standard errors by which an adapted head must be better; six are compared."""
+"""Standard errors by which an adapted head must be better; eight are compared."""
 
 RATIO = 0.98
 """An adapted head's loss must be below this share of the loss without adaptation: a tiny gain changes nothing."""

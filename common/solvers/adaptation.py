@@ -15,14 +15,20 @@ from fedhead.solvers.starting import PooledSolutions
 from fedhead.sums.features import FeatureStatistics
 
 PLAIN = "plain"
-METHODS = (PLAIN, "shares", "mean", "mean+shares", "moments", "soft labels", "mean+soft labels")
+METHODS = (
+    *(PLAIN, "shares", "mean", "mean+shares", "moments", "soft labels", "mean+soft labels"),
+    *("bbse", "mean+bbse"),
+)
 """Names of the adaptations; the first one is none."""
 
 SolverName = Literal["lda", "lda-gcv", "ridge", "nearest-mean"]
 
 _SOFT_ROUNDS = 3
 _SHARE_ROUNDS = 100
+_UNMIXING_ROUNDS = 1000
 _LEAST_SHARE = 1e-6
+_CONFUSED_ROWS = 50_000
+"""Drawn rows of all classes together, of which a confusion matrix is computed."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,12 @@ def adapted_heads(
     def under_own_shares(head: LinearHead) -> LinearHead:
         return with_shares(head, temperature, shares, estimated_shares(head(rows) / temperature, shares))
 
+    confused = confusion(plain, pooled, temperature)
+
+    def under_unmixed_shares(head: LinearHead) -> LinearHead:
+        found = unmixed_shares((head(rows) / temperature).softmax(1).mean(0), confused, shares)
+        return with_shares(head, temperature, shares, found)
+
     heads = (
         plain,
         under_own_shares(plain),
@@ -80,6 +92,8 @@ def adapted_heads(
         aligned(plain, pooled, rows),
         soft_labelled(plain, pooled, rows, solve, temperature),
         moved(soft_labelled(plain, pooled, rows - offset, solve, temperature), offset),
+        under_unmixed_shares(plain),
+        under_unmixed_shares(centred),
     )
     return dict(zip(METHODS, heads, strict=True))
 
@@ -105,6 +119,47 @@ def estimated_shares(logits: Tensor, shares: Tensor) -> Tensor:
     for _ in range(_SHARE_ROUNDS):
         weighted = given * (found / shares.clamp(min=1e-300))
         found = (weighted / weighted.sum(1, keepdim=True).clamp(min=1e-300)).mean(0)
+    return found
+
+
+def confusion(head: LinearHead, pooled: FeatureStatistics, temperature: float) -> Tensor:
+    """Return `[C, C]`, the mean probabilities of each class (rows) over rows of each true class (columns).
+
+    No labelled rows are here, so they are drawn: the logits of a class's rows are normal with the mean and the pooled
+    covariance within classes that the sums determine. The draws are the same at every site.
+
+    Args:
+        head: a head of logits.
+        pooled: sums over labelled rows.
+        temperature: the divisor at which the logits are calibrated.
+    """
+    classes = pooled.num_classes
+    counts = pooled.target_totals.clamp(min=1)
+    means = head(pooled.origin + pooled.sums / counts[:, None]) / temperature
+    within = head.weight @ (pooled.within_scatter() / max(pooled.rows, 1)) @ head.weight.T / temperature**2
+    values, vectors = torch.linalg.eigh((within + within.T) / 2)
+    drawn = max(2, min(1000, _CONFUSED_ROWS // classes))
+    deviates = torch.randn(drawn, classes, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = (deviates * values.clamp(min=0).sqrt()) @ vectors.T
+    return torch.stack([(mean + noise).softmax(1).mean(0) for mean in means], 1)
+
+
+def unmixed_shares(predicted: Tensor, confused: Tensor, shares: Tensor) -> Tensor:
+    """Return the class shares `[C]` of rows without labels whose mean probabilities are a mixture of known ones.
+
+    Black-box shift estimation with soft predictions (Lipton, Wang & Smola, ICML 2018). The inverse of the confusion
+    matrix can give shares below 0, so the mixture is the one of least Kullback-Leibler divergence.
+
+    Args:
+        predicted: `[C]`, the mean probabilities of the rows.
+        confused: `[C, C]`, see `confusion`.
+        shares: `[C]`, of the labelled rows. A class without any keeps the share 0.
+    """
+    found = shares
+    for _ in range(_UNMIXING_ROUNDS):
+        ratio = predicted / (confused @ found).clamp(min=1e-300)
+        found = found * (confused.T @ ratio)
+        found = found / found.sum().clamp(min=1e-300)
     return found
 
 

@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedhead.solvers.adaptation import METHODS, Solver, adapted_heads, class_shares, estimated_shares, with_soft_labels
+from fedhead.solvers.adaptation import (
+    METHODS,
+    Solver,
+    adapted_heads,
+    class_shares,
+    confusion,
+    estimated_shares,
+    unmixed_shares,
+    with_soft_labels,
+)
 from fedhead.solvers.closed_form import solve_lda
 from fedhead.sums.features import FeatureStatistics
 
@@ -42,6 +51,33 @@ def test_other_class_shares_are_found_and_used() -> None:
     )
     found = accuracies(features, labels)
     assert found["shares"] > found["plain"] + 0.02
+    assert found["bbse"] > found["plain"] + 0.02
+
+
+def test_the_confusion_of_drawn_rows_is_that_of_rows_and_unmixes_predictions() -> None:
+    pooled = FeatureStatistics.from_features(*drawn(3000, 1), CLASSES)
+    head = solve_lda(pooled)
+    confused = confusion(head, pooled, 1.0)
+    torch.testing.assert_close(confused.sum(0), torch.ones(CLASSES).double())
+    features, labels = drawn(6000, 8, (0.7, 0.1, 0.2))
+    given = head(features).softmax(1)
+    seen = torch.stack([given[labels == label].mean(0) for label in range(CLASSES)], 1)
+    torch.testing.assert_close(confused, seen, atol=0.03, rtol=0)
+    found = unmixed_shares(given.mean(0), confused, class_shares(pooled))
+    torch.testing.assert_close(found, labels.bincount(minlength=CLASSES) / 6000.0, atol=0.03, rtol=0, check_dtype=False)
+    # Where the inverse of the confusion matrix gives no negative share, the mixture is its solution.
+    exact = torch.linalg.solve(confused, given.mean(0))
+    torch.testing.assert_close(found, exact, atol=1e-4, rtol=0)
+
+
+def test_unmixed_shares_are_shares_and_leave_absent_classes_out() -> None:
+    confused = torch.tensor([[0.9, 0.1, 0.2], [0.05, 0.8, 0.2], [0.05, 0.1, 0.6]], dtype=torch.float64)
+    # More of the first class is predicted than any mixture gives.
+    found = unmixed_shares(torch.tensor([0.98, 0.01, 0.01]).double(), confused, torch.tensor([0.5, 0.5, 0.0]).double())
+    assert (found >= 0).all()
+    assert float(found.sum()) == pytest.approx(1)
+    assert float(found[0]) > 0.99
+    assert float(found[2]) == 0
 
 
 def test_another_offset_is_removed() -> None:
