@@ -237,18 +237,19 @@ def choose_by_error(rivals: Sequence[Rival], errors: Sequence[float], left_out: 
 
 
 def choose_round(rivals: Sequence[Rival], sums: RivalSums) -> tuple[int, Choice]:
-    """Choose between the solved head, first, and one from rounds: the latter if it is better beyond one standard error.
+    """Choose between the solved head, first, and one from rounds: the latter if it is better by `BAR` standard errors.
 
-    The solved head is delivered from all rows, held-out ones included, so that rounds must prove to be better.
+    The solved head is delivered from all rows, held-out ones included, which rounds have not seen; and the best of all
+    rounds was chosen on the same rows. Beyond one standard error, such rounds were often worse on other rows.
     """
     gain, error = sums.paired.gain(1, 0)
-    proven = gain > error
+    proven = gain > BAR * error
     taken = int(proven)
     compared = (
         f"The mean held-out loss after rounds is {abs(gain):.4f} {'less' if gain > 0 else 'more'} than before, with a "
-        f"paired standard error of {error:.4f}"
+        f"paired standard error of {error:.4f}, of which it must gain {BAR:g}"
         if sums.rows > 1
         else "There are too few held-out rows for a proof"
     )
-    verdict = "which proves rounds better" if proven else "which does not prove rounds better"
-    return taken, Choice("Kept head", rivals[taken].name, f"{compared}, {verdict}.", sums.rows, figures(rivals, sums))
+    verdict = f"rounds are {'' if proven else 'not '}proven better"
+    return taken, Choice("Kept head", rivals[taken].name, f"{compared}: {verdict}.", sums.rows, figures(rivals, sums))

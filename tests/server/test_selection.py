@@ -68,10 +68,11 @@ def test_nothing_is_taken_without_held_out_rows() -> None:
     assert choose_round(RIVALS[:2], RivalSums.zeros(2))[0] == 0
 
 
-def test_rounds_must_be_better_by_a_standard_error() -> None:
+def test_rounds_must_be_better_by_two_standard_errors() -> None:
     generator = np.random.default_rng(0)
     solved = generator.uniform(0, 1, 400)
-    for gain, taken in ((0.1, 1), (0.002, 0), (-0.1, 0)):
+    # The standard error of the difference is 0.01.
+    for gain, taken in ((0.1, 1), (0.025, 1), (0.015, 0), (0.002, 0), (-0.1, 0)):
         noise = generator.normal(0, 0.2, 400)
         trained = solved - gain + noise - noise.mean()
         paired = PairedLosses.of(np.stack([solved, trained]))
