@@ -156,10 +156,14 @@ class Roster:
         self._note(site, "ready", rows=description.rows, weights=1.0, joined=server_round, steps=description.steps)
 
     def refuse(self, site: str, reason: str) -> None:
-        """Note that a site takes no part, and why."""
+        """Note that a site takes no part, and why; the log has each reason once."""
+        before = next((other for other, known in self.refused.items() if known == reason), None)
         self.refused[site] = reason
         self._note(site, "refused", reason)
-        logger.warning("%s takes no part: %s", site, reason)
+        if before is None:
+            logger.warning("%s takes no part: %s", site, reason)
+        elif before != site:
+            logger.warning("%s takes no part, for the same reason as %s.", site, before)
 
     def lose(self, site: str, reason: str) -> None:
         """Skip a site until it connects again."""

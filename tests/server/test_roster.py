@@ -124,6 +124,21 @@ def test_impostors_and_refusing_sites_are_refused(site: str, node: int, words: s
     assert roster.nodes == {"b": 2, "free": 9}
 
 
+def test_the_log_has_each_reason_once(roster: Roster, caplog: pytest.LogCaptureFixture) -> None:
+    for site, reason in (
+        ("north", "too few rows"),
+        ("south", "too few rows"),
+        ("north", "too few rows"),
+        ("west", "no"),
+    ):
+        roster.refuse(site, reason)
+    assert caplog.messages == [
+        "north takes no part: too few rows",
+        "south takes no part, for the same reason as north.",
+        "west takes no part: no",
+    ]
+
+
 def test_a_site_that_takes_no_bytes_of_the_weights_is_refused(roster: Roster) -> None:
     assert roster.judge(described("a", has_weights=False, received=0), 1) == "lacking"
     assert roster.judge(described("a", has_weights=False, received=10), 1, sent=0) == "lacking"
