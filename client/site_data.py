@@ -110,21 +110,16 @@ def hold(
         subgroups: of the rows of `data`; None if the data names none.
         by_subgroup: `[n]`, which rows may be counted by subgroup; by default as many as fit in one release.
     """
-
-    def of(values: IntArray | None, chosen: IntArray) -> IntArray | None:
-        return None if values is None else values[chosen]
-
-    guarded = guard.allowed_rows(rows, targets[rows], out, task, of(people, rows))
+    guarded = guard.allowed_rows(rows, targets[rows], out, task, None if people is None else people[rows])
     held = guarded.held_out
+    people_held = None if people is None else people[held]
     divided = np.empty(0, np.int64)
-    if subgroups is not None:
-        numbers = subgroups.numbers[held]
-        if by_subgroup is None:
-            fit = countable(guard, numbers, calibration_half(keys[held]), of(people, held))
-        else:
-            fit = np.isin(held, rows[by_subgroup]) & (numbers >= 0)
-        divided = held[fit]
-    summable = guard.summable(held, targets[held], task, of(people, held), None if labels is None else labels[held])
+    if subgroups is not None and by_subgroup is not None:
+        divided = held[np.isin(held, rows[by_subgroup]) & (subgroups.numbers[held] >= 0)]
+    elif subgroups is not None:
+        halves = calibration_half(keys[held])
+        divided = held[countable(guard, subgroups.numbers[held], halves, people_held)]
+    summable = guard.summable(held, targets[held], task, people_held, None if labels is None else labels[held])
     return Holding(
         data=data,
         train=SiteRows(name, guarded.train),

@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import torch
 
-from fedhead.backbones.backbone import digest_tensors
+from fedhead.backbones.digests import digest_tensors
 from fedhead.data import Samples
 from fedhead.data.inputs import Input
 from fedhead.data.samples import require_kind

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fedhead.backbones import Backbone, load_backbone
-from fedhead.backbones.backbone import digest_tensors
+from fedhead.backbones.digests import digest_tensors
 from fedhead.backbones.weights import find_backbone, weights_path
 from fedhead.data import Item
 from fedhead.data.conversion import items_of

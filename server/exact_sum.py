@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from fedhead.backbones.backbone import digest_tensors
+from fedhead.backbones.digests import digest_tensors
 from fedhead.errors import UserError
 from fedhead.files import write_atomically
 from fedhead.sums.features import FeatureStatistics

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from fedhead.backbones.backbone import digest_tensors
+from fedhead.backbones.digests import digest_tensors
 from fedhead.errors import UserError
 from fedhead.files import disk_errors, safe_name, write_atomically
 from fedhead.server.exact_sum import ExactSum, padded

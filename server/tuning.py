@@ -52,11 +52,13 @@ class _Version(NamedTuple):
         number: of its round.
         tail: its parameters; none of the backbone as it is.
         train: statistics of its features over training rows.
+        solved: the parameters with the head solved from these.
     """
 
     number: int
     tail: Arrays
     train: FeatureStatistics
+    solved: Arrays
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,20 @@ def _gain(sums: RivalSums, at: int, cost: Cost) -> str:
     )
 
 
+def _version(
+    pooling: Pooling, form: TunedForm, task: Task, number: int, arrays: Arrays, exchange: Exchange
+) -> _Version | None:
+    """Return the tail of a round with sums over its features; None if these determine no head."""
+    tail = form.tail_of(arrays)
+    try:
+        train = _tuned_statistics(pooling, task, tail, StatisticsRequest(), exchange)
+        solved = form.solved_on(tail, train)
+    except FedheadError as error:
+        logger.warning("No head can be solved on the features of round %d: %s", number, error)
+        return None
+    return _Version(number, tail, train, solved)
+
+
 def decide(
     messenger: Messenger,
     roster: Roster,
@@ -131,21 +147,16 @@ def decide(
         FedheadError: if too few sites answer.
     """
     exchange = Exchange()
-    rivals, bars, versions = [Rival("the solved head", form.start(stats))], [0.0], [_Version(0, {}, stats)]
+    versions = [_Version(0, {}, stats, form.start(stats))]
+    rivals, bars = [Rival("the solved head", versions[0].solved)], [0.0]
     selected = errors_to_gain(last[0])
     for number, arrays, bar in ((*last, BAR), (*best, selected)):
         if number in [version.number for version in versions]:
             continue
-        tail = form.tail_of(arrays)
-        try:
-            train = _tuned_statistics(pooling, task, tail, StatisticsRequest(), exchange)
-            arrays = form.solved_on(tail, train)
-        except FedheadError as error:
-            logger.warning("No head can be solved on the features of round %d: %s", number, error)
-            continue
-        rivals.append(Rival(f"round {number} with its head solved again", arrays, "tail"))
-        bars.append(bar)
-        versions.append(_Version(number, tail, train))
+        if (version := _version(pooling, form, task, number, arrays, exchange)) is not None:
+            rivals.append(Rival(f"round {number} with its head solved again", version.solved, "tail"))
+            bars.append(bar)
+            versions.append(version)
     if best[0]:
         rivals.append(Rival(f"round {best[0]}", best[1], "tail", trained=True))
         bars.append(selected)
@@ -157,12 +168,11 @@ def decide(
     if sums.rows:
         choice = replace(choice, reason=f"{choice.reason} {_gain(sums, taken or 1, cost)}")
     logger.info("%s: %s. %s", choice.question, choice.taken, choice.reason)
-    number, delivered = best[0], None
-    if taken < len(versions):
-        number, tail, train = versions[taken]
-        if taken:
-            held_out = _tuned_statistics(pooling, task, tail, StatisticsRequest(rows="held_out"), exchange)
-            delivered = form.solved_on(tail, train + held_out)
+    number, delivered = versions[taken].number if taken < len(versions) else best[0], None
+    if 0 < taken < len(versions):
+        kept = versions[taken]
+        held_out = _tuned_statistics(pooling, task, kept.tail, StatisticsRequest(rows="held_out"), exchange)
+        delivered = form.solved_on(kept.tail, kept.train + held_out)
     return Decision(number, rivals[taken].arrays, delivered, choice.to_dict(), exchange)
 
 

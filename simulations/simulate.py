@@ -134,20 +134,8 @@ def run_plan(
     if parts is not None:
         parts.checkpoint.data = _data_digest(plan, store, test_store)
     task = make_task(config.task, config.classes)
-    places, labels = ItemPlaces.with_targets(task, plan.backbone.geometry, plan.samples, plan.labels, store.features)
     tuning, test_rows = _tuning(plan, store, test_store)
-    shared = SharedData(
-        plan.backbone,
-        store,
-        labels,
-        plan.guard,
-        task,
-        plan.steps,
-        labels_of(plan.samples),
-        places,
-        tuning=tuning,
-        subgroups=Subgroups.of(plan.samples),
-    )
+    shared = _shared(plan, store, task, tuning)
     held, empty = _held_rows(plan, store, apps)
     allowed = dict(zip(held, shared.count_allowed(list(held.values()), config).tolist(), strict=True))
     if not apps:
@@ -180,6 +168,23 @@ def run_plan(
         examples=examples(decided, outcome, plan.backbone, plan.samples, store, held) if deliver else (),
         seconds={"extraction": extracted_at - started, "rounds": ended - extracted_at, "total": ended - started},
         run_dir=parts.path if parts else None,
+    )
+
+
+def _shared(plan: Plan, store: FeatureStore, task: Task, tuning: Tuning | None) -> SharedData:
+    """Return the data of all sites."""
+    places, labels = ItemPlaces.with_targets(task, plan.backbone.geometry, plan.samples, plan.labels, store.features)
+    return SharedData(
+        plan.backbone,
+        store,
+        labels,
+        plan.guard,
+        task,
+        plan.steps,
+        labels_of(plan.samples),
+        places,
+        tuning=tuning,
+        subgroups=Subgroups.of(plan.samples),
     )
 
 

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
+from fedhead.backbones.digests import digest_weights
 from fedhead.backbones.geometry import DENSE_SIZE, MAP, Geometry, split_map, split_maps
 from fedhead.backbones.pooling import pool, poolings
 from fedhead.backbones.preprocessing import Batch, ImagePreprocessing, Preprocessing
@@ -407,25 +408,6 @@ def split_layer(layer: str) -> tuple[str, str | None]:
     if not split_map(pooling)[0]:
         _ = poolings[pooling]
     return name or "penultimate", pooling
-
-
-def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of names, types, shapes and values, in the order of the names."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def digest_weights(tensors: Mapping[str, Tensor], files: Mapping[str, str]) -> str:
-    """Return `digest_tensors`, or with files the SHA-256 of it and of the files, in the order of the names."""
-    digest = digest_tensors(tensors)
-    if not files:
-        return digest
-    parts = [digest, *(f"{name}\0{hashlib.sha256(files[name].encode()).hexdigest()}" for name in sorted(files))]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def read_files(path: str) -> dict[str, str]:

@@ -10,8 +10,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fedhead.backbones.backbone import Backbone, digest_weights, files_of, load_backbone
+from fedhead.backbones.backbone import Backbone, files_of, load_backbone
 from fedhead.backbones.catalogue import entry_of
+from fedhead.backbones.digests import digest_weights
 from fedhead.errors import FedheadError
 from fedhead.files import digest_file, disk_errors, flush, home, safe_name
 

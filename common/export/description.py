@@ -8,8 +8,8 @@ from typing import Any
 from fedhead import __version__
 from fedhead.backbones import Backbone
 from fedhead.backbones.audio import SHORTEST, AudioPreprocessing
-from fedhead.backbones.backbone import digest_tensors
 from fedhead.backbones.catalogue import entry_of
+from fedhead.backbones.digests import digest_tensors
 from fedhead.backbones.hf_audio import LEAST_SECONDS, AudioEncoder
 from fedhead.backbones.preprocessing import ImagePreprocessing, TextPreprocessing
 from fedhead.evaluation.foreign import UNLIKE, Foreign

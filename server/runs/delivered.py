@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from fedhead.backbones.backbone import digest_tensors
+from fedhead.backbones.digests import digest_tensors
 from fedhead.errors import UserError
 from fedhead.files import write_atomically
 from fedhead.heads import FeatureMap, Head, MappedHead, make_delivered
