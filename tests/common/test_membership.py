@@ -332,14 +332,14 @@ def test_accuracy_is_that_of_the_head_that_saw_no_held_out_row(digits: Samples) 
     expected = whole.sites["site-3"]
     assert change.rows_held_out == expected.rows
     assert change.accuracy == pytest.approx(expected.correct / expected.rows)
-    assert any("other sites cannot be told" in note for note in change.notes)
+    assert any("other sites is unknown" in note for note in change.notes)
 
 
 def test_a_run_without_held_out_rows_tells_no_accuracy(digits: Samples) -> None:
     folder = folder_of(simulate(CONFIG.changed({"holdout": 0.0}), digits, without(3)))
     change = join(folder, "site-3", some_digits(SITES[3]), **OFF)
     assert (change.accuracy, change.accuracy_before, change.rows_held_out, change.all_rows) == (None, None, 0, True)
-    assert any("cannot be told" in note for note in change.notes)
+    assert any("accuracy is unknown" in note for note in change.notes)
 
 
 def test_gradient_rounds_are_said_not_to_be_unlearned(digits: Samples) -> None:
