@@ -95,7 +95,7 @@ def serve(
         settings: the site's own, which decide.
         kit: its keys; None on one machine, without TLS.
         approve: whether a person must agree to each kind of release of a run, and to unknown weights.
-        ask: how to reach one; None if nobody is there.
+        ask: asks one; None without one.
         payloads: a folder that each reply is written to before it leaves; None for none.
         monitoring: its endpoints, if any; the health service serves while the site is connected.
 

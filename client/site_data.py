@@ -166,7 +166,7 @@ class Site(OpenSite, Protocol):
         """The site's bounds on how heads are trained."""
 
     def has_weights(self, manifest: Manifest) -> bool:
-        """Tell whether the backbone's weights are here."""
+        """Return whether the backbone's weights are here."""
 
     def install(self, manifest: Manifest, chunk: WeightsChunk) -> int | None:
         """Take in a part of the backbone's weights; verify and keep them once they are complete.

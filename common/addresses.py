@@ -26,7 +26,7 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether a host is this machine, by an address that no other can reach."""
+    """Return whether a host is this machine, by an address that no other machine can reach."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and where fedhead keeps its own."""
+"""Atomic writes of files and folders, and fedhead's own folder."""
 
 import errno
 import hashlib

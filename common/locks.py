@@ -1,7 +1,7 @@
 """Locks between processes on open files: `flock` on POSIX, one byte far behind the content on Windows.
 
 The lock is on the very file that is protected, which a library of lock files beside it does not offer: processes with
-another `FEDHEAD_HOME` see it, read-only folders can be locked, and the file can say who holds it.
+another `FEDHEAD_HOME` see it, read-only folders can be locked, and the file can name its holder.
 """
 
 import os

@@ -66,7 +66,7 @@ def quoted(names: Sequence[str], most: int = MOST_NAMES) -> str:
 
 
 def by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
-    """Return who has each reason, in the order in which the reasons are first given."""
+    """Return the names with each reason, in the order of the reasons' first occurrence."""
     shared: dict[str, list[str]] = {}
     for name, reason in reasons.items():
         shared.setdefault(reason, []).append(name)

@@ -1,4 +1,4 @@
-"""Waiting for sites: until enough are there, after too few answered, and for those that a resumed run had."""
+"""Waiting for sites: until enough are connected, after too few answers, and for the earlier sites of a resumed run."""
 
 import time
 from collections.abc import Collection
@@ -16,7 +16,7 @@ RETURN_SECONDS = 60.0
 
 
 class Attendance:
-    """Keeps a run waiting until enough sites are there.
+    """Keeps a run waiting until enough sites are connected.
 
     Args:
         messenger: reaches the sites.
@@ -116,7 +116,7 @@ class Attendance:
         return exchange
 
     def skip_late(self, exchange: Exchange) -> None:
-        """Continue without sites that were late or gone; they take part again once they are there."""
+        """Continue without sites that were late or lost; they take part again once they return."""
         for site in sorted(exchange.late):
             self._roster.lose(site, exchange.dropped[site])
         self._roster.tell()

@@ -66,7 +66,7 @@ class BestCheckpoint:
         self.candidates.append(Candidate(number, arrays, losses))
 
     def choose(self, evaluation: Exchange) -> Candidate | None:
-        """Return the best head; None if heads cannot be compared fairly, and the newest is to be kept.
+        """Return the best head; None if heads cannot be compared fairly, so that the newest is kept.
 
         The comparison is unfair if the sites that evaluated every head hold less than half of the held-out rows, for
         example because few sites are sampled each round.

@@ -22,7 +22,7 @@ NAMED = ("bundled", "python", "timm", "torchvision")
 
 @dataclass(frozen=True)
 class Service:
-    """A process that is to be kept up.
+    """A process that a service manager keeps running.
 
     Attributes:
         name: of the unit, or of the service.

@@ -64,7 +64,7 @@ class Installation:
         return self._exchange
 
     def _send(self, site: str, offset: int | None) -> None:
-        """Send a chunk, or ask for the bytes that are there; the reply sends the next one."""
+        """Send a chunk, or ask for the number of received bytes; the reply triggers the next chunk."""
         weights = self._roster.weights
         content = weights.question() if offset is None else weights.chunk(offset)
         answers: list[Description] = []

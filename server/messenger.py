@@ -66,7 +66,7 @@ Handler = Callable[[Message], None]
 
 @dataclass(frozen=True)
 class Addresses:
-    """The nodes that a question goes to.
+    """The recipients of a question.
 
     Attributes:
         nodes: by name; a node that answers for several sites has the name of the first of them.
@@ -138,7 +138,7 @@ class Messenger:
             self._site_grid.forget(message_ids)
 
     def poll(self) -> None:
-        """Hand over the replies to posted messages that are there."""
+        """Hand over the replies to posted messages that have arrived."""
         if self._posted:
             for reply in self.grid.pull_messages(list(self._posted)):
                 self._hand_over(reply)
@@ -248,7 +248,7 @@ class Messenger:
             exchange.drop(sites, str(error))
 
     def rest(self) -> None:
-        """Wait a little, and no longer than until another reply is there where the Grid can tell."""
+        """Wait a little, or until another reply arrives if the Grid notices it."""
         if self._site_grid is not None:
             self._site_grid.wait(POLL_SECONDS)
         else:

@@ -1,8 +1,8 @@
-"""Keys, certificates and a kit per site: who may connect to a coordinator, and how each side knows the other.
+"""Keys, certificates and a kit per site: which sites may connect, and how they and the coordinator authenticate.
 
 A folder of kits is laid out as::
 
-    kit/ca.pem, kit/ca.key          the private certificate authority; its key stays with who provisions
+    kit/ca.pem, kit/ca.key          the private certificate authority; its key stays with the person who provisions
     kit/roster.key                   the key that signs the roster of secure sums; it stays there, too
     kit/coordinator/                 server.pem, server.key, ca.pem, sites.toml, coordinator.toml, roster.toml
     kit/NAME/                        site.toml, ca.pem, key.pem, key.pub, sealing.key, roster.toml

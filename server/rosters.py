@@ -83,7 +83,7 @@ def sign_roster(
     Args:
         path: the roster, which is made if it is missing.
         key: the authority's.
-        add: sites to add; a site that is there already with other keys is replaced.
+        add: sites to add; one with other keys replaces an earlier site of its name.
         remove: names of sites to remove.
 
     Raises:

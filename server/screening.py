@@ -146,7 +146,7 @@ def impossible_grams(sums: Mapping[str, object]) -> dict[str, str]:
 
 
 def _is_possible(stats: FeatureStatistics) -> bool:
-    """Tell whether no combination of features has a negative variance, within classes where each row has one."""
+    """Return whether no combination of features has a negative variance, within classes where each row has one."""
     scatter = stats.within_scatter() if stats.kind.exclusive else stats.scatter()
     diagonal = stats.upper.diagonal()
     scale = torch.where(diagonal > 0, diagonal, 1.0).sqrt()

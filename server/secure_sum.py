@@ -116,7 +116,7 @@ def screened(total: Elements, layout: Layout, nothing: S) -> S:
     """Return a total as sums, after every check that a single site's would pass.
 
     Raises:
-        FedheadError: if no rows can have them; who is at fault cannot be known.
+        FedheadError: if no rows can have them; the site at fault cannot be identified.
     """
     try:
         arrays = restored(layout.unpack(total), nothing.to_arrays())

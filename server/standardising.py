@@ -39,7 +39,7 @@ class Standardising:
         return exchange
 
     def announce(self, number: int) -> Exchange:
-        """Tell the sites mean and scale before round `number`, now and as they come."""
+        """Send the sites mean and scale before round `number`, and later to sites that join."""
         self._observer.on_step("standardise", number)
         return self._tell()
 

@@ -47,7 +47,7 @@ class WeightsFile:
         return self._chunk_bytes is not None
 
     def advances(self, offset: int, received: int) -> bool:
-        """Tell whether a site that was sent the chunk at `offset` can have so many bytes, in order."""
+        """Return whether a site can have so many bytes, in order, after the chunk at `offset`."""
         return min(offset + (self._chunk_bytes or self.size), self.size) <= received <= self.size
 
     def question(self) -> RecordDict:

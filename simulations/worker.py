@@ -183,7 +183,7 @@ class Worker:
 
 
 def keep_state(state: State, context: Context) -> None:
-    """Let the sites of a context know `state` of the run."""
+    """Keep the state of the run in the context of its sites."""
     if state:
         context.state[RECORD] = ConfigRecord(dict(state))
     else:

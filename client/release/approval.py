@@ -71,7 +71,7 @@ class Approvals(Step):
     Args:
         path: where agreements are remembered.
         coordinator: the coordinator's identity: the digest of its key, or its address without one.
-        ask: how to reach a person; None if nobody is there.
+        ask: asks a person; None without one.
         payloads: where a release is written for the person to look at.
         data: the site's data spec.
         address: the coordinator's.

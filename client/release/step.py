@@ -28,7 +28,7 @@ def release(
 
     Args:
         payload: the reply.
-        site: who answers; of several simulated sites, which share their steps, any one.
+        site: the answering site; of several simulated sites, which share their steps, any one.
         action: the message that it answers.
         manifest: of the run; None before the site has accepted one.
         parts: the rows that the reply rests on; empty for none.

@@ -1,4 +1,4 @@
-"""`fedhead join`, `leave` and `add-class`: who is in a finished run."""
+"""`fedhead join`, `leave` and `add-class`: change the sites and classes of a finished run."""
 
 import json
 from pathlib import Path

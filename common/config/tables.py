@@ -29,7 +29,7 @@ class StrategyConfig(BaseModel):
 
     @property
     def parameters(self) -> dict[str, Scalar]:
-        """What goes to the strategy's constructor."""
+        """The arguments of the strategy's constructor."""
         return dict(self.__pydantic_extra__)
 
 

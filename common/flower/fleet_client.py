@@ -146,7 +146,7 @@ class FleetClient:
         return self._client.ActivateNode(request).node_id
 
     def deactivate(self, node_id: int) -> None:
-        """Say that the site goes."""
+        """Announce that the site leaves."""
         self._client.DeactivateNode(DeactivateNodeRequest(node_id=node_id))
 
     def heartbeat(self, node_id: int, heartbeat_interval: float) -> bool:
@@ -159,7 +159,7 @@ class FleetClient:
 
         Args:
             node_id: the site's.
-            hold: whether to wait for one; False only asks whether the coordinator is there.
+            hold: whether to wait for one; False only checks that the coordinator answers.
         """
         self._hold = hold
         pulled = self._client.PullMessages(PullMessagesRequest(node=Node(node_id=node_id)))

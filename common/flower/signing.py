@@ -60,7 +60,7 @@ class Proof:
     digest: str
 
     def covers(self, body: bytes) -> bool:
-        """Tell whether this is the body that was signed."""
+        """Return whether this is the body that was signed."""
         return hashlib.sha256(body).hexdigest() == self.digest
 
 
@@ -89,7 +89,7 @@ def signed_headers(
 
 
 def proof(path: str, headers: Mapping[bytes, bytes], now: datetime | None = None) -> Proof:
-    """Return the proof of who signed a POST request a short while ago; its body remains to be compared.
+    """Return the proof of the signer of a recent POST request; the caller compares its body.
 
     Args:
         path: of the request.
@@ -146,7 +146,7 @@ class Nonces:
         self._forgotten_until = float("-inf")
 
     def is_new(self, sent: Proof, now: float) -> bool:
-        """Tell whether a request is none that came before, and remember it.
+        """Return whether a request is new, and remember it.
 
         Args:
             sent: proof of the request, which is recent.

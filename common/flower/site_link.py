@@ -280,14 +280,14 @@ class SiteLink:
         return stored
 
     def deliver_again(self) -> None:
-        """Let the site pull again every message that it pulled but has not answered, as its process is another one."""
+        """Let the site pull all unanswered messages again, because its process is a new one."""
         with self._lock:
             for message_id, sent in self._sent.items():
                 if sent.delivered is not None and sent.missing != set():
                     self._hold_again(message_id, sent)
 
     def deliver_due(self, sequential: bool) -> float:
-        """Let the site, which asks for more, pull again the messages that are due; return the seconds to the next.
+        """Let the site pull the messages that are due again; return the seconds until the next.
 
         Args:
             sequential: whether it pulls only once it has answered, or given up, everything it pulled before.

@@ -76,7 +76,7 @@ def encode_integers(values: npt.NDArray[Any], limbs: int, terms: int) -> Element
 
 
 def decode(elements: Elements) -> FloatArray:
-    """Return the real numbers `[n]` that elements `[limbs, n]` stand for, rounded to float64."""
+    """Decode elements `[limbs, n]` to real numbers `[n]`, rounded to float64."""
     if len(elements) == 1:
         scaled: FloatArray = elements[0].view(np.int64).astype(np.float64)
         return scaled * 2.0 ** -FRACTION_BITS[1]
@@ -89,7 +89,7 @@ def decode(elements: Elements) -> FloatArray:
 
 
 def decode_integers(elements: Elements) -> npt.NDArray[np.int64]:
-    """Return the integers `[n]` that elements `[limbs, n]` stand for.
+    """Decode elements `[limbs, n]` to integers `[n]`.
 
     Raises:
         SecureSumError: if an element is no integer, since a site encoded something else.

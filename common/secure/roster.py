@@ -102,7 +102,7 @@ class Member(BaseModel):
         return _point(self.signing).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
     def verify(self, signature: bytes, message: bytes) -> bool:
-        """Tell whether the site signed a message."""
+        """Return whether the site signed a message."""
         return verify(self.signing, signature, message)
 
 
@@ -251,7 +251,7 @@ def sign(key: ec.EllipticCurvePrivateKey, message: bytes) -> bytes:
 
 
 def verify(public: str, signature: bytes, message: bytes) -> bool:
-    """Tell whether the owner of a roster's P-256 key signed a message."""
+    """Return whether the owner of a roster's P-256 key signed a message."""
     if len(signature) != SIGNATURE_BYTES:
         return False
     r, s = int.from_bytes(signature[:32], "big"), int.from_bytes(signature[32:], "big")

@@ -75,7 +75,7 @@ class NetworkGrid(SiteGrid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Return the replies that are there, and an error for each site that is lost."""
+        """Return the replies that have arrived, and an error for each lost site."""
         wanted = [message_id for message_id in message_ids if message_id in self._asked]
         self._seen = self.link.answers
         found = list(self._taken(wanted))

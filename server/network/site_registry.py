@@ -85,7 +85,7 @@ class SiteRegistry:
         """Return the site that signed a request, and the proof.
 
         Raises:
-            RefusedError: if nobody signed it, or nobody who is registered, or it came before.
+            RefusedError: if it has no signature of a registered site, or is a repetition.
         """
         try:
             sent = proof(path, headers)

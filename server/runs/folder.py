@@ -189,7 +189,7 @@ def _made(path: Path) -> Path:
 
 
 def _is_unused(path: Path) -> bool:
-    """Tell whether a path is an empty folder, or that of a run that ended before it wrote its configuration."""
+    """Return whether a path is an empty folder, or that of a run that ended before it wrote its configuration."""
     if not path.is_dir():
         return False
     return all(file.name == "metrics.jsonl" and file.stat().st_size == 0 for file in path.iterdir())

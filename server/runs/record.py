@@ -251,7 +251,7 @@ class RunRecord(BaseModel):
         return self.count("ready") + self.count("lost")
 
     def count(self, standing: str) -> int:
-        """Return how many sites stand like that."""
+        """Return the number of sites in a state."""
         return self.journal.standing.get(standing, 0)
 
     @property

@@ -165,7 +165,7 @@ class Federation:
         kinds[kind]()
 
     def _may_be_killed(self, site: int) -> bool:
-        """Tell whether a site has answered since it was killed; a message that two processes die of is refused."""
+        """Return whether a site has answered since it was killed; a message that kills two processes is refused."""
         answered = self._log(site).read_text(encoding="utf-8").count(": done in ")
         if answered == self._answered.get(site):
             return False

@@ -111,5 +111,5 @@ def timed(work: Callable[[], Any], repeats: int = 1) -> tuple[float, Any]:
 
 
 def missing(*modules: str) -> bool:
-    """Tell whether one of `modules` is not installed."""
+    """Return whether one of `modules` is not installed."""
     return any(importlib.util.find_spec(module) is None for module in modules)

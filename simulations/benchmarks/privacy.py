@@ -90,7 +90,7 @@ def problems_of(assets: Path) -> list[Problem]:
     """Return digits, flowers and Banking77, as far as they are in a folder of real data.
 
     Raises:
-        UserError: if neither flowers nor Banking77 is there.
+        UserError: if neither flowers nor Banking77 is on this machine.
     """
     problems = [Problem("digits", *digits())]
     flowers, banking = assets / "flowers", assets / "banking77"

@@ -168,6 +168,7 @@ def test_the_limits_of_the_site_hold(scans: Path, asked: Mapping[str, RecordDict
     one = process(scans, tmp_path, limits={"min_rows": ROWS + 1})
     description = Description.from_content(one.answer(message(DESCRIBE, asked[DESCRIBE])).content)
     assert f"asks for {ROWS + 1} or more" in description.refusal
+    assert (description.rows, description.steps) == (0, ())
     assert "no manifest" in reason(one.answer(message(STATISTICS, asked[STATISTICS])))
     assert released(tmp_path) == [DESCRIBE]
 
