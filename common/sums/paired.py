@@ -85,6 +85,15 @@ class PairedLosses:
             raise ValueError("'losses' and 'products' contradict each other")
         if (products**2 > np.outer(squares, squares) + slack * (1 + products)).any():
             raise ValueError("'products' contradict each other")
+        if (np.abs(products - products.T) > slack * (1 + products)).any():
+            raise ValueError("'products' are not symmetric")
+        # No loss is above the limit, and the square of a mean difference is not above the mean square: without these, a
+        # liar could report a large gain of one head as certain.
+        if (products > MOST_LOSS * (np.minimum.outer(losses, losses) + slack)).any():
+            raise ValueError("'products' are too large for the losses")
+        distances = squares[:, None] - 2 * products + squares
+        if (np.subtract.outer(losses, losses) ** 2 > rows * (distances + slack * MOST_LOSS)).any():
+            raise ValueError("the differences of 'losses' contradict 'products'")
         return cls(rows, losses, products)
 
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedhead.sums.calibration import losses_of
-from fedhead.sums.paired import MOST_LOSS
+from fedhead.sums.paired import MOST_LOSS, PairedLosses
 from fedhead.sums.rivals import RivalSums
 from fedhead.sums.targets import CLASSES
 
@@ -73,3 +73,28 @@ def test_what_no_rows_can_have_is_refused(name: str, value: float) -> None:
     arrays[name][..., 0] = value
     with pytest.raises(ValueError, match=name if name not in ("rows", "right") else "rows"):
         RivalSums.from_arrays(arrays, RivalSums.zeros(3))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**31), st.integers(0, 60), st.floats(1e-3, 1e3))
+def test_sums_of_any_losses_are_accepted(seed: int, rows: int, scale: float) -> None:
+    losses = np.random.default_rng(seed).exponential(scale, (3, rows))
+    losses[1] = losses[0]
+    sums = PairedLosses.of(losses)
+    assert PairedLosses.from_arrays(sums.to_arrays(), PairedLosses.zeros(3)).rows == rows
+
+
+def test_a_gain_cannot_be_claimed_as_certain() -> None:
+    rows = 100
+    certain = PairedLosses(rows, np.array([MOST_LOSS * rows, 0.0]), np.full((2, 2), MOST_LOSS**2 * rows))
+    assert certain.gain(1, 0) == (MOST_LOSS, 0.0)
+    with pytest.raises(ValueError, match="too large for the losses"):
+        PairedLosses.from_arrays(certain.to_arrays(), PairedLosses.zeros(2))
+    # A mean difference of 1, with a mean squared difference of 0.8.
+    moderate = PairedLosses(rows, np.array([2.0, 1.0]) * rows, np.array([[5.0, 3.1], [3.1, 2.0]]) * rows)
+    with pytest.raises(ValueError, match="differences"):
+        PairedLosses.from_arrays(moderate.to_arrays(), PairedLosses.zeros(2))
+    uneven = PairedLosses.of(np.random.default_rng(0).exponential(1, (2, rows))).to_arrays()
+    uneven["products"][0, 1] *= 0.9
+    with pytest.raises(ValueError, match="symmetric"):
+        PairedLosses.from_arrays(uneven, PairedLosses.zeros(2))
