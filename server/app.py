@@ -23,6 +23,7 @@ from fedhead.server.runs.result import CompletedRun
 from fedhead.server.strategies import build_strategy
 from fedhead.tasks import make_task, tasks
 from fedhead.tasks.clusters import EVERY_ROW
+from fedhead.tasks.dense import require_rows
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def prepare(config: RunConfig) -> Preparation:
             '[privacy] (--secure-sum), or noise = "own" (--noise own), which is more noise.'
         )
     backbone = load_backbone(config.backbone, weights=config.weights, layer=config.layer, seed=config.seed)
+    require_rows(tasks[config.task], backbone.geometry)
     return Preparation(config, backbone, strategy)
 
 

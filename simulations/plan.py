@@ -29,6 +29,7 @@ from fedhead.simulations.cluster import require_ray
 from fedhead.simulations.partition import check_rows, divide
 from fedhead.sums.projection import MAX_WIDTH
 from fedhead.tasks import Targets, Task, make_task, tasks
+from fedhead.tasks.dense import require_rows
 
 logger = logging.getLogger(__name__)
 
@@ -183,6 +184,7 @@ def make_plan(config: RunConfig, inputs: Inputs = Inputs()) -> Plan:
     backbone = load_backbone(spec, weights=given.weights, layer=given.layer, seed=given.seed).to(device)
     for one in loaded:
         require_kind(backbone.spec, backbone.kind, one.kind)
+    require_rows(tasks[given.task], backbone.geometry)
     if not backbone.trained:
         logger.warning("The weights of %s are random, as asked for: nothing is transferred.", backbone.spec)
     init = resolve_init(given, make_head(given.head, backbone.num_features, len(task.columns)), task)

@@ -227,6 +227,28 @@ class DenseTask(Task):
         return f"A model of the task {self.name!r} gives no sets with a coverage."
 
 
+def require_rows(task: type[Task], geometry: Geometry | None) -> None:
+    """Check that a backbone gives the rows that a task takes.
+
+    Args:
+        task: of the run.
+        geometry: of the backbone's places; None if its rows are items.
+
+    Raises:
+        UserError: if it gives items for places, places for items, or proposals for other places.
+    """
+    takes_places = issubclass(task, DenseTask)
+    if isinstance(geometry, Proposals) and not (issubclass(task, DenseTask) and task.takes_proposals):
+        raise UserError(
+            f"The backbone is a detector, whose rows are proposals, which the task {task.name!r} does not take. "
+            "Set task to 'detection', or choose another backbone."
+        )
+    if geometry is not None and not takes_places:
+        raise UserError(f"The task {task.name!r} is about whole items: choose a layer without ':map'.")
+    if geometry is None and takes_places:
+        raise UserError(f"The task {task.name!r} is about places: choose layers with ':map', as in 'layer2:map'.")
+
+
 @dataclass(frozen=True)
 class ItemPlaces:
     """How the items of a data set become places.
@@ -246,20 +268,11 @@ class ItemPlaces:
         """Return how items become places; None if rows are items.
 
         Raises:
-            UserError: if the backbone keeps no maps, or keeps them for a task of whole items.
+            UserError: as `require_rows` does.
         """
-        proposes = isinstance(geometry, Proposals)
-        if proposes and not (isinstance(task, DenseTask) and task.takes_proposals):
-            raise UserError(
-                f"The backbone is a detector, whose rows are proposals, which the task {task.name!r} does not take. "
-                "Set task to 'detection', or choose another backbone."
-            )
-        if not isinstance(task, DenseTask):
-            if geometry is not None:
-                raise UserError(f"The task {task.name!r} is about whole items: choose a layer without ':map'.")
+        require_rows(type(task), geometry)
+        if not isinstance(task, DenseTask) or geometry is None:
             return None
-        if geometry is None:
-            raise UserError(f"The task {task.name!r} is about places: choose layers with ':map', as in 'layer2:map'.")
         return cls(task, geometry, task.annotations(samples))
 
     @classmethod

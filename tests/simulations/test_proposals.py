@@ -13,6 +13,7 @@ from fedhead.errors import UserError
 from fedhead.export import export_model
 from fedhead.model import TransferModel
 from fedhead.prediction import evaluate_model
+from fedhead.server.app import prepare
 from fedhead.simulations.result import RunResult
 from fedhead.simulations.simulate import simulate
 
@@ -123,3 +124,10 @@ def test_combinations_without_a_meaning_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=said):
         run(drawn, tmp_path / "run", **{"backbone": SPEC, "weights": "random", "layer": "proposals", **changes})
+
+
+@pytest.mark.parametrize("task", ["classification", "segmentation", "regression"])
+def test_a_coordinator_refuses_other_tasks_before_it_starts(task: str) -> None:
+    config = RunConfig(task=task, backbone=SPEC, weights="random", layer="proposals", classes=("a", "b"))
+    with pytest.raises(UserError, match=f"which the task '{task}' does not take"):
+        prepare(config)
