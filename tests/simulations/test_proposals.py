@@ -99,6 +99,11 @@ def test_a_model_finds_boxes_and_is_evaluated_and_exported(finished: Path, tmp_p
         export_model(model, "onnx", tmp_path / "model.onnx")
 
 
+def test_rounds_start_from_the_solved_predictor(drawn: str, tmp_path: Path) -> None:
+    result = run(drawn, tmp_path / "rounds", rounds=1, local={"epochs": 1, "batch_size": 8, "lr": 0.01})
+    assert result.evaluation.ap50.value > 0.5
+
+
 def test_boxes_are_drawn(finished: Path, tmp_path: Path) -> None:
     draw(tmp_path / "fresh", 2, seed=1)
     asked = ["predict", str(finished), str(tmp_path / "fresh" / "images"), "--draw", str(tmp_path / "drawn")]
@@ -114,7 +119,6 @@ def test_boxes_are_drawn(finished: Path, tmp_path: Path) -> None:
         ({"layer": "layer2:map"}, "its only layer is 'proposals'"),
         ({"layer": "proposals:0"}, "Proposals are named as in"),
         ({"layer": "proposals@9999"}, "Proposals are named as in"),
-        ({"rounds": 2}, "set rounds to 0"),
         ({"head": "mlp:8"}, "linear"),
         ({"backbone": "torchvision:resnet18"}, "is no detector"),
     ],
