@@ -59,6 +59,11 @@ class Agreement:
         """The number of mapped features."""
         return self.manifest.num_features if self.mapping is None else self.mapping.width
 
+    @property
+    def curved(self) -> bool:
+        """Whether versions are compared by their losses at a grid of temperatures."""
+        return bool(self.manifest.tune) and self.task.scales_outputs
+
     def at(self, level: "Level") -> "Agreement":
         """Return what is known of the run on its mapped features, or on simpler ones without standardisation."""
         from fedhead.heads import FeatureMap, MapForm

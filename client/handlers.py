@@ -55,6 +55,7 @@ from fedhead.protocol.messages import Manifest, MessageError, Payload
 from fedhead.protocol.steps import Masking, Part
 from fedhead.secure.replies import SECURE, without_session
 from fedhead.sums.sums import Arrays
+from fedhead.tuning import NEXT_TOKEN
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,10 @@ def answer(
     if action in ABOUT_ROWS:
         agreed = agreement(context)
         manifest = agreed.manifest
-        if agreed.task.dense and action not in ABOUT_PLACES:
+        answered = ABOUT_PLACES if agreed.task.dense else ABOUT_ROWS
+        if manifest.layer == NEXT_TOKEN:
+            answered = ABOUT_CONVERSATIONS
+        if action not in answered:
             raise MessageError(f"it asks for {action}, which the task {manifest.task!r} does not answer")
         _admit(action, sites, manifest, masked=SECURE in payload.values)
         about = manifest if len(sites) == 1 else None
@@ -230,3 +234,6 @@ ABOUT_ROWS = frozenset(HANDLERS) - {DESCRIBE, INSTALL, OPEN, AGREE, UNMASK}
 
 ABOUT_PLACES = frozenset({STANDARDISE, STATISTICS, TRAIN, EVALUATE, REPORT})
 """Those that are defined if rows are places of items."""
+
+ABOUT_CONVERSATIONS = frozenset({TRAIN, EVALUATE, REPORT, RIVALS})
+"""Those that are defined of language models."""

@@ -374,7 +374,7 @@ def prepare(sites: Sequence[Site], agreed: Agreement, request: HeadRequest) -> P
     )
     device = data.features.device
     head = head_of(agreed).to(device)
-    head.curved = bool(agreed.manifest.tune)
+    head.curved = agreed.curved
     if tail := part_of(request.arrays, TAIL):
         tuning = sites[0].tuning(agreed.manifest)
         head, data = tuned_head(agreed, tuning, tail), activations_of(data, agreed, tuning)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import get_args
 
+import numpy as np
 import torch
 from flwr.app import Context
 
@@ -32,6 +33,10 @@ def rivals(sites: Sequence[Site], payload: Payload, context: Context, merged: bo
             ready = prepare(chosen, levels[level], HeadRequest(head, server_round=0))
             outputs, targets = outputs_of(held_out_rows(ready), ready, levels[level])
             logits.append(outputs)
-            right.append(int(agreed.task.loss.score(outputs, targets).sum()))
-        sums = RivalSums.from_logits(logits, targets, right, request.temperatures, kind=agreed.task.kind)
+            right.append(int(agreed.task.loss.score(outputs, targets).sum()) if agreed.task.counts_scores else 0)
+        if agreed.task.scales_outputs:
+            sums = RivalSums.from_logits(logits, targets, right, request.temperatures, kind=agreed.task.kind)
+        else:
+            losses = np.stack([agreed.task.losses(one, targets).double().numpy() for one in logits])
+            sums = RivalSums.from_losses(losses, right)
         yield Answer(positions, of_several(sums.to_arrays(), len(positions)), agreed.manifest, ("held_out",))

@@ -18,7 +18,7 @@ from fedhead.heads import TunedHead
 from fedhead.heads.tail import TAIL
 from fedhead.protocol.messages import check_arrays
 from fedhead.sums.sums import Arrays
-from fedhead.tasks.losses import LEAST_ROWS, Adjusted, Loss
+from fedhead.tasks.losses import LEAST_ROWS, Adjusted, AnswerLoss, Loss
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,9 @@ class LabelledActivations(LabelledFeatures):
         return torch.cat(parts) if parts else torch.empty(0, self.head.num_features)
 
     def loss_at(self, sites: Sequence[SiteRows]) -> Loss:
+        if isinstance(self.loss, AnswerLoss):
+            tokens = [self.features[torch.from_numpy(site.rows).to(self.features.device), 1] for site in sites]
+            return AnswerLoss(max(float(torch.cat(tokens).mean()), 1.0))
         if self.shares is None or len(sites) != 1:
             return self.loss
         labels = self.labels[torch.from_numpy(sites[0].rows).to(self.labels.device)]
@@ -104,7 +107,7 @@ class NoLayers:
 
 def tuned_head(agreed: Agreement, tuning: Tuning, names: Collection[str] | None = None) -> TunedHead:
     """Build the run's head on its tail, of which the named parameters train; all by default."""
-    return TunedHead(
+    head = TunedHead(
         tuning.tail,
         head_of(agreed),
         agreed.standardisation,
@@ -113,6 +116,8 @@ def tuned_head(agreed: Agreement, tuning: Tuning, names: Collection[str] | None 
         names=names,
         decay=agreed.manifest.decay,
     )
+    head.curved = agreed.curved
+    return head
 
 
 def lone_head(data: LabelledFeatures, agreed: Agreement) -> tuple[TunedHead, LabelledActivations]:

@@ -182,7 +182,7 @@ class TransferModel:
         Raises:
             UserError: naming `what` needs them, if it predicts places of items.
         """
-        if self.task.dense:
+        if self.task.dense or self.head_spec == "none":
             raise UserError(f"{what} needs a model of whole items; this one is {self.task.description}.")
 
     @property

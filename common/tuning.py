@@ -13,6 +13,9 @@ Variant = Literal["", "ffa"]
 DEFAULT_WHERE = "last:4"
 """The layers of `lora`, `bitfit` and `norm` without another choice; all of them in models with fewer blocks."""
 
+NEXT_TOKEN = "next-token"
+"""Layer of causal language models that gives the losses of answers."""
+
 MOST_RANK = 1024
 MOST_LENGTH = 500
 EXAMPLES = "'head', 'last:2', 'lora:8', 'bitfit', 'norm', 'lora:8@last:2', or the name of a layer, as in 'layer4'"

@@ -9,7 +9,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
 
 from fedhead.backbones import Backbone, load_backbone
-from fedhead.config import RunConfig
+from fedhead.config import GENERATION, GENERATION_COLUMNS, RunConfig
 from fedhead.data import load_samples
 from fedhead.errors import UserError
 from fedhead.secure.roster import Roster
@@ -135,6 +135,8 @@ def with_classes(config: RunConfig) -> RunConfig:
     classes = config.classes
     if config.task == "clusters":
         classes = (EVERY_ROW,)
+    if config.task == GENERATION:
+        classes = GENERATION_COLUMNS
     if not classes and config.classes_from:
         classes = tasks[config.task].columns_of(load_samples(config.classes_from))
     if not classes:

@@ -10,7 +10,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fedhead.backbones import Backbone
 from fedhead.backbones.split import Tail
-from fedhead.config import RunConfig
+from fedhead.config import GENERATION, RunConfig
 from fedhead.heads import Head
 from fedhead.protocol.heads import HeadRequest
 from fedhead.protocol.messages import Manifest
@@ -35,7 +35,7 @@ from fedhead.server.standardising import Standardising
 from fedhead.server.starting_head import HeadForm
 from fedhead.server.strategies import required_sites
 from fedhead.server.strategy_state import state_of
-from fedhead.server.tuned_form import TunedForm
+from fedhead.server.tuned_form import AdapterForm, TunedForm
 from fedhead.server.weights_file import CHUNK_BYTES, WeightsFile
 from fedhead.sums.features import FeatureStatistics
 from fedhead.sums.heads import EXAMPLES, HELD_OUT, LOSS_SUM, SCORE, TRAIN_LOSS
@@ -92,7 +92,7 @@ class Coordinator(ABC):
         self.saved = checkpoint.load() if checkpoint is not None else None
         self.task = make_task(config.task, classes)
         self.form: HeadForm = (
-            TunedForm(config, backbone, self.task, tail)
+            (AdapterForm if config.task == GENERATION else TunedForm)(config, backbone, self.task, tail)
             if config.tune.on
             else HeadForm(config, backbone.num_features, self.task)
         )
@@ -169,7 +169,7 @@ class Coordinator(ABC):
             bytes_down=version.made_by.bytes_down,
             bytes_up=version.made_by.bytes_up,
             train_loss=float(trained[TRAIN_LOSS] / trained[EXAMPLES]) if trained[EXAMPLES] else None,
-            loss=float(sums[LOSS_SUM] / held_out) if held_out else None,
+            loss=self.task.mean_loss(float(sums[SCORE]), float(sums[LOSS_SUM]), float(held_out)) if held_out else None,
             score=self.task.score(float(sums[SCORE]), float(sums[LOSS_SUM]), float(held_out)) if held_out else None,
             test_score=self.test(self.form.leave(measured)) if self.test else None,
             dropped=dict(sorted(version.made_by.dropped.items())),

@@ -46,6 +46,10 @@ class HeadCoordinator(Coordinator):
             progress.history.append(self.finished_round(current, exchange))
             progress.current = self.version(number, made, exchange)
             self._save(progress)
+        return self.finish(progress)
+
+    def finish(self, progress: Progress) -> Outcome:
+        """Evaluate, choose what is kept, and return it."""
         return Finish(self, progress).outcome()
 
     def _start(self) -> Progress:

@@ -85,7 +85,7 @@ class Rounds:
     @property
     def _width(self) -> int:
         """The number of columns of metrics."""
-        return WIDTHS[bool(self._manifest.tune)]
+        return WIDTHS[bool(self._manifest.tune) and self._task.scales_outputs]
 
     def precondition(self, stats: FeatureStatistics | None, standardisation: tuple[Tensor, Tensor] | None) -> None:
         """Give a strategy of full gradients the pooled Gram matrix, if there is one of the features themselves."""

@@ -86,6 +86,8 @@ def in_two_exchanges(
     action: str,
     payload_at: Callable[[FloatArray], Payload],
     count: int,
+    *,
+    scaled: bool = True,
 ) -> tuple[RivalSums, Exchange]:
     """Compare heads on held-out rows in two exchanges: the first chooses temperatures, the second uses them.
 
@@ -96,12 +98,13 @@ def in_two_exchanges(
         action: the request for their losses.
         payload_at: returns the content of the request, given a temperature for each head.
         count: the number of heads.
+        scaled: whether losses depend on temperatures; otherwise one exchange is enough.
 
     Returns:
-        The sums of the second exchange, and the traffic.
+        The sums of the last exchange, and the traffic.
     """
     exchange, temperatures, sums = Exchange(), np.ones(count), RivalSums.zeros(count)
-    for _ in range(2):
+    for _ in range(2 if scaled else 1):
         question = Question(action, payload_at(temperatures).to_content(), RivalSums.zeros(count))
         collected = collect(messenger, nodes, question, rows)
         exchange.include(collected.exchange)
@@ -111,7 +114,12 @@ def in_two_exchanges(
 
 
 def compare_rivals(
-    messenger: Messenger, nodes: Mapping[str, int], rows: Mapping[str, int], rivals: Sequence[Rival]
+    messenger: Messenger,
+    nodes: Mapping[str, int],
+    rows: Mapping[str, int],
+    rivals: Sequence[Rival],
+    *,
+    scaled: bool = True,
 ) -> tuple[RivalSums, Exchange]:
     """Compare heads on held-out rows; see `in_two_exchanges`."""
     heads, levels = [one.arrays for one in rivals], [one.level for one in rivals]
@@ -119,7 +127,7 @@ def compare_rivals(
     def payload_at(temperatures: FloatArray) -> Payload:
         return RivalsRequest(heads, levels, temperatures).payload()
 
-    return in_two_exchanges(messenger, nodes, rows, RIVALS, payload_at, len(rivals))
+    return in_two_exchanges(messenger, nodes, rows, RIVALS, payload_at, len(rivals), scaled=scaled)
 
 
 def figures(rivals: Sequence[Rival], sums: RivalSums) -> list[dict[str, Any]]:

@@ -96,3 +96,11 @@ class TunedForm(HeadForm):
 
     def as_solved(self, number: int, parameters: Arrays) -> Arrays:
         return parameters if number else part_of(parameters, HEAD)
+
+
+class AdapterForm(TunedForm):
+    """The form of a language model's adapters: no head, and no standardisation of its outputs."""
+
+    @property
+    def standardises(self) -> bool:
+        return False

@@ -40,6 +40,7 @@ from fedhead.data.specs import to_path
 from fedhead.errors import UserError
 from fedhead.extras import require
 from fedhead.registry import suggest
+from fedhead.tuning import NEXT_TOKEN
 from fedhead.wording import listed
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ WANTED = ("*.json", "*.safetensors", "*.txt", "*.model")
 
 
 @dataclass(frozen=True)
-class _Settings:
+class Settings:
     """Settings in a spec, after its name."""
 
     max_length: int | None = None
@@ -69,6 +70,7 @@ def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
             architecture, or `random`.
         layer: `penultimate` for the last layer, or `hidden:K` for the hidden state after `K` blocks. Texts are pooled
             by the settings of a sentence-transformers folder, otherwise averaged; images by the model's own pooling.
+            `next-token` gives a causal model's losses of the answers in conversations.
         seed: seeds random weights.
 
     Raises:
@@ -77,14 +79,18 @@ def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
         FedheadError: if the model is not on this machine and cannot be downloaded.
     """
     require("transformers", "transformers", f"The backbone hf:{name}")
+    if layer == NEXT_TOKEN:
+        from fedhead.backbones.hf_causal import load_causal
+
+        return load_causal(name, weights, seed)
     name, settings = parse_name(name)
     files = read_files(weights) if weights not in ("default", "random") else {}
     # A saved backbone replaces the folder, which may be on another machine.
-    local = None if files else _local_folder(name)
-    spec = f"hf:{local or name}{_query(settings)}"
-    folder = None if files else local or _snapshot(name, settings.revision)
+    local = None if files else local_folder(name)
+    spec = f"hf:{local or name}{query_of(settings)}"
+    folder = None if files else local or snapshot(name, settings.revision)
     if finds_objects(folder) if folder else files_find_objects(files, weights):
-        if settings != _Settings(revision=settings.revision):
+        if settings != Settings(revision=settings.revision):
             raise UserError(f"{spec} finds objects in images: of the settings, only revision applies.")
         return build(spec, folder, files, weights, layer, seed)
     if folder is None:
@@ -125,13 +131,13 @@ def is_detector(name: str) -> bool:
     """Return whether a name may be a detector's; True if its folder is not on this machine."""
     plain, settings = parse_name(name)
     try:
-        folder = _local_folder(plain) or _cached(plain, settings.revision)
+        folder = local_folder(plain) or _cached(plain, settings.revision)
     except UserError:
         return True
     return folder is None or finds_objects(folder)
 
 
-def parse_name(name: str) -> tuple[str, _Settings]:
+def parse_name(name: str) -> tuple[str, Settings]:
     """Split `NAME?max_length=128&revision=main`.
 
     Raises:
@@ -150,7 +156,7 @@ def parse_name(name: str) -> tuple[str, _Settings]:
     if query and not values:
         raise UserError(f"Expected settings as in hf:{name}?max_length=128, not {query!r}.")
     length, seconds = values.get("max_length"), values.get("max_seconds")
-    return name, _Settings(
+    return name, Settings(
         int(length) if length else None,
         None if seconds is None else max_seconds_of(seconds, f"hf:{name}"),
         values.get("cut"),
@@ -159,7 +165,8 @@ def parse_name(name: str) -> tuple[str, _Settings]:
     )
 
 
-def _query(settings: _Settings) -> str:
+def query_of(settings: Settings) -> str:
+    """Return settings as in a spec, after its name."""
     given = {key: value for key, value in sorted(asdict(settings).items()) if value is not None}
     return "?" + "&".join(f"{key}={_written(value)}" for key, value in given.items()) if given else ""
 
@@ -188,8 +195,11 @@ def entry(name: str) -> Entry:
     """
     require("huggingface_hub", "transformers", f"The backbone hf:{name}")
     plain, settings = parse_name(name)
+    if plain.endswith(".gguf"):
+        file = to_path(plain)
+        return Entry(f"hf:{name}", "", weights=file if file.is_file() else None)
     try:
-        local = _local_folder(plain)
+        local = local_folder(plain)
     except UserError:
         return Entry(f"hf:{name}", "")
     folder = local or _cached(plain, settings.revision)
@@ -252,7 +262,7 @@ class _Encoder(nn.Module):
 # Settings of a spec.
 
 
-def _choose(recipe: Recipe, settings: _Settings, config: "PreTrainedConfig", spec: str) -> Recipe:
+def _choose(recipe: Recipe, settings: Settings, config: "PreTrainedConfig", spec: str) -> Recipe:
     """Return the recipe with the spec's settings in place of the folder's."""
     for_sounds = settings.max_seconds is not None or settings.cut is not None
     if recipe.audio is None and for_sounds:
@@ -290,7 +300,7 @@ def _hidden(layer: str, config: "PreTrainedConfig", spec: str) -> int | None:
 
 def _pretrained(folder: Path, config: "PreTrainedConfig", spec: str) -> "PreTrainedModel":
     cls = model_class(config, spec)
-    _require_safetensors(folder, spec)
+    require_safetensors(folder, spec)
     try:
         model, found = cls.from_pretrained(
             folder,
@@ -320,7 +330,12 @@ def _random(config: "PreTrainedConfig", seed: int) -> "PreTrainedModel":
     return model.encoder if config.model_type == "whisper" else model
 
 
-def _require_safetensors(folder: Path, spec: str) -> None:
+def require_safetensors(folder: Path, spec: str) -> None:
+    """Check that a folder has weights that contain no code.
+
+    Raises:
+        UserError: if not.
+    """
     if any(folder.glob("*.safetensors")):
         return
     pickles = sorted(path.name for path in folder.glob("*.bin"))
@@ -336,7 +351,7 @@ def _require_safetensors(folder: Path, spec: str) -> None:
 # Locations of models.
 
 
-def _local_folder(name: str) -> Path | None:
+def local_folder(name: str) -> Path | None:
     """Return the folder for a name; None for a name on the hub."""
     path = to_path(name)
     if path.is_dir():
@@ -350,7 +365,7 @@ def _local_folder(name: str) -> Path | None:
     return None
 
 
-def _snapshot(name: str, revision: str | None) -> Path:
+def snapshot(name: str, revision: str | None) -> Path:
     """Return the hub's files of a model, from the cache if complete."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from fedhead.backbones.split_states import StateCuts
 from fedhead.data.items import ITEMS
 from fedhead.errors import UserError
 from fedhead.registry import suggest
-from fedhead.tuning import TuneSpec
+from fedhead.tuning import NEXT_TOKEN, TuneSpec
 
 TOLERANCE = 1e-5
 """Largest difference, relative to the largest feature, between the features of trunk and tail and of the whole."""
@@ -308,6 +308,11 @@ def cuts_of(backbone: Backbone) -> Cuts:
         raise UserError(f"{backbone.spec} has no layers that could train.")
     if backbone.kind == "audio":
         raise UserError(f"{backbone.spec} takes sounds, whose backbones cannot be tuned yet; train the head alone.")
+    if backbone.layer == NEXT_TOKEN:
+        from fedhead.backbones.split_causal import CausalCuts
+
+        whole: Any = backbone.module
+        return CausalCuts(whole, backbone.spec)
     if backbone.spec.startswith("hf:"):
         return StateCuts(backbone.module, backbone.spec)
     example = backbone.probe_batch()

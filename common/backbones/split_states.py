@@ -45,14 +45,14 @@ class StateCuts:
         if self.hidden == count:
             raise UserError(f"{spec} cannot be cut for the layer 'hidden:{count}'; use the layer 'penultimate'.")
         self.container = lists[0]
-        self._last = count if self.hidden is None else int(self.hidden)
-        if not self._last:
+        self.last = count if self.hidden is None else int(self.hidden)
+        if not self.last:
             raise UserError(f"{spec} has no blocks below the layer 'hidden:0' that could train.")
 
     @property
     def blocks(self) -> Sequence[str]:
         """The names of the blocks up to the layer of the features."""
-        return [f"{self.container}.{number}" for number in range(self._last)]
+        return [f"{self.container}.{number}" for number in range(self.last)]
 
     def place(self, block: int) -> str:
         """Return the place before a block."""
@@ -74,18 +74,18 @@ class StateCuts:
     def cut(self, place: str) -> tuple[nn.Module, nn.Module, str]:
         """Return the model before and after a block."""
         number = self.blocks.index(place)
-        return _Below(self.module, self.container, number), self._above(number), "model."
+        return Below(self.module, self.container, number), self._above(number), "model."
 
     def shapes(self) -> list[tuple[int | None, ...]]:
         """Return the shape of a row's activations before each block; None for the length of a text."""
         example = _example(self.module)
         with torch.no_grad():
-            values = _Below(self.module, self.container, 0)(**example)
+            values = Below(self.module, self.container, 0)(**example)
         length = None if "input_ids" in example else values.shape[1]
         return [(length, values.shape[2])] * len(self.blocks)
 
     def _above(self, number: int) -> nn.Module:
-        return _Above(self.module, self.container, number, self._last, self.pooled, self.hidden is not None)
+        return Above(self.module, self.container, number, self.last, self.pooled, self.hidden is not None)
 
     @cached_property
     def _after(self) -> tuple[str, ...]:
@@ -94,7 +94,7 @@ class StateCuts:
         handles = []
         for name, module in self.module.named_modules():
             direct = any(True for _ in module.parameters(recurse=False))
-            if direct or name == f"{self.container}.{self._last - 1}":
+            if direct or name == f"{self.container}.{self.last - 1}":
                 handles.append(module.register_forward_hook(lambda *_, name=name: order.append(name)))
         try:
             with torch.no_grad():
@@ -102,7 +102,7 @@ class StateCuts:
         finally:
             for handle in handles:
                 handle.remove()
-        last = f"{self.container}.{self._last - 1}"
+        last = f"{self.container}.{self.last - 1}"
         seen, later = set(order[: order.index(last)]), order[order.index(last) + 1 :]
         # A pooler that the features do not use never trains.
         unused = () if self.pooled else ("pooler.",)
@@ -118,7 +118,7 @@ def _stop(module: nn.Module, args: Any, kwargs: Any) -> None:
     raise _Reached(args[0] if args else kwargs["hidden_states"])
 
 
-class _Below(nn.Module):
+class Below(nn.Module):
     """A model up to one of its blocks.
 
     Args:
@@ -172,7 +172,7 @@ class _Start(nn.Module):
         return ((self.state, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": self.state})
 
 
-class _Above(nn.Module):
+class Above(nn.Module):
     """A model from one of its blocks on, with its own masks.
 
     Args:

@@ -76,8 +76,13 @@ def load_tail(path: Path) -> TailFile:
     return TailFile(said["spec"], said["layer"], said["weights_digest"], parse_tune(said["tune"]), tensors)
 
 
-def peft_files(tail: TailFile) -> dict[str, bytes]:
+def peft_files(tail: TailFile, prefix: str = "", task_type: str = "FEATURE_EXTRACTION") -> dict[str, bytes]:
     """Return the two files of an adapter from which PEFT loads it, by name.
+
+    Args:
+        tail: the adapters.
+        prefix: of the names of layers in the model that PEFT adapts.
+        task_type: PEFT's type of the task.
 
     Raises:
         UserError: if the run trained no adapters, or PEFT is not installed.
@@ -90,10 +95,10 @@ def peft_files(tail: TailFile) -> dict[str, bytes]:
     config = lora_config(tail.tune.rank, {name.partition(".lora_")[0] for name in tail.tensors})
     source, _, name = tail.spec.partition(":")
     if source == "hf":
-        config.base_model_name_or_path, config.task_type = name.partition("?")[0], "FEATURE_EXTRACTION"
+        config.base_model_name_or_path, config.task_type = name.partition("?")[0], task_type
     config.inference_mode = True
     said = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
-    tensors = {f"{_PREFIX}{name.replace(f'.{ADAPTER}.', '.')}": tensor for name, tensor in tail.tensors.items()}
+    tensors = {f"{_PREFIX}{prefix}{name.replace(f'.{ADAPTER}.', '.')}": tensor for name, tensor in tail.tensors.items()}
     return {
         "adapter_config.json": json.dumps(said, indent=2, sort_keys=True, default=str).encode(),
         PEFT_WEIGHTS: save(tensors, {"format": "pt"}),

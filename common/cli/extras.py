@@ -27,7 +27,8 @@ def extras(result: "CompletedRun") -> list[tuple[str, str]]:
         lines.append(("Value of sites", said))
     if config.tune.on:
         tuning = [f"{one['taken']}. {one['reason']}" for one in outcome.choices if one["question"] == "Tuning"]
-        lines.append(("Tuning", tuning[0] if tuning else "the solved head. No round was better than it"))
+        kept = "the base model" if config.head == "none" else "the solved head"
+        lines.append(("Tuning", tuning[0] if tuning else f"{kept}. No round was better than it"))
     if worst := outcome.subgroups.get("sentence"):
         lines.append(("Subgroups", worst))
     if config.foreign:

@@ -21,6 +21,10 @@ def figure_table(report: Any, title: str = "") -> Table:
             shown = "" if point is None else f"{point[0]:.3f} ({point[1]:.3f} to {point[2]:.3f})"
             table.add_row(f"{edge:g}", shown, "" if predicted is None else f"{predicted:.3f}")
         return table
+    if hasattr(report, "perplexity"):
+        table = _table(f"{title}95 % intervals in brackets", "answers", ("conversations", "tokens", "perplexity"))
+        table.add_row("all", str(report.rows), str(report.tokens), number_interval(report.perplexity, 3))
+        return table
     if hasattr(report, "boxes"):
         table = _table(f"{title}95 % intervals in brackets", "class", ("images", "boxes", "AP50", "AP"))
         for one in report.boxes:
@@ -59,6 +63,9 @@ def figure_lines(report: Any) -> list[tuple[str, str]]:
             ("Concordance", f"{number_interval(report.concordance, 3)} on {report.rows} rows"),
             ("Events", f"{report.events}{ratio}"),
         ]
+    if hasattr(report, "perplexity"):
+        short = f"; {report.cut} were longer than the model takes" if report.cut else ""
+        return [("Perplexity", f"{number_interval(report.perplexity, 3)} on {report.rows} conversations{short}")]
     if hasattr(report, "boxes"):
         return [
             ("AP50", f"{number_interval(report.ap50, 3)} on {report.rows} images"),

@@ -151,7 +151,7 @@ def _score(result: "RunResult") -> str:
             f"{counted(result.outcome.num_evaluated, 'site')}"
         )
         if by_site := result.score_by_site:
-            worst = min(by_site, key=lambda site: by_site[site])
+            worst = (max if result.task.lower_is_better else min)(by_site, key=lambda site: by_site[site])
             mean = score_words(result.score_mean_site, name)
             said += f" (mean of sites {mean}, worst {worst} {score_words(by_site[worst], name)})"
     if result.outcome.privacy:
@@ -169,7 +169,8 @@ def _add_head(lines: Table, result: "RunResult") -> None:
     from fedhead.server.report.privacy import outcome, promise
 
     privacy = result.outcome.privacy
-    lines.add_row("Head", outcome(privacy)[0] if privacy else _origin_of_head(result))
+    if result.config.head != "none":
+        lines.add_row("Head", outcome(privacy)[0] if privacy else _origin_of_head(result))
     for choice in result.outcome.choices:
         lines.add_row(choice["question"], f"{choice['taken']}. {choice['reason']}")
     if privacy:

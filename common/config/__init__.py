@@ -3,6 +3,8 @@
 from fedhead.config.changes import merge, parse_assignments
 from fedhead.config.fields import (
     DENSE_LAYERS,
+    GENERATION,
+    GENERATION_COLUMNS,
     LONGEST_SUBGROUP,
     MOST_DECAY,
     MOST_EPSILON,
@@ -21,6 +23,8 @@ from fedhead.config.tables import LocalConfig, PrivacyConfig, SimulationConfig, 
 
 __all__ = [
     "DENSE_LAYERS",
+    "GENERATION",
+    "GENERATION_COLUMNS",
     "LONGEST_SUBGROUP",
     "MOST_DECAY",
     "MOST_EPSILON",

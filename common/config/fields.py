@@ -23,6 +23,12 @@ MOST_SUBGROUPS = 100
 LONGEST_SUBGROUP = 200
 """Longest name of a subgroup."""
 
+GENERATION = "generation"
+"""The task of language models."""
+
+GENERATION_COLUMNS = ("loss", "tokens", "cut")
+"""What a language model gives for a conversation; see `fedhead.backbones.hf_causal`."""
+
 Scalar = bool | int | float | str
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]

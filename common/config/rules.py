@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from fedhead.config.fields import DENSE_LAYERS, SUBGROUPED
+from fedhead.config.fields import DENSE_LAYERS, GENERATION, GENERATION_COLUMNS, SUBGROUPED
 from fedhead.config.tables import LocalConfig
+from fedhead.tuning import NEXT_TOKEN, parse_tune
 
 if TYPE_CHECKING:
     from fedhead.config.run import RunConfig
@@ -137,6 +138,30 @@ def _examples_are_images_with_places(run: "RunConfig") -> None:
 
 
 @_rule
+def _language_models_train_adapters(run: "RunConfig") -> None:
+    if run.task != GENERATION:
+        return
+    if not run.backbone.startswith("hf:"):
+        raise ValueError(
+            f"task 'generation' needs a causal language model, as in --backbone hf:NAME, not {run.backbone!r}"
+        )
+    if run.tune.schedule or (run.tune.layers and parse_tune(run.tune.layers).method != "lora"):
+        raise ValueError(f"task 'generation' trains adapters, as in tune = 'lora:8', not {run.tune.layers!r}")
+    plain: dict[str, Any] = {
+        "layer": ("penultimate", NEXT_TOKEN),
+        "head": ("linear", "none"),
+        "init": ("", "zeros"),
+        "classes": ((), GENERATION_COLUMNS),
+        "classes_from": ("",),
+        "pooling": ("sum",),
+        "worth": (False,),
+        "adapt": (False,),
+    }
+    if wrong := [name for name, values in plain.items() if getattr(run, name) not in values]:
+        raise ValueError(f"task 'generation' takes no {wrong[0]}: it has neither head nor classes")
+
+
+@_rule
 def _words_have_no_foreign_test(run: "RunConfig") -> None:
     if run.task == "tagging" and run.foreign:
         raise ValueError("foreign is about whole inputs, and task 'tagging' is about words: leave it out")
@@ -174,9 +199,10 @@ def _tuned_runs_start_from_a_solved_head(run: "RunConfig") -> None:
         raise ValueError(
             "differential privacy (epsilon) covers the head of one exchange only, not tuned layers: leave tune out"
         )
-    if run.task not in ("classification", "multi-label"):
+    if run.task not in ("classification", "multi-label", GENERATION):
         raise ValueError(f"tune is for the tasks 'classification' and 'multi-label', not {run.task!r}")
-    if run.head != "linear" or run.init in ("zeros", "random"):
+    solved = run.head == "linear" and run.init not in ("zeros", "random")
+    if run.task != GENERATION and not solved:
         raise ValueError("tune starts from a solved head: set head to 'linear', and init to 'lda' or leave it out")
     plain: dict[str, Any] = {"basis": "none", "lift": "none", "personal": "none", "foreign": False}
     if wrong := [name for name, value in plain.items() if getattr(run, name) != value]:

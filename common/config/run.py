@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from fedhead.config.changes import merge
 from fedhead.config.fields import (
     DENSE_LAYERS,
+    GENERATION,
     LONGEST_SUBGROUP,
     MOST_LIFTED,
     MOST_SUBGROUPS,
@@ -21,6 +22,7 @@ from fedhead.config.rules import RULES
 from fedhead.config.tables import LocalConfig, PrivacyConfig, SimulationConfig, StrategyConfig, Table, TuneConfig
 from fedhead.config.unknown import unknown_setting
 from fedhead.errors import UserError
+from fedhead.tuning import NEXT_TOKEN
 from fedhead.wording import one_line
 
 
@@ -68,7 +70,8 @@ class RunConfig(Table):
     task: str = Field(
         "classification",
         description="Task: 'classification', 'multi-label', 'ordinal', 'regression', 'survival', 'tagging', "
-        "'segmentation', 'detection', 'clusters' for rows without labels, or one of your own.",
+        "'segmentation', 'detection', 'clusters' for rows without labels, 'generation' for language models, or one of "
+        "your own.",
     )
     clusters: int = Field(
         0, ge=0, le=200, description="Number of clusters for task 'clusters'; 0 chooses from 2 to 20 on held-out rows."
@@ -215,6 +218,8 @@ class RunConfig(Table):
 
     def settled(self) -> Self:
         """Return the configuration with settings decided by its task, tuning, adaptation or differential privacy."""
+        if self.task == GENERATION:
+            return self._settled_generation()
         if self.tune.on and "rounds" not in self.model_fields_set:
             return self.changed({"rounds": 10})
         if self.task == "clusters":
@@ -228,6 +233,19 @@ class RunConfig(Table):
             return self
         rounds = self.rounds if "rounds" in self.model_fields_set else 0
         decided = {"head": "unit", "init": "zeros", "rounds": rounds, "keep_sums": "total", "diagnose": False}
+        return self.changed(decided)
+
+    def _settled_generation(self) -> Self:
+        decided: dict[str, Any] = {
+            "layer": NEXT_TOKEN,
+            "head": "none",
+            "init": "zeros",
+            "diagnose": False,
+            "rounds": self.rounds if "rounds" in self.model_fields_set else 5,
+            "tune": {"layers": self.tune.layers or "lora:8", "adjust": False},
+        }
+        if "partition" not in self.simulation.model_fields_set:
+            decided["simulation"] = {"partition": "iid"}
         return self.changed(decided)
 
     @classmethod

@@ -7,7 +7,8 @@ choose rows: `csv:all.csv?label=diagnosis&group=patient&split=train`.
 A table without any of the first four holds rows of numbers: `csv:heart.csv?label=disease&features=age,pulse`; without
 `features` all other columns of numbers are used. `categories=sex,stage` adds columns with a few levels, and
 `missing=pulse:0` names codes of missing values. `group_by=sex` names a column of subgroups, by which a run divides its
-metrics; it stays a feature where it is one. `target=COLUMN` or `target=A,B` selects real targets for regression
+metrics; it stays a feature where it is one. A table with a column `messages`, or `prompt` and `completion`, holds
+conversations, without labels. `target=COLUMN` or `target=A,B` selects real targets for regression
 instead of classes; `labels=no` is for rows without either, and `labels=some` leaves rows without a label out.
 """
 
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from fedhead.data.conversations import CONVERSATION, ConversationRows, holds_conversations
 from fedhead.data.conversion import to_item
 from fedhead.data.csv_file import open_csv
 from fedhead.data.files import Files
@@ -120,6 +122,9 @@ def samples_of_table(table: Table, options: dict[str, str], spec: str) -> Sample
         UserError: for a missing column, rows without a label, or invalid options.
     """
     rows, splits = _choose_rows(table, options, spec)
+    conversations = holds_conversations(table.columns, options, table.path)
+    if conversations:
+        options = {**options, "labels": "no"}
     labelled, unlabelled = labelled_rows(table, rows, options, spec)
     rows, splits = rows[labelled], splits and [splits[row] for row in labelled.tolist()]
     annotations = annotations_of(table, rows, options, spec)
@@ -153,6 +158,7 @@ def samples_of_table(table: Table, options: dict[str, str], spec: str) -> Sample
         target_names=annotations.target_names,
         columns=items.columns,
         incomplete=items.incomplete,
+        annotated=CONVERSATION if conversations else "",
         former=None if fingerprint == before else replace(items.former, fingerprint=before),
         left_out=(*unlabelled, *items.left_out),
         subgroups=_subgroups(table, rows, options, spec),
@@ -207,6 +213,8 @@ def _items_of(
     Raises:
         UserError: for a missing column, or files none of which exists.
     """
+    if holds_conversations(table.columns, options, table.path):
+        return _Items(KINDS[CONVERSATION], ConversationRows.of(table, rows).read, table.former)
     content, column = content_column(table, options, spec)
     kind = KINDS[content]
     if content == "path":
@@ -265,7 +273,14 @@ def _former_names(values: list[Any]) -> list[str | None]:
     ]
 
 
-KINDS: dict[str, Kind] = {"path": "image", "image": "image", "audio": "audio", "text": "text", "table": "table"}
+KINDS: dict[str, Kind] = {
+    "path": "image",
+    "image": "image",
+    "audio": "audio",
+    "text": "text",
+    CONVERSATION: "text",
+    "table": "table",
+}
 """Kinds of items by the content of a column; files may also be sounds."""
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fedhead.backbones import Backbone
+from fedhead.backbones.hf_causal import NextTokens
 from fedhead.backbones.tail_file import TAIL_FILE, load_tail, peft_files
 from fedhead.backbones.weights import find_backbone, weights_path
 from fedhead.errors import FedheadError, UserError
@@ -37,13 +38,13 @@ def export_adapter(model: TransferModel, run: Path, path: Path) -> Exported:
     if not (run / TAIL_FILE).is_file():
         raise UserError(f"{run} has no adapters: the run was not tuned with LoRA, or its solved head was kept.")
     tail = load_tail(run / TAIL_FILE)
-    files = peft_files(tail)
     base = find_backbone(tail.spec, tail.layer, tail.weights_digest)
     if base is None:
         raise FedheadError(
             f"The pretrained weights of {tail.spec}, on which the adapters are checked, are not on this machine; copy "
             f"them to {weights_path(tail.weights_digest)}."
         )
+    files = peft_files(tail, *_names(base))
     with new_folder(path, "choose another --out.") as temporary:
         for name, content in files.items():
             (temporary / name).write_bytes(content)
@@ -60,7 +61,7 @@ def _difference(tuned: Backbone, base: Backbone, folder: Path) -> float:
     expected = tuned.probe()
     merged = copy.copy(base)
     merged.module = copy.deepcopy(base.module)
-    model: Any = merged.module.model if base.spec.startswith("hf:") else merged.module
+    model = _library_model(merged)
     peft = require("peft", "adapters", "An export for PEFT")
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
@@ -71,3 +72,18 @@ def _difference(tuned: Backbone, base: Backbone, folder: Path) -> float:
             f"The adapters give other features in PEFT than in the run (by {difference:.1e}), so they are not exported."
         )
     return difference
+
+
+def _library_model(backbone: Backbone) -> Any:
+    """Return the model that PEFT adapts."""
+    module: Any = backbone.module
+    if isinstance(module, NextTokens):
+        return module.causal
+    return module.model if backbone.spec.startswith("hf:") else module
+
+
+def _names(backbone: Backbone) -> tuple[str, str]:
+    """Return what precedes the names of layers in the model that PEFT adapts, and PEFT's type of the task."""
+    if isinstance(backbone.module, NextTokens):
+        return f"{backbone.module.causal.base_model_prefix}.", "CAUSAL_LM"
+    return "", "FEATURE_EXTRACTION"

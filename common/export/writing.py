@@ -56,6 +56,8 @@ def export_model(model: TransferModel, file_format: str, path: Path | str, *, nm
             f"The backbone {model.backbone.spec} chooses its proposals by the content of an image, which a program in "
             f"the format {file_format!r} does not support; export it as 'fedhead' or 'state-dict'."
         )
+    if model.head_spec == "none" and file_format != "fedhead":
+        raise UserError("A language model is exported as 'fedhead', or its adapters as 'peft'.")
     if file_format == "fedhead":
         return _write_folder(model, path)
     content, run = _WRITERS[file_format](model)
@@ -117,6 +119,9 @@ def _write_folder(model: TransferModel, path: Path) -> Exported:
         model.backbone.save(temporary / BACKBONE_FILE)
         model.save(temporary / MODEL_FILE)
         read = TransferModel.load(temporary / MODEL_FILE, Backbone.load(temporary / BACKBONE_FILE))
-        difference = require_same(model, classifier_of(read), "fedhead")
+        if model.head_spec == "none":
+            difference = float((read.backbone.probe() - model.backbone.probe()).abs().max())
+        else:
+            difference = require_same(model, classifier_of(read), "fedhead")
         size = sum(file.stat().st_size for file in temporary.iterdir())
     return Exported(path, size, difference)

@@ -2,6 +2,7 @@
 
 from fedhead.heads.feature_map import FeatureMap, MapForm, MappedHead, behind, delivered_spec, make_delivered, unmapped
 from fedhead.heads.head import CosineHead, Head, LinearHead, MLPHead, Solutions, heads, make_head
+from fedhead.heads.passing import NoHead
 from fedhead.heads.tail import TunedHead
 from fedhead.heads.unit import UnitHead
 
@@ -13,6 +14,7 @@ __all__ = [
     "MLPHead",
     "MapForm",
     "MappedHead",
+    "NoHead",
     "Solutions",
     "TunedHead",
     "UnitHead",

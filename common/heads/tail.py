@@ -90,7 +90,9 @@ class TunedHead(Head):
         return dict(self._values)
 
     def outputs(self, parameters: Mapping[str, Tensor], features: Tensor) -> Tensor:
-        batched = parameters[f"{HEAD}bias"].ndim > 1
+        own: dict[str, Tensor] = {f"{HEAD}{name}": value for name, value in self.head.named_parameters()}
+        own |= {f"{TAIL}{name}": value for name, value in self._values.items()}
+        batched = any(parameters[name].ndim > value.ndim for name, value in own.items())
         if batched:
             parameters, features = {name: value.squeeze(0) for name, value in parameters.items()}, features.squeeze(0)
         rows = self.features(parameters, features)

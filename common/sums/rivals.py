@@ -65,6 +65,12 @@ class RivalSums:
         )
         return cls(PairedLosses.of(at), np.array(curves), np.array(right, np.int64))
 
+    @classmethod
+    def from_losses(cls, losses: FloatArray, right: "list[int]") -> Self:
+        """Sum over rows whose losses `[H, n]` depend on no temperature."""
+        paired = PairedLosses.of(losses)
+        return cls(paired, np.repeat(paired.losses[:, None], len(TEMPERATURES), 1), np.array(right, np.int64))
+
     def __add__(self, other: Self) -> Self:
         return type(self)(self.paired + other.paired, self.curves + other.curves, self.right + other.right)
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fedhead.sums.paired import MOST_LOSS
+
 
 class Loss(ABC):
     """A loss of outputs against targets, per row, with the per-row term of the task's score."""
@@ -26,6 +28,33 @@ class Loss(ABC):
 
 LEAST_ROWS = 0.5
 """Rows that count for a class without any, so that its share has a logarithm."""
+
+
+class AnswerLoss(Loss):
+    """The loss of a language model on the answers of a conversation: outputs are `[..., n, 3]`, and have no targets.
+
+    The first is their summed negative log-likelihood, limited to `MOST_LOSS` for a token, and the score is the second,
+    the number of tokens.
+
+    Args:
+        tokens: the number of tokens of an answer that a loss is divided by, the same for all conversations of a site.
+    """
+
+    def __init__(self, tokens: float = 1.0) -> None:
+        self.tokens = tokens
+
+    def values(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        most = MOST_LOSS * outputs[..., 1]
+        # A version that diverged is a bad one, and not a broken reply.
+        return torch.where(outputs[..., 0].isnan(), most, outputs[..., 0].minimum(most)) / self.tokens
+
+    def slopes(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        slopes = torch.zeros_like(outputs)
+        slopes[..., 0, :] = 1 / self.tokens
+        return self.values(outputs.mT, targets), slopes
+
+    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return outputs[..., 1]
 
 
 class Adjusted(Loss):

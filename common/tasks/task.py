@@ -36,6 +36,7 @@ tasks: Registry["type[Task]"] = Registry(
         "classification": "fedhead.tasks.classification",
         "clusters": "fedhead.tasks.clusters",
         "detection": "fedhead.tasks.detection",
+        "generation": "fedhead.tasks.generation",
         "multi-label": "fedhead.tasks.multi_label",
         "ordinal": "fedhead.tasks.ordinal",
         "regression": "fedhead.tasks.regression",
@@ -115,6 +116,9 @@ class Task(Predictions):
 
     counts_scores: ClassVar[bool] = True
     """Whether each row adds 0 or 1 to the score, so that a score is a number of rows."""
+
+    lower_is_better: ClassVar[bool] = False
+    """Whether a smaller score is a better one."""
 
     dense: ClassVar[bool] = False
     """Whether rows of sums and heads are places of items; see `fedhead.tasks.dense`."""
@@ -317,6 +321,10 @@ class Task(Predictions):
     def score(self, score: float, loss: float, rows: float) -> float | None:
         """Return a head's score, given the sums of `Loss.score` and of the loss over `rows` rows, at least 1."""
 
+    def mean_loss(self, score: float, loss: float, rows: float) -> float | None:
+        """Return a head's mean loss, given the same sums."""
+        return loss / rows
+
     @abstractmethod
     def score_of(self, sums: Any) -> float | None:
         """Return the score without an interval; None if it is undefined."""
@@ -370,6 +378,10 @@ class Task(Predictions):
         if not self.compares_losses or scale is None:
             raise UserError(f"Sites of the task {self.name!r} are not compared.")
         return scaled_losses(outputs, targets, scale)
+
+    def losses(self, outputs: "Tensor", targets: "Tensor") -> "Tensor":
+        """Return each row's loss `[n]` by which tuned versions are compared, if outputs have no temperature."""
+        return self.loss.values(outputs, targets)
 
     # Calibration.
 

@@ -26,7 +26,7 @@ def about(record: RunRecord) -> Section:
         ("Map of features", _map(config)),
         *((str(one["question"]), f"{one['taken']}. {one['reason']}") for one in record.evaluation.get("choices", ())),
         ("Foreign inputs", _foreign(record.evaluation.get("foreign") or {})),
-        ("Head", f"{config.get('head', '')}, {_start(record)}"),
+        ("Head", "" if record.headless else f"{config.get('head', '')}, {_start(record)}"),
         ("Strategy", f"{config.get('strategy', {}).get('name', '')}, {counted(int(config.get('rounds', 0)), 'round')}"),
         ("Seed", str(config.get("seed", ""))),
         (record.task.output_names[1].capitalize(), _outputs(record)),
@@ -47,7 +47,8 @@ def about(record: RunRecord) -> Section:
         tables.append(("Excluded sites and replies", table))
     nothing = "" if tables else " No reply was excluded."
     fedhead = f"fedhead {journal.versions.get('fedhead', '')}".strip()
-    answer = f"{config.get('backbone', '')} with a {config.get('head', '')} head, in {fedhead}.{nothing}"
+    trained = f"adapters {_layers(config)}" if record.headless else f"a {config.get('head', '')} head"
+    answer = f"{config.get('backbone', '')} with {trained}, in {fedhead}.{nothing}"
     return Section(
         "about",
         "What ran?",
@@ -56,6 +57,11 @@ def about(record: RunRecord) -> Section:
         tables=tables,
         code=[("run.toml, which reproduces the run", record.toml)],
     )
+
+
+def _layers(config: Mapping[str, Any]) -> str:
+    tune = config.get("tune", {})
+    return repr(tune.get("layers", "") if isinstance(tune, dict) else tune)
 
 
 def _outputs(record: RunRecord) -> str:

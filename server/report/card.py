@@ -182,6 +182,8 @@ def _scalar(value: Any) -> str:
 
 
 def _title(record: RunRecord) -> str:
+    if record.headless:
+        return f"{record.name}: {record.config.get('backbone', '')}"
     columns = record.outputs
     return f"{record.name}: {columns} on {record.config.get('backbone', '')}"
 
@@ -194,6 +196,13 @@ def _what(record: RunRecord) -> list[str]:
     frozen, trained = "frozen ", "The head was"
     if record.tuned:
         frozen, trained = "", f"The head and the layers {record.tuned!r} of the backbone were"
+    if record.headless:
+        adapters = f"with adapters {record.tuned!r} added to its weights" if record.tuned else "without adapters"
+        said = [
+            f"{_does(record)}: {config.get('backbone', '')} {adapters}, trained on the answers in conversations by "
+            f"federated learning with fedhead at {counted(record.num_sites, 'site')}; no conversation left its site."
+        ]
+        return ["## What it is", *map(_plain, said)]
     said = [
         f"{_does(record)}: a {config.get('head', '')} head on the {frozen}backbone {config.get('backbone', '')} (layer "
         f"{config.get('layer', '')}). {trained} {made} {counted(record.num_sites, 'site')}; no "
@@ -212,6 +221,8 @@ def _what(record: RunRecord) -> list[str]:
 def _does(record: RunRecord) -> str:
     if record.task.name == "survival":
         return f"A survival model with {record.outputs} on {ITEMS[_kind(record)]}"
+    if record.headless:
+        return "A language model that answers"
     if record.task.name == "tagging":
         return f"A tagger of the words of texts, with {record.outputs}"
     if record.real:
@@ -230,6 +241,13 @@ def _use_and_limits(record: RunRecord) -> list[str]:
     said = [f"For {ITEMS[kind]} similar to those at the sites. The figures below describe these sites only."]
     if record.one_class:
         said.append(f"It knows no other class: it also assigns one of these to {article} {item} of any other kind.")
+    if record.headless:
+        said += [
+            "Its answers can be wrong, and repeat what the sites' conversations contain. Perplexity measures how well "
+            "it predicts their answers, and neither truth nor harm.",
+            "Adapters of several rounds can reproduce parts of single conversations; nothing prevents that here.",
+        ]
+        return ["## Intended use and limits", _items(said)]
     if record.task.name == "survival":
         said += [
             "Sites with few events have wide intervals; check them before relying on a figure.",
@@ -259,6 +277,10 @@ def _use_and_limits(record: RunRecord) -> list[str]:
 
 def _how_to_use(record: RunRecord) -> list[str]:
     kind = _kind(record)
+    if record.headless:
+        commands = 'fedhead generate . "Where is my card?"\nfedhead evaluate . --data jsonl:conversations.jsonl'
+        peft = "\nfedhead export . --format peft" if record.tuned else ""
+        return ["## How to use it", "In this folder, with fedhead installed:", _code("sh", commands + peft)]
     every, one = {
         "image": ("'scans/**/*.png'", "new.png"),
         "text": ("letters/", "letter.txt"),
@@ -314,7 +336,7 @@ def _calibration(record: RunRecord) -> list[str]:
 
 
 def _unlearned(record: RunRecord) -> list[str]:
-    if record.real or record.task.name == "survival":
+    if record.real or record.headless or record.task.name == "survival":
         return []
     names = record.evaluation.get("unlearned", ())
     if record.private:

@@ -5,6 +5,7 @@ from typing import Any
 
 from fedhead.server.report import charts
 from fedhead.server.report.detection import detection_quality
+from fedhead.server.report.generation import generation_quality
 from fedhead.server.report.layout import DASH, Figure, Section, Table
 from fedhead.server.report.privacy import noisy_accuracy
 from fedhead.server.report.regression import interval_sentences, regression_quality
@@ -62,6 +63,7 @@ def quality(record: RunRecord) -> Section:
 
 _SECTIONS: Mapping[str, Callable[[RunRecord, str, str, Callable[[RunRecord], str]], Section]] = {
     "detection": detection_quality,
+    "generation": generation_quality,
     "segmentation": segmentation_quality,
     "survival": survival_quality,
     "tagging": tagging_quality,
@@ -128,6 +130,8 @@ def calibration(record: RunRecord) -> list[str]:
         return calibration_sentences(record)
     if record.real:
         return interval_sentences(record)
+    if record.task.name == "generation":
+        return ["Not measured: a language model's perplexity already depends on the probabilities that it gives."]
     if record.task.dense:
         return ["Not measured: places of one image are alike, so their probabilities are not calibrated by counts."]
     if record.private:

@@ -28,9 +28,10 @@ def on_test_set(record: RunRecord, score: str) -> str:
 
 def worst_first(record: RunRecord, score: str) -> list[tuple[str, Values]]:
     """Return the sites' names and reports, those without the score last."""
+    sign = -1 if record.task.lower_is_better else 1
     known = {name: one[score][0] for name, one in record.sites.items()}
     return sorted(
-        record.sites.items(), key=lambda pair: (float("inf") if (at := known[pair[0]]) is None else at, pair[0])
+        record.sites.items(), key=lambda pair: (float("inf") if (at := known[pair[0]]) is None else sign * at, pair[0])
     )
 
 
@@ -74,7 +75,7 @@ def score_forest(
 def score_by_site(
     record: RunRecord, sites: Sequence[tuple[str, Values]], score: str, words: str, table: Table, caption: str
 ) -> Figure:
-    """Return the figure of the sites with the lowest scores, beside the table of all.
+    """Return the figure of the sites with the worst scores, beside the table of all.
 
     Args:
         record: of the run.
@@ -84,9 +85,10 @@ def score_by_site(
         table: of all sites.
         caption: of the figure.
     """
+    which = "highest" if record.task.lower_is_better else "lowest"
     title = f"{words[0].upper()}{words[1:]} by site"
     if len(sites) > _MOST_SITES:
-        title = f"The {_MOST_SITES} sites of {len(sites):,} with the lowest {words}"
+        title = f"The {_MOST_SITES} sites of {len(sites):,} with the {which} {words}"
     return Figure(
         title,
         score_forest(sites[:_MOST_SITES], score, words, record.pooled[score][0], record.task.row_name),

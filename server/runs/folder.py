@@ -18,10 +18,11 @@ from fedhead.errors import UserError
 from fedhead.files import disk_errors, write_atomically
 from fedhead.heads import TunedHead
 from fedhead.model import BACKBONE_FILE, MODEL_FILE, TransferModel
+from fedhead.server.exchange import POOL
 from fedhead.server.observer import Observer
 from fedhead.server.runs.history import Outcome, Round
 from fedhead.server.site_sums import SiteSums
-from fedhead.tasks import make_task
+from fedhead.tasks import Task, make_task
 
 _MOST_INDENTED = 1000
 """A file on more sites is written densely, which is many times faster and half the size."""
@@ -139,6 +140,14 @@ class RunFolder(Observer):
         if outcome.adaptation is not None:
             outcome.adaptation.save(adaptation_file(self.path / MODEL_FILE), head_digest(model))
 
+    @staticmethod
+    def _before(task: Task, outcome: Outcome) -> dict[str, Any]:
+        sites = {} if POOL in outcome.before else outcome.before
+        return {
+            "pooled": task.report(task.pooled(outcome.before.values())).to_dict(),
+            "sites": {name: task.report(sums).to_dict() for name, sums in sites.items()},
+        }
+
     def write_evaluation(self, outcome: Outcome, config: RunConfig, baseline: Mapping[str, Any] | None = None) -> None:
         """Write the figures of the delivered head, pooled and by site, with their intervals.
 
@@ -165,6 +174,7 @@ class RunFolder(Observer):
             **({"privacy": dict(outcome.privacy)} if outcome.privacy else {}),
             **({"foreign": outcome.foreign.to_dict()} if outcome.foreign else {}),
             **({"clusters": dict(outcome.clusters)} if outcome.clusters else {}),
+            **({"before": self._before(task, outcome)} if outcome.before else {}),
             **({"attack": dict(outcome.attack)} if outcome.attack else {}),
         }
         indent = 1 if len(outcome.participants) <= _MOST_INDENTED else None

@@ -99,6 +99,7 @@ class Outcome:
         clusters: of a run without labels, the rows and sites of each cluster, and the likelihood of other numbers of
             clusters, as JSON types.
         tuning: of a tuned run, the kept head and the number of trained parameters, as JSON types.
+        before: of a language model, the evaluation of the base model at each site; see `sites`.
         personal: the results of the sites' personal heads, if they made any.
         subgroups: the kept head's evaluation by subgroup, the worst first, as JSON types; empty without any.
         adaptation: of the head to rows without labels, if the run compared any.
@@ -131,6 +132,7 @@ class Outcome:
     clusters: Mapping[str, Any] = field(default_factory=dict)
     tuning: Mapping[str, Any] = field(default_factory=dict)
     subgroups: Mapping[str, Any] = field(default_factory=dict)
+    before: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def single_sites(self) -> Mapping[str, EvaluationSums]:

@@ -169,6 +169,11 @@ class RunRecord(BaseModel):
         return "targets" in self.pooled or (self.task.kind.real and not self.task.dense)
 
     @property
+    def headless(self) -> bool:
+        """Whether the model has no head: a language model."""
+        return self.config.get("head") == "none"
+
+    @property
     def outputs(self) -> str:
         """The number of classes, targets or time bins in words."""
         return counted(len(self.task.shown(self.classes)), *self.task.output_names)

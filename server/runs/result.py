@@ -100,8 +100,9 @@ class CompletedRun:
 
     @property
     def score_worst_site(self) -> float | None:
-        """The minimum over sites."""
-        return min(self.score_by_site.values(), default=None)
+        """The score of the worst site."""
+        worst = max if self.task.lower_is_better else min
+        return worst(self.score_by_site.values(), default=None)
 
     # A classifier's score is its accuracy.
     accuracy = score
@@ -132,10 +133,12 @@ class CompletedRun:
         """The score of a tuned run's head before tuning, measured as `score` is; None for other runs."""
         if not self.outcome.tuning:
             return None
-        if self.outcome.tuning["kept"] == "solved":
+        if self.outcome.tuning["kept"] != "tuned":
             return self.score
         if self.history[0].test_score is not None:
             return self.history[0].test_score
+        if self.outcome.before:
+            return self.task.score_of(self.task.pooled(self.outcome.before.values()))
         return float(self.outcome.choices[-1]["rivals"][0]["score"])
 
     @property

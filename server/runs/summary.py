@@ -31,9 +31,11 @@ class RunSummary(BaseModel):
     score_one_exchange: float | None = Field(None, description="Of the head solved from statistics.")
     score_after_rounds: float | None = Field(None, description="Of the last head; None without rounds.")
     score_mean_site: float | None = Field(None, description="Mean over sites, on their held-out rows.")
-    score_worst_site: float | None = Field(None, description="Minimum over sites.")
-    score_solved: float | None = Field(None, description="Of a tuned run: of the head solved before tuning.")
-    kept: str | None = Field(None, description="Of a tuned run: 'solved' or 'tuned', the model that is delivered.")
+    score_worst_site: float | None = Field(None, description="Of the worst site.")
+    score_solved: float | None = Field(None, description="Of a tuned run: before tuning.")
+    kept: str | None = Field(
+        None, description="Of a tuned run: the model that is delivered, 'tuned', or else 'solved' or 'base'."
+    )
     trainable_parameters: int | None = Field(None, ge=0, description="Of a tuned run: the parameters that trained.")
     rounds: int | None = Field(None, ge=0, description="Number of rounds asked for.")
     kept_round: int = Field(ge=0, description="Round of the delivered head; 0 for the starting head.")

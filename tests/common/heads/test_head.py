@@ -30,7 +30,8 @@ def stack(each: list[Head]) -> dict[str, Tensor]:
 
 
 def test_every_registered_head_is_tested_here() -> None:
-    assert {spec.partition(":")[0] for spec in SPECS} == set(heads)
+    # A model without a head has no parameters to test.
+    assert {spec.partition(":")[0] for spec in SPECS} == set(heads) - {"none"}
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -1,0 +1,53 @@
+"""`fedhead generate`: answers of a tuned language model."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedhead.cli import options
+from fedhead.cli.application import app, in_sentences
+from fedhead.cli.predict import Device, Model, Weights, load_model
+
+
+@app.command(epilog='Example: [bold]fedhead generate runs/support "Where is my card?"[/bold]')
+@in_sentences
+def generate(
+    model: Model,
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="Prompts; by default the lines of the standard input.")
+    ] = None,
+    system: Annotated[str, typer.Option(help="Text that tells the model how to answer.")] = "",
+    max_tokens: Annotated[int, typer.Option(help="Largest number of tokens of an answer.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(help="0 for the most probable token each time; 1 draws tokens by their probabilities.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    weights: Weights = "",
+    device: Device = "auto",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File for JSON lines with prompt and completion.", rich_help_panel=options.OUTPUT),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON lines instead of texts.", rich_help_panel=options.OUTPUT)
+    ] = False,
+    debug: options.Debug = False,
+) -> None:
+    """Generate answers with a model of the task 'generation'."""
+    from fedhead.files import disk_errors
+    from fedhead.generation import generate as answers
+
+    loaded = load_model(model, weights, device)
+    asked = prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    lines = []
+    made = answers(loaded, asked, system=system, max_tokens=max_tokens, temperature=temperature, seed=seed)
+    for prompt, answer in zip(asked, made, strict=True):
+        lines.append(json.dumps({"prompt": prompt, "completion": answer}, ensure_ascii=False))
+        if out is None:
+            typer.echo(lines[-1] if as_json else answer)
+    if out is not None:
+        with disk_errors(out):
+            out.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

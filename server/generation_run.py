@@ -1,0 +1,127 @@
+"""The coordinator of language models: rounds train adapters, which are kept if held-out conversations prove them."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from fedhead.protocol.heads import HeadRequest
+from fedhead.server.evaluation import some_sites
+from fedhead.server.exchange import Exchange
+from fedhead.server.head_run import HeadCoordinator
+from fedhead.server.rounds import Version
+from fedhead.server.runs.checkpoint import Progress
+from fedhead.server.runs.history import Outcome
+from fedhead.server.selection import Choice, Rival, compare_rivals, errors_to_gain
+from fedhead.server.tuned_form import AdapterForm
+from fedhead.server.tuning import Cost
+from fedhead.sums.heads import HELD_OUT
+from fedhead.sums.rivals import RivalSums
+from fedhead.sums.sums import Arrays
+
+logger = logging.getLogger(__name__)
+
+BASE = "base"
+"""What is kept unless adapters are proven to be better: the model as it was."""
+
+
+class GenerationCoordinator(HeadCoordinator):
+    """Runs a configuration of the task `generation` on a Grid; see `Coordinator`."""
+
+    def finish(self, progress: Progress) -> Outcome:
+        """Choose between the base model and the best adapters, and evaluate both in detail."""
+        assert isinstance(self.form, AdapterForm)
+        last = progress.current
+        last.made_by.add_traffic(self.attendance.await_sites(last.number + 1))
+        self.observer.on_step("evaluate", last.number)
+        exchange = self.rounds.evaluate(last.number, last.arrays)
+        number, arrays = self._choose(progress, exchange)
+        self.observer.on_step("finish", last.number)
+        base = self.form.enter({})
+        sites: dict[str, Any] = {}
+        before: dict[str, Any] = {}
+        if self.config.holdout > 0 or exchange.sums()[HELD_OUT] > 0:
+            sites = self._by_site(number, arrays, exchange)
+            before = self._by_site(0, base, exchange) if number else sites
+        last.made_by.add_traffic(exchange)
+        return Outcome(
+            head=self.form.leave(arrays if number else {}),
+            kept_round=number,
+            all_rows=False,
+            history=[*progress.history, self.finished_round(last, exchange)],
+            participants=sorted(self.roster.rows.keys() - self.roster.refused.keys()),
+            sites=sites,
+            calibrated=None,
+            diagnoses=[],
+            coverage=[],
+            refused=dict(sorted(self.roster.refused.items())),
+            full_model_bytes=progress.full_model_bytes,
+            statistics=None,
+            choices=self.choices,
+            # Merged weights are on no other machine.
+            settled={"with_backbone": True} if number else {},
+            traffic=progress.traffic,
+            tuning={"kept": "tuned" if number else BASE, "trainable_parameters": self.form.num_parameters},
+            before=before,
+        )
+
+    def _by_site(self, number: int, arrays: Arrays, exchange: Exchange) -> dict[str, Any]:
+        evaluation = self.evaluation(HeadRequest(arrays, server_round=number), self.task.bins())
+        found = evaluation.by_site()
+        exchange.include(evaluation.exchange)
+        return found
+
+    def _choose(self, progress: Progress, exchange: Exchange) -> tuple[int, Arrays]:
+        """Return the round whose adapters are kept, and these; round 0 for the base model."""
+        last, base = progress.current, self.form.enter({})
+        best = self._best(progress, last, exchange)
+        if best is None or not best[0]:
+            logger.info("%s; the base model is delivered.", "No round was better" if best else "Nothing was compared")
+            return 0, base
+        rivals = [Rival("the base model", base, "tail"), Rival(f"round {best[0]}", best[1], "tail")]
+        nodes = some_sites(self.roster.nodes, self.config.seed)
+        sums, asking = compare_rivals(self.messenger, nodes, self.roster.rows, rivals, scaled=False)
+        exchange.include(asking)
+        cost = Cost.of(progress.history, len(self.roster.nodes))
+        proven, choice = choose_adapters(rivals, sums, last.number, cost)
+        self.choices = [*self.choices, choice.to_dict()]
+        logger.info("%s: %s. %s", choice.question, choice.taken, choice.reason)
+        return best if proven else (0, base)
+
+    def _best(self, progress: Progress, last: Version, exchange: Exchange) -> tuple[int, Arrays] | None:
+        # A version that no site could evaluate has diverged.
+        if not exchange.metrics:
+            return None
+        progress.best.add(last.number, last.arrays, exchange)
+        found = progress.best.choose(exchange)
+        return None if found is None else (found.number, found.arrays)
+
+
+def choose_adapters(rivals: Sequence[Rival], sums: RivalSums, rounds: int, cost: Cost) -> tuple[bool, Choice]:
+    """Choose between the base model, first, and the best adapters, which must be proven better; see `choose_tuned`.
+
+    Conversations are paired, each with the mean loss of a token of its answers.
+
+    Args:
+        rivals: the two, in this order.
+        sums: their comparison.
+        rounds: the number of rounds that the adapters are the best of.
+        cost: of all rounds.
+    """
+    needed = errors_to_gain(rounds)
+    gain, error = sums.paired.gain(1, 0)
+    proven = gain > needed * error
+    rows = max(sums.rows, 1)
+    reason = "There are too few held-out conversations for a proof."
+    if sums.rows > 1:
+        reason = (
+            f"The loss of a token, averaged over {sums.rows} held-out conversations, is {abs(gain):.4f} "
+            f"{'less' if gain > 0 else 'more'} with the adapters of {rivals[1].name} than without, with a paired "
+            f"standard error of {error:.4f}, of which the best of {rounds} rounds must gain {needed:.1f}: they are "
+            f"{'proven' if proven else 'not proven'} to be better. They cost "
+            f"{cost.megabytes:.2g} MB of each site and {cost.minutes:.2g} minutes."
+        )
+    found = [
+        {"name": one.name, "loss": loss / rows, "score": None, "temperature": None}
+        for one, loss in zip(rivals, sums.losses.tolist(), strict=True)
+    ]
+    return proven, Choice("Tuning", rivals[int(proven)].name, reason, sums.rows, found)
