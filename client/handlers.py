@@ -26,6 +26,7 @@ from fedhead.client.rivals import rivals
 from fedhead.client.secure_handlers import agree, open_session, unmask
 from fedhead.client.site_data import Site
 from fedhead.client.sum_handlers import distances, statistics
+from fedhead.config import GENERATION
 from fedhead.errors import FedheadError, UserError
 from fedhead.protocol.actions import (
     ACTIONS,
@@ -84,7 +85,7 @@ def answer(
         agreed = agreement(context)
         manifest = agreed.manifest
         answered = ABOUT_PLACES if agreed.task.dense else ABOUT_ROWS
-        if manifest.layer == NEXT_TOKEN:
+        if manifest.layer == NEXT_TOKEN or manifest.task == GENERATION:
             answered = ABOUT_CONVERSATIONS
         if action not in answered:
             raise MessageError(f"it asks for {action}, which the task {manifest.task!r} does not answer")

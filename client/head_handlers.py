@@ -327,6 +327,8 @@ def form_of(sites: Sequence[Site], agreed: Agreement, arrays: Arrays, *, part: b
         arrays: as received.
         part: whether any of the tail's parameters will do, as in a stage of a schedule, in which the others are fixed.
     """
+    if agreed.manifest.head == "none":
+        return tail_form(sites, agreed)
     if not _is_tuned(agreed, arrays):
         return empty_head(agreed)
     whole = tail_form(sites, agreed)

@@ -12,7 +12,7 @@ from fedhead.client.answers import Answer, of_several, shared
 from fedhead.client.head_handlers import held_out_rows, outputs_of, prepare, tail_form
 from fedhead.client.site_data import Site
 from fedhead.protocol.heads import HeadRequest
-from fedhead.protocol.messages import Payload
+from fedhead.protocol.messages import MessageError, Payload
 from fedhead.protocol.rivals import Level, RivalsRequest
 from fedhead.sums.rivals import RivalSums
 from fedhead.sums.sums import Arrays
@@ -26,6 +26,8 @@ def rivals(sites: Sequence[Site], payload: Payload, context: Context, merged: bo
     if agreed.manifest.tune:
         expected["tail"] = tail_form(sites, agreed)
     request = RivalsRequest.from_payload(payload, expected)
+    if agreed.manifest.head == "none" and set(request.levels) != {"tail"}:
+        raise MessageError("it compares heads, which its run does not have")
     for positions in shared(sites, merged):
         chosen = [sites[position] for position in positions]
         logits, right, targets = [], [], torch.empty(0)
