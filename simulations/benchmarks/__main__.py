@@ -1,6 +1,7 @@
 """`python -m fedhead.simulations.benchmarks NAME`: one command per figure."""
 
 from fedhead.simulations.benchmarks import cluster as cluster
+from fedhead.simulations.benchmarks import crowd as crowd
 from fedhead.simulations.benchmarks import extraction as extraction
 from fedhead.simulations.benchmarks import faults as faults
 from fedhead.simulations.benchmarks import heads as heads

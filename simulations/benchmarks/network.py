@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -101,6 +101,10 @@ def with_processes(problem: Problem, home: Path, waiting: float) -> tuple[float,
     """Return the median round's seconds over processes of `fedhead client`, and a waiting one's share of a core."""
     names = [f"site-{number}" for number in range(problem.sites)]
     link, kits = door(names, home)
+    for name in names:
+        # Features as wide as here single out rows where these are few.
+        settings = kits / name / "site.toml"
+        settings.write_text(settings.read_text().replace("[backbones]\n", "[backbones]\ncheck_features = false\n"))
     allowed = ["--allow-backbone", problem.config().backbone]
     start = [*CLIENT, *allowed, "--coordinator", f"127.0.0.1:{link.port}", "--kit"]
     outcome, watch = run(problem, link, kits, [[*start, str(kits / name)] for name in names], home, waiting)
@@ -191,17 +195,26 @@ def door(names: Sequence[str], home: Path) -> tuple[SuperLink, Path]:
 
 
 def run(
-    problem: Problem, link: SuperLink, kits: Path, commands: Sequence[Sequence[str]], home: Path, waiting: float
+    problem: Problem,
+    link: SuperLink,
+    kits: Path,
+    commands: Sequence[Sequence[str]],
+    home: Path,
+    waiting: float,
+    *,
+    changes: Mapping[str, object] | None = None,
+    observers: Sequence[Observer] = (),
 ) -> tuple[Outcome, Watch]:
     """Run over the sites that `commands` start, which wait for some seconds before the first round."""
     config = problem.config(min_sites=problem.sites, classes=[str(number) for number in range(CLASSES)])
+    config = config.changed(changes or {})
     try:
         with contextlib.ExitStack() as stack:
             processes = [
                 stack.enter_context(started(command, problem, home, number)) for number, command in enumerate(commands)
             ]
             watch = Watch(waiting, processes)
-            outcome = serve(config, link, out=home / "run", observers=[watch]).outcome
+            outcome = serve(config, link, out=home / "run", observers=[watch, *observers]).outcome
     except FedheadError as error:
         said = "".join(path.read_text(encoding="utf-8")[-500:] for path in sorted(home.glob("site-*.log"))[:3])
         raise FedheadError(f"{error} The sites said: {said}") from None
