@@ -105,6 +105,21 @@ def connected(address: str) -> Iterator[None]:
         ray.shutdown()
 
 
+def resources(device: str) -> tuple[int, int]:
+    """Return the number of CPUs of the connected cluster, and that of its GPUs that workers may use."""
+    import ray
+
+    there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return int(there.get("CPU", 1)), int(there.get("GPU", 0)) if device in ("auto", "cuda") else 0
+
+
+def losses() -> tuple[type[Exception], ...]:
+    """Return the errors by which Ray says that a worker, or what it made, is lost."""
+    import ray
+
+    return ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, ray.exceptions.WorkerCrashedError
+
+
 class Workers:
     """The workers of a run: one for each GPU of the cluster if there are any, else one for each core.
 
@@ -125,17 +140,10 @@ class Workers:
         self._blocks = [ray.put(block) for block in blocks]
         self._features: list[Any] = []
         self._states: list[tuple[State, Any]] = []
-        cpus, gpus = self._resources(shared.device)
+        cpus, gpus = resources(shared.device)
         self._options: dict[str, Any] = {"num_cpus": 0 if gpus else 1, "num_gpus": 1 if gpus else 0}
         self._alive = self._start(max(1, min(gpus or cpus, len(blocks))))
         logger.info("%d workers answer for %d blocks of sites.", len(self._alive), len(blocks))
-
-    @staticmethod
-    def _resources(device: str) -> tuple[int, int]:
-        import ray
-
-        there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        return int(there.get("CPU", 1)), int(there.get("GPU", 0)) if device in ("auto", "cuda") else 0
 
     def _start(self, count: int) -> list[Any]:
         """Start workers, and return those that are ready: all, or those there is room for when time is up."""
@@ -186,7 +194,7 @@ class Workers:
             if request.content not in sent:
                 sent[request.content] = ray.put(request.asked.payload)
         given = [self._submit(request, sent[request.content]) for request in requests]
-        lost = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, ray.exceptions.WorkerCrashedError)
+        lost = losses()
         for number in range(len(requests)):
             while True:
                 worker, reference = given[number]

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from fedhead.client.tails import Tuning
 from fedhead.config import DENSE_LAYERS, RunConfig
 from fedhead.data import IntArray, Samples
 from fedhead.errors import UserError
+from fedhead.features.blocks import Extract, extract_blocks
 from fedhead.features.boundary import BoundaryStore
 from fedhead.features.store import FeatureStore, Progress
 from fedhead.flower import in_process_identity
@@ -37,7 +39,8 @@ from fedhead.server.runs.history import Outcome
 from fedhead.server.strategies import build_strategy
 from fedhead.server.tuned_form import cut
 from fedhead.simulations.blocks import count_blocks
-from fedhead.simulations.cluster import run_on_ray
+from fedhead.simulations.cluster import connected, run_on_ray
+from fedhead.simulations.cluster_extraction import extract_on_ray
 from fedhead.simulations.examples import examples
 from fedhead.simulations.flower_engine import run_on_flower
 from fedhead.simulations.grid import InProcessGrid
@@ -315,13 +318,22 @@ def _extract(plan: Plan, on_extraction: Progress) -> tuple[FeatureStore, Feature
     def progress(done: int, _: int) -> None:
         on_extraction(before + done, total)
 
-    for samples in wanted:
-        stores.append(
-            FeatureStore.open(
-                plan.backbone, samples, strict=table.strict_data, precision=table.precision, progress=progress
+    with ExitStack() as stack:
+        extract: Extract = extract_blocks
+        if table.engine == "ray" and table.cluster:
+            stack.enter_context(connected(table.cluster))
+            extract = extract_on_ray
+        for samples in wanted:
+            store = FeatureStore.open(
+                plan.backbone,
+                samples,
+                strict=table.strict_data,
+                precision=table.precision,
+                progress=progress,
+                extract=extract,
             )
-        )
-        before += len(samples)
+            stores.append(store)
+            before += len(samples)
     on_extraction(total, total)
     return stores[0], stores[1] if len(stores) == 2 else None
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +45,22 @@ class Block:
     def empty(cls, rows: Sequence[int], num_values: int) -> "Block":
         """Return the block before any row is done."""
         return cls(rows, np.zeros((len(rows), num_values), "<f4"), np.zeros((len(rows), 2), "<u8"))
+
+
+class Extract(Protocol):
+    """A way to extract blocks, here or elsewhere; see `extract_blocks`."""
+
+    def __call__(
+        self,
+        backbone: Backbone,
+        samples: Samples,
+        blocks: Sequence[Sequence[int]],
+        *,
+        precision: Precision,
+        batch_size: int | None,
+        progress: Callable[[int], None],
+    ) -> Generator[Block]:
+        """Yield the features of blocks of rows, in order."""
 
 
 @dataclass(frozen=True)

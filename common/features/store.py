@@ -26,7 +26,7 @@ from fedhead.data import KeyArray, Samples, UnreadableSampleError, require_kind
 from fedhead.data.samples import Former
 from fedhead.devices import Precision
 from fedhead.errors import FedheadError, UnreadableDataError, UserError
-from fedhead.features.blocks import Block, extract_blocks
+from fedhead.features.blocks import Block, Extract, extract_blocks
 from fedhead.features.checkpoints import META, Blocks, Meta, intact_meta, is_whole, read_meta, truncate, write_meta
 from fedhead.features.extraction import arranged, usable
 from fedhead.files import disk_errors, home, locked, write_atomically
@@ -78,6 +78,7 @@ class FeatureStore:
         precision: Precision = "float32",
         root: Path | None = None,
         progress: Progress = lambda done, total: None,
+        extract: Extract = extract_blocks,
     ) -> Self:
         """Return the features of `samples` under `backbone`, extracting missing ones first.
 
@@ -94,6 +95,7 @@ class FeatureStore:
                 digits; its features are stored apart. Where it is not `usable`, it is float32.
             root: the folder of all stores; by default in `fedhead.files.home()`.
             progress: called as rows are completed.
+            extract: makes the blocks that are missing; this process alone writes them.
 
         Raises:
             UserError: under `strict`, naming the first unreadable row; if the folder cannot be written; or if the
@@ -114,7 +116,7 @@ class FeatureStore:
                     _fill_contents(samples, path)
                     extracted = _retry(backbone, samples, path, precision)
                 else:
-                    extracted = _extract(backbone, samples, path, strict, batch_size, precision, progress)
+                    extracted = _extract(backbone, samples, path, strict, batch_size, precision, progress, extract)
         store = cls._map(path, extracted)
         if len(store.skipped) == len(samples) and not empty:
             raise UnreadableDataError(f"None of the rows of {samples.spec} can be read. The first: {store.skipped[0]}")
@@ -214,6 +216,7 @@ def _extract(
     batch_size: int | None,
     precision: Precision,
     progress: Progress,
+    extract: Extract,
 ) -> int:
     """Fill a partial folder block by block, then rename it to `path`; return the number of rows done."""
     partial = path.with_suffix(".partial")
@@ -228,7 +231,7 @@ def _extract(
     begun, step = int(meta["done"]), block_rows(backbone.num_values)
     blocks = [range(start, min(start + step, len(samples))) for start in range(begun, len(samples), step)]
     forward = arranged(backbone, len(samples), precision=precision)
-    made = extract_blocks(
+    made = extract(
         forward,
         samples,
         blocks,
