@@ -119,7 +119,8 @@ def _classes(model: Any, weights: Mapping[str, Tensor]) -> int:
     for name, own in model.state_dict().items():
         if name.startswith("head.classification_head.") and own.ndim == 4 and not own.shape[0] % CLASSES:
             given = weights.get(name, own)
-            return max(1, given.shape[0] * CLASSES // own.shape[0]) if given.ndim == 4 else CLASSES
+            # A tensor of another shape may claim any number; it is rejected when the weights are filled in.
+            return max(1, given.shape[0] * CLASSES // own.shape[0]) if given.shape[1:] == own.shape[1:] else CLASSES
     return CLASSES
 
 

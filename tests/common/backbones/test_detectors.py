@@ -156,6 +156,13 @@ def test_weights_of_another_architecture_are_rejected(tmp_path: Path) -> None:
         load_backbone("torchvision:ssdlite320_mobilenet_v3_large", weights=str(tmp_path / "other.safetensors"))
 
 
+def test_a_claimed_number_of_classes_takes_no_memory(tmp_path: Path) -> None:
+    name = "head.classification_head.module_list.0.1.weight"
+    save_file({name: torch.zeros(10**7, 1, 1, 1)}, tmp_path / "large.safetensors")
+    with pytest.raises(UserError, match=f"of another shape: {name}"):
+        load_backbone("torchvision:ssdlite320_mobilenet_v3_large", weights=str(tmp_path / "large.safetensors"))
+
+
 def test_only_torchvisions_detectors_are_wrapped() -> None:
     with pytest.raises(UserError, match="A detector is one of torchvision's classes FasterRCNN, RetinaNet"):
         detector_backbone(nn.Linear(2, 2))
