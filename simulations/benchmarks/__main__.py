@@ -5,6 +5,7 @@ from fedhead.simulations.benchmarks import crowd as crowd
 from fedhead.simulations.benchmarks import extraction as extraction
 from fedhead.simulations.benchmarks import faults as faults
 from fedhead.simulations.benchmarks import heads as heads
+from fedhead.simulations.benchmarks import memory as memory
 from fedhead.simulations.benchmarks import network as network
 from fedhead.simulations.benchmarks import privacy as privacy
 from fedhead.simulations.benchmarks import rounds as rounds

@@ -1,0 +1,66 @@
+"""Real processes over loopback that find objects in images, in one exchange and in rounds."""
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from fedhead.config import RunConfig
+from fedhead.model import TransferModel
+from fedhead.server.provision import provision
+from fedhead.simulations import simulate
+
+from ..simulations.test_detection import draw
+from .test_site_process import PATIENCE, Process
+
+pytestmark = pytest.mark.slow
+
+SITES = ("orchard-a", "orchard-b")
+
+
+@pytest.fixture
+def started() -> Iterator[list[Process]]:
+    processes: list[Process] = []
+    yield processes
+    for process in processes:
+        if process.running.poll() is None:
+            process.kill()
+
+
+def test_real_sites_make_the_detector_of_the_simulation(tmp_path: Path, started: list[Process]) -> None:
+    specs = {
+        site: draw(tmp_path / site, 24, seed=number).removesuffix("&site=lab") for number, site in enumerate(SITES)
+    }
+    settings = {
+        "task": "detection",
+        "backbone": "torchvision:mobilenet_v2",
+        "weights": "random",
+        "layer": "features.2+features.3+features.4:map@96",
+        "classes": ("square", "disc"),
+        "rounds": 1,
+        "local": {"lr": 0.001, "batch_size": 32},
+    }
+    config = RunConfig(**settings)
+    (tmp_path / "run.toml").write_text(config.to_toml())
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port = int(listening.getsockname()[1])
+    provision(tmp_path / "kit", f"127.0.0.1:{port}", SITES)
+    deadline = ("--round-deadline", str(PATIENCE))
+    server = Process(tmp_path, "server", "server", "run.toml", "--kit", "kit/coordinator", "--out", "run", *deadline)
+    started.append(server)
+    for site, spec in specs.items():
+        started.append(Process(tmp_path, site, "client", "--kit", f"kit/{site}", "--data", spec))
+    assert server.ended() == 0, server.said()
+    model = TransferModel.load(tmp_path / "run")
+    assert model.task.name == "detection"
+    assert not (tmp_path / "run" / "examples.json").exists()
+    alone = simulate(config, specs[SITES[0]], sites=1, out=tmp_path / "alone")
+    found, expected = load_file(tmp_path / "run" / "model.safetensors"), alone.model.head.state_dict()
+    assert {name: value.shape for name, value in found.items()} == {
+        name: tuple(value.shape) for name, value in expected.items()
+    }
+    assert all(np.isfinite(value).all() for value in found.values())
