@@ -2,11 +2,13 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 from fedhead.evaluation.shift import MIN_DISTANCE
 from fedhead.server.report import charts
 from fedhead.server.report.layout import DASH, Figure, Section, Table
 from fedhead.server.report.quality import MOST_LINES
+from fedhead.server.report.site_scores import compared
 from fedhead.server.runs.record import RunRecord, Values
 from fedhead.wording import counted, percent
 
@@ -15,6 +17,8 @@ def fit(record: RunRecord) -> Section:
     """Return the section."""
     question = "Which sites should join?"
     diagnoses = record.diagnoses
+    if not diagnoses and not record.compares_sites and (section := compared(record, question)):
+        return replace(section, sentences=[*section.sentences, *_coverage_sentences(record)], figures=_coverage(record))
     if not diagnoses:
         reason = (
             "Sites are not compared with the pool for this task."

@@ -1,10 +1,13 @@
-"""Peak memory of one exchange of a segmentation, by the number of images, each count in a process of its own."""
+"""Peak memory of one exchange of a segmentation, by the number of images, each count in a process of its own.
+
+Memory is what processes hold themselves; pages of mapped files of features, which the system takes back, are left out.
+"""
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +18,9 @@ from PIL import Image
 from fedhead.simulations.benchmarks.measurement import Json, app
 
 SIDE = 128
+SECONDS = 0.02
+"""Time between two samples."""
+
 _SMALL = 10
 
 
@@ -33,6 +39,25 @@ def _draw(folder: Path, count: int) -> str:
     return f"masks:{folder / 'images'}?masks={folder / 'masks'}"
 
 
+def _own_megabytes() -> float:
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    (line,) = (line for line in status.splitlines() if line.startswith("RssAnon:"))
+    return int(line.split()[1]) / 1000
+
+
+class _Peak(threading.Thread):
+    """Samples the memory of this process until it is stopped."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.megabytes = 0.0
+        self.ended = threading.Event()
+
+    def run(self) -> None:
+        while not self.ended.wait(SECONDS):
+            self.megabytes = max(self.megabytes, _own_megabytes())
+
+
 def peak_megabytes(count: int, folder: Path) -> float:
     """Return the peak memory of this process in MB, after it has run one exchange over `count` images."""
     from fedhead.config import RunConfig
@@ -45,8 +70,12 @@ def peak_megabytes(count: int, folder: Path) -> float:
         layer=f"maps@{SIDE}",
         simulation={"data": _draw(folder / "data", count), "sites": 2, "partition": "iid", "min_rows": 0},
     )
+    peak = _Peak()
+    peak.start()
     simulate(config, out=folder / "run")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    peak.ended.set()
+    peak.join()
+    return peak.megabytes
 
 
 @app.command()
