@@ -48,8 +48,9 @@ def test_real_sites_make_the_detector_of_the_simulation(tmp_path: Path, started:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         port = int(listening.getsockname()[1])
-    provision(tmp_path / "kit", f"127.0.0.1:{port}", SITES)
-    deadline = ("--round-deadline", str(PATIENCE))
+    allowed = {"torchvision:mobilenet_v2": "the test's"}
+    provision(tmp_path / "kit", f"127.0.0.1:{port}", SITES, backbones=allowed)
+    deadline = ("--round-deadline", str(PATIENCE), "--min-sites", "2")
     server = Process(tmp_path, "server", "server", "run.toml", "--kit", "kit/coordinator", "--out", "run", *deadline)
     started.append(server)
     for site, spec in specs.items():
