@@ -69,8 +69,12 @@ class LabelledFeatures:
         return features if self.mapping is None else self.mapping(features.double())
 
     def blocks_of(self, rows: IntArray, size: int = 2048) -> Iterator[Tensor]:
-        """Yield what `exact` returns, block by block."""
-        yield from map(self.exact, torch.split(torch.from_numpy(rows), size))
+        """Yield what `exact` returns, block by block; of items with places, the features of these `[p, d]`."""
+        if self.places is None:
+            yield from map(self.exact, torch.split(torch.from_numpy(rows), size))
+            return
+        for values, _ in self.places.blocks(self.features, rows):
+            yield self.places.geometry.places(values).flatten(0, 1)
 
     def gather(self, rows: IntArray, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return the features `[..., D]` and targets `[...]` or `[..., C]` of `rows` `[...]`, standardised.

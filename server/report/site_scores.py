@@ -1,7 +1,7 @@
 """The comparison of sites by the shared model's score, for tasks whose sites are not compared with the pool by sums."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -115,9 +115,9 @@ def compared(record: RunRecord, question: str) -> Section | None:
     return Section("fit", question, answer, said, tables=[("Sites", table)])
 
 
-def _variance(figure: Values) -> float | None:
+def _variance(figure: Sequence[float | None]) -> float | None:
     _, low, high = figure
-    return None if low is None or high is None else ((high - low) / (2 * _Z)) ** 2
+    return None if low is None or high is None else float(((high - low) / (2 * _Z)) ** 2)
 
 
 def _unlike(one: Values, rest: list[Values]) -> str:

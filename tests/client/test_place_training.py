@@ -75,3 +75,9 @@ def test_a_site_without_training_rows_returns_the_incoming_head() -> None:
     assert found.rows.tolist() == [0]
     for name, value in found.parameters.items():
         torch.testing.assert_close(value[0], incoming[name])
+
+
+def test_blocks_of_items_are_the_features_of_their_places() -> None:
+    data = problem(Segmentation(("a", "b")))
+    blocks = list(data.blocks_of(np.array([1, 4])))
+    torch.testing.assert_close(torch.cat(blocks), GEOMETRY.places(data.features[[1, 4]]).flatten(0, 1))
