@@ -1,11 +1,15 @@
 """`rank(backbones)`: which backbone fits a task, from one exchange each, without training."""
 
 import itertools
+import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy.typing as npt
 
+from fedhead.backbones import Backbone
+from fedhead.backbones.split import blocks_of
 from fedhead.config import RunConfig
 from fedhead.data import Samples
 from fedhead.errors import UserError
@@ -15,6 +19,32 @@ from fedhead.simulations.result import RunResult
 from fedhead.simulations.simulate import run_plan
 from fedhead.solvers import cross_validation_error
 from fedhead.solvers.scoring import transferability
+
+logger = logging.getLogger(__name__)
+
+MOST_CUTS = 4
+"""Cuts of a backbone that are shown."""
+STORED_BYTES = 2
+"""Bytes of a stored activation, float16."""
+
+
+@dataclass(frozen=True)
+class TuningCost:
+    """The cost of tuning the last blocks of a backbone.
+
+    Attributes:
+        tune: the blocks, as in `tune.layers`.
+        parameters: the number of their parameters.
+        bytes_per_round: from a site, in one round.
+        bytes_per_row: of stored activations of one row, or of one token of a text.
+        bytes_stored: of all rows at all sites; None for texts, whose lengths differ.
+    """
+
+    tune: str
+    parameters: int
+    bytes_per_round: int
+    bytes_per_row: int
+    bytes_stored: int | None
 
 
 @dataclass(frozen=True)
@@ -36,6 +66,7 @@ class RankedBackbone:
         layer: the layer of the features.
         error: generalised cross-validation error of their ridge regression on the classes, from sums alone; smaller
             fits better, and 1 is chance. None unless every row has one class.
+        cuts: the cost of tuning its last blocks, if it was asked for and the backbone can be cut.
     """
 
     backbone: str
@@ -50,6 +81,7 @@ class RankedBackbone:
     score_name: str = "accuracy"
     layer: str = "penultimate"
     error: float | None = None
+    cuts: tuple[TuningCost, ...] = ()
 
 
 def rank(
@@ -60,6 +92,7 @@ def rank(
     *,
     test_data: str | Samples | None = None,
     layers: Sequence[str] = (),
+    tune: bool = False,
     on_backbone: Callable[[str], Progress] = lambda spec: lambda done, total: None,
 ) -> list[RankedBackbone]:
     """Score backbones by the sites' summed statistics, the best by LogME first; layers, by cross-validation error.
@@ -71,6 +104,7 @@ def rank(
         sites: see `simulate`.
         test_data: see `simulate`.
         layers: of every backbone, or several joined by `+`; by default that of `config`.
+        tune: whether to compute the cost of tuning their last blocks.
         on_backbone: called as each one starts; returns a callback for the progress of extraction.
 
     Raises:
@@ -85,7 +119,8 @@ def rank(
     # Mistakes are found before anything is extracted.
     plans = [make_plan(_config_for(named, layer, given), inputs) for named, layer in chosen]
     ranked = [
-        _ranked(plan, run_plan(plan, deliver=False, on_extraction=on_backbone(plan.backbone.spec))) for plan in plans
+        _ranked(plan, run_plan(plan, deliver=False, on_extraction=on_backbone(plan.backbone.spec)), tune=tune)
+        for plan in plans
     ]
     if layers and all(one.error is not None for one in ranked):
         return sorted(ranked, key=lambda one: (one.error, -one.logme))
@@ -100,7 +135,7 @@ def _config_for(named: str, layer: str, given: RunConfig) -> RunConfig:
     return config.changed({"init": ""}) if config.init in ("zeros", "random") else config
 
 
-def _ranked(plan: Plan, result: RunResult) -> RankedBackbone:
+def _ranked(plan: Plan, result: RunResult, *, tune: bool) -> RankedBackbone:
     stats = result.outcome.statistics
     assert stats is not None
     scores = transferability(stats)
@@ -117,4 +152,27 @@ def _ranked(plan: Plan, result: RunResult) -> RankedBackbone:
         score_name=result.task.score_name,
         layer=plan.backbone.layer,
         error=cross_validation_error(stats) if stats.kind.exclusive else None,
+        cuts=tuning_costs(plan.backbone, len(plan.samples)) if tune else (),
     )
+
+
+def tuning_costs(backbone: Backbone, rows: int) -> tuple[TuningCost, ...]:
+    """Return the cost of tuning the last block, the last two and so on; none of a backbone that cannot be cut.
+
+    Args:
+        backbone: the whole.
+        rows: at all sites.
+    """
+    try:
+        blocks = blocks_of(backbone)
+    except UserError as error:
+        logger.warning("%s", error)
+        return ()
+    found = []
+    for count in range(1, min(MOST_CUTS, len(blocks)) + 1):
+        shape = blocks[-count].boundary
+        parameters = sum(block.parameters for block in blocks[-count:])
+        of_row = STORED_BYTES * math.prod(side or 1 for side in shape)
+        stored = None if None in shape else of_row * rows
+        found.append(TuningCost(f"last:{count}", parameters, 4 * parameters, of_row, stored))
+    return tuple(found)

@@ -1,10 +1,10 @@
 """`fedhead rank`: which backbone fits the sites' task."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -14,6 +14,9 @@ from fedhead.cli import options
 from fedhead.cli.application import app, in_sentences, output, progress_bars
 from fedhead.cli.settings import SettingsCommand, with_settings
 from fedhead.wording import score_words, size
+
+if TYPE_CHECKING:
+    from fedhead.simulations.rank import RankedBackbone
 
 
 @app.command(
@@ -37,6 +40,7 @@ def rank(
     layers: Annotated[
         str, typer.Option(help="Layers to compare, separated by commas; join several by +, as in layer3+penultimate.")
     ] = "",
+    tune: Annotated[bool, typer.Option("--tune", help="Show what tuning the last blocks stores and sends.")] = False,
     set_: options.Assignments = None,
     as_json: options.Json = False,
     debug: options.Debug = False,
@@ -52,7 +56,7 @@ def rank(
             return lambda done, total: progress.update(task, completed=done, total=total)
 
         taps = [one.strip() for one in layers.split(",") if one.strip()]
-        ranked = simulations.rank(backbones, run, layers=taps, on_backbone=on_backbone)
+        ranked = simulations.rank(backbones, run, layers=taps, tune=tune, on_backbone=on_backbone)
     if as_json:
         typer.echo(json.dumps([asdict(one) for one in ranked]))
         return
@@ -85,3 +89,23 @@ def rank(
             f"{one.seconds_extraction:.1f}",
         )
     output().print(table)
+    if tune:
+        output().print(_tuning_table(ranked))
+
+
+def _tuning_table(ranked: "Sequence[RankedBackbone]") -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("backbone", overflow="fold")
+    for column in ("--tune", "parameters", "a site and round", "stored, a row", "stored, all rows"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for one in ranked:
+        for cut in one.cuts:
+            table.add_row(
+                one.backbone,
+                cut.tune,
+                f"{cut.parameters:,}",
+                size(cut.bytes_per_round),
+                size(cut.bytes_per_row) + (" a token" if cut.bytes_stored is None else ""),
+                "-" if cut.bytes_stored is None else size(cut.bytes_stored),
+            )
+    return table
