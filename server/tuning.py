@@ -16,7 +16,7 @@ from fedhead.server.messenger import Messenger
 from fedhead.server.pooling import Pooling
 from fedhead.server.roster import Roster
 from fedhead.server.runs.history import Round
-from fedhead.server.selection import BAR, Rival, choose_tuned, compare_rivals, errors_to_gain
+from fedhead.server.selection import BAR, Choice, Rival, choose_tuned, compare_rivals, errors_to_gain
 from fedhead.server.tuned_form import TunedForm
 from fedhead.sums.features import FeatureStatistics
 from fedhead.sums.rivals import RivalSums
@@ -161,7 +161,8 @@ def decide(
         rivals.append(Rival(f"round {best[0]}", best[1], "tail", trained=True))
         bars.append(selected)
     if len(rivals) == 1:
-        raise FedheadError("Tuned versions could not be compared.")
+        choice = Choice("Tuning", rivals[0].name, "No tuned version could be compared with it.", 0, [])
+        return Decision(0, rivals[0].arrays, None, choice.to_dict(), exchange)
     sums, asking = compare_rivals(messenger, some_sites(roster.nodes, seed), roster.rows, rivals)
     exchange.include(asking)
     taken, choice = choose_tuned(rivals, bars, sums)
@@ -171,8 +172,11 @@ def decide(
     number, delivered = versions[taken].number if taken < len(versions) else best[0], None
     if 0 < taken < len(versions):
         kept = versions[taken]
-        held_out = _tuned_statistics(pooling, task, kept.tail, StatisticsRequest(rows="held_out"), exchange)
-        delivered = form.solved_on(kept.tail, kept.train + held_out)
+        try:
+            held_out = _tuned_statistics(pooling, task, kept.tail, StatisticsRequest(rows="held_out"), exchange)
+            delivered = form.solved_on(kept.tail, kept.train + held_out)
+        except FedheadError as error:
+            logger.warning("The head is solved from training rows alone: %s", error)
     return Decision(number, rivals[taken].arrays, delivered, choice.to_dict(), exchange)
 
 

@@ -21,7 +21,7 @@ from fedhead.client.local_site import LocalSite
 from fedhead.client.release.guard import Guard
 from fedhead.client.release.training_limits import TrainingLimits
 from fedhead.config import RunConfig
-from fedhead.errors import UserError
+from fedhead.errors import FedheadError, UserError
 from fedhead.model import TransferModel
 from fedhead.server.observer import Observer
 from fedhead.server.runs.history import Round
@@ -101,6 +101,19 @@ def test_a_diverging_learning_rate_leaves_the_solved_head(odd_digits: str, tmp_p
     for name, value in solved.model.head.trainable().items():
         torch.testing.assert_close(wild.model.head.trainable()[name], value)
     assert wild.model.backbone.digest == solved.model.backbone.digest
+
+
+def test_a_run_survives_tails_of_which_no_site_sends_sums(
+    odd_digits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise FedheadError("no site answered")
+
+    monkeypatch.setattr("fedhead.server.tuning._tuned_statistics", fail)
+    run = config(odd_digits, tune={"layers": "last:1", "lr": 1e-7}, rounds=1, simulation={"sites": 2})
+    result = simulate(run, out=tmp_path / "run")
+    assert result.summary()["kept"] == "solved"
+    assert result.outcome.all_rows
 
 
 def test_tuned_parameters_are_kept_by_themselves(tuned: RunResult) -> None:
