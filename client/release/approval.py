@@ -42,6 +42,7 @@ class Approval(BaseModel):
         digest: of the backbone, as the run claims it: spec, weights, layer and preprocessing.
         layer: of the backbone.
         weights: the digest of its weights. Empty in agreements of earlier versions, which agree to nothing.
+        tune: the layers that the run tunes, as in `tune.layers`; empty for a head alone.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -54,6 +55,7 @@ class Approval(BaseModel):
     digest: str
     layer: str = ""
     weights: str = ""
+    tune: str = ""
 
     def covers(self, other: "Approval") -> bool:
         """Return whether this agrees to `other` too."""
@@ -117,7 +119,8 @@ class Approvals(Step):
                 "nobody can be asked: fedhead client --approve was started without a terminal."
             )
         entry, written = entry_of(payload.blob, release), self._payloads.write(payload, release)
-        if not self._ask(self._described(release.manifest, release.action) + _of_release(entry, self._data, written)):
+        described = self._described(release.manifest, release.action, _tuned(payload))
+        if not self._ask(described + _of_release(entry, self._data, written)):
             raise FedheadError(f"The operator of {release.site} did not approve {release.action}.")
         self._remember(wanted)
         return payload
@@ -145,10 +148,17 @@ class Approvals(Step):
             digest=manifest.backbone_digest,
             layer=manifest.layer,
             weights=manifest.weights_digest,
+            tune=manifest.tune,
         )
 
-    def _described(self, manifest: Manifest, action: str) -> str:
-        """Describe a request for a person."""
+    def _described(self, manifest: Manifest, action: str, tuned: int = 0) -> str:
+        """Describe a request for a person.
+
+        Args:
+            manifest: of the run.
+            action: the message to answer.
+            tuned: the number of the backbone's parameters in the reply.
+        """
         asked = ACTIONS[action]
         if action == INSTALL:
             origin = "unknown to this site"
@@ -164,7 +174,8 @@ class Approvals(Step):
                 "backbone": f"{manifest.backbone}, layer {manifest.layer}",
                 "weights": f"sha256:{manifest.weights_digest}",
                 "": origin,
-                "leaves": asked.tells,
+                **({"tunes": f"{manifest.tune}, which shows more of rows than a head alone"} if manifest.tune else {}),
+                "leaves": asked.tells + (f"; {tuned:,} trained parameters of the backbone" if tuned else ""),
             }
         )
 
@@ -175,6 +186,13 @@ class Approvals(Step):
         # Read again: while a person was asked, others may have been revoked.
         with _changing(self._path) as before:
             _write(self._path, [*before, agreed])
+
+
+def _tuned(payload: Payload) -> int:
+    """Return the number of parameters of a tail in a reply, or of changes to them."""
+    from fedhead.heads.tail import TAIL
+
+    return sum(array.size for name, array in payload.arrays.items() if f".{TAIL}" in f".{name}")
 
 
 _OF_WEIGHTS = """\

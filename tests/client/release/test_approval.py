@@ -67,6 +67,26 @@ def test_a_person_sees_run_backbone_rows_and_the_payload(tmp_path: Path) -> None
     assert json.loads(summary.read_text())["arrays"]["sums"]["numbers"] == [0, 1, 2]
 
 
+def test_a_person_sees_how_much_of_the_backbone_leaves(tmp_path: Path) -> None:
+    person = Person(True)
+    weights = np.zeros((20, 100), np.float32)
+    trained = Payload({}, {"head.bias": np.zeros(2, np.float32), "tail.layer4.weight": weights})
+    approvals(tmp_path, person).leave(trained, release(tune="last:2"))
+    (shown,) = person.shown
+    assert "last:2, which shows more of rows than a head alone" in shown
+    assert "2,000 trained parameters of the backbone" in shown
+    masked = Payload({}, {"update.tail.layer4.weight": weights})
+    approvals(tmp_path, None).leave(masked, release(tune="last:2"))
+
+
+def test_agreement_to_a_head_covers_no_layers(tmp_path: Path) -> None:
+    approvals(tmp_path, Person(True)).leave(PAYLOAD, release())
+    for tune in ("last:1", "lora:8"):
+        with pytest.raises(FedheadError, match="approved"):
+            approvals(tmp_path, None).leave(PAYLOAD, release(tune=tune))
+    approvals(tmp_path, None).leave(PAYLOAD, release())
+
+
 def test_agreement_is_for_one_kind_run_backbone_and_coordinator_and_survives_a_restart(tmp_path: Path) -> None:
     approvals(tmp_path, Person(True)).leave(PAYLOAD, release())
     nobody = approvals(tmp_path, None)
