@@ -40,7 +40,7 @@ def rank(
     layers: Annotated[
         str, typer.Option(help="Layers to compare, separated by commas; join several by +, as in layer3+penultimate.")
     ] = "",
-    tune: Annotated[bool, typer.Option("--tune", help="Show what tuning the last blocks stores and sends.")] = False,
+    costs: Annotated[bool, typer.Option("--tune", help="Show what tuning the last blocks stores and sends.")] = False,
     set_: options.Assignments = None,
     as_json: options.Json = False,
     debug: options.Debug = False,
@@ -56,7 +56,7 @@ def rank(
             return lambda done, total: progress.update(task, completed=done, total=total)
 
         taps = [one.strip() for one in layers.split(",") if one.strip()]
-        ranked = simulations.rank(backbones, run, layers=taps, tune=tune, on_backbone=on_backbone)
+        ranked = simulations.rank(backbones, run, layers=taps, tune=costs, on_backbone=on_backbone)
     if as_json:
         typer.echo(json.dumps([asdict(one) for one in ranked]))
         return
@@ -89,7 +89,7 @@ def rank(
             f"{one.seconds_extraction:.1f}",
         )
     output().print(table)
-    if tune:
+    if costs:
         output().print(_tuning_table(ranked))
 
 
