@@ -170,7 +170,7 @@ def test_real_sites_give_the_same_adapters(folder: Path, tmp_path: Path, monkeyp
     site = LocalSite("site-0", f"jsonl:{tmp_path}/0.jsonl", "cpu", training=limits, backbones=accepted)
     apps["site-0"] = make_app(lambda context: site)
     limited = simulate(run, sites=rows, apps=apps, out=tmp_path / "limited")
-    assert any("at most 10 parameters" in reason for one in limited.history for reason in one.dropped.values())
+    assert "at most 10 parameters" in limited.outcome.refused["site-0"]
 
 
 def test_unreadable_conversations_are_counted(folder: Path, tmp_path: Path) -> None:
