@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from fedhead.simulations.benchmarks import crowd
 from fedhead.simulations.benchmarks.network import with_light_sites, with_processes
 from fedhead.simulations.benchmarks.problem import Problem, own_home
 from fedhead.simulations.benchmarks.processes import watchable
@@ -38,3 +39,13 @@ def test_weights_are_sent_once_and_memory_stays_below_three_times_their_size() -
     assert second == 0
     assert coordinator < 3
     assert 1 < client < 3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not watchable(), reason="this system does not show what processes take")
+def test_a_share_of_a_crowd_is_in_every_round() -> None:
+    measured = crowd.measure(Problem(sites=6, rows=20, features=8, rounds=4), 0.5)
+    assert measured.setting["in a round"] == 3
+    assert measured.ratio["rounds"] == 4
+    median, slowest = measured.seconds.values()
+    assert 0 < median <= slowest
