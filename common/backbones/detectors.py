@@ -86,7 +86,7 @@ def detector_backbone(
         trained: False for random weights.
 
     Raises:
-        UserError: for a model of another class.
+        UserError: for a model of another class, and for images that are too small for it.
     """
     if isinstance(model, detection.FasterRCNN):
         proposer: _Detector = TwoStage(model, number)
@@ -95,11 +95,24 @@ def detector_backbone(
     else:
         kinds = ", ".join(["FasterRCNN", *(kind.__name__ for kind in _OUTPUTS)])
         raise UserError(f"A detector is one of torchvision's classes {kinds}, not {type(model).__name__}.")
-    side = side or int(model.transform.min_size[-1])
+    usual = int(model.transform.min_size[-1])
+    side = side or usual
+    if side < usual:
+        _require_size(proposer, side, usual, spec)
     mean, std = tuple(model.transform.image_mean), tuple(model.transform.image_std)
     prepared = ImagePreprocessing(3, (side, side), None, mean, std)
     layer = f"{PROPOSALS}:{proposer.count}@{side}"
     return Backbone(spec, proposer, prepared, layer=layer, pooling=PROPOSALS, trained=trained)
+
+
+@torch.no_grad()
+def _require_size(proposer: Proposer, side: int, usual: int, spec: str) -> None:
+    try:
+        proposer.steady(torch.zeros(1, 3, side, side))
+    except RuntimeError as error:
+        raise UserError(
+            f"{spec} takes no images of {side} x {side}, which are too small for its layers; its usual size is {usual}."
+        ) from error
 
 
 def _model(given: str, classes: int, seed: int) -> Any:

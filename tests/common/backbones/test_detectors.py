@@ -118,8 +118,9 @@ def test_logits_of_anchors_give_retinanets_boxes(name: str, tmp_path: Path) -> N
     "name", ["ssdlite320_mobilenet_v3_large", *(pytest.param(one, marks=pytest.mark.slow) for one in names())]
 )
 def test_a_detector_is_the_same_from_its_file(name: str, tmp_path: Path) -> None:
-    backbone = load_backbone(f"torchvision:{name}", weights="random", layer="proposals:20@96")
-    assert backbone.layer == "proposals:20@96"
+    layer = "proposals:20@300" if name == "ssd300_vgg16" else "proposals:20@96"
+    backbone = load_backbone(f"torchvision:{name}", weights="random", layer=layer)
+    assert backbone.layer == layer
     assert isinstance(backbone.geometry, Proposals)
     assert not any("predictor" in key for key in backbone.tensors())
     backbone.save(tmp_path / "backbone.safetensors")
@@ -130,6 +131,12 @@ def test_a_detector_is_the_same_from_its_file(name: str, tmp_path: Path) -> None
     torch.testing.assert_close(arranged(backbone, 10).probe(), backbone.probe(), rtol=1e-4, atol=1e-4)
     found = backbone.geometry.proposals(backbone.features_of(items))
     assert bool(((found >= 0) & (found <= 1)).all())
+
+
+@pytest.mark.slow
+def test_images_that_are_too_small_for_a_detector_are_rejected() -> None:
+    with pytest.raises(UserError, match="takes no images of 96 x 96"):
+        load_backbone("torchvision:ssd300_vgg16", weights="random", layer="proposals@96")
 
 
 def test_an_image_with_few_proposals_is_filled_up() -> None:
