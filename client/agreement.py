@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from flwr.app import ConfigRecord, Context
 
+from fedhead.config import GENERATION
 from fedhead.errors import FedheadError
 from fedhead.protocol.actions import MAP, STANDARDISE
 from fedhead.protocol.mapping import MapRequest
 from fedhead.protocol.messages import RECORD, UNDESCRIBED, Manifest, MessageError, Payload, check_arrays
 from fedhead.sums.sums import Arrays
+from fedhead.tuning import NEXT_TOKEN, parse_tune
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,10 +123,17 @@ def proposed(manifest: Manifest, payload: Payload) -> Agreement:
     """Return the agreement that a manifest and the probe's features propose; nothing is kept yet.
 
     Raises:
-        MessageError: if the features are not finite float32 `[n, num_features]`.
+        MessageError: if the features are not finite float32 `[n, num_features]`, or a language model's run has a head,
+            other targets than its answers, or no adapters.
     """
     import torch
 
+    language = (manifest.task == GENERATION, manifest.layer == NEXT_TOKEN, manifest.head == "none")
+    if any(language) and not (all(language) and manifest.tune and parse_tune(manifest.tune).method == "lora"):
+        raise MessageError(
+            f"A language model's run has the task {GENERATION!r}, the layer {NEXT_TOKEN!r}, no head, and adapters to "
+            "tune, as in 'lora:8'."
+        )
     probe = payload.arrays.get("probe", np.empty(0))
     rows = len(probe) if probe.ndim == 2 and 0 < len(probe) <= MOST_PROBES else 1
     if probe.shape != (rows, manifest.num_features):

@@ -41,7 +41,7 @@ from fedhead.protocol.steps import Masking, Step
 from fedhead.sums.calibration import Calibration
 from fedhead.tasks import Targets, Task, make_task
 from fedhead.tasks.dense import ItemPlaces
-from fedhead.tuning import parse_tune
+from fedhead.tuning import NEXT_TOKEN, parse_tune
 from fedhead.wording import quoted
 
 logger = logging.getLogger(__name__)
@@ -247,9 +247,11 @@ class LocalSite:
         store = self._store(backbone, manifest)
         if manifest.privacy is not None:
             return self._hold_all(manifest, store)
-        found = self._isolations.get(store.digest) or _isolation_of(store, backbone.geometry)
-        _keep(self._isolations, store.digest, found)
-        self.backbones.require_features(manifest.backbone, found)
+        # No sums of a language model's losses leave as features, and one long conversation may dominate them.
+        if manifest.layer != NEXT_TOKEN:
+            found = self._isolations.get(store.digest) or _isolation_of(store, backbone.geometry)
+            _keep(self._isolations, store.digest, found)
+            self.backbones.require_features(manifest.backbone, found)
         task = make_task(manifest.task, manifest.classes)
         places, labels = ItemPlaces.with_targets(
             task, backbone.geometry, self.samples, self._targets(task), store.features

@@ -75,7 +75,7 @@ class CausalRecipe:
                 raise ValueError("other values than expected")
             if min(*made.leading, *made.stops, made.first, made.pad) < 0:
                 raise ValueError("negative ids of tokens")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise UserError(f"{path} has no valid description of a causal language model: {error}.") from None
         return made
 

@@ -120,7 +120,7 @@ class Recipe:
                 features["audio"] = checked_audio(features["audio"])
             config = json.loads(files["config.json"])
             return cls(config=config, tokenizer=files.get("tokenizer.json", ""), image=image, **features)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise UserError(f"{path} has no valid description of its model and inputs: {error}.") from None
 
 
@@ -244,7 +244,7 @@ def require_no_dense(folder: Path, spec: str) -> None:
     try:
         modules = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
         types = [str(one["type"]).rpartition(".")[2] for one in modules]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from None
     others = [one for one in types if one not in _SENTENCE_MODULES]
     if others:
@@ -404,7 +404,7 @@ def _json(path: Path, spec: str) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{spec} is not a model of transformers: {path.parent} has no {path.name}.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} does not contain named values.")

@@ -39,15 +39,17 @@ def generate(
     """Generate answers with a model of the task 'generation'."""
     from fedhead.files import disk_errors
     from fedhead.generation import generate as answers
+    from fedhead.wording import printable, without_controls
 
     loaded = load_model(model, weights, device)
     asked = prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     lines = []
     made = answers(loaded, asked, system=system, max_tokens=max_tokens, temperature=temperature, seed=seed)
     for prompt, answer in zip(asked, made, strict=True):
-        lines.append(json.dumps({"prompt": prompt, "completion": answer}, ensure_ascii=False))
+        # Texts of a model may hold commands to a terminal, which JSON leaves unescaped in part.
+        lines.append(json.dumps({"prompt": prompt, "completion": answer}, ensure_ascii=out is None))
         if out is None:
-            typer.echo(lines[-1] if as_json else answer)
+            typer.echo(lines[-1] if as_json else without_controls(answer))
     if out is not None:
         with disk_errors(out):
-            out.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            out.write_text(printable("".join(f"{line}\n" for line in lines)), encoding="utf-8")

@@ -110,6 +110,11 @@ def _object(line: bytes, path: Path, number: int) -> dict[str, Any]:
         raise UserError(
             f"{path}, line {number} is not JSON: {error.msg} at character {error.pos + 1}.{whole}"
         ) from None
+    except (RecursionError, ValueError):
+        raise UserError(
+            f"{path}, line {number} is not JSON that can be read: it is nested too deeply, or has a number of "
+            "thousands of digits."
+        ) from None
     if not isinstance(value, dict):
         raise UserError(f"{path}, line {number} is of type {type(value).__name__}; expected a JSON object.")
     return value

@@ -10,6 +10,7 @@ import pytest
 from flwr.app import Message
 
 from fedhead.backbones import Backbone, load_backbone
+from fedhead.backbones.hf_causal_recipe import CausalRecipe
 from fedhead.backbones.split import split
 from fedhead.client.connection import Connection
 from fedhead.client.local_site import LocalSite
@@ -18,6 +19,7 @@ from fedhead.client.settings import SiteSettings
 from fedhead.client.site import SiteProcess
 from fedhead.client.site_opening import site_of
 from fedhead.config import GENERATION_COLUMNS, LocalConfig
+from fedhead.errors import UserError
 from fedhead.flower import in_process_identity
 from fedhead.protocol.actions import CLUSTER, DESCRIBE, DISTANCES, EVALUATE, GRADIENT, RIVALS, STATISTICS, TRAIN
 from fedhead.protocol.messages import Manifest, Payload
@@ -42,9 +44,12 @@ def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 class Attack:
     """A site's real process with conversations, and a coordinator that describes a run of its choice."""
 
-    def __init__(self, folder: Path, rows: int = 60, **changes: Any) -> None:
+    def __init__(self, folder: Path, rows: int = 60, long: int = 0, **changes: Any) -> None:
         model = tiny_language_model(folder / "model")
-        lines = [json.dumps({"prompt": f"Who is {one}?", "completion": f"It is {one}."}) for one in range(rows)]
+        lines = [
+            json.dumps({"prompt": f"Who is {one}?", "completion": f"It is {one}." + 200 * " word" * (one < long)})
+            for one in range(rows)
+        ]
         (folder / "talks.jsonl").write_text("\n".join(lines))
         self.backbone: Backbone = load_backbone(f"hf:{model}", layer=NEXT_TOKEN)
         given = SiteSettings(
@@ -116,3 +121,37 @@ def test_adapters_of_another_form_are_refused(tmp_path: Path) -> None:
 
 def test_few_conversations_take_no_part(tmp_path: Path) -> None:
     assert "20" in Attack(tmp_path, rows=12).refusal
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"head": "linear"}, {"tune": ""}, {"tune": "last:1"}, {"task": "classification", "classes": ("a", "b", "c")}],
+)
+def test_runs_of_another_form_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    attack = Attack(tmp_path, **changes)
+    assert "language model" in attack.refusal
+    assert "describe" in attack.answer(TRAIN, Payload({"server_round": 1}, attack.own))
+
+
+def test_a_long_conversation_does_not_keep_its_site_out(tmp_path: Path) -> None:
+    attack = Attack(tmp_path, long=1)
+    assert not attack.refusal
+    assert not attack.answer(EVALUATE, Payload({"server_round": 0}, attack.own))
+
+
+def test_templates_are_never_received(tmp_path: Path) -> None:
+    files = dict(load_backbone(f"hf:{tiny_language_model(tmp_path / 'model')}", layer=NEXT_TOKEN).files)
+    assert "{%" not in "".join(text for name, text in files.items() if name != "tokenizer.json")
+    said = json.loads(files["generation.json"])
+    for chat in (
+        {**said["chat"], "chat_template": "{{ 7 * 7 }}"},
+        {**said["chat"], "start": {"template": "{{ 7 * 7 }}"}},
+    ):
+        with pytest.raises(UserError, match="no valid description"):
+            CausalRecipe.from_files({**files, "generation.json": json.dumps({**said, "chat": chat})}, "received")
+    with pytest.raises(UserError, match="no valid description"):
+        CausalRecipe.from_files({**files, "generation.json": "[" * 100_000}, "received")
+    # A text that looks like a template is put around turns as it is.
+    plain = {**said, "chat": {**said["chat"], "start": "{{ 7 * 7 }}"}}
+    recipe = CausalRecipe.from_files({**files, "generation.json": json.dumps(plain)}, "received")
+    assert recipe.chat.parts([("user", "Hi")])[0][0].startswith("{{ 7 * 7 }}")

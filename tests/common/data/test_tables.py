@@ -137,6 +137,8 @@ def test_invalid_tables_are_rejected(tmp_path: Path, content: bytes, words: str)
         ("", "is empty; expected a line"),
         ('[{"text": "a", "label": "x"},\n', "line 1 is not JSON.*looks like one JSON array"),
         ('{"text": "a", "label": "x"}\n{"text": \n', "line 2 is not JSON"),
+        ('{"text": "a", "label": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 1 is not JSON .* nested too deeply"),
+        ('{"text": "a", "label": ' + "9" * 5000 + "}", "line 1 is not JSON .* thousands of digits"),
         ('{"text": "a", "label": "x"}\n3\n', "line 2 is of type int; expected a JSON object"),
         ('{"text": "a", "label": ["x"]}\n{"text": "b", "label": "y"}\n', "line 2 has no list of labels"),
         ('{"text": "a", "label": null}\n', "have no label"),
