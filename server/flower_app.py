@@ -20,6 +20,10 @@ _HEAD = """\
 """
 
 
+LISTS = ("classes", "subgroups")
+"""Settings that are lists, which Flower's run config cannot hold; their text is JSON, and thus TOML."""
+
+
 def write_flower_app(folder: Path, config: RunConfig, out: str = "") -> Path:
     """Write the app that runs `config`, and return its `pyproject.toml`.
 
@@ -63,8 +67,9 @@ def write_flower_app(folder: Path, config: RunConfig, out: str = "") -> Path:
 def to_run_config(config: RunConfig) -> dict[str, Scalar | dict[str, Scalar]]:
     """Return the settings of a run as Flower's run config has them: scalars, and tables of scalars."""
     values = config.model_dump(mode="json", exclude={"simulation"})
-    values["classes"] = json.dumps(values["classes"], ensure_ascii=False)
-    return values
+    return {
+        key: json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value for key, value in values.items()
+    }
 
 
 def from_run_config(values: Mapping[str, Scalar]) -> RunConfig:
@@ -79,8 +84,8 @@ def from_run_config(values: Mapping[str, Scalar]) -> RunConfig:
             continue
         *tables, key = path.split(".")
         change: dict[str, object] = {key: value}
-        if path == "classes":
-            change = parse_assignments([f"classes={value}"])
+        if path in LISTS:
+            change = parse_assignments([f"{path}={value}"])
         for table in reversed(tables):
             change = {table: change}
         nested = merge(nested, change)

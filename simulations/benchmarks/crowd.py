@@ -23,7 +23,7 @@ FIRST = 3
 
 def resident_bytes() -> int:
     """Return the memory that this process holds."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 

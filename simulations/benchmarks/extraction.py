@@ -101,7 +101,7 @@ def write_texts(file: Path, rows: int) -> None:
     words = [f"word{number}" for number in range(100)]
     lengths = np.clip(generator.geometric(1 / 12, rows) + 3, 4, 60)
     texts = (" ".join(generator.choice(words, length)) for length in lengths)
-    file.write_text("text,label\n" + "".join(f"{text},{row % 2}\n" for row, text in enumerate(texts)))
+    file.write_text("text,label\n" + "".join(f"{text},{row % 2}\n" for row, text in enumerate(texts)), encoding="utf-8")
 
 
 @app.command()

@@ -104,7 +104,10 @@ def with_processes(problem: Problem, home: Path, waiting: float) -> tuple[float,
     for name in names:
         # Features as wide as here single out rows where these are few.
         settings = kits / name / "site.toml"
-        settings.write_text(settings.read_text().replace("[backbones]\n", "[backbones]\ncheck_features = false\n"))
+        settings.write_text(
+            settings.read_text(encoding="utf-8").replace("[backbones]\n", "[backbones]\ncheck_features = false\n"),
+            encoding="utf-8",
+        )
     allowed = ["--allow-backbone", problem.config().backbone]
     start = [*CLIENT, *allowed, "--coordinator", f"127.0.0.1:{link.port}", "--kit"]
     outcome, watch = run(problem, link, kits, [[*start, str(kits / name)] for name in names], home, waiting)

@@ -28,6 +28,14 @@ CONFIG = RunConfig(
 )
 
 
+@pytest.mark.parametrize("changes", [{"subgroups": ["f", "m"]}, {"tune": {"schedule": {1: "head", 3: "last:1"}}}])
+def test_lists_and_schedules_come_back_from_an_app(changes: dict[str, object], tmp_path: Path) -> None:
+    config = RunConfig(classes=["ill", "well"], rounds=3, **changes)
+    app = tomllib.loads(write_flower_app(tmp_path / "app", config).read_text())
+    flat = flatten_dict(app["tool"]["flwr"]["app"]["config"])
+    assert from_run_config(flat) == config
+
+
 def test_a_run_comes_back_from_the_app_that_it_was_written_to(tmp_path: Path) -> None:
     path = write_flower_app(tmp_path / "app", CONFIG, "/runs/xray")
     app = tomllib.loads(path.read_text())
