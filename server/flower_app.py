@@ -67,9 +67,8 @@ def write_flower_app(folder: Path, config: RunConfig, out: str = "") -> Path:
 def to_run_config(config: RunConfig) -> dict[str, Scalar | dict[str, Scalar]]:
     """Return the settings of a run as Flower's run config has them: scalars, and tables of scalars."""
     values = config.model_dump(mode="json", exclude={"simulation"})
-    return {
-        key: json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value for key, value in values.items()
-    }
+    lists = {key: json.dumps(value, ensure_ascii=False) for key, value in values.items() if isinstance(value, list)}
+    return values | lists
 
 
 def from_run_config(values: Mapping[str, Scalar]) -> RunConfig:
