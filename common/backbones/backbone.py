@@ -431,7 +431,10 @@ def files_of(metadata: Mapping[str, str]) -> dict[str, str]:
     Raises:
         ValueError: if they are not texts by name.
     """
-    files = json.loads(metadata.get("files", "{}"))
+    try:
+        files = json.loads(metadata.get("files", "{}"))
+    except RecursionError:
+        raise ValueError("its files are nested too deeply") from None
     if not isinstance(files, dict) or not all(isinstance(text, str) for text in files.values()):
         raise ValueError("its files are not texts by name")
     return files

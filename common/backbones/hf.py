@@ -15,6 +15,7 @@ from urllib.parse import parse_qsl
 import torch
 from torch import Tensor, nn
 
+from fedhead.backbones import hf_building as building
 from fedhead.backbones.backbone import Backbone, backbone_sources, detecting, read_files
 from fedhead.backbones.catalogue import Catalogue, Entry, catalogues, image_input
 from fedhead.backbones.downloads import not_to_be_had
@@ -107,7 +108,7 @@ def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
             assert folder is not None
             model = _pretrained(folder, config, spec)
         else:
-            model = _random(config, seed)
+            model = _random(config, seed, weights if files else "")
     # A model's own pooling applies to its last layer.
     pooled = chosen.pooling == "pooler" and hidden is None
     encoder: nn.Module = _Encoder(model, pooled, hidden)
@@ -322,11 +323,9 @@ def _pretrained(folder: Path, config: "PreTrainedConfig", spec: str) -> "PreTrai
     return loaded
 
 
-def _random(config: "PreTrainedConfig", seed: int) -> "PreTrainedModel":
+def _random(config: "PreTrainedConfig", seed: int, source: str) -> "PreTrainedModel":
     cls = model_class(config, config.model_type)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model: PreTrainedModel = cls(config, **without_pooler(cls))
+    model: PreTrainedModel = building.build(cls, config, seed, source, config.model_type, **without_pooler(cls))
     return model.encoder if config.model_type == "whisper" else model
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from fedhead.backbones import hf_building as building
 from fedhead.backbones.backbone import Backbone, read_files
 from fedhead.backbones.chat import encode
 from fedhead.backbones.hf import local_folder, parse_name, query_of, require_safetensors, snapshot
@@ -73,7 +74,7 @@ def load_causal(name: str, weights: str, seed: int) -> Backbone:
             assert source is not None
             causal = _pretrained(source, config, spec)
         else:
-            causal = _built(config, seed, spec)
+            causal = building.build(_class_of(config, spec), config, seed, weights if files else "", spec)
     module = NextTokens(causal, spec)
     if weights not in ("default", "random"):
         assign_weights(module, read_weights(weights), set(), spec, weights)
@@ -287,14 +288,6 @@ def _pretrained(source: Path, config: "PreTrainedConfig", spec: str) -> "PreTrai
     if missing := sorted(found["missing_keys"]):
         raise UserError(f"The weights of {spec} in {source} lack {listed(missing, 4)}: it is no causal language model.")
     model: PreTrainedModel = causal
-    return model
-
-
-def _built(config: "PreTrainedConfig", seed: int, spec: str) -> "PreTrainedModel":
-    cls = _class_of(config, spec)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model: PreTrainedModel = cls(config)
     return model
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedhead.backbones import hf_building as building
 from fedhead.backbones.backbone import Backbone
 from fedhead.backbones.hf_recipe import (
     DETECTORS,
@@ -67,7 +68,7 @@ def build(spec: str, folder: Path | None, files: Mapping[str, str], weights: str
         if folder is not None and weights == "default":
             model = _pretrained(folder, config, spec)
         else:
-            model = _random(config, seed)
+            model = building.build(_class_of(config), config, seed, weights if files else "", spec).eval()
     queries = int(getattr(config, "num_queries", 0) or config.num_detection_tokens)
     if asked.number is not None and asked.number > queries:
         raise UserError(f"{spec} has {queries} queries, so it gives no {asked.number} proposals.")
@@ -154,12 +155,6 @@ def _class_of(config: Any) -> Any:
     from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING
 
     return MODEL_FOR_OBJECT_DETECTION_MAPPING[type(config)]
-
-
-def _random(config: Any, seed: int) -> Any:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return _class_of(config)(config).eval()
 
 
 def _pretrained(folder: Path, config: Any, spec: str) -> Any:

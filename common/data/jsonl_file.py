@@ -14,6 +14,9 @@ from fedhead.data.items import IntArray
 from fedhead.data.samples import Former
 from fedhead.errors import UserError
 
+MOST_LINE = 2**26
+"""Bytes of a line."""
+
 
 @dataclass(frozen=True)
 class JsonLines:
@@ -84,7 +87,9 @@ def open_jsonl(path: Path) -> JsonLines:
     offsets, numbers = [], []
     offset = 0
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(MOST_LINE), b""), 1):
+            if len(line) == MOST_LINE and not line.endswith(b"\n"):
+                raise UserError(f"{path}, line {number} has more than {MOST_LINE / 1e6:.0f} MB.")
             digest.update(line)
             if line.strip():
                 columns.update(dict.fromkeys(_object(line, path, number)))

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Message
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from fedhead.backbones import Backbone, load_backbone
 from fedhead.backbones.hf_causal_recipe import CausalRecipe
@@ -155,3 +157,20 @@ def test_templates_are_never_received(tmp_path: Path) -> None:
     plain = {**said, "chat": {**said["chat"], "start": "{{ 7 * 7 }}"}}
     recipe = CausalRecipe.from_files({**files, "generation.json": json.dumps(plain)}, "received")
     assert recipe.chat.parts([("user", "Hi")])[0][0].startswith("{{ 7 * 7 }}")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"vocab_size": 10**8}, {"intermediate_size": 10**8}, {"num_hidden_layers": 10**6}, {"head_dim": "many"}],
+)
+def test_a_file_does_not_claim_a_larger_model_than_it_holds(tmp_path: Path, change: dict[str, Any]) -> None:
+    backbone = load_backbone(f"hf:{tiny_language_model(tmp_path / 'model')}", layer=NEXT_TOKEN)
+    path = tmp_path / "saved.safetensors"
+    backbone.save(path)
+    with safe_open(path, "pt") as file:
+        about = file.metadata()
+    files = json.loads(about["files"])
+    files["config.json"] = json.dumps({**json.loads(files["config.json"]), **change})
+    save_file(load_file(path), path, {**about, "files": json.dumps(files)})
+    with pytest.raises(UserError, match=r"states|transformers cannot"):
+        Backbone.load(path)

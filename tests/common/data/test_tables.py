@@ -150,6 +150,14 @@ def test_invalid_json_lines_are_rejected(tmp_path: Path, content: str, words: st
         load_samples(f"jsonl:{tmp_path / 't.jsonl'}")
 
 
+def test_a_line_of_json_is_read_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "t.jsonl").write_text('{"text": "a", "label": "x"}\n{"text": "' + "b" * 40 + '", "label": "y"}\n')
+    assert len(load_samples(f"jsonl:{tmp_path / 't.jsonl'}")) == 2
+    monkeypatch.setattr("fedhead.data.jsonl_file.MOST_LINE", 50)
+    with pytest.raises(UserError, match=r"line 2 has more than"):
+        load_samples(f"jsonl:{tmp_path / 't.jsonl'}")
+
+
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
