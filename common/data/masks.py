@@ -140,8 +140,8 @@ def _values_of(image: Path, mask: Path) -> npt.NDArray[np.bool_]:
     width, height = size_of(image) or pixels.shape[::-1]
     if pixels.shape != (height, width):
         raise UserError(
-            f"{mask} is {pixels.shape[1]} x {pixels.shape[0]} pixels, and its image {image} upright {width} x "
-            f"{height}; make them equal."
+            f"{mask} is {pixels.shape[1]} x {pixels.shape[0]} pixels, but its image {image} is {width} x "
+            f"{height} upright; make them equal."
         )
     return np.bincount(pixels.ravel(), minlength=256) > 0
 
@@ -241,7 +241,7 @@ def _check_size(size: tuple[int, int], image: Path, path: Path) -> None:
     found = size_of(image)
     if found is not None and found != size:
         raise UserError(
-            f"{path} says that {image} is {size[0]} x {size[1]} pixels, and upright it is {found[0]} x {found[1]}; "
+            f"{path} says that {image} is {size[0]} x {size[1]} pixels, but upright it is {found[0]} x {found[1]}; "
             "make them equal."
         )
     if size[0] * size[1] > MOST_PIXELS:

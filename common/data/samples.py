@@ -249,6 +249,8 @@ def choose_split(splits: Sequence[str], wanted: str | None, spec: str) -> IntArr
             )
         return np.arange(len(splits))
     chosen = [name.strip() for name in wanted.split(",")]
+    if not any(present):
+        raise UserError(f"{spec} is not divided into splits; leave out split={wanted}.")
     for name in chosen:
         if name not in present:
             raise UserError(f"{spec} has no rows of the split {name!r}. {suggest(name, present)}")

@@ -68,6 +68,8 @@ def test_the_same_boxes_in_three_formats(pictures):
         assert samples.classes == ("cat", "dog")
         assert samples.annotated == "boxes"
     assert [one.reason for one in voc.left_out] == ["no annotation file"]
+    with pytest.raises(UserError, match="is not divided into splits; leave out split=train"):
+        load_samples(f"voc:{folder}?split=train")
     assert len(yolo) == 3
     assert len(load_samples(f"yolo:{folder}/data.yaml?empty=no")) == 1
 

@@ -116,7 +116,7 @@ def test_a_mask_of_another_size_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"width": 100_000, "height": 100_000}, "100000 x 100000 pixels, and upright it is 6 x 4"),
+        ({"width": 100_000, "height": 100_000}, "100000 x 100000 pixels, but upright it is 6 x 4"),
         ({"width": 10**9}, "expected 1 to 100000 each"),
         ({"id": float("inf")}, "the id inf; expected a whole number"),
         ({"file_name": f"{'a' * 300}.jpg"}, "longer than a path can be"),
