@@ -150,7 +150,8 @@ def _facts(summary: "Summary") -> list[tuple[str, str]]:
 
     looked = "" if summary.looked_at == summary.rows else f"; {summary.looked_at} of them were read"
     several = ", any number of them per row" if summary.multi_label else ""
-    predicted = f"in {len(summary.classes)} classes{several}" if summary.classes else "with real targets"
+    without = "with real targets" if summary.targets else "without labels"
+    predicted = f"in {counted(len(summary.classes), 'class', 'classes')}{several}" if summary.classes else without
     rows = f"{summary.rows} {ITEMS[summary.kind]} {predicted}"
     found = summary.annotated
     if found is not None:

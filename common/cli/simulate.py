@@ -171,7 +171,8 @@ def _add_head(lines: Table, result: "RunResult") -> None:
     privacy = result.outcome.privacy
     if result.config.head != "none":
         lines.add_row("Head", outcome(privacy)[0] if privacy else _origin_of_head(result))
-    for choice in result.outcome.choices:
+    others = [one for one in result.outcome.choices if one["question"] != "Tuning"]  # `extras` has it
+    for choice in others:
         lines.add_row(choice["question"], f"{choice['taken']}. {choice['reason']}")
     if privacy:
         lines.add_row("Privacy", "\n".join(promise(privacy)[:3]))
@@ -184,7 +185,7 @@ def _add_cost(lines: Table, result: "RunResult") -> None:
     if summary["bytes_full_model"]:
         share = summary["bytes_full_model"] / max(summary["bytes_down"] + summary["bytes_up"], 1)
         traffic += f"; sending the whole model each round would have taken {size(summary['bytes_full_model'])}"
-        traffic += f", {share:.0f} times as much" if share > 1 else ""
+        traffic += f", {share:.{0 if share >= 10 else 1}f} times as much" if share > 1 else ""
     lines.add_row("Traffic", traffic)
     lines.add_row(
         "Time",

@@ -23,7 +23,7 @@ from fedhead.config.tables import LocalConfig, PrivacyConfig, SimulationConfig, 
 from fedhead.config.unknown import unknown_setting
 from fedhead.errors import UserError
 from fedhead.tuning import NEXT_TOKEN
-from fedhead.wording import one_line
+from fedhead.wording import MOST_CHARACTERS, one_line
 
 
 class RunConfig(Table):
@@ -287,4 +287,7 @@ def _sentence(detail: Any) -> str:
     message = detail["msg"].removeprefix("Value error, ")
     if not where:
         return f"{message[0].upper()}{message[1:]}."
-    return f"Setting {where!r}: {message[0].lower()}{message[1:]} (it was {detail['input']!r})."
+    given = repr(detail["input"])
+    if len(given) > MOST_CHARACTERS:
+        given = f"{given[:MOST_CHARACTERS]}..."
+    return f"Setting {where!r}: {message[0].lower()}{message[1:]} (it was {given})."

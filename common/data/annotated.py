@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL.Image import Image
 
+from fedhead.data.conversations import CONVERSATION
 from fedhead.data.drawn_boxes import draw_boxes
 from fedhead.data.items import IntArray, Item
 from fedhead.data.overlays import overlay
@@ -195,6 +196,21 @@ class Followed(Annotated):
         return []
 
 
+@dataclass(frozen=True)
+class Conversations(Annotated):
+    """Conversations, whose answers are learned; there are no classes."""
+
+    @property
+    def things(self) -> str:
+        return ""
+
+    def title(self, rows: int, items: str, classes: int) -> str:
+        return counted(rows, "conversation")
+
+    def facts(self) -> list[tuple[str, str]]:
+        return []
+
+
 def sees_items(samples: Samples) -> bool:
     """Return whether annotations are read row by row, as masks are."""
     return samples.annotated == "mask"
@@ -214,6 +230,8 @@ def annotated(samples: Samples, pixels: IntArray, masks: int) -> Annotated | Non
         return Masked(marks, masks, int(pixels[classes:].sum()))
     if samples.annotated == "boxes":
         return _boxed(samples)
+    if samples.annotated == CONVERSATION:
+        return Conversations({})
     if samples.sequences is not None:
         return _tagged(samples, samples.sequences)
     if samples.target_names == ("time", "event"):

@@ -113,7 +113,7 @@ def _object(line: bytes, path: Path, number: int) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         whole = " It looks like one JSON array; expected one object per line." if line.lstrip()[:1] == b"[" else ""
         raise UserError(
-            f"{path}, line {number} is not JSON: {error.msg} at character {error.pos + 1}.{whole}"
+            f"{path}, line {number} is not JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1}.{whole}"
         ) from None
     except (RecursionError, ValueError):
         raise UserError(

@@ -18,6 +18,7 @@ from fedhead.data.items import (
     UnreadableSampleError,
     content_key,
 )
+from fedhead.data.labels import UNLABELLED
 from fedhead.data.samples import Samples, similar_names
 from fedhead.data.spread import RealSpread, Spread
 from fedhead.wording import quoted
@@ -209,7 +210,9 @@ class Look:
             looked_at=len(self._rows) + len(self._broken),
             readable=len(self._rows),
             multi_label=samples.multi_label,
-            classes=dict(zip(samples.classes, per_class.tolist(), strict=True)),
+            classes={}
+            if samples.classes == (UNLABELLED,)
+            else dict(zip(samples.classes, per_class.tolist(), strict=True)),
             without_class=int((~samples.labels.any(1)).sum()) if samples.multi_label else 0,
             sizes={f"{width} x {height}": rows for (width, height), rows in sizes.most_common()},
             width=Spread.of(width for (width, _), rows in sizes.items() for _ in range(rows)) if sizes else None,

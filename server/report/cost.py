@@ -22,7 +22,7 @@ def cost(record: RunRecord) -> Section:
     if whole > total > 0:
         sentences.append(
             "Sending the whole model, backbone and head, in both directions in every round would have taken "
-            f"{size(whole)}: {whole / total:,.0f} times as much."
+            f"{size(whole)}: {whole / total:,.{0 if whole >= 10 * total else 1}f} times as much."
         )
         compared = [("this run", (float(total),)), ("whole model", (float(whole),))]
         figures.append(

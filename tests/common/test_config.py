@@ -83,6 +83,12 @@ def test_a_cluster_needs_the_engine_that_has_one() -> None:
         RunConfig(simulation={"cluster": "ray://head:10001"})
 
 
+def test_a_long_value_is_quoted_in_part() -> None:
+    with pytest.raises(UserError, match=r"100 subgroups or fewer, not 376") as refused:
+        RunConfig(subgroups=tuple(map(str, range(376))))
+    assert len(str(refused.value)) < 700
+
+
 def test_the_task_has_other_names_too() -> None:
     assert RunConfig().task == "classification"
     assert RunConfig(multi_label=True).task == RunConfig(task="multi-label").task == "multi-label"

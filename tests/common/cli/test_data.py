@@ -105,6 +105,13 @@ def test_texts_have_lengths_and_splits_may_straddle(tmp_path: Path) -> None:
     assert "<blockquote>three more words</blockquote>" in page.read_text()
 
 
+def test_rows_without_labels_have_no_classes(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("text\na\nb\n")
+    spec = f"csv:{tmp_path / 't.csv'}?labels=no"
+    assert (figures(spec)["classes"], figures(spec)["cautions"]) == ({}, [])
+    assert "2 texts without labels" in look(spec).stdout
+
+
 def test_multi_labels_are_counted_by_class(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("text,label\na,x;y\nb,\nc,y\n")
     found = figures(f"csv:{tmp_path / 't.csv'}?separator=;")

@@ -28,6 +28,14 @@ def words_of(spec: str) -> str:
     return " ".join(result.stdout.split())
 
 
+def test_conversations_have_no_classes(tmp_path: Path) -> None:
+    path = tmp_path / "talks.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}\n')
+    words = words_of(f"jsonl:{path}")
+    assert "Rows 2 conversations" in words
+    assert "class" not in words
+
+
 @pytest.fixture
 def masked(tmp_path: Path) -> Path:
     """Four images, of which one has no mask and one has pixels without a class."""
