@@ -29,7 +29,7 @@ def about(record: RunRecord) -> Section:
         ("Head", "" if record.headless else f"{config.get('head', '')}, {_start(record)}"),
         ("Strategy", f"{config.get('strategy', {}).get('name', '')}, {counted(int(config.get('rounds', 0)), 'round')}"),
         ("Seed", str(config.get("seed", ""))),
-        (record.task.output_names[1].capitalize(), _outputs(record)),
+        (record.task.output_names[1].capitalize(), "" if record.headless else _outputs(record)),
         ("Started", journal.started or "unknown"),
         ("Ended", journal.ended or "not yet"),
         ("Versions", ", ".join(f"{name} {version}" for name, version in journal.versions.items())),

@@ -48,7 +48,7 @@ def forest(
 ) -> Markup:
     """Draw shares in rows, each as a dot with its interval; `reference` is a line across all rows.
 
-    With a custom `wording`, values may be any numbers up to 1.
+    With a custom `wording`, values may be any numbers.
     """
     if wording is not None:
         return _forest_of_numbers(intervals, title, reference, wording)
@@ -75,8 +75,10 @@ def _forest_of_numbers(
     names = _name_width([one.name for one in intervals])
     ends = [end for one in intervals for end in (one.value, one.low) if end is not None]
     # A site with few rows may have an R2 of -20, which must not compress all others.
-    least = max(min([0.0, *ends]), -1.0)
-    scale = Scale(least, 1.0, names + 8, WIDTH - 58)
+    least, most = max(min([0.0, *ends]), -1.0), 1.0
+    if (highest := max(one.value for one in intervals)) > 1:
+        least, most = _around([*ends, highest, *(one.high for one in intervals if one.high is not None)])
+    scale = Scale(least, most, names + 8, WIDTH - 58)
     bottom = 8 + ROW * len(intervals)
     parts = [bottom_axis(scale, 4, bottom, wording, title)]
     if reference is not None:
@@ -227,13 +229,16 @@ def progress(
         points: bytes, score, and description of each head, in order.
         kept: the index of the kept head; -1 for none yet.
         baseline: a score for comparison, drawn as a horizontal line.
-        shares: whether scores are shares of rows; otherwise they may be negative.
+        shares: whether scores are shares of rows; otherwise they may be negative, or above 1 as perplexities are.
     """
     left, bottom = 46.0, 262.0
     values = [value for _, value, _ in points] + ([baseline] if baseline is not None else [])
     floor = min(max(min(values) - 0.02, 0.0 if shares else -1.0), 0.98)
     across = Scale(0, max(spent for spent, _, _ in points) * 1.04 or 1.0, left, WIDTH - 20)
-    up = Scale(floor, min(max(values) + 0.01, 1.0), bottom, 26)
+    top = min(max(values) + 0.01, 1.0)
+    if max(values) > 1:
+        floor, top = _around(values)
+    up = Scale(floor, top, bottom, 26)
     parts = [
         bottom_axis(across, 26, bottom, lambda count: size(round(count)), "sent and received by all sites so far", 4),
         left_axis(up, left, WIDTH - 12, _fine_percent(up) if shares else _short, "accuracy" if shares else "score"),
@@ -357,6 +362,12 @@ def _legend(entries: Sequence[tuple[str, str]], top: float) -> tuple[Markup, flo
         parts += [rectangle(x, y - 8, 12, 8, f"bar {colour}"), text(x + 17, y, shown, "tick")]
         x += width
     return join(parts), y + 10
+
+
+def _around(values: Sequence[float]) -> tuple[float, float]:
+    """Return the ends of an axis of numbers such as perplexities, with a little room on both sides."""
+    room = 0.05 * (max(values) - min(values)) or 1.0
+    return min(values) - room, max(values) + room
 
 
 def _name_width(names: Sequence[str], most: float = 130) -> float:

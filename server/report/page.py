@@ -92,7 +92,8 @@ def resource(name: str) -> str:
 
 
 def _heading(record: RunRecord) -> str:
-    return f"{record.outputs}, {counted(record.num_sites, 'site')}, one backbone: {record.config.get('backbone', '')}"
+    predicted = "A language model" if record.headless else record.outputs
+    return f"{predicted}, {counted(record.num_sites, 'site')}, one backbone: {record.config.get('backbone', '')}"
 
 
 def _subtitle(record: RunRecord) -> str:
