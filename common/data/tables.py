@@ -29,6 +29,7 @@ from fedhead.data.items import IntArray, Item, Kind, UnreadableSampleError
 from fedhead.data.jsonl_file import open_jsonl
 from fedhead.data.labels import is_missing, name_of, names_of
 from fedhead.data.number_rows import NumberRows, find_features, without_codes
+from fedhead.data.numbers import is_numeric
 from fedhead.data.parquet_file import open_parquet
 from fedhead.data.samples import Former, LeftOut, Samples, choose_split, sources
 from fedhead.data.sounds import require_soundfile
@@ -320,7 +321,12 @@ def _number_rows(
         values = without_codes(values, options["missing"], table.columns)
     left: list[LeftOut] = []
     if asked is None:
-        numeric = {name: column for name, column in values.items() if name not in categories}
+        subgroups = options.get("group_by")
+        numeric = {
+            name: column
+            for name, column in values.items()
+            if name not in categories and (name != subgroups or is_numeric(column))
+        }
         found: Mapping[str, Sequence[Any]] = {}
         if numeric or not categories:
             found, left = find_features(numeric, str(table.path), required=not categories)

@@ -121,6 +121,13 @@ def test_a_column_of_a_table_names_subgroups_and_stays_a_feature(tmp_path: Path)
         load_samples(f"csv:{path}?label=ill&group_by=sex")
 
 
+def test_a_column_of_subgroups_in_words_is_not_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("age,sex,ill\n" + "".join(f"{age},{'fm'[age % 2]},{'yn'[age % 3 % 2]}\n" for age in range(30)))
+    assert [str(one) for one in load_samples(f"csv:{path}?label=ill&group_by=sex").left_out] == []
+    assert "'sex'" in str(load_samples(f"csv:{path}?label=ill").left_out[0])
+
+
 def test_files_of_features_name_subgroups(tmp_path: Path) -> None:
     path = tmp_path / "rows.npz"
     np.savez(path, features=np.eye(4), labels=["a", "b", "a", "b"], sex=["f", "m", "", "f"])

@@ -109,7 +109,7 @@ def test_wrong_polygons_are_refused(tmp_path: Path, annotation: dict[str, object
 def test_a_mask_of_another_size_is_refused(tmp_path: Path) -> None:
     spec = write(tmp_path, [mask(255)])
     Image.new("L", (5, 4)).save(tmp_path / "masks" / "0.png")
-    with pytest.raises(UserError, match=r"5 x 4 pixels, and its image .* 6 x 4"):
+    with pytest.raises(UserError, match=r"5 x 4 pixels, but its image .* 6 x 4"):
         load_samples(spec)
 
 
