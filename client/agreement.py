@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 MOST_PROBES = 1024
 """Rows of a probe that a site takes."""
 
+MOST_CELLS = 2**28
+"""Pairs of true and predicted classes that a site counts in one reply."""
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -65,6 +68,19 @@ class Agreement:
     def curved(self) -> bool:
         """Whether versions are compared by their losses at a grid of temperatures."""
         return bool(self.manifest.tune) and self.task.scales_outputs
+
+    def check_cells(self, parts: int = 1) -> None:
+        """Check that counts of true by predicted classes, in some parts, fit the memory of a site.
+
+        Raises:
+            MessageError: if not.
+        """
+        columns = len(self.task.columns)
+        if self.task.kind.exclusive and parts * columns**2 > MOST_CELLS:
+            raise MessageError(
+                f"it asks for counts of {columns:,} true by predicted classes, {parts} times; a site counts at most "
+                f"{MOST_CELLS:,} pairs"
+            )
 
     def at(self, level: "Level") -> "Agreement":
         """Return what is known of the run on its mapped features, or on simpler ones without standardisation."""

@@ -251,6 +251,7 @@ def report(sites: Sequence[Site], payload: Payload, context: Context, merged: bo
     """Count in detail how the head does on each site's held-out rows."""
     agreed = agreement(context)
     request = ReportRequest.from_payload(payload, form_of(sites, agreed, payload.arrays))
+    agreed.check_cells()
     ready = prepare(sites, agreed, request.head)
     if ready.data.places is not None:
         for positions in shared(sites, merged):
@@ -284,6 +285,7 @@ def subgroups(sites: Sequence[Site], payload: Payload, context: Context, merged:
     request = SubgroupsRequest.from_payload(payload, form_of(sites, agreed, payload.arrays))
     if not agreed.task.kind.exclusive:
         raise MessageError(f"it asks for subgroups, which the task {agreed.manifest.task!r} does not count")
+    agreed.check_cells(len(request.names))
     for positions in shared(sites, merged):
         ready = prepare([sites[position] for position in positions], agreed, request.head)
         rows, owners = [np.empty(0, np.int64)], [np.empty(0, np.int64)]

@@ -32,6 +32,8 @@ def private(sites: Sequence[Site], payload: Payload, context: Context, merged: b
     if manifest.privacy is None:
         raise MessageError("it asks for noisy sums, but its run is not differentially private")
     request = PrivateRequest.from_payload(payload, len(manifest.classes), manifest.num_features)
+    if "confusion" in request.mechanism(len(manifest.classes), manifest.num_features).arrays:
+        agreed.check_cells()
     for positions in shared(sites, merged):
         sums = private_sums([sites[position].open(manifest) for position in positions], agreed, request)
         answered = of_several(sums, len(positions))

@@ -30,6 +30,7 @@ from fedhead.protocol.actions import (
     REPORT,
     STANDARDISE,
     STATISTICS,
+    SUBGROUPS,
     TRAIN,
 )
 from fedhead.protocol.heads import HeadRequest, ReportRequest
@@ -371,6 +372,20 @@ def test_a_short_message_makes_no_large_head(tmp_path: Path) -> None:
     attack.describe(head=f"mlp:{MOST_PARAMETERS}", local=LocalConfig())
     with pytest.raises(AssertionError, match="cannot do it"):
         attack.ask(TRAIN, Payload({"server_round": 1}))
+
+
+def test_counts_of_many_classes_are_refused_before_they_need_memory(tmp_path: Path) -> None:
+    attack = Attack(tmp_path)
+    for action, others, values, arrays in (
+        (REPORT, 20_000, {}, {"bins.centre": np.zeros(20_000), "bins.spread": np.ones(20_000)}),
+        (SUBGROUPS, 3000, {"temperature": 1.0, "names": [str(number) for number in range(100)]}, {}),
+    ):
+        classes = (*CLASSES, *(f"class {number}" for number in range(2, others)))
+        attack.describe(classes=classes)
+        head = {"weight": np.zeros((others, FEATURES), np.float32), "bias": np.zeros(others, np.float32)}
+        with pytest.raises(AssertionError, match="true by predicted classes"):
+            attack.ask(action, Payload({"server_round": 1, **values}, {**head, **arrays}))
+    assert not [entry for entry in attack.entries() if entry.rows]
 
 
 def test_the_ledger_knows_a_class_by_any_spelling(tmp_path: Path) -> None:
