@@ -85,6 +85,8 @@ class GroupCounts:
             like = EvaluationSums.zeros(len(model.classes), kind=model.task.kind)
             groups = {_checked_name(name): _read(arrays, like) for name, arrays in dict(values["groups"]).items()}
             withheld = values["withheld"]
+            if not all(sums.rows for sums in groups.values()) or not groups:
+                raise ValueError("it has no groups, or one without rows")
             if len(groups) > MOST_SUBGROUPS or not isinstance(withheld, int) or not 0 <= withheld <= 2**31:
                 raise ValueError("it has too many groups, or a wrong number of withheld ones")
             return cls(values["model"], model.classes, groups, withheld)

@@ -62,7 +62,9 @@ def _answer(
     recipe, module = preprocessing.recipe, backbone.module
     room = recipe.max_length - max_tokens
     ids = preprocessing(Conversation(turns))[:, 0][-room:][None].to(backbone.device)
-    drawn: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    drawn: dict[str, Any] = (
+        {"do_sample": True, "temperature": float(temperature)} if temperature else {"do_sample": False}
+    )
     causal: Any = module.causal
     made = causal.generate(
         input_ids=ids,

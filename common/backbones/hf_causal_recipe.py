@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from fedhead.backbones.chat import ChatForm
-from fedhead.backbones.hf_recipe import MAX_LENGTH, UNREAD, first_line, longest_text
+from fedhead.backbones.hf_recipe import MAX_LENGTH, UNREAD, architecture, first_line, longest_text
 from fedhead.data.conversations import Turn
 from fedhead.errors import UserError
 
@@ -62,7 +62,7 @@ class CausalRecipe:
             chat = ChatForm(**own.pop("chat"))
             texts = [value for value in asdict(chat).values() if value is not None]
             made = cls(
-                json.loads(files["config.json"]),
+                architecture(files["config.json"]),
                 files["tokenizer.json"],
                 chat,
                 int(own.pop("max_length")),
@@ -75,7 +75,7 @@ class CausalRecipe:
                 raise ValueError("other values than expected")
             if min(*made.leading, *made.stops, made.first, made.pad) < 0:
                 raise ValueError("negative ids of tokens")
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError) as error:
             raise UserError(f"{path} has no valid description of a causal language model: {error}.") from None
         return made
 

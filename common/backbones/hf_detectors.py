@@ -63,6 +63,8 @@ def build(spec: str, folder: Path | None, files: Mapping[str, str], weights: str
             f"{spec} is a detector, whose rows are proposals: its only layer is 'proposals', not {layer!r}."
         )
     recipe = Recipe.from_files(files, weights) if files or folder is None else _read(folder, spec)
+    if recipe.image is None:
+        raise UserError(f"{weights} has no valid description of its model and inputs: it prepares no images.")
     with quiet():
         config = configure(recipe.config, spec)
         if folder is not None and weights == "default":
@@ -75,7 +77,6 @@ def build(spec: str, folder: Path | None, files: Mapping[str, str], weights: str
     proposer = Queries(model, asked.number or queries)
     if weights not in ("default", "random"):
         assign_weights(proposer, read_weights(weights), set(), spec, weights)
-    assert recipe.image is not None
     prepared = ImagePreprocessing(**recipe.image)
     side = asked.side or prepared.size[0]
     return Backbone(

@@ -118,10 +118,22 @@ class Recipe:
                 image = {key: tuple(value) if isinstance(value, list) else value for key, value in image.items()}
             if "audio" in features:
                 features["audio"] = checked_audio(features["audio"])
-            config = json.loads(files["config.json"])
+            config = architecture(files["config.json"])
             return cls(config=config, tokenizer=files.get("tokenizer.json", ""), image=image, **features)
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise UserError(f"{path} has no valid description of its model and inputs: {error}.") from None
+
+
+def architecture(text: str) -> Mapping[str, Any]:
+    """Parse a `config.json`, which may come from another machine.
+
+    Raises:
+        ValueError: if it does not contain named values.
+    """
+    config = json.loads(text)
+    if not isinstance(config, dict):
+        raise ValueError("its config.json does not contain named values")
+    return config
 
 
 def read_recipe(folder: Path, spec: str) -> Recipe:
@@ -149,7 +161,7 @@ def configure(values: Mapping[str, Any], spec: str) -> "PreTrainedConfig":
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     model_type = values.get("model_type")
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         code = " Its folder contains code for it, which fedhead does not execute." if "auto_map" in values else ""
         raise UserError(f"{spec} has the architecture {model_type!r}, which transformers does not include.{code}")
     known = {key: value for key, value in values.items() if key not in UNREAD}

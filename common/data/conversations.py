@@ -32,6 +32,9 @@ class Conversation(str):
         made.turns = tuple(turns)
         return made
 
+    def __getnewargs__(self) -> tuple[tuple[Turn, ...]]:  # type: ignore[override]
+        return (self.turns,)
+
 
 def holds_conversations(columns: Sequence[str], options: Mapping[str, str], path: object) -> bool:
     """Return whether the rows of a table are conversations: by the columns messages, or prompt and completion.

@@ -111,6 +111,9 @@ class Word(str):
         made.words, made.place = words, place
         return made
 
+    def __getnewargs__(self) -> tuple[tuple[str, ...], int]:  # type: ignore[override]
+        return self.words, self.place
+
     @property
     def own(self) -> str:
         """The word itself."""

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from fedhead.backbones import Backbone
+from fedhead.backbones.preprocessing import TextPreprocessing
 from fedhead.data import KeyArray, RowError, Samples, UnreadableSampleError
 from fedhead.devices import Precision, multiplying
 from fedhead.features.extraction import batch_size_for, batches_of, in_lanes, read_ahead
@@ -154,7 +155,8 @@ def _batches(
                     positions.append(position)
                     read.append(one)
             # Words of one text share its forward pass.
-            words = backbone.kind == "text" and any(inputs.ndim == 2 for _, inputs in read)
+            texts = isinstance(backbone.preprocessing, TextPreprocessing)
+            words = texts and any(inputs.ndim == 2 for _, inputs in read)
             size = max(batch_size, WORD_BATCH) if words else batch_size
             divided = batches_of(backbone, [len(inputs) for _, inputs in read], size, by_tokens=not (words or fixed))
             for places in divided or [[]]:

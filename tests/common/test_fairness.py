@@ -136,6 +136,8 @@ def test_damaged_counts_are_rejected(model: TransferModel, tmp_path: Path) -> No
         {"groups": {"f": {**own, "loss_sum": [float("nan")]}}},
         {"groups": {"f": {name: array for name, array in own.items() if name != "scores"}}},
         {"groups": [1, 2]},
+        {"groups": {}},
+        {"groups": {"f": {name: np.zeros_like(array).tolist() for name, array in own.items()}}},
         {"withheld": -1},
     ):
         path.write_text(json.dumps({**values, **change}))

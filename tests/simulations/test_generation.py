@@ -217,6 +217,7 @@ def test_answers_are_those_of_transformers(tuned: RunResult) -> None:
     )
     drawn = [next(generate(model, ["Turn 12 around"], temperature=1.0, seed=seed)) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
+    assert next(generate(model, ["Turn 12 around"], temperature=2, seed=1)) is not None
     for wrong in ({"max_tokens": 0}, {"max_tokens": 10**6}, {"temperature": -1.0}):
         with pytest.raises(UserError, match="not"):
             next(generate(model, ["a"], **wrong))

@@ -1,3 +1,6 @@
+import itertools
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +10,11 @@ import torch
 from fedhead.backbones import Backbone, load_backbone
 from fedhead.backbones.hf_causal import CausalRecipe
 from fedhead.backbones.split import merged, split
+from fedhead.data import load_samples
 from fedhead.data.conversations import Conversation
 from fedhead.errors import UserError
+from fedhead.features.blocks import extract_blocks
+from fedhead.features.extraction import CPU_TOKENS, TEXT_BATCH
 from fedhead.tuning import NEXT_TOKEN, parse_tune
 
 from .tiny_language_model import CHATML, tiny_language_model
@@ -122,6 +128,19 @@ def test_long_conversations_are_cut_and_marked(tmp_path: Path) -> None:
             load_backbone(f"hf:{folder}?{wrong}", layer=NEXT_TOKEN)
 
 
+def test_batches_of_conversations_are_limited_by_their_tokens(backbone: Backbone, tmp_path: Path) -> None:
+    lines = [json.dumps({"prompt": "Where is Rome?" * (row % 3), "completion": "In Italy."}) for row in range(150)]
+    (tmp_path / "talks.jsonl").write_text("\n".join(lines))
+    samples = load_samples(f"jsonl:{tmp_path / 'talks.jsonl'}")
+    talks = [samples.read(row) for row in range(len(samples))]
+    done = [0]
+    (block,) = extract_blocks(backbone, samples, [range(len(talks))], progress=done.append)
+    sizes = [now - before for before, now in itertools.pairwise(done)]
+    shortest = min(len(backbone.preprocessing(talk)) for talk in talks)
+    assert max(sizes) <= min(TEXT_BATCH, CPU_TOKENS // shortest)
+    torch.testing.assert_close(torch.from_numpy(block.features[:3]), backbone.features_of(talks[:3]))
+
+
 def test_other_models_are_refused_in_a_sentence(tmp_path: Path) -> None:
     from transformers import BertConfig, BertLMHeadModel, BertModel
 
@@ -146,12 +165,20 @@ def test_other_models_are_refused_in_a_sentence(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"max_length": 0}, {"stops": [-1]}, {"chat": {"start": 3}}, {"chat": {"other": ""}}, {"more": 1}, {"pad": "x"}],
+    [
+        {"max_length": 0},
+        {"max_length": math.inf},
+        {"stops": [-1]},
+        {"chat": {"start": 3}},
+        {"chat": {"other": ""}},
+        {"more": 1},
+        {"pad": "x"},
+    ],
 )
 def test_descriptions_from_elsewhere_are_checked(backbone: Backbone, changes: dict[str, Any]) -> None:
-    import json
-
     own = {**json.loads(backbone.files["generation.json"]), **changes}
     files = {**backbone.files, "generation.json": json.dumps(own)}
     with pytest.raises(UserError, match="valid description"):
         CausalRecipe.from_files(files, "file")
+    with pytest.raises(UserError, match="named values"):
+        CausalRecipe.from_files({**backbone.files, "config.json": "[]"}, "file")

@@ -1,5 +1,6 @@
 """Detectors of transformers as backbones, against the library's own detections."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from PIL import Image
 from torch import nn
 
 from fedhead.backbones import Backbone, load_backbone
+from fedhead.backbones.hf_detectors import build
 from fedhead.backbones.proposals import Proposals
 from fedhead.errors import UserError
 
@@ -139,3 +141,16 @@ def test_requests_that_do_not_fit_are_rejected(query: str, layer: str, said: str
     saved("detr", tmp_path)
     with pytest.raises(UserError, match=said):
         load_backbone(f"hf:{tmp_path}{query}", layer=layer)
+
+
+def test_descriptions_from_elsewhere_are_checked(tmp_path: Path) -> None:
+    saved("detr", tmp_path)
+    files = dict(load_backbone(f"hf:{tmp_path}", layer="proposals@96").files)
+    features = json.loads(files["features.json"])
+    for changed in (
+        {"config.json": "[]"},
+        {"features.json": json.dumps({**features, "image": None})},
+        {"features.json": json.dumps({**features, "image": [1]})},
+    ):
+        with pytest.raises(UserError, match="no valid description"):
+            build("hf:x", None, {**files, **changed}, "received", "proposals", 0)

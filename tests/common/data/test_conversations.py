@@ -1,4 +1,6 @@
+import copy
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -6,6 +8,7 @@ import pytest
 
 from fedhead.data import UnreadableSampleError, load_samples
 from fedhead.data.conversations import CONVERSATION, Conversation, from_messages
+from fedhead.data.items import Word, content_key
 from fedhead.errors import UserError
 
 
@@ -80,3 +83,9 @@ def test_mistakes_in_files_are_sentences(tmp_path: Path) -> None:
     )
     assert texts.annotated == ""
     assert texts.classes == ("x",)
+
+
+@pytest.mark.parametrize("text", [Conversation([("user", "a"), ("assistant", "b")]), Word(("two", "words"), 1)])
+def test_copies_and_pickles_are_the_same_item(text: str) -> None:
+    for again in (pickle.loads(pickle.dumps(text)), copy.deepcopy(text)):
+        assert (type(again), str(again), content_key(again)) == (type(text), str(text), content_key(text))
