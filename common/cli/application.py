@@ -108,7 +108,7 @@ def in_sentences(command: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:
             if options["debug"]:
                 raise
-            said = str(error).strip().splitlines()
+            said = str(error).strip().rstrip(".").splitlines()
             _say(
                 f"An unexpected {type(error).__name__}{f': {said[0]}' if said else ''}. Run again with --debug for the "
                 "traceback, and please report it."

@@ -9,6 +9,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+from fedhead.errors import UserError
 from fedhead.privacy.accountant import compose
 from fedhead.privacy.noise import FINENESS, Entropy, FloatArray, Lattice
 
@@ -38,12 +39,14 @@ class Noised:
         """Return the array with the least noise whose `mu` is no larger than given.
 
         Raises:
-            ValueError: if no noise of this fineness does.
+            UserError: if no noise of this fineness does.
         """
         # A unit is at most sigma / 2^FINENESS.
         rounding = 2 * sqrt(int(np.prod(shape))) / 2**FINENESS
         if not mu > rounding:
-            raise ValueError(f"A mu of {mu} is too small for {int(np.prod(shape))} sums.")
+            raise UserError(
+                f"A privacy budget of mu {mu:.2g} is too small for {int(np.prod(shape))} sums: raise epsilon."
+            )
         return cls(shape, sensitivity, Lattice.of(sensitivity / (mu - rounding)))
 
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fedhead.errors import UserError
 from fedhead.privacy.mechanism import Mechanism, Noised
 from fedhead.privacy.sensitivity import group_weights, squared_mu, svec, unit_rows, unsvec
 
@@ -126,7 +127,7 @@ def test_rounding_to_the_lattice_is_within_the_sensitivity(seed: int, mu: float)
 def test_impossible_splits_are_rejected() -> None:
     with pytest.raises(ValueError, match="sum to more than 1"):
         Mechanism.split(1.0, {"a": (0.7, (1,), 1.0), "b": (0.4, (1,), 1.0)})
-    with pytest.raises(ValueError, match="too small"):
+    with pytest.raises(UserError, match=r"too small for .* sums: raise epsilon"):
         Noised.within(1e-9, (10,))
 
 
