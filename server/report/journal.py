@@ -169,7 +169,10 @@ def _about(backbone: Backbone) -> BackboneRecord:
         trained=backbone.trained,
         licence=_licence(backbone.spec),
         preprocessing={
-            name: _words(value) for name, value in steps.items() if value not in (None, ()) and not callable(value)
+            name: _words(value)
+            for name, value in steps.items()
+            # A recipe holds whole files, such as a tokenizer.
+            if value not in (None, ()) and not callable(value) and not isinstance(value, dict)
         },
     )
 

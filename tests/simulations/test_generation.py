@@ -73,6 +73,8 @@ def test_proven_adapters_are_delivered(tuned: RunResult) -> None:
     assert evaluation["before"]["sites"].keys() == evaluation["sites"].keys()
     card, report = ((tuned.run_dir / name).read_text() for name in ("MODEL_CARD.md", "report.html"))
     assert "text-generation" in card
+    assert "tokenizer.json" not in report
+    assert not any("recipe" in (tuned.run_dir / name).read_text() for name in ("journal.json", "MODEL_CARD.md"))
     assert "fedhead generate" in card
     assert "Without the adapters it is" in report
 
