@@ -203,7 +203,7 @@ class Finish:
             stats,
             (kept.number, kept.arrays),
             (last.number, last.arrays),
-            Cost.of(progress.history, len(self.run.roster.nodes)),
+            Cost.of(progress.history, last, len(self.run.roster.nodes)),
             self.run.config.seed,
         )
         exchange.include(decision.exchange)

@@ -81,7 +81,7 @@ class GenerationCoordinator(HeadCoordinator):
         nodes = some_sites(self.roster.nodes, self.config.seed)
         sums, asking = compare_rivals(self.messenger, nodes, self.roster.rows, rivals, scaled=False)
         exchange.include(asking)
-        cost = Cost.of(progress.history, len(self.roster.nodes))
+        cost = Cost.of(progress.history, last, len(self.roster.nodes))
         proven, choice = choose_adapters(rivals, sums, last.number, cost)
         self.choices = [*self.choices, choice.to_dict()]
         logger.info("%s: %s. %s", choice.question, choice.taken, choice.reason)

@@ -15,6 +15,7 @@ from fedhead.server.exchange import Exchange
 from fedhead.server.messenger import Messenger
 from fedhead.server.pooling import Pooling
 from fedhead.server.roster import Roster
+from fedhead.server.rounds import Version
 from fedhead.server.runs.history import Round
 from fedhead.server.selection import BAR, Choice, Rival, choose_tuned, compare_rivals, errors_to_gain
 from fedhead.server.tuned_form import TunedForm
@@ -74,11 +75,13 @@ class Cost:
     minutes: float
 
     @classmethod
-    def of(cls, rounds: Sequence[Round], sites: int) -> Self:
-        """Return the cost of rounds, of which that of round 0 is no part of tuning."""
-        tuned = [one for one in rounds if one.number]
-        total = sum(one.bytes_down + one.bytes_up for one in tuned)
-        return cls(total / 1e6 / max(sites, 1), sum(one.seconds for one in tuned) / 60)
+    def of(cls, finished: Sequence[Round], last: Version, sites: int) -> Self:
+        """Return the cost of finished rounds and of the last version, without that of round 0."""
+        spent = [(one.bytes_down + one.bytes_up, one.seconds) for one in finished if one.number]
+        if last.number:
+            spent.append((last.made_by.bytes_down + last.made_by.bytes_up, last.seconds))
+        total, seconds = (sum(values) for values in zip((0, 0.0), *spent, strict=True))
+        return cls(total / 1e6 / max(sites, 1), seconds / 60)
 
 
 def _gain(sums: RivalSums, at: int, cost: Cost) -> str:

@@ -23,6 +23,7 @@ _ADVICE: Mapping[str, str] = {
     "segmentation": "compare its masks, image resolution and staining or contrast with the others' (fedhead data)",
     "survival": "compare how time and events are recorded there, and for how long rows are followed (fedhead data)",
     "tagging": "compare its guidelines of annotation and its tokenisation with the others' (fedhead data)",
+    "generation": "compare the style and length of its answers, and their language, with the others' (fedhead data)",
     "ordinal": "compare how its levels are graded, and the units of its columns, with the others' (fedhead data)",
 }
 """What to look at first, by task."""
@@ -39,6 +40,7 @@ class SiteScore:
         others: the mean of the other sites' scores, weighted by rows.
         errors: the difference in its standard errors; None if these are unknown.
         unlike: how its data differs, in words; empty if it does not.
+        sign: of the difference where the site is better.
     """
 
     name: str
@@ -47,15 +49,16 @@ class SiteScore:
     others: float
     errors: float | None
     unlike: str
+    sign: int = 1
 
-    def is_lower(self, sites: int) -> bool:
-        """Return whether the score is lower than by chance, given the number of sites that are compared."""
-        return self.errors is not None and self.errors < NormalDist().inv_cdf(CHANCE / (2 * sites))
+    def is_worse(self, sites: int) -> bool:
+        """Return whether the score is worse than by chance, given the number of sites that are compared."""
+        return self.errors is not None and self.sign * self.errors < NormalDist().inv_cdf(CHANCE / (2 * sites))
 
 
 def site_scores(record: RunRecord) -> list[SiteScore]:
-    """Compare each site that has a score with the others; nothing for fewer than two."""
-    score = record.task.score_name
+    """Compare each site that has a score with the others, the worst first; nothing for fewer than two."""
+    score, sign = record.task.score_name, -1 if record.task.lower_is_better else 1
     known = {name: one for name, one in record.sites.items() if one.get(score) and one[score][0] is not None}
     found = []
     for name, one in known.items():
@@ -70,8 +73,8 @@ def site_scores(record: RunRecord) -> list[SiteScore]:
             own, *elsewhere = [variance or 0.0 for variance in variances]
             spread = own + sum((other["rows"] / rows) ** 2 * v for other, v in zip(rest, elsewhere, strict=True))
             errors = (one[score][0] - others) / math.sqrt(spread) if spread else None
-        found.append(SiteScore(name, one, one[score][0], others, errors, _unlike(one, rest)))
-    return sorted(found, key=lambda site: (site.own - site.others, site.name))
+        found.append(SiteScore(name, one, one[score][0], others, errors, _unlike(one, rest), sign))
+    return sorted(found, key=lambda site: (sign * (site.own - site.others), site.name))
 
 
 def compared(record: RunRecord, question: str) -> Section | None:
@@ -80,21 +83,25 @@ def compared(record: RunRecord, question: str) -> Section | None:
     if not sites:
         return None
     title, row = record.task.score_title, record.task.row_name
-    lower = [one for one in sites if one.is_lower(len(sites))]
+    worse = [one for one in sites if one.is_worse(len(sites))]
     answer = (
-        f"The shared model does worse at {counted(len(lower), 'site')} of {len(sites)} than at the others, by more "
+        f"The shared model does worse at {counted(len(worse), 'site')} of {len(sites)} than at the others, by more "
         "than chance."
-        if lower
+        if worse
         else f"The shared model does as well at each of {counted(len(sites), 'site')} as at the others, within chance."
     )
     advice = _ADVICE.get(record.task.name, "compare its data with the others' (fedhead data)")
+    then = (
+        "train adapters without it, and see whether the others do better"
+        if record.headless
+        else "compare with a model of its data alone, and see whether the others do better without it (fedhead leave)"
+    )
     said = [
         f"{one.name}: {title} {one.own:.3f} on {counted(one.report['rows'], f'held-out {row}')}, {one.others:.3f} at "
-        f"the other sites.{f' Its data differs: {one.unlike}.' if one.unlike else ''} First {advice}; then compare "
-        "with a model of its data alone, and see whether the others do better without it (fedhead leave)."
-        for one in lower
+        f"the other sites.{f' Its data differs: {one.unlike}.' if one.unlike else ''} First {advice}; then {then}."
+        for one in worse
     ]
-    said += [f"{one.name}: its data differs: {one.unlike}." for one in sites if one.unlike and one not in lower][:8]
+    said += [f"{one.name}: its data differs: {one.unlike}." for one in sites if one.unlike and one not in worse][:8]
     table = Table(
         ["site", f"{row}s", title, "others", "difference", "standard errors", "unlike the others"],
         [

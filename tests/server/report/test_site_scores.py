@@ -37,8 +37,23 @@ def test_a_difference_is_in_standard_errors_of_both() -> None:
     sites = {one.name: one for one in site_scores(segmented({"north": 0.8, "south": 0.7, "west": 0.7}))}
     error = 0.04 / 1.959963984540054
     assert sites["north"].errors == pytest.approx(0.1 / (error * 1.5**0.5))
-    assert not sites["north"].is_lower(3)
+    assert not sites["north"].is_worse(3)
 
 
 def test_without_scores_of_two_sites_nothing_is_compared() -> None:
     assert fit(segmented({"north": 0.8})).answer == "Sites are not compared with the pool for this task."
+
+
+def test_sites_of_a_language_model_are_worse_where_perplexity_is_higher() -> None:
+    config = RunConfig(task="generation", backbone="hf:x/y", tune="lora:4", rounds=1).settled()
+    sites = {
+        name: {"rows": 40, "perplexity": [value, value - 1, value + 1]}
+        for name, value in {"north": 8.0, "south": 8.5, "west": 30.0}.items()
+    }
+    record = RunRecord(name="run", config=config.model_dump(), toml="", evaluation={"sites": sites})
+    section = fit(record)
+    assert "worse at 1 site of 3" in section.answer
+    (sentence,) = section.sentences
+    assert sentence.startswith("west: Perplexity 30.000")
+    assert "fedhead leave" not in sentence
+    assert [row[0] for row in section.tables[0][1].rows] == ["west", "south", "north"]
