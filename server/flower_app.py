@@ -7,7 +7,7 @@ from pathlib import Path
 import tomli_w
 
 from fedhead import __version__
-from fedhead.config import RunConfig, Scalar, merge, parse_assignments
+from fedhead.config import GENERATION, RunConfig, Scalar, merge, parse_assignments
 from fedhead.errors import UserError
 from fedhead.files import disk_errors, require_new_folder, write_atomically
 
@@ -19,6 +19,9 @@ _HEAD = """\
 
 """
 
+
+_OWN_CLASSES = ("clusters", GENERATION)
+"""Tasks whose outputs are known without naming any."""
 
 LISTS = ("classes", "subgroups")
 """Settings that are lists, which Flower's run config cannot hold; their text is JSON, and thus TOML."""
@@ -35,7 +38,7 @@ def write_flower_app(folder: Path, config: RunConfig, out: str = "") -> Path:
     Raises:
         UserError: if the folder is not empty, or the configuration names no classes.
     """
-    if not config.classes and not config.classes_from:
+    if config.task not in _OWN_CLASSES and not config.classes and not config.classes_from:
         raise UserError("A run over real sites needs its classes: --classes a,b,c, or classes = [...] in the file.")
     with disk_errors(folder):
         require_new_folder(folder, "a Flower app needs one of its own.")
@@ -53,7 +56,8 @@ def write_flower_app(folder: Path, config: RunConfig, out: str = "") -> Path:
                 "app": {
                     "publisher": "fedhead",
                     "components": {"serverapp": "fedhead.server.app:app", "clientapp": "fedhead.client.app:app"},
-                    "config": {"out": out, **to_run_config(config)},
+                    # Written out, a default would count as chosen, and its task could no longer decide it.
+                    "config": {"out": out, **to_run_config(config.settled())},
                 }
             }
         },

@@ -9,6 +9,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from flwr.common.config import flatten_dict, validate_config
@@ -59,6 +60,24 @@ def test_an_app_without_classes_or_over_something_is_refused(tmp_path: Path) -> 
     (tmp_path / "notes.txt").touch()
     with pytest.raises(UserError, match="not an empty folder"):
         write_flower_app(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("run", "rounds"),
+    [
+        ({"task": "clusters", "rounds": 0}, 0),
+        ({"task": "generation", "backbone": "hf:x/y"}, 5),
+        ({"task": "segmentation", "backbone": "torchvision:mobilenet_v2", "classes": ("a", "b")}, 0),
+        ({"classes": ("a", "b"), "tune": {"layers": "last:1"}}, 10),
+        ({"classes": ("a", "b"), "privacy": {"epsilon": 1.0}}, 0),
+    ],
+    ids=str,
+)
+def test_an_app_has_the_settings_that_its_task_decides(run: dict[str, Any], rounds: int, tmp_path: Path) -> None:
+    app = tomllib.loads(write_flower_app(tmp_path / "app", RunConfig(**run)).read_text())
+    read = from_run_config(flatten_dict(app["tool"]["flwr"]["app"]["config"])).settled()
+    assert read.rounds == rounds
+    assert read == RunConfig(**run).settled()
 
 
 def test_a_setting_that_flwr_run_misspells_is_told() -> None:
