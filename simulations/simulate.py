@@ -24,7 +24,7 @@ from fedhead.backbones.split import Tail
 from fedhead.client.release.guard import labels_of
 from fedhead.client.release.subgroups import Subgroups
 from fedhead.client.tails import Tuning
-from fedhead.config import DENSE_LAYERS, RunConfig
+from fedhead.config import DENSE_LAYERS, GENERATION, RunConfig, TuneConfig
 from fedhead.data import IntArray, Samples
 from fedhead.errors import UserError
 from fedhead.features.blocks import Extract, extract_blocks
@@ -98,7 +98,7 @@ def simulate(
     """
     if baseline and config is not None and config.privacy.on:
         raise UserError("A private run has no baseline: exact figures of another backbone would tell of the same rows.")
-    if baseline and config is not None and config.task in DENSE_LAYERS:
+    if baseline and config is not None and config.task in (*DENSE_LAYERS, GENERATION):
         raise UserError(f"A run of the task {config.task!r} has no baseline: leave it out, and compare two runs.")
     if attack == "audit" and (config is None or not config.privacy.on):
         raise UserError("An audit measures the epsilon of a differentially private run: set epsilon.")
@@ -296,7 +296,8 @@ def run_baseline(plan: Plan, backbone: str) -> dict[str, Any]:
     """
     init = make_task(plan.config.task, plan.config.classes).baseline_solver
     changes = {"backbone": backbone, "weights": "default", "layer": "penultimate", "head": "linear", "init": init}
-    config = plan.config.changed({**changes, "rounds": 0, "diagnose": False, "strategy": {"name": "FedAvg"}})
+    alone = {"rounds": 0, "tune": TuneConfig(), "diagnose": False, "strategy": {"name": "FedAvg"}}
+    config = plan.config.changed({**changes, **alone})
     other = load_backbone(identity_for(backbone, plan.samples), seed=config.seed).to(plan.backbone.device)
     compared = replace(plan, config=config, strategy=build_strategy(config.strategy), backbone=other)
     result = run_plan(compared, deliver=False)

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -260,7 +261,11 @@ def test_questions_about_whole_items_are_refused(drawn: str, tmp_path: Path) -> 
         assert result.exit_code == 2, command
 
 
-def test_there_is_no_baseline_for_maps(drawn: str) -> None:
-    config = RunConfig(task="segmentation", backbone="torchvision:mobilenet_v2", weights="random")
+@pytest.mark.parametrize(
+    "run",
+    [{"task": "segmentation", "backbone": "torchvision:mobilenet_v2"}, {"task": "generation", "backbone": "hf:x"}],
+)
+def test_there_is_no_baseline_for_maps_and_language_models(run: dict[str, Any], drawn: str) -> None:
+    config = RunConfig(**run, weights="random")
     with pytest.raises(UserError, match="has no baseline"):
         simulate(config, drawn, 2, baseline="bundled:pixels")

@@ -54,7 +54,7 @@ def config(data: str, **values: Any) -> RunConfig:
 @pytest.fixture(scope="module")
 def tuned(odd_digits: str, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     out = tmp_path_factory.mktemp("tuned") / "run"
-    return simulate(config(odd_digits), test_data=f"{odd_digits}/test.npz", out=out)
+    return simulate(config(odd_digits), test_data=f"{odd_digits}/test.npz", out=out, baseline="bundled:pixels")
 
 
 def test_a_proven_tail_is_delivered(tuned: RunResult) -> None:
@@ -68,6 +68,13 @@ def test_a_proven_tail_is_delivered(tuned: RunResult) -> None:
     assert again["loss"] < solved["loss"]
     assert tuned.outcome.all_rows
     assert "MB of each site" in choice["reason"]
+
+
+def test_a_baseline_is_a_head_alone(tuned: RunResult) -> None:
+    assert tuned.run_dir is not None
+    compared = json.loads((tuned.run_dir / "evaluation.json").read_text())["baseline"]
+    assert compared["backbone"] == "bundled:pixels"
+    assert compared["score"][0] > 0
 
 
 def test_no_site_joins_a_model_whose_backbone_was_tuned(tuned: RunResult, odd_digits: str) -> None:
