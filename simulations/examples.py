@@ -89,8 +89,10 @@ def _drawn(places: ItemPlaces, head: Head, samples: Samples, store: FeatureStore
     assert isinstance(image, Image.Image)
     small = image.convert("RGB")
     small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-    outputs = head(places.geometry.places(store.features[torch.tensor([row])].cpu().float()))[0]
-    decoded = places.task.decode(outputs, places.geometry, (small.height, small.width))
+    features = store.features[torch.tensor([row])].cpu().float()
+    outputs, found = head(places.geometry.places(features))[0], places.geometry.proposals(features)
+    own = None if found is None else found[0]
+    decoded = places.task.decode(outputs, places.geometry, (small.height, small.width), own)
     drawn = places.task.drawn_truth(places.annotation(row), small), places.task.drawn(decoded, small)
     return _encoded(drawn[0]), _encoded(drawn[1])
 

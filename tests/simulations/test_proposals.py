@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL.Image import Image
 from typer.testing import CliRunner
 
 from fedhead.cli import app
@@ -16,6 +18,7 @@ from fedhead.prediction import evaluate_model
 from fedhead.server.app import prepare
 from fedhead.simulations.result import RunResult
 from fedhead.simulations.simulate import simulate
+from fedhead.tasks.detection import Detection
 
 from .test_detection import draw
 
@@ -110,6 +113,21 @@ def test_boxes_are_drawn(finished: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, [*asked, "--out", str(tmp_path / "boxes.jsonl")])
     assert result.exit_code == 0, result.output
     assert len(list((tmp_path / "drawn").iterdir())) == 2
+
+
+def test_examples_of_a_report_have_the_boxes_of_proposals(
+    drawn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sides: list[float] = []
+
+    def noted(task: Detection, decoded: list[dict[str, Any]], image: Image) -> Image:
+        sides.extend(max(one["bbox"][2:]) / max(image.size) for one in decoded if one["score"] > 0.5)
+        return image
+
+    monkeypatch.setattr(Detection, "drawn", noted)
+    run(drawn, tmp_path / "run", simulation={"data": drawn, "sites": 3, **ENOUGH, "examples": 2})
+    # Objects have a third of the image's side at most; without its proposal, a box has all of it.
+    assert sides and max(sides) < 0.5
 
 
 @pytest.mark.parametrize(
