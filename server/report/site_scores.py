@@ -16,6 +16,9 @@ CHANCE = 0.05
 UNLIKE = 2.0
 """Factor by which a share of the data differs from the others' for it to be named."""
 
+FEWEST = 10
+"""Held-out rows or images of a site below which its score is not tested: the standard errors of fewer are too small."""
+
 _Z = NormalDist().inv_cdf(0.975)
 
 _ADVICE: Mapping[str, str] = {
@@ -38,7 +41,7 @@ class SiteScore:
         report: of its held-out rows.
         own: the score there.
         others: the mean of the other sites' scores, weighted by rows.
-        errors: the difference in its standard errors; None if these are unknown.
+        errors: the difference in its standard errors; None if these are unknown, or the site has too few rows.
         unlike: how its data differs, in words; empty if it does not.
         sign: of the difference where the site is better.
     """
@@ -69,7 +72,7 @@ def site_scores(record: RunRecord) -> list[SiteScore]:
         others = sum(other["rows"] * other[score][0] for other in rest) / rows
         variances = [_variance(other[score]) for other in (one, *rest)]
         errors = None
-        if all(variance is not None for variance in variances):
+        if one["rows"] >= FEWEST and all(variance is not None for variance in variances):
             own, *elsewhere = [variance or 0.0 for variance in variances]
             spread = own + sum((other["rows"] / rows) ** 2 * v for other, v in zip(rest, elsewhere, strict=True))
             errors = (one[score][0] - others) / math.sqrt(spread) if spread else None

@@ -40,6 +40,12 @@ def test_a_difference_is_in_standard_errors_of_both() -> None:
     assert not sites["north"].is_worse(3)
 
 
+def test_a_site_of_few_images_is_not_called_worse() -> None:
+    record = segmented({"north": 0.85, "south": 0.86, "west": 0.4})
+    record.evaluation["sites"]["west"]["rows"] = 3
+    assert "within chance" in fit(record).answer
+
+
 def test_without_scores_of_two_sites_nothing_is_compared() -> None:
     assert fit(segmented({"north": 0.8})).answer == "Sites are not compared with the pool for this task."
 
