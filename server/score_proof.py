@@ -8,7 +8,7 @@ import numpy as np
 
 from fedhead.evaluation.metrics import Estimate
 from fedhead.server.exchange import POOL
-from fedhead.server.selection import Choice
+from fedhead.server.selection import BAR, Choice
 from fedhead.tasks import Task
 
 LEAST_SITES = 3
@@ -20,7 +20,7 @@ _Z = 1.959963984540054
 def choose_by_score(
     task: Task, before: Mapping[str, Any], after: Mapping[str, Any], round_number: int
 ) -> tuple[bool, Choice]:
-    """Choose between two heads: the one from rounds if its score is higher by more than one standard error.
+    """Choose between two heads: the one from rounds if its score is higher by `BAR` standard errors.
 
     The error is that of the sites' paired differences, weighted by items; of fewer than `LEAST_SITES` sites, and where
     only the pool's sums are known, that of two independent scores, which is larger.
@@ -44,8 +44,8 @@ def choose_by_score(
         said = "Nothing held out has a score, so rounds are not proven better."
         return False, Choice("Kept head", names[0], said, 0, rivals)
     error, how = _error(task, before, after, sites, scores)
-    proven = error is not None and new - old > error
-    limit = "has no standard error" if error is None else f"has {how} of {error:.4f}"
+    proven = error is not None and new - old > BAR * error
+    limit = "has no standard error" if error is None else f"has {how} of {error:.4f}, of which it must exceed {BAR:g}"
     verdict = "which proves rounds better" if proven else "which does not prove rounds better"
     reason = (
         f"{task.score_title} after rounds is {new:.4f}, and {old:.4f} before; the difference, {new - old:+.4f}, "

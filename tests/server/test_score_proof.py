@@ -21,7 +21,13 @@ def sums(*hits: int) -> SegmentationSums:
 
 @pytest.mark.parametrize(
     ("gains", "proven"),
-    [((5, 6, 7, 5), True), ((30, -25, 20, -20), False), ((-5, -6, -7, -5), False), ((0, 0, 0, 0), False)],
+    [
+        ((5, 6, 7, 5), True),
+        ((12, -3, 9, -2), False),
+        ((30, -25, 20, -20), False),
+        ((-5, -6, -7, -5), False),
+        ((0, 0, 0, 0), False),
+    ],
 )
 def test_rounds_must_gain_more_than_the_sites_differ(gains: Sequence[int], proven: bool) -> None:
     before = {f"site-{place}": sums(50, 60) for place in range(4)}
