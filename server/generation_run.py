@@ -116,8 +116,8 @@ def choose_adapters(rivals: Sequence[Rival], sums: RivalSums, rounds: int, cost:
         reason = (
             f"The loss of a token, averaged over {sums.rows} held-out conversations, is {abs(gain):.4f} "
             f"{'less' if gain > 0 else 'more'} with the adapters of {rivals[1].name} than without, with a paired "
-            f"standard error of {error:.4f}, of which the best of {rounds} rounds must gain {needed:.1f}: they are "
-            f"{'proven' if proven else 'not proven'} to be better. They cost "
+            f"standard error of {error:.4f}; a proof for the best of {rounds} rounds takes {needed:.1f} of them. "
+            f"The adapters are {'proven' if proven else 'not proven'} to be better. They cost "
             f"{cost.megabytes:.2g} MB of each site and {cost.minutes:.2g} minutes."
         )
     found = [

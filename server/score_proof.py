@@ -45,7 +45,7 @@ def choose_by_score(
         return False, Choice("Kept head", names[0], said, 0, rivals)
     error, how = _error(task, before, after, sites, scores)
     proven = error is not None and new - old > BAR * error
-    limit = "has no standard error" if error is None else f"has {how} of {error:.4f}, of which it must exceed {BAR:g}"
+    limit = "has no standard error" if error is None else f"has {how} of {error:.4f}, and a proof takes {BAR:g} of them"
     verdict = "which proves rounds better" if proven else "which does not prove rounds better"
     reason = (
         f"{task.score_title} after rounds is {new:.4f}, and {old:.4f} before; the difference, {new - old:+.4f}, "

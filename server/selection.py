@@ -210,8 +210,8 @@ def choose_tuned(rivals: Sequence[Rival], bars: Sequence[float], sums: RivalSums
         fewer = int(sums.right[0] - sums.right[shown])
         reason = (
             f"The mean held-out loss of {rivals[shown].name} is {abs(gain):.4f} {'less' if gain > 0 else 'more'} than "
-            f"that of the solved head, with a paired standard error of {error:.4f}, of which it must gain "
-            f"{bars[shown]:.1f}{f'; it predicts {fewer} fewer held-out rows correctly' if fewer > 0 else ''}: "
+            f"that of the solved head, with a paired standard error of {error:.4f}; a proof takes "
+            f"{bars[shown]:.1f} of them{f'; it predicts {fewer} fewer held-out rows correctly' if fewer > 0 else ''}: "
             f"tuning is {'proven' if taken else 'not proven'} to be better."
         )
     return taken, Choice("Tuning", rivals[taken].name, reason, sums.rows, figures(rivals, sums))
@@ -255,7 +255,7 @@ def choose_round(rivals: Sequence[Rival], sums: RivalSums) -> tuple[int, Choice]
     taken = int(proven)
     compared = (
         f"The mean held-out loss after rounds is {abs(gain):.4f} {'less' if gain > 0 else 'more'} than before, with a "
-        f"paired standard error of {error:.4f}, of which it must gain {BAR:g}"
+        f"paired standard error of {error:.4f}; a proof takes {BAR:g} of them"
         if sums.rows > 1
         else "There are too few held-out rows for a proof"
     )

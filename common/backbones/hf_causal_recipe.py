@@ -73,6 +73,9 @@ class CausalRecipe:
             )
             if own or not all(isinstance(text, str) for text in texts) or made.max_length < LEAST_LENGTH:
                 raise ValueError("other values than expected")
+            positions = made.config.get("max_position_embeddings", made.config.get("n_positions"))
+            if len(made.leading) >= made.max_length or (positions is not None and made.max_length > positions):
+                raise ValueError("conversations longer than the model's positions, or no room for one")
             if min(*made.leading, *made.stops, made.first, made.pad) < 0:
                 raise ValueError("negative ids of tokens")
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError) as error:

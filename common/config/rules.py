@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fedhead.config.fields import DENSE_LAYERS, GENERATION, GENERATION_COLUMNS, SUBGROUPED
-from fedhead.config.tables import LocalConfig
+from fedhead.config.tables import LocalConfig, TuneConfig
 from fedhead.tuning import NEXT_TOKEN, parse_tune
 
 if TYPE_CHECKING:
@@ -183,6 +183,16 @@ def _private_runs_solve_sums(run: "RunConfig") -> None:
         raise ValueError(f"differential privacy (epsilon) needs a linear head, not {run.head!r}")
     if run.basis != "none" or run.lift != "none":
         raise ValueError("differential privacy (epsilon) has a basis of its own: set basis and lift to 'none'")
+
+
+@_rule
+def _settings_of_tuning_name_layers(run: "RunConfig") -> None:
+    # A language model's run trains adapters without being told.
+    if run.tune.on or run.task == GENERATION:
+        return
+    plain = TuneConfig(layers=run.tune.layers, schedule=run.tune.schedule)
+    if changed := [name for name in TuneConfig.model_fields if getattr(run.tune, name) != getattr(plain, name)]:
+        raise ValueError(f"tune.{changed[0]} needs layers to tune, as in tune.layers = 'last:1'")
 
 
 @_rule

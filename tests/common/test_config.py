@@ -71,6 +71,12 @@ def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
         RunConfig.from_toml(tmp_path / "none.toml")
 
 
+@pytest.mark.parametrize("tune", [{"decay": 2.0}, {"lr": 0.1}, {"layers": "head", "epochs": 2}])
+def test_settings_of_tuning_need_layers(tune: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"needs layers to tune"):
+        RunConfig(tune=tune)
+
+
 @pytest.mark.parametrize("text", ["lr", "=3", "local.=3"])
 def test_an_assignment_needs_a_key_and_a_value(text: str) -> None:
     with pytest.raises(UserError, match="TABLE"):

@@ -168,6 +168,8 @@ def test_other_models_are_refused_in_a_sentence(tmp_path: Path) -> None:
     [
         {"max_length": 0},
         {"max_length": math.inf},
+        {"max_length": 10**6},
+        {"leading": [1] * 600},
         {"stops": [-1]},
         {"chat": {"start": 3}},
         {"chat": {"other": ""}},
