@@ -192,7 +192,7 @@ def _settings_of_tuning_name_layers(run: "RunConfig") -> None:
         return
     plain = TuneConfig(layers=run.tune.layers, schedule=run.tune.schedule)
     if changed := [name for name in TuneConfig.model_fields if getattr(run.tune, name) != getattr(plain, name)]:
-        raise ValueError(f"tune.{changed[0]} needs layers to tune, as in tune.layers = 'last:1'")
+        raise ValueError(f"the setting tune.{changed[0]} needs layers to tune, as in tune.layers = 'last:1'")
 
 
 @_rule
