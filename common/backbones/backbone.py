@@ -224,9 +224,15 @@ class Backbone:
     @torch.no_grad()
     def _run(self, batch: Batch) -> tuple[Tensor | Sequence[Tensor], Tensor | None]:
         """Return the module's output for a batch, and the mask of the batch, if it has one."""
+        # Only copies from page-locked memory to a GPU are asynchronous.
+        queued = self.device.type == "cuda"
         if isinstance(batch, Tensor):
-            return self.module(batch.to(self.device)), None
-        moved = {name: tensor.to(self.device) for name, tensor in batch.items() if name not in ("rows", "places")}
+            return self.module(batch.to(self.device, non_blocking=queued)), None
+        moved = {
+            name: tensor.to(self.device, non_blocking=queued)
+            for name, tensor in batch.items()
+            if name not in ("rows", "places")
+        }
         return self.module(**moved), moved.get("attention_mask")
 
     def _of_words(self, output: Tensor | Sequence[Tensor], rows: Tensor, places: Tensor) -> Tensor:

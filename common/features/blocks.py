@@ -9,13 +9,22 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from fedhead.backbones import Backbone
 from fedhead.backbones.preprocessing import TextPreprocessing
 from fedhead.data import KeyArray, RowError, Samples, UnreadableSampleError
 from fedhead.devices import Precision, multiplying
-from fedhead.features.extraction import batch_size_for, batches_of, in_lanes, read_ahead
+from fedhead.features.extraction import (
+    batch_size_for,
+    batches_of,
+    delayed,
+    in_lanes,
+    page_locked,
+    queued_by,
+    read_ahead,
+)
 
 WORD_BATCH = 256
 """Words per forward pass, of a number of texts."""
@@ -114,23 +123,25 @@ def extract_blocks(
     chunk = {"image": rows_a_batch, "audio": 4 * rows_a_batch}.get(backbone.kind, longest)
     chunk = min(chunk, longest)
 
-    def passed(batch: _Batch) -> tuple[_Batch, FloatRows]:
+    on_gpu = backbone.device.type == "cuda"
+
+    def passed(batch: _Batch) -> tuple[_Batch, Tensor]:
         if not batch.inputs:
-            return batch, np.zeros((0, backbone.num_values), "<f4")
+            return batch, torch.zeros(0, backbone.num_values)
+        inputs = backbone.preprocessing.collate(batch.inputs)
         with multiplying(precision, backbone.device):
-            features = backbone.features(backbone.preprocessing.collate(batch.inputs))
-        return batch, features.cpu().numpy()
+            return batch, backbone.features(page_locked(inputs) if on_gpu else inputs)
 
     read_row = functools.partial(prepare, samples, backbone)
     with closing(read_ahead(read_row, chain.from_iterable(blocks), ahead=2 * chunk)) as prepared:
         batches = _batches(backbone, blocks, prepared, chunk, rows_a_batch, batch_size is not None)
-        with closing(in_lanes(backbone, passed, batches)) as done:
-            total = 0
+        with closing(in_lanes(backbone, passed, batches)) as lanes:
+            done, total = delayed(lanes, queued_by(backbone)), 0
             for rows in blocks:
                 block, before = Block.empty(rows, backbone.num_values), total
                 while total < before + len(rows):
                     batch, features = next(done)
-                    _fill(block, batch, features, backbone, samples)
+                    _fill(block, batch, features.cpu().numpy(), backbone, samples)
                     total += len(batch.positions) + len(batch.unreadable)
                     progress(total)
                 yield block

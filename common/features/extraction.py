@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from fedhead.backbones import Backbone
+from fedhead.backbones.preprocessing import Batch
 from fedhead.devices import Precision, half_type, multiplies_halves, multiplying
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,9 @@ TABLE_BATCH = 1024
 MOST_READERS = 16
 MOST_LANES = 8
 """Most batches that pass through a backbone at once; each holds the activations of one batch."""
+
+QUEUED_ON_GPU = 2
+"""Batches in a GPU's queue while the processor reads the features of the one before them."""
 
 SHARED_SOURCES = ("bundled", "features", "hf", "identity", "timm", "torchvision", "vectors")
 """Sources whose modules keep nothing between forward passes, so that several threads may share one."""
@@ -230,6 +234,35 @@ def in_lanes(backbone: Backbone, work: Callable[[S], T], batches: Iterable[S]) -
     own = max(1, torch.get_num_threads() // lanes)
     with closing(read_ahead(work, batches, ahead=2 * lanes, threads=lanes, torch_threads=own)) as done:
         yield from done
+
+
+def queued_by(backbone: Backbone) -> int:
+    """Return how many batches the device of `backbone` computes while the processor reads earlier features."""
+    return QUEUED_ON_GPU if backbone.device.type == "cuda" else 0
+
+
+def delayed(made: Iterable[T], by: int) -> Generator[T]:
+    """Yield the items in order, each only after `by` further ones are made.
+
+    A GPU computes a batch whose features are a tensor of its own while the processor collates the next batches, and
+    waits for it only when its values are read.
+    """
+    waiting: deque[T] = deque()
+    for one in made:
+        waiting.append(one)
+        if len(waiting) > by:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def page_locked(batch: Batch) -> Batch:
+    """Return a batch in page-locked memory of the host, which a GPU copies without a wait.
+
+    Torch caches this memory and reuses it after the copy.
+    """
+    if isinstance(batch, Tensor):
+        return batch.pin_memory()
+    return {name: tensor.pin_memory() for name, tensor in batch.items()}
 
 
 def read_ahead(

@@ -1,5 +1,6 @@
 import threading
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedhead.backbones import Backbone, load_backbone
-from fedhead.features import extraction
+from fedhead.data import load_samples
+from fedhead.features import blocks, extraction
 from fedhead.features.extraction import (
     CPU_BATCH,
     CPU_TOKENS,
@@ -17,6 +19,7 @@ from fedhead.features.extraction import (
     arranged,
     batch_size_for,
     batches_of,
+    delayed,
     fastest_batch,
     in_lanes,
     read_ahead,
@@ -69,6 +72,50 @@ def test_arranged_backbone_has_equal_features_and_digests(spec: str) -> None:
 def test_norms_after_convolutions_are_folded_away() -> None:
     backbone = load_backbone("torchvision:resnet18", weights="random")
     assert not any(isinstance(module, nn.BatchNorm2d) for module in arranged(backbone, 10).module.modules())
+
+
+@given(items=st.lists(st.integers()), by=st.integers(0, 4))
+def test_delayed_items_come_in_order_after_as_many_more_are_made(items: list[int], by: int) -> None:
+    made = 0
+
+    def making() -> Iterator[int]:
+        nonlocal made
+        for item in items:
+            made += 1
+            yield item
+
+    taken = []
+    for position, item in enumerate(delayed(making(), by)):
+        taken.append(item)
+        assert made == min(position + 1 + by, len(items))
+    assert taken == items
+
+
+@pytest.mark.parametrize("queued", [1, 5])
+def test_features_do_not_depend_on_the_batches_in_a_queue(queued: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone, digits = load_backbone("bundled:pixels"), load_samples("digits")
+    rows = [list(range(40)), list(range(100, 130)), [7]]
+    expected = list(blocks.extract_blocks(backbone, digits, rows, batch_size=8))
+    monkeypatch.setattr(blocks, "queued_by", lambda backbone: queued)
+    made = list(blocks.extract_blocks(backbone, digits, rows, batch_size=8))
+    for one, other in zip(made, expected, strict=True):
+        assert one.rows == other.rows
+        assert (one.features == other.features).all()
+        assert (one.keys == other.keys).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("spec", ["bundled:glyphnet", "torchvision:resnet18"])
+def test_features_of_a_gpu_are_those_of_the_processor(spec: str) -> None:
+    backbone, digits = (
+        load_backbone(spec, weights="random" if "torchvision" in spec else "default"),
+        load_samples("digits"),
+    )
+    rows = [list(range(100)), list(range(200, 230))]
+    expected = list(blocks.extract_blocks(backbone, digits, rows))
+    made = list(blocks.extract_blocks(backbone.to(torch.device("cuda")), digits, rows))
+    for one, other in zip(made, expected, strict=True):
+        assert relative_difference(torch.from_numpy(one.features), torch.from_numpy(other.features)) < 1e-3
 
 
 def test_untraceable_module_is_unchanged() -> None:
