@@ -150,6 +150,12 @@ def proposed(manifest: Manifest, payload: Payload) -> Agreement:
             f"A language model's run has the task {GENERATION!r}, the layer {NEXT_TOKEN!r}, no head, and adapters to "
             "tune, as in 'lora:8'."
         )
+    if manifest.objective != "task" and (manifest.task == GENERATION or not manifest.tune):
+        raise MessageError(f"It has the objective {manifest.objective!r}, but tunes no layers below a head.")
+    if manifest.objective == "supcon" and manifest.task != "classification":
+        raise MessageError(
+            f"Its objective 'supcon' needs one class of each row, which {manifest.task!r} does not have."
+        )
     probe = payload.arrays.get("probe", np.empty(0))
     rows = len(probe) if probe.ndim == 2 and 0 < len(probe) <= MOST_PROBES else 1
     if probe.shape != (rows, manifest.num_features):

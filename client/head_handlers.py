@@ -327,7 +327,8 @@ def form_of(sites: Sequence[Site], agreed: Agreement, arrays: Arrays, *, part: b
         sites: that were asked.
         agreed: what is known of the run.
         arrays: as received.
-        part: whether any of the tail's parameters will do, as in a stage of a schedule, in which the others are fixed.
+        part: whether they are for training: then any of the tail's parameters will do, as in a stage of a schedule, in
+            which the others are fixed, and those of the objective come with them.
     """
     if agreed.manifest.head == "none":
         return tail_form(sites, agreed)
@@ -336,7 +337,8 @@ def form_of(sites: Sequence[Site], agreed: Agreement, arrays: Arrays, *, part: b
     whole = tail_form(sites, agreed)
     if not part:
         return whole
-    return {name: value for name, value in whole.items() if name in arrays or name.startswith(HEAD)}
+    trained = {name: value for name, value in whole.items() if name in arrays or name.startswith(HEAD)}
+    return {**trained, **sites[0].tuning(agreed.manifest).objective_form}
 
 
 def _is_tuned(agreed: Agreement, arrays: Arrays) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedhead.backbones import Backbone
 from fedhead.backbones.geometry import Geometry
 from fedhead.backbones.identity import marks_of
-from fedhead.backbones.split import Split, split
+from fedhead.backbones.objectives import Cut, cut
 from fedhead.backbones.weights import PartialWeights, weights_path
 from fedhead.client.backbones import AcceptedBackbones, check_backbone, require_same
 from fedhead.client.isolation import Features, Isolation, commonly_marked, isolation
@@ -106,7 +106,7 @@ class LocalSite:
         self.keeps_heads = True
         self._holdings: dict[str, Holding] = {}
         self._isolations: dict[str, Isolation] = {}
-        self._splits: dict[str, Split] = {}
+        self._splits: dict[str, Cut] = {}
         self._tunings: dict[str, Tuning] = {}
 
     def refresh(self) -> None:
@@ -123,32 +123,32 @@ class LocalSite:
         self.samples, self.num_rows = samples, len(samples)
 
     def tuning(self, manifest: Manifest) -> Tuning:
-        key = f"{manifest.backbone_digest} {manifest.tune}"
+        key = _tuning_key(manifest)
         found = self._tunings.get(key) or self._cut(manifest)
         _keep(self._tunings, key, found)
         return found
 
     def _cut(self, manifest: Manifest) -> Tuning:
-        trunk, tail = self._split(manifest)
+        (trunk, tail), objective = self._split(manifest)
         readable = self._store(self._backbone(manifest), manifest).readable()
         logger.info("Activations below the tuned layers are computed once; each round then runs these layers alone.")
-        return Tuning(tail, BoundaryStore.open(trunk, tail, self.samples, readable))
+        return Tuning(tail, BoundaryStore.open(trunk, tail, self.samples, readable), objective)
 
-    def _split(self, manifest: Manifest) -> Split:
-        """Return the two parts of a tuned run's backbone.
+    def _split(self, manifest: Manifest) -> Cut:
+        """Return the two parts of a tuned run's backbone, and the objective of the tail.
 
         Raises:
             FedheadError: if it cannot be cut, or more of it would train than this site allows.
         """
-        key = f"{manifest.backbone_digest} {manifest.tune}"
+        key = _tuning_key(manifest)
         found = self._splits.get(key)
         if found is None:
             try:
-                found = split(self._backbone(manifest), parse_tune(manifest.tune))
+                found = cut(self._backbone(manifest), parse_tune(manifest.tune), manifest.objective)
             except UserError as error:
                 raise FedheadError(f"This site cannot tune {manifest.backbone}: {error}") from None
-            self.training.check_tail(manifest.tune, sum(value.numel() for value in found.tail.trainable().values()))
-            found.tail.to(self.device)
+            self.training.check_tail(manifest.tune, found.num_parameters)
+            found.split.tail.to(self.device)
         _keep(self._splits, key, found)
         return found
 
@@ -378,6 +378,10 @@ class LocalSite:
         if found is None:
             raise FedheadError(f"The weights of {manifest.backbone} are not installed at {self.name}.")
         return found
+
+
+def _tuning_key(manifest: Manifest) -> str:
+    return f"{manifest.backbone_digest} {manifest.tune} {manifest.objective}"
 
 
 def _warn_of_uncounted(holding: Holding) -> None:

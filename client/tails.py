@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import ClassVar
 
 import numpy as np
@@ -14,8 +14,9 @@ from fedhead.client.agreement import Agreement, head_of
 from fedhead.client.labelled_features import LabelledFeatures, SiteRows
 from fedhead.data import IntArray
 from fedhead.features.boundary import BoundaryStore
-from fedhead.heads import TunedHead
-from fedhead.heads.tail import TAIL
+from fedhead.heads import ObjectiveHead, TunedHead
+from fedhead.heads.objectives import Objective
+from fedhead.heads.tail import OBJECTIVE, TAIL
 from fedhead.protocol.messages import check_arrays
 from fedhead.sums.sums import Arrays
 from fedhead.tasks.losses import LEAST_ROWS, Adjusted, AnswerLoss, Loss
@@ -23,18 +24,25 @@ from fedhead.tasks.losses import LEAST_ROWS, Adjusted, AnswerLoss, Loss
 
 @dataclass(frozen=True)
 class Tuning:
-    """What a site needs for tuning: the tail on its device, and its activations."""
+    """What a site needs for tuning: the tail on its device, its activations, and an objective other than the task's."""
 
     tail: Tail
     store: BoundaryStore
+    objective: Objective | None = None
 
     @cached_property
     def form(self) -> Arrays:
         """The names, shapes and dtype of the tail's parameters on the wire, as arrays without memory of their own."""
-        return {
-            f"{TAIL}{name}": np.broadcast_to(np.float32(0), value.shape)
-            for name, value in self.tail.trainable().items()
-        }
+        return _form(TAIL, self.tail.trainable())
+
+    @cached_property
+    def objective_form(self) -> Arrays:
+        """The same of the objective's own parameters."""
+        return _form(OBJECTIVE, self.objective.trainable()) if self.objective is not None else {}
+
+
+def _form(prefix: str, parameters: Mapping[str, Tensor]) -> Arrays:
+    return {f"{prefix}{name}": np.broadcast_to(np.float32(0), value.shape) for name, value in parameters.items()}
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,8 @@ class NoLayers:
 
 def tuned_head(agreed: Agreement, tuning: Tuning, names: Collection[str] | None = None) -> TunedHead:
     """Build the run's head on its tail, of which the named parameters train; all by default."""
-    head = TunedHead(
+    make = TunedHead if tuning.objective is None else partial(ObjectiveHead, tuning.objective)
+    head = make(
         tuning.tail,
         head_of(agreed),
         agreed.standardisation,

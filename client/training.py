@@ -216,6 +216,7 @@ def train_chunk(
     optimizer = OPTIMIZERS[settings.optimizer](settings, head.rates)
     table = table_of(sites)
     loss = data.loss_at(sites)
+    head.seed_draws(f"{seed}/{sites[0].name}/{round_number}")
     for batch in batches(sites, settings, seed, round_number, min_batch):
         count = len(batch.places)
         active = {name: value[:count] for name, value in parameters.items()}

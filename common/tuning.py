@@ -3,12 +3,15 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from fedhead.errors import UserError
 
 Method = Literal["head", "full", "bitfit", "norm", "lora"]
 Variant = Literal["", "ffa"]
+ObjectiveName = Literal["task", "supcon", "simsiam"]
+"""What a tail trains on: the task's loss, or another objective; see `fedhead.heads.objectives`."""
+OBJECTIVES: tuple[ObjectiveName, ...] = get_args(ObjectiveName)
 
 DEFAULT_WHERE = "last:4"
 """The layers of `lora`, `bitfit` and `norm` without another choice; all of them in models with fewer blocks."""

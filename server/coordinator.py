@@ -9,7 +9,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedhead.backbones import Backbone
-from fedhead.backbones.split import Tail
+from fedhead.backbones.objectives import Cut
 from fedhead.config import GENERATION, RunConfig
 from fedhead.heads import Head
 from fedhead.protocol.heads import HeadRequest
@@ -59,7 +59,7 @@ class Coordinator(ABC):
         checkpoint: saves and resumes the run.
         deliver: whether a solved head is solved again from all rows for use.
         members: the signed keys of real sites under secure summation; None if all sites are simulated.
-        tail: of the backbone of a tuned run, if it is cut already.
+        made: the backbone of a tuned run, if it is cut already.
 
     Raises:
         UserError: if head, init or classes do not fit each other.
@@ -79,7 +79,7 @@ class Coordinator(ABC):
         checkpoint: Checkpoint | None = None,
         deliver: bool = True,
         members: MemberRoster | None = None,
-        tail: Tail | None = None,
+        made: Cut | None = None,
     ) -> None:
         self.config = config
         self.backbone = backbone
@@ -92,7 +92,7 @@ class Coordinator(ABC):
         self.saved = checkpoint.load() if checkpoint is not None else None
         self.task = make_task(config.task, classes)
         self.form: HeadForm = (
-            (AdapterForm if config.task == GENERATION else TunedForm)(config, backbone, self.task, tail)
+            (AdapterForm if config.task == GENERATION else TunedForm)(config, backbone, self.task, made)
             if config.tune.on
             else HeadForm(config, backbone.num_features, self.task)
         )

@@ -201,8 +201,8 @@ class Finish:
             form,
             self.run.task,
             stats,
-            (kept.number, kept.arrays),
-            (last.number, last.arrays),
+            (kept.number, form.evaluated(kept.arrays)),
+            (last.number, form.evaluated(last.arrays)),
             Cost.of(progress.history, last, len(self.run.roster.nodes)),
             self.run.config.seed,
         )

@@ -152,7 +152,7 @@ class Rounds:
 
     def evaluate(self, number: int, head: Arrays) -> Exchange:
         """Have all sites evaluate the head of round `number`."""
-        content = HeadRequest(head, server_round=number).to_content()
+        content = HeadRequest(self._form.evaluated(head), server_round=number).to_content()
         together = self._messenger.summation is None
         addresses = self._messenger.addresses(self._roster.nodes, together=together)
         messages = {name: Message(content, node_id, EVALUATE) for name, node_id in sorted(addresses.nodes.items())}

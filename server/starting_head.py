@@ -158,6 +158,10 @@ class HeadForm:
         """Return the parameters that train in a round."""
         return parameters
 
+    def evaluated(self, parameters: Arrays) -> Arrays:
+        """Return the parameters that sites evaluate a version by."""
+        return parameters
+
     def begins(self, number: int) -> bool:
         """Return whether other parameters train from a round on."""
         return False

@@ -3,11 +3,11 @@
 import numpy as np
 import torch
 
-from fedhead.backbones import Backbone
-from fedhead.backbones.split import Split, Tail, split
+from fedhead.backbones import Backbone, objectives
+from fedhead.backbones.objectives import Cut
 from fedhead.config import RunConfig
 from fedhead.heads import Head, TunedHead
-from fedhead.heads.tail import HEAD, TAIL, part_of
+from fedhead.heads.tail import HEAD, OBJECTIVE, TAIL, part_of
 from fedhead.server.starting_head import HeadForm
 from fedhead.sums.features import FeatureStatistics
 from fedhead.sums.sums import Arrays
@@ -16,14 +16,15 @@ from fedhead.tasks.losses import LEAST_ROWS
 from fedhead.tuning import parse_tune
 
 
-def cut(backbone: Backbone, config: RunConfig) -> Split:
+def cut(backbone: Backbone, config: RunConfig) -> Cut:
     """Cut the backbone of a tuned run before the first layer that trains in any of its rounds.
 
     Raises:
         UserError: if it cannot be cut so.
     """
     schedule = config.tune.stages()
-    return split(backbone, parse_tune(config.tune.layers), stages=schedule.specs if schedule else ())
+    stages = schedule.specs if schedule else ()
+    return objectives.cut(backbone, parse_tune(config.tune.layers), config.tune.objective, stages=stages)
 
 
 class TunedForm(HeadForm):
@@ -33,30 +34,35 @@ class TunedForm(HeadForm):
         config: of a tuned run.
         backbone: the whole.
         task: of the run.
-        tail: of the backbone, if it is cut already.
+        made: of the backbone, if it is cut already.
 
     Raises:
         UserError: if the backbone cannot be cut as `tune` says.
     """
 
-    def __init__(self, config: RunConfig, backbone: Backbone, task: Task, tail: Tail | None = None) -> None:
+    def __init__(self, config: RunConfig, backbone: Backbone, task: Task, made: Cut | None = None) -> None:
         super().__init__(config, backbone.num_features, task)
-        self._tail = tail or cut(backbone, config).tail
+        made = made or cut(backbone, config)
+        self._tail = made.split.tail
         self._schedule = config.tune.stages()
         self._sequences = backbone.kind == "text"
         self._own = {f"{TAIL}{name}": value.cpu().float().numpy() for name, value in self._tail.trainable().items()}
+        started = made.objective.trainable() if made.objective is not None else {}
+        self._objective = {f"{OBJECTIVE}{name}": value.cpu().float().numpy() for name, value in started.items()}
 
     @property
     def num_parameters(self) -> int:
-        """The number of trained parameters, those of the head included."""
-        return sum(value.size for value in self._own.values()) + sum(one.numel() for one in self.make().parameters())
+        """The number of trained parameters, those of the head and of the objective included."""
+        own = [*self._own.values(), *self._objective.values()]
+        return sum(value.size for value in own) + sum(one.numel() for one in self.make().parameters())
 
     def trained_in(self, number: int, parameters: Arrays) -> Arrays:
         """Return the parameters that train in a round: all, or those of its stage with the head."""
         if self._schedule is None:
             return parameters
         names = {f"{TAIL}{name}" for name in self._tail.stages[self._schedule.stage(number)]}
-        return {name: value for name, value in parameters.items() if name.startswith(HEAD) or name in names}
+        others = (HEAD, OBJECTIVE)
+        return {name: value for name, value in parameters.items() if name.startswith(others) or name in names}
 
     def begins(self, number: int) -> bool:
         """Return whether a stage other than the first begins in a round."""
@@ -70,8 +76,12 @@ class TunedForm(HeadForm):
         self.shares = (counts / counts.sum()).float()
 
     def enter(self, head: Arrays) -> Arrays:
-        """Return the parameters that rounds start from: the head's, and those of the backbone's own tail."""
-        return self.joined(head, self._own)
+        """Return the parameters that rounds start from: the head's, and the own ones of tail and objective."""
+        return {**self.joined(head, self._own), **self._objective}
+
+    def evaluated(self, parameters: Arrays) -> Arrays:
+        """Return the parameters without those of the objective, which only trains."""
+        return {name: value for name, value in parameters.items() if not name.startswith(OBJECTIVE)}
 
     def solved_on(self, tail: Arrays, stats: FeatureStatistics) -> Arrays:
         """Return the tail of other parameters with the head that is solved from statistics of its features."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fedhead.backbones import load_backbone
 from fedhead.backbones.identity import identity_for
-from fedhead.backbones.split import Tail
+from fedhead.backbones.objectives import Cut
 from fedhead.client.release.guard import labels_of
 from fedhead.client.release.subgroups import Subgroups
 from fedhead.client.tails import Tuning
@@ -137,7 +137,8 @@ def run_plan(
     if parts is not None:
         parts.checkpoint.data = _data_digest(plan, store, test_store)
     task = make_task(config.task, config.classes)
-    tuning, test_rows = _tuning(plan, store, test_store)
+    made = cut(plan.backbone, config) if config.tune.on else None
+    tuning, test_rows = _tuning(plan, store, test_store, made)
     shared = _shared(plan, store, task, tuning)
     held, empty = _held_rows(plan, store, apps)
     allowed = dict(zip(held, shared.count_allowed(list(held.values()), config).tolist(), strict=True))
@@ -153,7 +154,7 @@ def run_plan(
         shared,
         allowed,
         apps,
-        partial(_coordinate, plan, parts, test, deliver, tuning.tail if tuning else None),
+        partial(_coordinate, plan, parts, test, deliver, made),
     )
     if attack:
         outcome = replace(outcome, attack=_attack(attack, plan, shared, held))
@@ -253,7 +254,7 @@ def _coordinate(
     parts: RunParts | None,
     test: Callable[[Head], float | None] | None,
     deliver: bool,
-    tail: Tail | None,
+    made: Cut | None,
     grid: Grid,
 ) -> Outcome:
     coordinator = coordinator_for(plan.config)(
@@ -267,7 +268,7 @@ def _coordinate(
         test=test,
         checkpoint=parts.checkpoint if parts else None,
         deliver=deliver,
-        tail=tail,
+        made=made,
     )
     return coordinator.run()
 
@@ -370,18 +371,18 @@ def _score_places(store: FeatureStore, places: ItemPlaces) -> Callable[[Head], f
 
 
 def _tuning(
-    plan: Plan, store: FeatureStore, test_store: FeatureStore | None
+    plan: Plan, store: FeatureStore, test_store: FeatureStore | None, made: Cut | None
 ) -> tuple[Tuning | None, BoundaryStore | None]:
-    """Cut the backbone of a tuned run, and open the activations of the sites' rows and of the test set."""
-    if not plan.config.tune.on:
+    """Open the activations of the sites' rows and of the test set in a tuned run, given its cut backbone."""
+    if made is None:
         return None, None
-    trunk, tail = cut(plan.backbone, plan.config)
+    trunk, tail = made.split
     tail.to(plan.backbone.device)
     opened = BoundaryStore.open(trunk, tail, plan.samples, store.readable())
     test = None
     if test_store is not None and plan.test_samples is not None:
         test = BoundaryStore.open(trunk, tail, plan.test_samples, test_store.readable())
-    return Tuning(tail, opened), test
+    return Tuning(tail, opened, made.objective), test
 
 
 def _score_on(

@@ -148,7 +148,7 @@ class Approvals(Step):
             digest=manifest.backbone_digest,
             layer=manifest.layer,
             weights=manifest.weights_digest,
-            tune=manifest.tune,
+            tune=_tunes(manifest),
         )
 
     def _described(self, manifest: Manifest, action: str, tuned: int = 0) -> str:
@@ -174,7 +174,11 @@ class Approvals(Step):
                 "backbone": f"{manifest.backbone}, layer {manifest.layer}",
                 "weights": f"sha256:{manifest.weights_digest}",
                 "": origin,
-                **({"tunes": f"{manifest.tune}, which shows more of rows than a head alone"} if manifest.tune else {}),
+                **(
+                    {"tunes": f"{_tunes(manifest)}, which shows more of rows than a head alone"}
+                    if manifest.tune
+                    else {}
+                ),
                 "leaves": asked.tells + (f"; {tuned:,} trained parameters of the backbone" if tuned else ""),
             }
         )
@@ -188,11 +192,20 @@ class Approvals(Step):
             _write(self._path, [*before, agreed])
 
 
-def _tuned(payload: Payload) -> int:
-    """Return the number of parameters of a tail in a reply, or of changes to them."""
-    from fedhead.heads.tail import TAIL
+def _tunes(manifest: Manifest) -> str:
+    """Return the layers that a run tunes, with their objective if it is not the task's."""
+    return manifest.tune if manifest.objective == "task" else f"{manifest.tune} by {manifest.objective}"
 
-    return sum(array.size for name, array in payload.arrays.items() if f".{TAIL}" in f".{name}")
+
+def _tuned(payload: Payload) -> int:
+    """Return the number of parameters of a tail and of its objective in a reply, or of changes to them."""
+    from fedhead.heads.tail import OBJECTIVE, TAIL
+
+    return sum(
+        array.size
+        for name, array in payload.arrays.items()
+        if any(f".{part}" in f".{name}" for part in (TAIL, OBJECTIVE))
+    )
 
 
 _OF_WEIGHTS = """\

@@ -41,6 +41,7 @@ class _Chosen:
         found = [(_PANELS.get(name, RUN), name, RunConfig.model_fields[name]) for name in run]
         if self.run is None:
             found.append((RUN, "tune", TuneConfig.model_fields["layers"]))
+            found.append((RUN, "objective", TuneConfig.model_fields["objective"]))
             found += [(PRIVACY, name, field) for name, field in PrivacyConfig.model_fields.items()]
         return [*found, *((SIMULATION, name, SimulationConfig.model_fields[name]) for name in simulation)]
 
@@ -72,8 +73,9 @@ class _Chosen:
                 value = [one.strip() for one in value.split(",")]
             if value is not None:
                 tables.get(panel, changes)[name] = value
-        if (layers := changes.pop("tune", None)) is not None:
-            changes["tune"] = {"layers": layers}
+        named = {"layers": changes.pop("tune", None), "objective": changes.pop("objective", None)}
+        if tune := {name: value for name, value in named.items() if value is not None}:
+            changes["tune"] = tune
         if (multi_label := values.pop("multi_label", None)) is not None:
             changes["multi_label"] = multi_label
         privacy = {"privacy": tables[PRIVACY]} if tables[PRIVACY] else {}

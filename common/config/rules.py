@@ -196,6 +196,24 @@ def _settings_of_tuning_name_layers(run: "RunConfig") -> None:
 
 
 @_rule
+def _objectives_train_layers(run: "RunConfig") -> None:
+    objective = run.tune.objective
+    if objective == "task":
+        return
+    if run.task == GENERATION:
+        raise ValueError(f"task {GENERATION!r} trains on answers: leave tune.objective out, not {objective!r}")
+    if objective == "supcon" and run.task != "classification":
+        raise ValueError(f"objective 'supcon' compares rows of one class each, which task {run.task!r} does not have")
+    if objective == "supcon" and run.tune.batch_size == 1:
+        raise ValueError("objective 'supcon' compares the rows of a minibatch: set tune.batch_size to 2 or more")
+    if "head" in run.tune.schedule.values():
+        raise ValueError(
+            f"in a schedule's stage 'head' no layers train, so that objective {objective!r} has none: begin with "
+            'layers, as in { 1 = "last:1" }'
+        )
+
+
+@_rule
 def _tuned_runs_start_from_a_solved_head(run: "RunConfig") -> None:
     if not run.tune.on:
         return

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from fedhead.config.fields import MOST_DECAY, Epsilon, NonNegative, Positive, Scalar, require_tunable
 from fedhead.errors import UserError
-from fedhead.tuning import Schedule, parse_schedule
+from fedhead.tuning import ObjectiveName, Schedule, parse_schedule
 
 
 class Table(BaseModel):
@@ -71,6 +71,11 @@ class TuneConfig(Table):
     )
     precision: Literal["float32", "mixed"] = Field(
         "float32", description="Precision of training: 'float32', or 'mixed' for bfloat16."
+    )
+    objective: ObjectiveName = Field(
+        "task",
+        description="What the layers train on: the loss of the 'task'; 'supcon', supervised contrast of the rows of a "
+        "batch; or 'simsiam', agreement of two views of a row, without labels.",
     )
     schedule: dict[Annotated[int, Field(ge=1)], str] = Field(
         {},

@@ -3,7 +3,7 @@
 from fedhead.heads.feature_map import FeatureMap, MapForm, MappedHead, behind, delivered_spec, make_delivered, unmapped
 from fedhead.heads.head import CosineHead, Head, LinearHead, MLPHead, Solutions, heads, make_head
 from fedhead.heads.passing import NoHead
-from fedhead.heads.tail import TunedHead
+from fedhead.heads.tail import ObjectiveHead, TunedHead
 from fedhead.heads.unit import UnitHead
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "MapForm",
     "MappedHead",
     "NoHead",
+    "ObjectiveHead",
     "Solutions",
     "TunedHead",
     "UnitHead",

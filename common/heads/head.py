@@ -113,6 +113,9 @@ class Head(nn.Module, ABC):
             slopes = torch.autograd.grad(values.sum(), list(leaves.values()))
         return dict(zip(leaves, slopes, strict=True)), values.detach()
 
+    def seed_draws(self, stream: str) -> None:
+        """Seed the random numbers of training by the name of a site's round; most heads draw none."""
+
     @abstractmethod
     def randomise(self, generator: torch.Generator) -> None:
         """Draw the parameters at random."""

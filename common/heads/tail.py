@@ -1,19 +1,22 @@
 """A head on a tail: layers or adapters of the backbone that train together with the head."""
 
+import hashlib
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from fedhead.heads.head import Head
+from fedhead.heads.objectives import Objective
 
 if TYPE_CHECKING:
     from fedhead.tasks.losses import Loss
 
 HEAD: Literal["head."] = "head."
 TAIL: Literal["tail."] = "tail."
+OBJECTIVE: Literal["objective."] = "objective."
 """Prefixes of the names of parameters."""
 
 T = TypeVar("T")
@@ -95,12 +98,16 @@ class TunedHead(Head):
         batched = any(parameters[name].ndim > value.ndim for name, value in own.items())
         if batched:
             parameters, features = {name: value.squeeze(0) for name, value in parameters.items()}, features.squeeze(0)
-        rows = self.features(parameters, features)
-        if self._standardisation is not None:
-            mean, scale = (part.to(rows) for part in self._standardisation)
-            rows = (rows - mean) / scale
-        outputs = self.head.outputs(part_of(parameters, HEAD), rows)
+        outputs = self.head.outputs(part_of(parameters, HEAD), self.embed(parameters, features))
         return outputs.unsqueeze(0) if batched else outputs
+
+    def embed(self, parameters: Mapping[str, Tensor], activations: Tensor) -> Tensor:
+        """Return the tail's features `[n, d]` as the head sees them, standardised."""
+        rows = self.features(parameters, activations)
+        if self._standardisation is None:
+            return rows
+        mean, scale = (part.to(rows) for part in self._standardisation)
+        return (rows - mean) / scale
 
     def features(self, parameters: Mapping[str, Tensor], activations: Tensor) -> Tensor:
         """Return the tail's features `[n, d]`, float32, as they are without standardisation."""
@@ -112,11 +119,12 @@ class TunedHead(Head):
     def gradients(
         self, parameters: Mapping[str, Tensor], features: Tensor, targets: Tensor, weights: Tensor, loss: "Loss"
     ) -> tuple[dict[str, Tensor], Tensor]:
-        context: AbstractContextManager[object] = nullcontext()
-        if self.mixed:
-            context = torch.autocast(features.device.type, torch.bfloat16)
-        with context:
+        with self.precision(features):
             return super().gradients(parameters, features, targets, weights, loss)
+
+    def precision(self, like: Tensor) -> AbstractContextManager[object]:
+        """Return the context in which the tail trains."""
+        return torch.autocast(like.device.type, torch.bfloat16) if self.mixed else nullcontext()
 
     def trainable(self) -> dict[str, Tensor]:
         head = {f"{HEAD}{name}": value for name, value in self.head.trainable().items()}
@@ -148,6 +156,47 @@ class TunedHead(Head):
         self.head.absorb_temperature(temperature)
 
 
-def part_of(parameters: Mapping[str, T], prefix: Literal["head.", "tail."]) -> dict[str, T]:
+class ObjectiveHead(TunedHead):
+    """A tail that trains by an objective of its own, with a head that follows its features.
+
+    The head learns the task's loss on the tail's features, and no gradient of it reaches the tail, so that the rounds'
+    held-out losses are those of the features.
+
+    Args:
+        objective: of the tail.
+        tail: see `TunedHead`, as all others.
+    """
+
+    def __init__(self, objective: Objective, tail: Tail, head: Head, *args: Any, **settings: Any) -> None:
+        super().__init__(tail, head, *args, **settings)
+        self.objective = objective
+        self._generator = torch.Generator()
+
+    def trainable(self) -> dict[str, Tensor]:
+        own = {f"{OBJECTIVE}{name}": value.clone() for name, value in self.objective.trainable().items()}
+        return {**super().trainable(), **own}
+
+    def seed_draws(self, stream: str) -> None:
+        digest = hashlib.blake2b(f"draws {stream}".encode(), digest_size=8).digest()
+        self.draw_from(torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1))
+
+    def draw_from(self, generator: torch.Generator) -> None:
+        """Draw the random numbers of training from a generator on the CPU."""
+        self._generator = generator
+
+    def gradients(
+        self, parameters: Mapping[str, Tensor], features: Tensor, targets: Tensor, weights: Tensor, loss: "Loss"
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        with torch.enable_grad(), self.precision(features):
+            leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
+            own = {name: value.squeeze(0) for name, value in leaves.items()}
+            judged = self.objective.judge(self, own, features.squeeze(0), targets.squeeze(0), self._generator)
+            outputs = self.head.outputs(part_of(own, HEAD), judged.features)
+            followed = (loss.values(outputs, targets.squeeze(0)) * weights.squeeze(0)).sum()
+            slopes = torch.autograd.grad(judged.loss + followed, list(leaves.values()), materialize_grads=True)
+        return dict(zip(leaves, slopes, strict=True)), judged.loss.detach().reshape(1)
+
+
+def part_of(parameters: Mapping[str, T], prefix: Literal["head.", "tail.", "objective."]) -> dict[str, T]:
     """Return the parameters with a prefix, without it."""
     return {name.removeprefix(prefix): value for name, value in parameters.items() if name.startswith(prefix)}

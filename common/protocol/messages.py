@@ -35,7 +35,7 @@ from fedhead.protocol.fields import (
 )
 from fedhead.protocol.private import PrivacyTerms, terms_of
 from fedhead.sums.sums import Arrays, check_form
-from fedhead.tuning import parse_tune
+from fedhead.tuning import ObjectiveName, parse_tune
 
 if TYPE_CHECKING:
     from fedhead.backbones import Backbone
@@ -144,6 +144,7 @@ class Manifest(BaseModel):
     adjust: Flag = False
     mixed: Flag = False
     decay: Annotated[float, Field(ge=1, le=MOST_DECAY)] = 1.0
+    objective: ObjectiveName = "task"
     secure_sum: Flag = False
     privacy: PrivacyTerms | None = None
 
@@ -168,6 +169,7 @@ class Manifest(BaseModel):
             adjust=config.adjusts_shares,
             mixed=config.tune.on and config.tune.precision == "mixed",
             decay=config.tune.decay if config.tune.on else 1.0,
+            objective=config.tune.objective if config.tune.on else "task",
             secure_sum=config.privacy.secure_sum,
             privacy=terms_of(config.privacy),
         )
@@ -175,7 +177,8 @@ class Manifest(BaseModel):
     def wire(self) -> dict[str, Any]:
         """Return plain values for the wire, without settings that have no effect and that earlier releases reject."""
         off = {name for name in ("secure_sum", "privacy", "tune", "adjust", "mixed") if not getattr(self, name)}
-        return self.model_dump(mode="json", exclude=off | ({"decay"} if self.decay == 1 else set()))
+        usual = {name for name, value in (("decay", 1), ("objective", "task")) if getattr(self, name) == value}
+        return self.model_dump(mode="json", exclude=off | usual)
 
 
 LORA_LR, NORMALISED_LR, LR = 2e-3, 1e-4, 3e-4

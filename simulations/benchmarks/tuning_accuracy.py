@@ -19,6 +19,7 @@ from fedhead.simulations.benchmarks.problem import SEED
 from fedhead.simulations.benchmarks.time_to_accuracy import digits
 from fedhead.simulations.result import RunResult
 from fedhead.simulations.simulate import simulate
+from fedhead.tuning import OBJECTIVES
 
 SOLVED = "head"
 PROGRESSIVE = "progressive"
@@ -27,11 +28,15 @@ CHOICES = (SOLVED, "last:1", "last:2", "last:4", "bitfit", "lora:8", PROGRESSIVE
 
 
 def tuned_by(name: str, config: RunConfig) -> dict[str, Any]:
-    """Return the changes to the settings for a choice; the layers of `progressive` are the last four, one by one."""
+    """Return the changes to the settings for a choice, such as `last:2` or `supcon:last:2` with its objective.
+
+    The layers of `progressive` are the last four, one by one.
+    """
     if name == SOLVED:
         return {"rounds": 0}
     if name != PROGRESSIVE:
-        return {"tune": {"layers": name}}
+        first, _, rest = name.partition(":")
+        return {"tune": {"layers": rest, "objective": first} if first in OBJECTIVES else {"layers": name}}
     starts = {1 + config.rounds * stage // 4: f"last:{stage + 1}" for stage in range(4)}
     return {"tune": {"schedule": starts, "decay": 2.6}}
 
@@ -100,7 +105,7 @@ def tuning_accuracy(
     test_data: Annotated[str, typer.Option(help="A pooled test set, as a data spec.")] = "",
     backbone: Annotated[str, typer.Option()] = "bundled:glyphnet",
     weights: Annotated[str, typer.Option()] = "default",
-    only: Annotated[str, typer.Option(help="What to tune, separated by commas.")] = ",".join(CHOICES),
+    only: Annotated[str, typer.Option(help="What to tune, as in last:2,supcon:last:2.")] = ",".join(CHOICES),
     sites: Annotated[int, typer.Option(min=1)] = 10,
     partition: Annotated[str, typer.Option()] = "dirichlet:0.3",
     number: Annotated[int, typer.Option("--rounds", min=1)] = 10,

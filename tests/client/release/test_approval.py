@@ -87,6 +87,16 @@ def test_agreement_to_a_head_covers_no_layers(tmp_path: Path) -> None:
     approvals(tmp_path, None).leave(PAYLOAD, release())
 
 
+def test_agreement_to_layers_covers_no_other_objective_of_theirs(tmp_path: Path) -> None:
+    approvals(tmp_path, Person(True)).leave(PAYLOAD, release(tune="last:1"))
+    person = Person(True)
+    trained = Payload({}, {"tail.a": np.zeros(30, np.float32), "objective.predictor.a": np.zeros(12, np.float32)})
+    approvals(tmp_path, person).leave(trained, release(tune="last:1", objective="simsiam"))
+    (shown,) = person.shown
+    assert "last:1 by simsiam, which shows more" in shown
+    assert "42 trained parameters of the backbone" in shown
+
+
 def test_agreement_is_for_one_kind_run_backbone_and_coordinator_and_survives_a_restart(tmp_path: Path) -> None:
     approvals(tmp_path, Person(True)).leave(PAYLOAD, release())
     nobody = approvals(tmp_path, None)
