@@ -86,20 +86,13 @@ def sum_rows(
     targets = data.labels
     counts: Arrays = {}
     total: FeatureMoments | FeatureStatistics
-    if data.places is not None:
-        if request.what == "moments":
-            raise MessageError("it asks for moments of features, which are not standardised in tasks about places")
+    if request.what == "moments":
+        total = _moments(data, agreed, together)
+    elif data.places is not None:
         total = agreed.task.statistics(len(agreed.origin), agreed.origin)
         for rows in doublings(together):
             total += total
             data.places.add(total, data.features, rows.numpy())
-    elif request.what == "moments":
-        plain = agreed.probe.mean(0) if agreed.mapping is None else agreed.origin
-        total = FeatureMoments.empty(agreed.task.origin_to_standardise(plain))
-        for rows in doublings(together):
-            total += total
-            for block in torch.split(rows, BLOCK_ROWS):
-                total = total.updated(agreed.task.to_standardise(data.exact(block), targets[block].cpu()))
     else:
         project = projection_for(agreed.num_features, agreed.manifest.seed)
         total = agreed.task.statistics(len(agreed.origin), agreed.origin)
@@ -112,6 +105,20 @@ def sum_rows(
         owners = np.repeat(np.arange(len(summed)), [len(own) for own in summed])
         counts = {SITE_COUNTS: agreed.task.count_rows(targets.cpu().numpy()[together], owners, len(summed))}
     return of_several(total.to_arrays(), len(sites), counts)
+
+
+def _moments(data: LabelledFeatures, agreed: Agreement, rows: IntArray) -> FeatureMoments:
+    plain = agreed.probe.mean(0) if agreed.mapping is None else agreed.origin
+    total = FeatureMoments.empty(agreed.task.origin_to_standardise(plain))
+    for distinct in doublings(rows):
+        total += total
+        if data.places is not None:
+            for places in data.places.each(data.features, distinct.numpy()):
+                total = total.with_item(places)
+            continue
+        for block in torch.split(distinct, BLOCK_ROWS):
+            total = total.updated(agreed.task.to_standardise(data.exact(block), data.labels[block].cpu()))
+    return total
 
 
 def doublings(rows: IntArray) -> Iterator[Tensor]:

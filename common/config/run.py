@@ -225,7 +225,7 @@ class RunConfig(Table):
         if self.task == "clusters":
             return self.changed({"rounds": 0, "diagnose": False})
         if self.task in DENSE_LAYERS:
-            rounds = self.rounds if "rounds" in self.model_fields_set else 0
+            rounds = self.rounds if "rounds" in self.model_fields_set or self.init == "zeros" else 0
             return self.changed({"rounds": rounds, "diagnose": False, "layer": self._dense_layer})
         if self.adapt:
             return self.changed({"rounds": 0})

@@ -18,6 +18,8 @@ from fedhead.sums.totals import HARDLY, negligible
 class FeatureMoments:
     """Sums of `x - origin` and of its squares over rows of `d` features; moments about the same origin add.
 
+    Of items with places, each item adds the means over its places.
+
     Attributes:
         origin: `[d]`, float64.
         rows: the number of rows.
@@ -41,6 +43,12 @@ class FeatureMoments:
         block = features.to(torch.float64, copy=True).sub_(self.origin)
         total = self.total + block.sum(0)
         return type(self)(self.origin, self.rows + len(block), total, self.squares + block.square_().sum(0))
+
+    def with_item(self, places: Tensor) -> Self:
+        """Return the moments with one item added, by the means over its places `[p, d]`, of which there must be one."""
+        block = places.to(torch.float64, copy=True).sub_(self.origin)
+        total = self.total + block.mean(0)
+        return type(self)(self.origin, self.rows + 1, total, self.squares + block.square_().mean(0))
 
     def __add__(self, other: Self) -> Self:
         if not torch.equal(self.origin, other.origin):

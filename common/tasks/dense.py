@@ -170,8 +170,9 @@ class DenseTask(Task):
         return np.where(targets.any(1), frequency.argmin(1), -1)
 
     def inits(self, head: "type[Head]") -> tuple[str, ...]:
-        """Return the closed forms: rounds of heads of places start from a solved one."""
-        return () if head.directional else tuple(init for init in head.inits if init in self.solvers)
+        """Return the closed forms and `zeros`; only heads with a closed form are for places."""
+        solved = () if head.directional else tuple(init for init in head.inits if init in self.solvers)
+        return (*solved, "zeros") if solved else ()
 
     def counts_of(self, stats: FeatureStatistics) -> "Tensor":
         return stats.counts.new_tensor([stats.items]).long()
@@ -323,6 +324,14 @@ class ItemPlaces:
             found = self.task.expand(values, annotations, self.geometry)
             stats.update(found.features, found.targets)
             stats.items += found.items
+
+    def each(self, features: "Tensor", rows: IntArray) -> "Iterator[Tensor]":
+        """Yield the features `[p, d]` of each item's places that are learned from; items without such are left out."""
+        for values, annotations in self.blocks(features, rows):
+            for own, annotation in zip(values, annotations, strict=True):
+                found = self.task.expand(own[None], [annotation], self.geometry).features
+                if len(found):
+                    yield found
 
     def summed_scores(self, head: "Callable[[Tensor], Tensor]", features: "Tensor", rows: IntArray) -> float:
         """Return the scores of single items added up; an item whose score is undefined adds 0."""

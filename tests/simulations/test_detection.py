@@ -93,6 +93,13 @@ def test_rounds_are_judged_by_average_precision(drawn: str, tmp_path: Path) -> N
         assert result.evaluation.ap50.value == pytest.approx(new if result.outcome.kept_round else old, abs=1e-6)
 
 
+def test_rounds_from_zeros_find_shapes(drawn: str, tmp_path: Path) -> None:
+    result = run(drawn, tmp_path / "run", rounds=5, init="zeros", local={"lr": 0.003, "batch_size": 4})
+    assert not result.outcome.choices
+    assert result.history[5].train_loss < result.history[1].train_loss
+    assert result.evaluation.ap50.value > 0.2
+
+
 def test_sites_of_the_data_and_secure_sums_give_the_same_head(drawn: str, tmp_path: Path) -> None:
     plain = run(drawn, tmp_path / "plain")
     sites = {"data": drawn, "partition": "folder", "min_rows": 4, "min_class_count": 2}

@@ -1,5 +1,6 @@
 """Segmentation runs end to end on drawn images with masks."""
 
+import math
 import shutil
 import subprocess
 import sys
@@ -95,6 +96,18 @@ def test_rounds_start_from_the_solved_head_and_are_judged_by_mean_iou(drawn: str
     kept = result.evaluation.miou.value
     assert kept == pytest.approx(new if result.outcome.kept_round else old, abs=1e-6)
     assert kept > 0.8
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_rounds_from_zeros_find_squares(drawn: str, tmp_path: Path, secure: bool) -> None:
+    changes: dict[str, object] = {"init": "zeros", "rounds": 4, "local": {"lr": 1.0, "batch_size": 4}}
+    if secure:
+        changes["privacy"] = {"secure_sum": True, "max_colluding": 0}
+    result = run(drawn, tmp_path / "run", **changes)
+    assert result.history[0].loss == pytest.approx(math.log(2), abs=1e-6)
+    assert not result.outcome.choices
+    assert not result.outcome.all_rows
+    assert result.evaluation.miou.value > 0.8
 
 
 def test_rounds_that_harm_are_not_kept(drawn: str, tmp_path: Path) -> None:

@@ -31,6 +31,22 @@ def test_moments_of_parts_equal_moments_of_whole(seed: int, n: int, cut: int) ->
         torch.testing.assert_close(total.scale(), features.double().std(0, correction=0), rtol=1e-9, atol=1e-12)
 
 
+@settings(deadline=None)
+@given(seed=st.integers(0, 10**6), sizes=st.lists(st.integers(1, 5), min_size=2, max_size=6))
+def test_each_item_adds_the_means_over_its_places(seed: int, sizes: list[int]) -> None:
+    items = torch.split(rows(seed, sum(sizes)), sizes)
+    moments = FeatureMoments.empty(ORIGIN)
+    for places in items:
+        moments = moments.with_item(places)
+    received = FeatureMoments.from_arrays(moments.to_arrays(), FeatureMoments.empty(ORIGIN))
+    assert received.rows == len(sizes)
+    mean = torch.stack([one.double().mean(0) for one in items]).mean(0)
+    squares = torch.stack([one.double().square().mean(0) for one in items]).mean(0)
+    torch.testing.assert_close(received.mean(), mean, rtol=0, atol=1e-12)
+    if sum(sizes) > 2:
+        torch.testing.assert_close(received.scale(), (squares - mean.square()).sqrt(), rtol=1e-5, atol=1e-7)
+
+
 def test_mean_and_scale_equal_full_statistics() -> None:
     features = rows(1, 50)
     features[:, 1] = 3.25
