@@ -14,14 +14,14 @@ from fedhead.model import TransferModel
 
 def generate(
     model: TransferModel,
-    prompts: Iterable[str | Sequence[Turn]],
+    prompts: str | Iterable[str | Sequence[Turn]],
     *,
     system: str = "",
     max_tokens: int = 128,
     temperature: float = 0.0,
     seed: int = 0,
 ) -> Iterator[str]:
-    """Yield an answer to each prompt.
+    """Yield an answer to each prompt; a single text is one prompt.
 
     Args:
         model: of the task `generation`.
@@ -42,7 +42,7 @@ def generate(
         raise UserError(f"Answers of this model have 1 to {longest - 1} tokens, not {max_tokens}.")
     if not 0 <= temperature <= 100:
         raise UserError(f"The temperature is from 0 to 100, not {temperature:g}.")
-    for number, prompt in enumerate(prompts):
+    for number, prompt in enumerate([prompts] if isinstance(prompts, str) else prompts):
         turns: list[Turn] = [("user", prompt)] if isinstance(prompt, str) else list(prompt)
         if system and turns[0][0] != "system":
             turns.insert(0, ("system", system))

@@ -8,6 +8,7 @@ import numpy as np
 from fedhead.server.exchange import Exchange
 from fedhead.sums.heads import HELD_OUT, LOSS_SUM, METRICS, SCORE, FloatArray
 from fedhead.sums.sums import Arrays
+from fedhead.tasks.task import SelectsBy
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,14 @@ class BestCheckpoint:
         self.sites = sites
         self.candidates = list(candidates)
 
-    def add(self, number: int, arrays: Arrays, evaluation: Exchange, *, by_score: bool = False) -> None:
+    def add(self, number: int, arrays: Arrays, evaluation: Exchange, *, by: SelectsBy = "loss") -> None:
         """Add a head with its evaluation by the sites.
 
         Args:
             number: its round.
             arrays: the head.
             evaluation: of the head.
-            by_score: whether heads are compared by what their summed scores lack of the best possible one.
+            by: the figure that heads are compared by.
         """
         known = evaluation.metrics.keys()
         if self.sites is None:
@@ -57,7 +58,7 @@ class BestCheckpoint:
             left = [row for row, site in enumerate(self.sites) if site in known]
             self.sites = [self.sites[row] for row in left]
             self.candidates = [Candidate(one.number, one.arrays, one.losses[left]) for one in self.candidates]
-        losses = np.array([_losses(evaluation.metrics[site], by_score) for site in self.sites])
+        losses = np.array([_losses(evaluation.metrics[site], by) for site in self.sites])
         before = np.array([one.losses for one in self.candidates]).reshape(len(self.candidates), losses.size)
         if np.all(before <= losses.ravel(), axis=1).any():
             return
@@ -80,10 +81,14 @@ class BestCheckpoint:
         return min(self.candidates, key=lambda one: float(np.min(one.losses.sum(axis=0))))
 
 
-def _losses(metrics: FloatArray, by_score: bool) -> FloatArray:
+def _losses(metrics: FloatArray, by: SelectsBy) -> FloatArray:
     """Return a site's summed held-out loss, or its losses at the temperatures `CURVE` if it sent them."""
-    if by_score:
+    if by == "score":
         lacking: FloatArray = metrics[HELD_OUT] - metrics[SCORE]
         return lacking
+    if by == "token_loss":
+        # A site weighs by its rows, which are bounded, and not by the tokens that it claims.
+        of_rows: FloatArray = metrics[HELD_OUT] * metrics[LOSS_SUM] / max(metrics[SCORE], 1.0)
+        return of_rows
     curve = metrics[len(METRICS) :]
     return curve if len(curve) else metrics[LOSS_SUM]

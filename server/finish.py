@@ -152,7 +152,7 @@ class Finish:
         last, stats = progress.current, progress.stats
         if isinstance(self.run.form, TunedForm) and stats is not None:
             return self._kept_tuned(self.run.form, stats, exchange)
-        progress.best.add(last.number, last.arrays, exchange, by_score=self.run.task.dense)
+        progress.best.add(last.number, last.arrays, exchange, by=self.run.task.selects_by)
         kept = progress.best.choose(exchange) or last
         if kept.number and stats is not None and self.run.task.proves_by_score:
             return self._proven_by_score(kept.number, kept.arrays, stats, exchange)

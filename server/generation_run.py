@@ -1,9 +1,10 @@
 """The coordinator of language models: rounds train adapters, which are kept if held-out conversations prove them."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedhead.errors import FedheadError
 from fedhead.protocol.heads import HeadRequest
 from fedhead.server.evaluation import some_sites
 from fedhead.server.exchange import Exchange
@@ -11,6 +12,7 @@ from fedhead.server.head_run import HeadCoordinator
 from fedhead.server.rounds import Version
 from fedhead.server.runs.checkpoint import Progress
 from fedhead.server.runs.history import Outcome
+from fedhead.server.screening import LEAST_SITES, impossible_answers
 from fedhead.server.selection import Choice, Rival, compare_rivals, errors_to_gain
 from fedhead.server.tuned_form import AdapterForm
 from fedhead.server.tuning import Cost
@@ -28,12 +30,18 @@ class GenerationCoordinator(HeadCoordinator):
     """Runs a configuration of the task `generation` on a Grid; see `Coordinator`."""
 
     def finish(self, progress: Progress) -> Outcome:
-        """Choose between the base model and the best adapters, and evaluate both in detail."""
+        """Choose between the base model and the best adapters, and evaluate both in detail.
+
+        Raises:
+            FedheadError: if no reply of any site could be used.
+        """
         assert isinstance(self.form, AdapterForm)
         last = progress.current
         last.made_by.add_traffic(self.attendance.await_sites(last.number + 1))
         self.observer.on_step("evaluate", last.number)
         exchange = self.rounds.evaluate(last.number, last.arrays)
+        if not (last.number or exchange.answered):
+            raise FedheadError(f"Not one site could train or evaluate the model.{exchange.first_reasons()}")
         number, arrays = self._choose(progress, exchange)
         self.observer.on_step("finish", last.number)
         base = self.form.enter({})
@@ -68,6 +76,11 @@ class GenerationCoordinator(HeadCoordinator):
         evaluation = self.evaluation(HeadRequest(arrays, server_round=number), self.task.bins())
         found = evaluation.by_site()
         exchange.include(evaluation.exchange)
+        assert self.form.longest is not None
+        answers = {site: (one.rows, one.tokens, one.loss_sum) for site, one in found.items()}
+        for site, reason in impossible_answers(answers, self.form.longest).items():
+            exchange.drop([site], reason)
+            del found[site]
         return found
 
     def _choose(self, progress: Progress, exchange: Exchange) -> tuple[int, Arrays]:
@@ -79,10 +92,16 @@ class GenerationCoordinator(HeadCoordinator):
             return 0, base
         rivals = [Rival("the base model", base, "tail"), Rival(f"round {best[0]}", best[1], "tail")]
         nodes = some_sites(self.roster.nodes, self.config.seed)
-        sums, asking = compare_rivals(self.messenger, nodes, self.roster.rows, rivals, scaled=False)
+        by_site: dict[str, RivalSums] = {}
+
+        def note(sites: tuple[str, ...], own: RivalSums, beside: Arrays) -> None:
+            by_site[sites[0]] = own
+
+        rows = self.roster.rows
+        sums, asking = compare_rivals(self.messenger, nodes, rows, rivals, scaled=False, each=note)
         exchange.include(asking)
         cost = Cost.of(progress.history, last, len(self.roster.nodes))
-        proven, choice = choose_adapters(rivals, sums, last.number, cost)
+        proven, choice = choose_adapters(rivals, sums, last.number, cost, by_site)
         self.choices = [*self.choices, choice.to_dict()]
         logger.info("%s: %s. %s", choice.question, choice.taken, choice.reason)
         return best if proven else (0, base)
@@ -91,25 +110,31 @@ class GenerationCoordinator(HeadCoordinator):
         # A version that no site could evaluate has diverged.
         if not exchange.metrics:
             return None
-        progress.best.add(last.number, last.arrays, exchange)
+        progress.best.add(last.number, last.arrays, exchange, by=self.task.selects_by)
         found = progress.best.choose(exchange)
         return None if found is None else (found.number, found.arrays)
 
 
-def choose_adapters(rivals: Sequence[Rival], sums: RivalSums, rounds: int, cost: Cost) -> tuple[bool, Choice]:
+def choose_adapters(
+    rivals: Sequence[Rival], sums: RivalSums, rounds: int, cost: Cost, by_site: Mapping[str, RivalSums]
+) -> tuple[bool, Choice]:
     """Choose between the base model, first, and the best adapters, which must be proven better; see `choose_tuned`.
 
-    Conversations are paired, each with the mean loss of a token of its answers.
+    Conversations are paired, each with the mean loss of a token of its answers. Of three or more sites, the others must
+    prove the adapters without any one of them, so that a single site cannot have them kept.
 
     Args:
         rivals: the two, in this order.
         sums: their comparison.
         rounds: the number of rounds that the adapters are the best of.
         cost: of all rounds.
+        by_site: the same comparison at each site; under secure summation, of all sites together.
     """
     needed = errors_to_gain(rounds)
     gain, error = sums.paired.gain(1, 0)
     proven = gain > needed * error
+    decisive = _decisive(sums, by_site, needed) if proven else []
+    proven &= not decisive
     rows = max(sums.rows, 1)
     reason = "There are too few held-out conversations for a proof."
     if sums.rows > 1:
@@ -117,7 +142,7 @@ def choose_adapters(rivals: Sequence[Rival], sums: RivalSums, rounds: int, cost:
             f"The loss of a token, averaged over {sums.rows} held-out conversations, is {abs(gain):.4f} "
             f"{'less' if gain > 0 else 'more'} with the adapters of {rivals[1].name} than without, with a paired "
             f"standard error of {error:.4f}; a proof for the best of {rounds} rounds takes {needed:.1f} of them. "
-            f"The adapters are {'proven' if proven else 'not proven'} to be better. They cost "
+            f"{_without(decisive)}The adapters are {'proven' if proven else 'not proven'} to be better. They cost "
             f"{cost.megabytes:.2g} MB of each site and {cost.minutes:.2g} minutes."
         )
     found = [
@@ -125,3 +150,16 @@ def choose_adapters(rivals: Sequence[Rival], sums: RivalSums, rounds: int, cost:
         for one, loss in zip(rivals, sums.losses.tolist(), strict=True)
     ]
     return proven, Choice("Tuning", rivals[int(proven)].name, reason, sums.rows, found)
+
+
+def _decisive(sums: RivalSums, by_site: Mapping[str, RivalSums], needed: float) -> list[str]:
+    """Return the sites without which the others' conversations prove nothing; none of fewer than three."""
+    judging = {site: own for site, own in by_site.items() if own.rows}
+    if len(judging) < LEAST_SITES:
+        return []
+    rest = {site: (sums - own).paired.gain(1, 0) for site, own in judging.items()}
+    return sorted(site for site, (gain, error) in rest.items() if gain <= needed * error)
+
+
+def _without(decisive: Sequence[str]) -> str:
+    return f"Without {decisive[0]} the other sites' conversations do not prove it. " if decisive else ""

@@ -37,11 +37,12 @@ class HeadCoordinator(Coordinator):
             try:
                 made = self.rounds.aggregate(number, current.arrays, exchange)
             except FedheadError as error:
-                if not self.config.tune.on or (number == 1 and not exchange.metrics):
+                if not self.config.tune.on:
                     raise
+                current.made_by.include(exchange)
                 logger.warning("Tuning ends before round %d: %s A smaller tune.lr may help.", number, error)
                 break
-            progress.best.add(current.number, current.arrays, exchange, by_score=self.task.dense)
+            progress.best.add(current.number, current.arrays, exchange, by=self.task.selects_by)
             progress.full_model_bytes += 2 * exchange.asked * self._whole_model(current.arrays)
             progress.history.append(self.finished_round(current, exchange))
             progress.current = self.version(number, made, exchange)
@@ -150,7 +151,9 @@ class HeadCoordinator(Coordinator):
             exchange.add_traffic(spent)
             # A secure sum is opened once: the sites do not answer again for other survivors.
             enough = bool(exchange.summed) or exchange.answered >= min(self.attendance.needed, exchange.asked)
-            if self.messenger.in_process or enough:
+            # All of them diverged, and would again.
+            diverged = self.config.tune.on and not exchange.answered and not exchange.late and bool(exchange.dropped)
+            if self.messenger.in_process or enough or diverged:
                 exchange.joined = self.attendance.take_joined()
                 return exchange
             spent = exchange

@@ -21,7 +21,7 @@ from fedhead.server.exchange import POOL, Exchange
 from fedhead.server.messenger import Addresses, Messenger, Reply
 from fedhead.server.pooled_lbfgs import GramPreconditioner, PooledLBFGS
 from fedhead.server.roster import Roster
-from fedhead.server.screening import heaviest, most_rows, outlying_losses, outlying_updates
+from fedhead.server.screening import heaviest, impossible_answers, most_rows, outlying_losses, outlying_updates
 from fedhead.server.secure_sum import pool_of, unusable
 from fedhead.server.starting_head import HeadForm
 from fedhead.server.strategies import (
@@ -34,7 +34,7 @@ from fedhead.server.strategies import (
 )
 from fedhead.server.strategy_state import AnyArray, restore, state_of
 from fedhead.sums.features import FeatureStatistics
-from fedhead.sums.heads import EXAMPLES, HELD_OUT, WIDTHS, FloatArray, HeadSums
+from fedhead.sums.heads import EXAMPLES, HELD_OUT, LOSS_SUM, SCORE, WIDTHS, FloatArray, HeadSums
 from fedhead.sums.sums import Arrays
 from fedhead.tasks import Task
 
@@ -183,7 +183,8 @@ class Rounds:
         if not summed.sites:
             return exchange
         row, made = total.metrics, total.heads
-        wrong = outlying_losses({POOL: row}) | (outlying_updates(base, {POOL: made}) if base else {})
+        wrong = outlying_losses({POOL: row}) | self._impossible({POOL: row})
+        wrong |= outlying_updates(base, {POOL: made}) if base else {}
         if wrong:
             raise unusable(wrong[POOL])
         exchange.summed = summed.sites
@@ -191,6 +192,13 @@ class Rounds:
         if base and total.examples:
             exchange.replies = [(first, HeadReply(HeadSums(made, row, self._task.counts_scores), row[None]))]
         return exchange
+
+    def _impossible(self, metrics: Mapping[str, FloatArray]) -> dict[str, str]:
+        """Return the sites whose language model's figures no conversations can have, with the reason."""
+        if self._form.longest is None:
+            return {}
+        answers = {site: (row[HELD_OUT], row[SCORE], row[LOSS_SUM]) for site, row in metrics.items()}
+        return impossible_answers(answers, self._form.longest)
 
     def _request(self, record: RecordDict, number: int, everyone: bool) -> HeadRequest:
         (arrays,) = record.array_records.values()
@@ -220,6 +228,7 @@ class Rounds:
                 heads[site] = (answer.question, reply)
 
         exchange = self._messenger.send(messages, addresses, read)
+        unusable.update(self._impossible(metrics))
         if not self._messenger.in_process:
             unusable.update(outlying_losses(metrics))
             bar = most_rows(self._roster.rows.values())

@@ -16,6 +16,7 @@ from fedhead.sums.evaluation import LARGEST_LOSS
 from fedhead.sums.features import FeatureStatistics
 from fedhead.sums.heads import EXAMPLES, HELD_OUT, LOSS_SUM, SCORE, TRAIN_LOSS, FloatArray
 from fedhead.sums.moments import FeatureMoments
+from fedhead.sums.paired import MOST_LOSS as MOST_TOKEN_LOSS
 from fedhead.sums.sums import Arrays, Sums
 
 S = TypeVar("S", bound=Sums)
@@ -203,6 +204,24 @@ def outlying_losses(metrics: Mapping[str, FloatArray]) -> dict[str, str]:
         usual = max(_lower_median(losses.values()), 1.0) if len(losses) >= LEAST_SITES else np.inf
         bar = min(LARGEST_LOSS, MOST_LOSS * usual)
         found |= {site: f"its {name} loss is {loss:.0e} a row" for site, loss in losses.items() if loss > bar}
+    return found
+
+
+def impossible_answers(answers: Mapping[str, tuple[float, float, float]], longest: int) -> dict[str, str]:
+    """Return the sites that claim answers which no conversations can have, with the reason.
+
+    A site weighs in perplexity by its tokens, which these bounds limit by its conversations.
+
+    Args:
+        answers: of each site the conversations, the tokens of their answers, and the loss of these.
+        longest: the limit of tokens of a conversation.
+    """
+    found: dict[str, str] = {}
+    for site, (rows, tokens, loss) in answers.items():
+        if not rows <= tokens <= rows * longest:
+            found[site] = f"it claims {tokens:.0f} tokens of answers in {rows:.0f} conversations of at most {longest}"
+        elif loss > MOST_TOKEN_LOSS * tokens * (1 + _SLACK):
+            found[site] = f"its held-out loss is above {MOST_TOKEN_LOSS:.0f} for a token"
     return found
 
 

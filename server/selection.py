@@ -10,7 +10,7 @@ import numpy as np
 from fedhead.protocol.actions import RIVALS
 from fedhead.protocol.messages import Payload
 from fedhead.protocol.rivals import Level, RivalsRequest
-from fedhead.server.collect import Question, collect
+from fedhead.server.collect import Each, Question, collect
 from fedhead.server.exchange import Exchange
 from fedhead.server.messenger import Messenger
 from fedhead.sums.heads import FloatArray
@@ -88,6 +88,7 @@ def in_two_exchanges(
     count: int,
     *,
     scaled: bool = True,
+    each: Each[RivalSums] | None = None,
 ) -> tuple[RivalSums, Exchange]:
     """Compare heads on held-out rows in two exchanges: the first chooses temperatures, the second uses them.
 
@@ -99,14 +100,16 @@ def in_two_exchanges(
         payload_at: returns the content of the request, given a temperature for each head.
         count: the number of heads.
         scaled: whether losses depend on temperatures; otherwise one exchange is enough.
+        each: receives the sums of each site in each exchange.
 
     Returns:
         The sums of the last exchange, and the traffic.
     """
     exchange, temperatures, sums = Exchange(), np.ones(count), RivalSums.zeros(count)
     for _ in range(2 if scaled else 1):
-        question = Question(action, payload_at(temperatures).to_content(), RivalSums.zeros(count))
-        collected = collect(messenger, nodes, question, rows)
+        content, nothing = payload_at(temperatures).to_content(), RivalSums.zeros(count)
+        question = Question(action, content, nothing, together=each is None)
+        collected = collect(messenger, nodes, question, rows, each)
         exchange.include(collected.exchange)
         sums = collected.total
         temperatures = sums.temperatures()
@@ -120,6 +123,7 @@ def compare_rivals(
     rivals: Sequence[Rival],
     *,
     scaled: bool = True,
+    each: Each[RivalSums] | None = None,
 ) -> tuple[RivalSums, Exchange]:
     """Compare heads on held-out rows; see `in_two_exchanges`."""
     heads, levels = [one.arrays for one in rivals], [one.level for one in rivals]
@@ -127,7 +131,7 @@ def compare_rivals(
     def payload_at(temperatures: FloatArray) -> Payload:
         return RivalsRequest(heads, levels, temperatures).payload()
 
-    return in_two_exchanges(messenger, nodes, rows, RIVALS, payload_at, len(rivals), scaled=scaled)
+    return in_two_exchanges(messenger, nodes, rows, RIVALS, payload_at, len(rivals), scaled=scaled, each=each)
 
 
 def figures(rivals: Sequence[Rival], sums: RivalSums) -> list[dict[str, Any]]:

@@ -60,6 +60,9 @@ class HeadForm:
         num_features: `d`.
         task: of the run.
         mapping: of the features, before standardisation.
+
+    Attributes:
+        longest: the limit of tokens of a row, of a language model.
     """
 
     def __init__(self, config: RunConfig, num_features: int, task: Task, mapping: FeatureMap | None = None) -> None:
@@ -71,6 +74,7 @@ class HeadForm:
         self.standardisation: tuple[Tensor, Tensor] | None = None
         self.target_standardisation: tuple[Tensor, Tensor] | None = None
         self.shares: Tensor | None = None
+        self.longest: int | None = None
 
     @property
     def num_features(self) -> int:

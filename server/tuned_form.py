@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from fedhead.backbones import Backbone, objectives
+from fedhead.backbones.hf_causal import ConversationPreprocessing
 from fedhead.backbones.objectives import Cut
 from fedhead.config import RunConfig
 from fedhead.heads import Head, TunedHead
@@ -110,6 +111,11 @@ class TunedForm(HeadForm):
 
 class AdapterForm(TunedForm):
     """The form of a language model's adapters: no head, and no standardisation of its outputs."""
+
+    def __init__(self, config: RunConfig, backbone: Backbone, task: Task, made: Cut | None = None) -> None:
+        super().__init__(config, backbone, task, made)
+        assert isinstance(backbone.preprocessing, ConversationPreprocessing)
+        self.longest = backbone.preprocessing.recipe.max_length
 
     @property
     def standardises(self) -> bool:

@@ -51,6 +51,8 @@ def _personal_heads_are_of_classes(run: "RunConfig") -> None:
 
 @_rule
 def _subgroups_are_of_classified_rows(run: "RunConfig") -> None:
+    if run.sensitivity and run.task not in SUBGROUPED:
+        raise ValueError(f"sensitivity is about classes of rows, and task {run.task!r} has none: leave it out")
     if run.sensitivity and len(run.classes) not in (0, 2):
         raise ValueError(f"sensitivity is for two classes; this run has {len(run.classes)}")
     if not run.subgroups:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fedhead.data.conversations import CONVERSATION, Conversation, IndexedConversations
 from fedhead.data.conversion import to_item
 from fedhead.data.files import stamp
 from fedhead.data.images import White, has_wide_integers, to_image, white_of
@@ -110,8 +111,10 @@ def samples_from_texts(
 ) -> Samples:
     """Wrap in-memory texts with their labels or targets; see `samples_from_arrays`.
 
+    Conversations have neither labels nor targets.
+
     Args:
-        texts: `n` strings, or `Path`s of files.
+        texts: `n` strings, `Path`s of files, or `Conversation`s.
         labels: see `samples_from_arrays`.
         classes: see `samples_from_arrays`.
         groups: see `samples_from_arrays`.
@@ -129,6 +132,16 @@ def samples_from_texts(
     for row, value in enumerate(values):
         if not isinstance(value, str | Path) and value is not None and value == value:
             raise UserError(f"{spec}[{row}] is {type(value).__name__}; expected a text, or the Path of a file.")
+    talks = [isinstance(value, Conversation) for value in values]
+    if all(talks) and talks and labels is None and targets is None:
+        unlabelled = np.zeros(len(talks), dtype=np.int64)
+        made = _samples(values, "text", unlabelled, ("conversation",), groups, sites, None, subgroups, spec)
+        return replace(made, classes=(), read=IndexedConversations(list(values), spec).read, annotated=CONVERSATION)
+    if any(talks):
+        raise UserError(
+            f"{spec} holds conversations, with {'labels or targets' if all(talks) else 'other texts'}: conversations "
+            "have neither, and are given by themselves."
+        )
     return _samples(values, "text", labels, classes, groups, sites, targets, subgroups, spec)
 
 

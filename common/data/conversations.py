@@ -82,6 +82,23 @@ class ConversationRows:
         return from_messages(values[0], name) if len(values) == 1 else from_pair(values[0], values[1], name)
 
 
+@dataclass(frozen=True)
+class IndexedConversations:
+    """Conversations by position.
+
+    Attributes:
+        values: the conversations.
+        spec: the name of the data in messages.
+    """
+
+    values: Sequence[Conversation]
+    spec: str
+
+    def read(self, row: int) -> Conversation:
+        messages = [{"role": role, "content": said} for role, said in self.values[row].turns]
+        return from_messages(messages, f"{self.spec}[{row}]")
+
+
 def from_pair(prompt: Any, completion: Any, name: str) -> Conversation:
     """Return a prompt and its completion as a conversation.
 

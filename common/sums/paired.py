@@ -49,6 +49,9 @@ class PairedLosses:
     def __add__(self, other: Self) -> Self:
         return type(self)(self.rows + other.rows, self.losses + other.losses, self.products + other.products)
 
+    def __sub__(self, other: Self) -> Self:
+        return type(self)(self.rows - other.rows, self.losses - other.losses, self.products - other.products)
+
     def gain(self, head: int, over: int) -> tuple[float, float]:
         """Return the reduction of the mean loss by a head over another one, and its standard error.
 

@@ -74,6 +74,9 @@ class RivalSums:
     def __add__(self, other: Self) -> Self:
         return type(self)(self.paired + other.paired, self.curves + other.curves, self.right + other.right)
 
+    def __sub__(self, other: Self) -> Self:
+        return type(self)(self.paired - other.paired, self.curves - other.curves, self.right - other.right)
+
     @property
     def rows(self) -> int:
         """The number of rows."""

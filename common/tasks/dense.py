@@ -53,6 +53,7 @@ class DenseTask(Task):
     """
 
     dense = True
+    selects_by = "score"
     kind = PLACES
     row_name = "image"
     scales_outputs: ClassVar[bool] = False

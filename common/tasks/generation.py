@@ -45,12 +45,17 @@ class Generation(Task):
     calibrates = False
     pairs_losses = False
     counts_scores = False
+    selects_by = "token_loss"
     solvers: ClassVar[tuple[str, ...]] = ()
     baseline_solver = "zeros"
 
     def check_columns(self) -> None:
         if self.columns != GENERATION_COLUMNS:
             raise UserError("The task 'generation' has no classes: leave them out.")
+
+    @classmethod
+    def kept_words(cls, number: int) -> str:
+        return f"adapters of round {number} are kept" if number else "base model is kept"
 
     @property
     def groups(self) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 
 Targets = npt.NDArray[Any]
 """Targets of `n` rows, `[n]` or `[n, C]`; only the task's own methods interpret them."""
+
+SelectsBy = Literal["loss", "score", "token_loss"]
+"""Figure by which heads of several rounds are compared: the loss of a row, the score, or the loss of a token, which
+sites weigh by rows."""
 
 tasks: Registry["type[Task]"] = Registry(
     "task",
@@ -126,6 +130,9 @@ class Task(Predictions):
     proves_by_score: ClassVar[bool] = False
     """Whether a head from rounds must have a better score, and not only a smaller loss, than the solved one."""
 
+    selects_by: ClassVar[SelectsBy] = "loss"
+    """Figure by which heads of several rounds are compared."""
+
     divides_items: ClassVar[bool] = False
     """Whether an item, such as a text, has several rows, its `parts`, such as words."""
 
@@ -147,6 +154,11 @@ class Task(Predictions):
     def __init__(self, columns: Sequence[str]) -> None:
         self.columns = tuple(columns)
         self.check_columns()
+
+    @classmethod
+    def kept_words(cls, number: int) -> str:
+        """Return what a run keeps of its rounds, for a sentence."""
+        return f"head of round {number} is kept"
 
     @property
     def groups(self) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
+from fedhead.config import GENERATION
 from fedhead.files import write_atomically
 from fedhead.server.report.about import about
 from fedhead.server.report.clusters import clusters
@@ -145,8 +146,10 @@ def _rounds_tile(record: RunRecord) -> tuple[str, str, str]:
     if record.status == "running" or record.kept_round < 0:
         done = max(len(record.rounds) - 1, 0)
         return ("Rounds", f"{done} of {rounds}", "")
+    if record.kept_round == 0 and record.task.name == GENERATION:
+        return ("Rounds", f"{rounds}", record.task.kept_words(0))
     if record.kept_round == 0:
         solved = solver_of(record.evaluation.get("privacy"))
         kept = f"the head is {solved}" if solved else "the head solved from sums is kept"
         return ("Exchange", "one" if rounds == 0 else f"0 of {rounds}", kept)
-    return ("Rounds", f"{rounds}", f"head of round {record.kept_round} is kept")
+    return ("Rounds", f"{rounds}", record.task.kept_words(record.kept_round))

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from fedhead.config import GENERATION
 from fedhead.protocol.actions import ACTIONS
 from fedhead.secure.session import MIN_SITES, most_colluding, threshold_for
 from fedhead.server.report.layout import Section, Table
@@ -22,6 +23,12 @@ _PLAIN = (
     "one site's sums or first head reveal whether a given row is among them.",
     "Neither secure summation nor noise was on: the coordinator saw each site's exact sums and heads, and could "
     "infer information about rows from them.",
+)
+
+
+_ADAPTERS = (
+    "This prevents accidental disclosure. Adapters of several rounds can reproduce parts of single conversations.",
+    "Neither secure summation nor noise was on: the coordinator saw each site's own adapters.",
 )
 
 
@@ -61,12 +68,13 @@ def releases(record: RunRecord) -> Section:
     privacy, attack = record.evaluation.get("privacy"), record.evaluation.get("attack")
     if privacy and "evaluation" in privacy and len(record.classes) <= MOST_CLASSES:
         tables.append(("Noisy counts of held-out rows", confusion(privacy, list(record.classes))))
+    language = record.task.name == GENERATION
     withheld = record.result.rows_withheld if record.result else None
     sentences = [
         _steps(record) + (f" In this run they withheld {counted(withheld, 'row')}." if withheld else ""),
         *(secure_sentences(record) if record.secure else ()),
         *((*promise(privacy), *outcome(privacy)) if privacy else ()),
-        *(() if record.secure or privacy else _PLAIN),
+        *(() if record.secure or privacy else _ADAPTERS if language else _PLAIN),
         *(attack_sentences(attack) if attack else ()),
         _kept(record),
         _ledger(record),
@@ -74,7 +82,9 @@ def releases(record: RunRecord) -> Section:
     return Section(
         "releases",
         "What left the sites?",
-        "Sums, heads and counts. No image, no text and no features of a single row.",
+        "Adapters, sums and counts. No conversation, and no states of single tokens."
+        if language
+        else "Sums, heads and counts. No image, no text and no features of a single row.",
         [sentence for sentence in sentences if sentence],
         figures=[attack_figure(attack)] if attack and "roc" in attack else [],
         tables=tables,

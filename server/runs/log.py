@@ -33,12 +33,14 @@ class RunLog(Observer):
 
     def __init__(self) -> None:
         self._run = ""
+        self._task = "classification"
         self._score_name = "score"
         self._rounds = 0
         self._standing: Mapping[str, str] = {}
         self._waited = float("-inf")
 
     def on_started(self, config: RunConfig, run_dir: Path | None) -> None:
+        self._task = config.task
         self._score_name = tasks[config.task].score_name
         self._run = run_dir.name if run_dir else ""
         self._rounds = config.rounds
@@ -107,7 +109,7 @@ class RunLog(Observer):
         words = score_words(score, self._score_name)
         self._log(
             "finish",
-            f"Run {self._run} is finished: the head of round {outcome.kept_round} is kept"
+            f"Run {self._run} is finished: the {tasks[self._task].kept_words(outcome.kept_round)}"
             + (f", {self._score_name} {words}." if words else "."),
             kept_round=outcome.kept_round,
             score=score,

@@ -19,7 +19,8 @@ from fedhead.client.minibatches import shuffled
 from fedhead.client.release.guard import Guard
 from fedhead.client.release.training_limits import TrainingLimits
 from fedhead.config import RunConfig
-from fedhead.data import held_out, load_samples
+from fedhead.data import UnreadableSampleError, held_out, load_samples, samples_from_texts
+from fedhead.data.conversations import Conversation
 from fedhead.errors import UserError
 from fedhead.generation import generate
 from fedhead.model import TransferModel
@@ -192,6 +193,7 @@ def test_unreadable_conversations_are_counted(folder: Path, tmp_path: Path) -> N
         ({"head": "cosine"}, "takes no head"),
         ({"classes": ["a", "b"]}, "takes no classes"),
         ({"worth": True}, "takes no worth"),
+        ({"sensitivity": 0.9}, "ensitivity is about classes"),
         ({"personal": "head"}, "ersonal heads"),
         ({"privacy": {"epsilon": 1.0}}, "ifferential"),
         ({"tune": {"layers": "lora:4@last:9"}}, "too many"),
@@ -270,3 +272,31 @@ def test_other_models_do_not_generate() -> None:
     model = TransferModel(load_backbone("bundled:glyphnet"), LinearHead(192, 2), ["a", "b"])
     with pytest.raises(UserError, match="does not generate"):
         next(generate(model, ["a"]))
+
+
+def test_a_single_text_is_one_prompt(tuned: RunResult) -> None:
+    (answer,) = generate(tuned.model, "Turn 12 around", max_tokens=4)
+    assert [answer] == list(generate(tuned.model, ["Turn 12 around"], max_tokens=4))
+
+
+def test_conversations_in_memory_are_those_of_a_file(folder: Path) -> None:
+    samples = load_samples(f"jsonl:{folder / 'talks.jsonl'}")
+    talks = [samples.read(row) for row in range(5)]
+    made = samples_from_texts(talks)
+    assert [made.read(row).turns for row in range(5)] == [talk.turns for talk in talks]
+    assert (made.annotated, made.classes, len(made)) == (samples.annotated, (), 5)
+    assert made.fingerprint != samples_from_texts(talks[1:]).fingerprint
+    with pytest.raises(UserError, match="with labels"):
+        samples_from_texts(talks, ["a"] * 5)
+    with pytest.raises(UserError, match="other texts"):
+        samples_from_texts([*talks, "a text"], ["a"] * 6)
+    with pytest.raises(UnreadableSampleError, match="does not end with an answer"):
+        samples_from_texts([Conversation([("user", "Hi")])]).read(0)
+
+
+def test_the_report_names_adapters(tuned: RunResult) -> None:
+    assert tuned.run_dir is not None
+    report = (tuned.run_dir / "report.html").read_text()
+    assert "adapters of round" in report
+    assert "Adapters, sums and counts." in report
+    assert not any(words in report for words in ("Sums, heads and counts", "head of round", "first head"))
