@@ -208,10 +208,13 @@ class Above(nn.Module):
             config.use_cache = False
 
     def forward(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
-        self.start.state = values
-        inputs = {"inputs_embeds": values, "attention_mask": mask}
         if not self.texts:
-            inputs = {"pixel_values": values.new_zeros(()).expand(len(values), *self.size)}
+            return self.of({"pixel_values": values.new_zeros(()).expand(len(values), *self.size)}, values)
+        return self.of({"inputs_embeds": values, "attention_mask": mask}, values)
+
+    def of(self, inputs: Mapping[str, Any], values: Tensor) -> Tensor:
+        """Return the model's output for inputs of its own, with the states before the first block."""
+        self.start.state = values
         try:
             output = self.model(**inputs, return_dict=True)
         except _Reached as reached:
