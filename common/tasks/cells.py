@@ -32,12 +32,14 @@ class Assignment(NamedTuple):
 
     Attributes:
         box: `[P]` int64, the box that each cell finds; -1 for none.
-        objectness: `[P]` float64, up to 1 at the centre of the box that a cell finds and 0 in cells without.
-        shape: `[P, 4]` float64, its centre relative to the cell's in cells, and the logarithms of its sides as shares
-            of the image; 0 in cells without.
+        weight: `[P]` float64, up to 1; 0 in cells without a box.
+        objectness: `[P]` float64, up to `weight` at the centre of the box that a cell finds and 0 in cells without.
+        shape: `[P, 4]` float64, its centre relative to the cell's in units of its sides, and the logarithms of its
+            sides as shares of the image; 0 in cells without.
     """
 
     box: Tensor
+    weight: Tensor
     objectness: Tensor
     shape: Tensor
 
@@ -55,9 +57,9 @@ def assign(corners: Tensor, grid: tuple[int, int]) -> Assignment:
     """Assign cells to boxes.
 
     A box is found by the cells within `NEAR` of its centre and by the nearest cell. A cell between several boxes keeps
-    the nearest in units of their sizes; but the nearest cell of a box is its own if it is no other's nearest cell. The
-    objectness is `exp(-d^2 / (2 SPREAD^2))` for the distance `d` in units of the box's size, divided by the root of
-    the number of the box's cells, so that large boxes with many cells do not outweigh small ones.
+    the nearest in units of their sizes; but the nearest cell of a box is its own if it is no other's nearest cell. A
+    cell weighs one over the root of the number of its box's cells, so that large boxes with many cells do not outweigh
+    small ones. The objectness is this times `exp(-d^2 / (2 SPREAD^2))` for the distance `d` in units of the box's size.
 
     Args:
         corners: `[m, 4]`, with area.
@@ -65,11 +67,9 @@ def assign(corners: Tensor, grid: tuple[int, int]) -> Assignment:
     """
     cells = centres(grid)
     places, boxes = len(cells), len(corners)
-    empty = Assignment(
-        torch.full((places,), -1), torch.zeros(places, dtype=torch.float64), torch.zeros(places, 4, dtype=torch.float64)
-    )
     if not boxes:
-        return empty
+        none = torch.zeros(places, dtype=torch.float64)
+        return Assignment(torch.full((places,), -1), none, none, torch.zeros(places, 4, dtype=torch.float64))
     middle, sides = (corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]
     offset = (middle - cells[:, None]).abs() / sides
     distance = offset.square().sum(-1)
@@ -86,10 +86,11 @@ def assign(corners: Tensor, grid: tuple[int, int]) -> Assignment:
     found = cost.isfinite()
     box = box.masked_fill(~found, -1)
     own = box.clamp(min=0)
-    shape = torch.cat([(middle[own] - cells) * scale, sides[own].log()], 1)
+    shape = torch.cat([(middle[own] - cells) / sides[own], sides[own].log()], 1)
     claims = torch.bincount(own[found], minlength=boxes)[own]
-    objectness = (-cost / (2 * SPREAD**2)).exp() / claims.clamp(min=1).sqrt()
-    return Assignment(box, objectness.masked_fill(~found, 0), shape.masked_fill(~found[:, None], 0))
+    weight = found / claims.clamp(min=1).double().sqrt()
+    objectness = weight * (-cost / (2 * SPREAD**2)).exp()
+    return Assignment(box, weight, objectness, shape.masked_fill(~found[:, None], 0))
 
 
 def within(corners: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -103,10 +104,9 @@ def corners_of(shape: Tensor, grid: tuple[int, int]) -> Tensor:
 
     Only torch operations, since exports trace it.
     """
-    scale = torch.tensor([grid[1], grid[0]], dtype=shape.dtype, device=shape.device)
-    middle = centres(grid).to(shape)[:, None] + shape[..., :2] / scale
-    half = shape[..., 2:].clamp(max=LARGEST_LOG).exp() / 2
-    return torch.cat([middle - half, middle + half], -1).clamp(0, 1)
+    sides = shape[..., 2:].clamp(max=LARGEST_LOG).exp()
+    middle = centres(grid).to(shape)[:, None] + shape[..., :2] * sides
+    return torch.cat([middle - sides / 2, middle + sides / 2], -1).clamp(0, 1)
 
 
 class Found(NamedTuple):

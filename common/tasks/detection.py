@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 
 OBJECTNESS = "objectness"
 SHAPE = ("x", "y", "log width", "log height")
-"""Columns of a head after those of the classes: objectness, and the shape of a box of each class."""
+"""Columns of a head after those of the classes: the objectness, and the shape of a box, of each class."""
+
+PER_CLASS = 2 + len(SHAPE)
+"""Columns of each class."""
 
 MOST_CLASSES = 1000
 
@@ -40,7 +43,7 @@ SHOWN = 0.05
 
 @tasks.register("detection")
 class Detection(DenseTask):
-    """Boxes of objects: each cell of the finest map or proposal has the logits of classes and of objectness, and a box.
+    """Boxes of objects: each cell of the finest map or proposal has logits of classes and their objectness, and boxes.
 
     Args:
         columns: the classes of objects, or the columns that follow from them.
@@ -63,19 +66,19 @@ class Detection(DenseTask):
 
     def __init__(self, columns: Sequence[str]) -> None:
         named = tuple(columns)
-        classes = named[: len(named) // (1 + len(SHAPE))]
+        classes = named[: len(named) // PER_CLASS]
         super().__init__(named if named == _columns(classes) else _columns(named))
 
     @property
     def classes(self) -> tuple[str, ...]:
         """The classes of objects."""
-        return self.columns[: len(self.columns) // (1 + len(SHAPE))]
+        return self.columns[: len(self.columns) // PER_CLASS]
 
     def check_columns(self) -> None:
         if not 1 <= len(self.classes) <= MOST_CLASSES or len(set(self.columns)) < len(self.columns):
             raise UserError(
-                f"A detection needs 1 to {MOST_CLASSES} different classes of objects, other than {OBJECTNESS!r}; this "
-                f"run has {list(self.classes)[:5]}."
+                f"A detection needs 1 to {MOST_CLASSES} different classes of objects; this run has "
+                f"{list(self.classes)[:5]}."
             )
 
     @property
@@ -140,7 +143,7 @@ class Detection(DenseTask):
         """Return the sums of no places, with the products of `solve_boxes` among the targets."""
         targets = len(self.columns) + num_features
         return FeatureStatistics.empty(
-            num_features, targets, origin, kind=self.kind, device=device, shares=len(self.classes) + 1
+            num_features, targets, origin, kind=self.kind, device=device, shares=2 * len(self.classes)
         )
 
     def expand(self, values: "Tensor", annotations: Sequence[Boxes], geometry: Geometry) -> Places:
@@ -150,9 +153,9 @@ class Detection(DenseTask):
         kept, targets, items = [], [], 0
         for own, boxes, found in zip(features, annotations, proposals, strict=True):
             used, columns = self._targets(boxes, geometry, found)
-            positive = columns[:, : len(self.classes)].sum(1, keepdim=True)
+            weight = columns[:, : len(self.classes)].sum(1, keepdim=True)
             kept.append(own[used])
-            targets.append(torch.cat([columns, positive * own[used].double()], 1))
+            targets.append(torch.cat([columns, weight * own[used].double()], 1))
             items += bool(used.any())
         return Places(torch.cat(kept), torch.cat(targets), items)
 
@@ -164,15 +167,19 @@ class Detection(DenseTask):
         from torch.nn import functional
 
         count = len(self.classes)
-        marked = targets[:, :count]
-        positive = marked.any(1)
+        weight = targets[:, :count]
+        positive = weight.any(1)
         boxes = max(int(positive.sum()), 1)
-        loss = functional.binary_cross_entropy_with_logits(outputs[:, count], targets[:, count], reduction="sum")
-        loss = loss - (outputs[positive, :count].log_softmax(-1) * marked[positive]).sum()
+        objects = slice(count, 2 * count)
+        loss = functional.binary_cross_entropy_with_logits(outputs[:, objects], targets[:, objects], reduction="sum")
+        loss = loss - (outputs[positive, :count].log_softmax(-1) * weight[positive]).sum()
         shape = [-1, count, len(SHAPE)]
-        found, true = (one[positive, count + 1 :].reshape(shape) for one in (outputs, targets))
+        found, true = (one[positive, 2 * count :].reshape(shape) for one in (outputs, targets))
+        own = weight[positive]
+        # Targets of shapes are multiplied by the weights of cells.
+        true = true / own.masked_fill(own == 0, 1)[..., None]
         apart = functional.smooth_l1_loss(found, true, reduction="none", beta=0.1).sum(-1)
-        return (loss + (apart * marked[positive]).sum()) / boxes
+        return (loss + (apart * own).sum()) / boxes
 
     def summed_classes(self, annotation: Boxes, geometry: Geometry, proposals: "Tensor | None" = None) -> BoolArray:
         _, columns = self._targets(annotation, geometry, proposals)
@@ -180,7 +187,11 @@ class Detection(DenseTask):
         return marked
 
     def _targets(self, boxes: Boxes, geometry: Geometry, proposals: "Tensor | None") -> "tuple[Tensor, Tensor]":
-        """Return which places `[P]` are learned from, and the targets of these `[p, 5 C + 1]`."""
+        """Return which places `[P]` are learned from, and the targets of these `[p, 6 C]`.
+
+        With the class `y` of the box that a place finds as marks `[C]`, its weight `w`, objectness `o` and shape `t`,
+        targets are `(w y, o y, w y t^T)`.
+        """
         import torch
         from torch.nn import functional
 
@@ -196,8 +207,8 @@ class Detection(DenseTask):
         marked = torch.zeros(len(positive), len(self.classes), dtype=torch.float64)
         marked[positive] = functional.one_hot(labels[given.box[positive]], len(self.classes)).double()
         used = positive | known
-        shapes = (marked[:, :, None] * given.shape[:, None]).flatten(1)
-        return used, torch.cat([marked, given.objectness[:, None], shapes], 1)[used]
+        weight, objectness = (marked * one[:, None] for one in (given.weight, given.objectness))
+        return used, torch.cat([weight, objectness, (weight[:, :, None] * given.shape[:, None]).flatten(1)], 1)[used]
 
     def unlearned(self, stats: FeatureStatistics) -> tuple[str, ...]:
         counts = stats.counts[: len(self.classes)].tolist()
@@ -206,7 +217,7 @@ class Detection(DenseTask):
     # Evaluation.
 
     def found(self, outputs: "Tensor", geometry: Geometry, proposals: "Tensor | None" = None) -> Found:
-        """Return the boxes of an item, as shares of its width and height, given the outputs `[P, 5 C + 1]`."""
+        """Return the boxes of an item, as shares of its width and height, given the outputs `[P, 6 C]`."""
         return find_boxes(*self.candidates(outputs, geometry, proposals))
 
     def candidates(
@@ -214,8 +225,8 @@ class Detection(DenseTask):
     ) -> "tuple[Tensor, Tensor]":
         """Return boxes `[..., P, C, 4]` of all places and their scores `[..., P, C]`, with torch operations only."""
         count = len(self.classes)
-        scores = outputs[..., :count].softmax(-1) * outputs[..., count : count + 1].sigmoid()
-        shapes = outputs[..., count + 1 :].reshape(*outputs.shape[:-1], count, len(SHAPE))
+        scores = outputs[..., :count].softmax(-1) * outputs[..., count : 2 * count].sigmoid()
+        shapes = outputs[..., 2 * count :].reshape(*outputs.shape[:-1], count, len(SHAPE))
         return corners_of(shapes, geometry.grid) if proposals is None else refined(shapes, proposals), scores
 
     def decode(
@@ -290,7 +301,8 @@ class Detection(DenseTask):
         found = self.found(outputs, geometry, proposals)
         used, targets = self._targets(boxes, geometry, proposals)
         count = len(self.classes)
-        loss = functional.binary_cross_entropy_with_logits(outputs[used, count], targets[:, count])
+        objects = slice(count, 2 * count)
+        loss = functional.binary_cross_entropy_with_logits(outputs[used, objects], targets[:, objects])
         return detection_sums(
             found.corners.numpy(),
             found.scores.numpy(),
@@ -349,4 +361,5 @@ def _each(proposals: "Tensor | None", items: int) -> "Sequence[Tensor | None]":
 
 
 def _columns(classes: Sequence[str]) -> tuple[str, ...]:
-    return (*classes, OBJECTNESS, *(f"{name}: {part}" for name in classes for part in SHAPE))
+    shapes = (f"{name}: {part}" for name in classes for part in SHAPE)
+    return (*classes, *(f"{name}: {OBJECTNESS}" for name in classes), *shapes)

@@ -30,16 +30,17 @@ def match(corners: Tensor, proposals: Tensor) -> Assignment:
         proposals: `[P, 4]`.
     """
     count = len(proposals)
-    none = torch.full((count,), -1), torch.zeros(count, dtype=torch.float64), torch.zeros(count, 4, dtype=torch.float64)
     if not len(corners) or not count:
-        return Assignment(*none)
+        none = torch.zeros(count, dtype=torch.float64)
+        return Assignment(torch.full((count,), -1), none, none, torch.zeros(count, 4, dtype=torch.float64))
     overlap, box = box_iou(proposals, corners).nan_to_num(0).max(1)
     found = (overlap >= FOREGROUND) & with_area(proposals)
     own = corners[box]
     sides, given = own[:, 2:] - own[:, :2], (proposals[:, 2:] - proposals[:, :2]).clamp(min=1e-9)
     offset = ((own[:, :2] + own[:, 2:]) - (proposals[:, :2] + proposals[:, 2:])) / 2 / given
     shape = torch.cat([offset, (sides / given).log()], 1)
-    return Assignment(box.masked_fill(~found, -1), found.double(), shape.masked_fill(~found[:, None], 0))
+    marks = found.double()
+    return Assignment(box.masked_fill(~found, -1), marks, marks, shape.masked_fill(~found[:, None], 0))
 
 
 def beside(ignored: Tensor, proposals: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from sklearn.linear_model import Ridge
 
 from fedhead.backbones.geometry import Geometry
 from fedhead.config import RunConfig
@@ -16,7 +17,10 @@ from fedhead.data.boxes import Boxes
 from fedhead.errors import UserError
 from fedhead.evaluation.detection import average_precisions, detection_report
 from fedhead.solvers import solve_head
+from fedhead.solvers.boxes import PENALTY
 from fedhead.sums.detection import DetectionSums, detection_sums, score_bins
+from fedhead.sums.features import FeatureStatistics
+from fedhead.sums.targets import PLACES
 from fedhead.tasks import make_task
 from fedhead.tasks.cells import assign, centres, corners_of, find_boxes, within
 
@@ -64,25 +68,53 @@ def test_each_part_equals_its_own_fit_on_its_places():
     values, boxes = random_items(3, count=30)
     origin = torch.full((GEOMETRY.num_features,), 0.3, dtype=torch.float64)
     head = solve_head(summed(values, boxes, origin), "boxes").requires_grad_(False)
-    features, labels, shapes = [], [], []
+    features, labels, shapes, weights = [], [], [], []
     for own, one in zip(GEOMETRY.places(values), boxes, strict=True):
         found = assign(torch.from_numpy(one.corners[~one.ignored]), GRID)
         positive = found.box >= 0
         features.append(own[positive].double())
         labels.append(torch.from_numpy(one.labels[~one.ignored])[found.box[positive]])
         shapes.append(found.shape[positive])
-    x, y, t = torch.cat(features), torch.cat(labels), torch.cat(shapes)
-    marks = torch.nn.functional.one_hot(y).double()
+        weights.append(found.weight[positive])
+    x, y, t, w = (torch.cat(one) for one in (features, labels, shapes, weights))
+    marks = torch.nn.functional.one_hot(y).double() * w[:, None]
     mean, centre = (marks.T @ one / marks.sum(0)[:, None] for one in (t, x))
-    slopes = head.weight[3:7]
-    torch.testing.assert_close(slopes, head.weight[7:11])
-    # Some penalty reproduces the normal equations of ridge regression on rows centred by class.
-    inside, target = x - centre[y], t - mean[y]
-    rest = inside.T @ target - inside.T @ inside @ slopes.T
-    penalty = float((rest * slopes.T).sum() / slopes.square().sum())
-    assert penalty > 0
-    torch.testing.assert_close(rest, penalty * slopes.T, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(head.bias[3:].view(2, 4), mean - centre @ slopes.T, rtol=1e-8, atol=1e-8)
+    slopes = head.weight[4:8]
+    torch.testing.assert_close(slopes, head.weight[8:12])
+    # scikit-learn's ridge regression on rows centred by class, with the weights of places.
+    inside, target = (x - centre[y]).numpy(), (t - mean[y]).numpy()
+    scale = round(float(w.sum())) / float(w.sum())
+    penalty = PENALTY * scale * float((w[:, None].numpy() * inside**2).sum(0).mean())
+    reference = Ridge(penalty, fit_intercept=False).fit(inside, target, sample_weight=scale * w.numpy())
+    np.testing.assert_allclose(slopes, reference.coef_, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(head.bias[4:].view(2, 4), mean - centre @ slopes.T, rtol=1e-8, atol=1e-8)
+
+
+def test_objectness_is_the_mean_of_its_class_and_of_all_classes():
+    values, boxes = random_items(4, count=20)
+    stats = summed(values, boxes, None)
+    head = solve_head(stats, "boxes").requires_grad_(False)
+    places = make_task("detection", NAMES).expand(values, boxes, GEOMETRY)
+    objectness = places.targets[:, 2:4]
+
+    def against_rest(shares):
+        shares = torch.cat([shares, 1 - shares.sum(1, keepdim=True)], 1)
+        own = FeatureStatistics.from_features(places.features, shares, shares.shape[1], kind=PLACES)
+        own.items = places.items
+        solved = solve_head(own, "lda-shares").requires_grad_(False)(places.features.double())
+        return solved[:, :-1] - solved[:, -1:]
+
+    expected = (against_rest(objectness) + against_rest(objectness.sum(1, keepdim=True))) / 2
+    torch.testing.assert_close(head(places.features.double())[:, 2:4], expected, rtol=1e-7, atol=1e-7)
+
+
+def test_weights_of_a_box_grow_with_the_root_of_its_cells():
+    corners = torch.tensor([[0.40, 0.40, 0.42, 0.42], [0.1, 0.1, 0.9, 0.9]], dtype=torch.float64)
+    found = assign(corners, GRID)
+    for box in (0, 1):
+        own = found.box == box
+        assert float(found.weight[own].sum()) == pytest.approx(float(own.sum()) ** 0.5)
+    assert not bool(found.weight[found.box < 0].any())
 
 
 def test_cells_find_boxes_and_decode_to_them():
@@ -261,8 +293,8 @@ def test_columns_follow_from_classes():
     task = make_task("detection", ["a"])
     assert task.classes == ("a",)
     assert make_task("detection", task.columns).columns == task.columns
-    assert len(make_task("detection", NAMES).columns) == 11
-    for wrong in ([], ["a", "a"], ["objectness"]):
+    assert len(make_task("detection", NAMES).columns) == 12
+    for wrong in ([], ["a", "a"], ["a", "a: objectness"]):
         with pytest.raises(UserError):
             make_task("detection", wrong)
 
@@ -270,7 +302,7 @@ def test_columns_follow_from_classes():
 def test_found_boxes_are_counted_drawn_and_exported():
     task = make_task("detection", NAMES)
     outputs = torch.full((GRID[0] * GRID[1], len(task.columns)), -9.0)
-    outputs[104] = torch.tensor([9.0, -9, 9, 0, 0, -1.0, -1.0, 0, 0, -2.0, -2.0])
+    outputs[104] = torch.tensor([9.0, -9, 9, -9, 0, 0, -1.0, -1.0, 0, 0, -2.0, -2.0])
     found = task.decode(outputs, GEOMETRY, (60, 80))
     assert [one["class"] for one in found] == ["cell"]
     left, top, width, height = found[0]["bbox"]
