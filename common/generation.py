@@ -11,6 +11,9 @@ from fedhead.data.conversations import Conversation, Turn
 from fedhead.errors import UserError
 from fedhead.model import TransferModel
 
+MOST_BEAMS = 64
+"""Limit on the answers that are continued side by side."""
+
 
 def generate(
     model: TransferModel,
@@ -19,6 +22,7 @@ def generate(
     system: str = "",
     max_tokens: int = 128,
     temperature: float = 0.0,
+    beams: int = 1,
     seed: int = 0,
 ) -> Iterator[str]:
     """Yield an answer to each prompt; a single text is one prompt.
@@ -29,6 +33,7 @@ def generate(
         system: a text that tells the model how to answer; empty for the model's own.
         max_tokens: the largest number of tokens of an answer.
         temperature: 0 for the most probable token each time; otherwise tokens are drawn, at 1 by their probabilities.
+        beams: the number of answers that are continued side by side, of which the most probable one is returned.
         seed: of the draws.
 
     Raises:
@@ -42,13 +47,17 @@ def generate(
         raise UserError(f"Answers of this model have 1 to {longest - 1} tokens, not {max_tokens}.")
     if not 0 <= temperature <= 100:
         raise UserError(f"The temperature is from 0 to 100, not {temperature:g}.")
+    if not 1 <= beams <= MOST_BEAMS:
+        raise UserError(f"The number of beams is from 1 to {MOST_BEAMS}, not {beams}.")
+    if temperature and beams > 1:
+        raise UserError("Beams look for the most probable answer: leave the temperature at 0, or beams at 1.")
     for number, prompt in enumerate([prompts] if isinstance(prompts, str) else prompts):
         turns: list[Turn] = [("user", prompt)] if isinstance(prompt, str) else list(prompt)
         if system and turns[0][0] != "system":
             turns.insert(0, ("system", system))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + number)
-            yield _answer(model.backbone, preprocessing, turns, max_tokens, temperature)
+            yield _answer(model.backbone, preprocessing, turns, max_tokens, temperature, beams)
 
 
 @torch.inference_mode()
@@ -58,10 +67,13 @@ def _answer(
     turns: Sequence[Turn],
     max_tokens: int,
     temperature: float,
+    beams: int,
 ) -> str:
     recipe, module = preprocessing.recipe, backbone.module
-    room = recipe.max_length - max_tokens
-    ids = preprocessing(Conversation(turns))[:, 0][-room:][None].to(backbone.device)
+    ids = preprocessing(Conversation(turns))[:, 0]
+    # An encoder reads the prompt on its own.
+    read = 0 if recipe.pairs else len(ids[-(recipe.max_length - max_tokens) :])
+    ids = ids[-read:][None].to(backbone.device)
     drawn: dict[str, Any] = (
         {"do_sample": True, "temperature": float(temperature)} if temperature else {"do_sample": False}
     )
@@ -73,6 +85,8 @@ def _answer(
         eos_token_id=list(recipe.stops) or None,
         pad_token_id=recipe.pad,
         use_cache=True,
+        num_beams=beams,
+        **({"decoder_start_token_id": recipe.first} if recipe.pairs else {}),
         **drawn,
     )
-    return preprocessing.text_of(made[0, ids.shape[1] :].tolist()).strip()
+    return preprocessing.text_of(made[0, read:].tolist()).strip()

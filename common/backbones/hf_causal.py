@@ -69,24 +69,47 @@ def load_causal(name: str, weights: str, seed: int) -> Backbone:
             recipe = CausalRecipe.from_files(files, weights)
         else:
             recipe = read_causal_recipe(source, settings.max_length, spec)
-        config = configure(recipe.config, spec)
+        config = configure(recipe.config, spec, pairs=True)
         if weights == "default":
             assert source is not None
             causal = _pretrained(source, config, spec)
         else:
             causal = building.build(_class_of(config, spec), config, seed, weights if files else "", spec)
-    module = NextTokens(causal, spec)
+    module = _module_of(causal, recipe, spec)
     if weights not in ("default", "random"):
         assign_weights(module, read_weights(weights), set(), spec, weights)
-    _require_causal(module, recipe, spec)
     return Backbone(
         spec,
         module,
-        ConversationPreprocessing.of(recipe),
+        _checked(module, recipe, spec),
         layer=NEXT_TOKEN,
         trained=weights != "random",
         files=recipe.to_files(),
     )
+
+
+def _module_of(causal: "PreTrainedModel", recipe: CausalRecipe, spec: str) -> "NextTokens":
+    if recipe.pairs:
+        from fedhead.backbones.hf_seq2seq import NextTargets
+
+        return NextTargets(causal, spec)
+    return NextTokens(causal, spec)
+
+
+def _checked(module: "NextTokens", recipe: CausalRecipe, spec: str) -> "ConversationPreprocessing":
+    """Return the preprocessing, once the model is known to be one that learns answers.
+
+    Raises:
+        UserError: if it is not.
+    """
+    if recipe.pairs:
+        from fedhead.backbones.hf_seq2seq import NextTargets, PairPreprocessing, require_pairs
+
+        assert isinstance(module, NextTargets)
+        require_pairs(module, recipe, spec)
+        return PairPreprocessing.of(recipe)
+    _require_causal(module, recipe, spec)
+    return ConversationPreprocessing.of(recipe)
 
 
 class NextTokens(nn.Module):
@@ -292,9 +315,14 @@ def _pretrained(source: Path, config: "PreTrainedConfig", spec: str) -> "PreTrai
 
 
 def _class_of(config: "PreTrainedConfig", spec: str) -> Any:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    )
 
     try:
+        if config.is_encoder_decoder:
+            return MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(config)]
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     except KeyError:
         raise UserError(

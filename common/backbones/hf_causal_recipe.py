@@ -41,6 +41,11 @@ class CausalRecipe:
     pad: int
     stops: tuple[int, ...]
 
+    @property
+    def pairs(self) -> bool:
+        """Whether an encoder reads the prompt, and a decoder writes the answer."""
+        return bool(self.config.get("is_encoder_decoder"))
+
     def to_files(self) -> dict[str, str]:
         """Return texts for `from_files`."""
         own = {key: value for key, value in asdict(self).items() if key not in ("config", "tokenizer")}
@@ -95,21 +100,27 @@ def read_causal_recipe(source: Path, max_length: int | None, spec: str) -> Causa
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
-        backend = tokenizer.backend_tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
     # Configurations and tokenizers come from many libraries and versions.
     except Exception as error:
         raise UserError(f"The configuration or the tokenizer of {spec} cannot be read: {first_line(error)}") from None
+    if backend is None:
+        raise UserError(
+            f"{spec} has a tokenizer in Python code, as Marian's own models do; a folder with tokenizer.json is needed."
+        )
     backend.no_padding()
     backend.no_truncation()
     kept = {key: value for key, value in config.to_dict().items() if key not in (*UNREAD, "quantization_config")}
     longest = longest_text(tokenizer.model_max_length, config)
     if max_length is not None and not LEAST_LENGTH <= max_length <= longest:
         raise UserError(f"{spec} takes {LEAST_LENGTH} to {longest} tokens, not {max_length}.")
-    chat = _chat(tokenizer, spec)
+    pairs = bool(config.is_encoder_decoder)
+    chat = ChatForm() if pairs else _chat(tokenizer, spec)
     of_text = [one for one in backend.encode("", add_special_tokens=True).ids if one == tokenizer.bos_token_id]
     told = chat.start or chat.system or ""
     ends = backend.encode(chat.end, add_special_tokens=False).ids[:1]
-    known = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, 0)
+    starts = getattr(config, "decoder_start_token_id", None) if pairs else None
+    known = (starts, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, 0)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     stops = {one for one in (tokenizer.eos_token_id, *ends) if one is not None}
     return CausalRecipe(
@@ -117,7 +128,7 @@ def read_causal_recipe(source: Path, max_length: int | None, spec: str) -> Causa
         tokenizer=backend.to_str(),
         chat=chat,
         max_length=max_length or min(longest, MAX_LENGTH),
-        leading=() if tokenizer.bos_token and told.startswith(tokenizer.bos_token) else tuple(of_text),
+        leading=() if pairs or (tokenizer.bos_token and told.startswith(tokenizer.bos_token)) else tuple(of_text),
         first=next(int(one) for one in known if one is not None),
         pad=int(pad),
         stops=tuple(sorted(map(int, stops))),

@@ -156,8 +156,17 @@ def read_recipe(folder: Path, spec: str) -> Recipe:
         return _text_recipe(folder, kept, config, spec)
 
 
-def configure(values: Mapping[str, Any], spec: str) -> "PreTrainedConfig":
-    """Build a configuration of an architecture that is part of the library."""
+def configure(values: Mapping[str, Any], spec: str, *, pairs: bool = False) -> "PreTrainedConfig":
+    """Build a configuration of an architecture that is part of the library.
+
+    Args:
+        values: as in `config.json`.
+        spec: the backbone, for messages.
+        pairs: whether encoder-decoders of texts are taken.
+
+    Raises:
+        UserError: if there is no such architecture, or it is not taken.
+    """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     model_type = values.get("model_type")
@@ -173,8 +182,12 @@ def configure(values: Mapping[str, Any], spec: str) -> "PreTrainedConfig":
     vision = getattr(config, "vision_config", None)
     if vision is not None and not isinstance(vision, dict):
         config = vision
-    if getattr(config, "is_encoder_decoder", False) and config.model_type not in (*FORMS, *DETECTORS):
-        raise UserError(f"{spec} translates texts to texts ({model_type}); use an encoder or a decoder alone.")
+    texts = getattr(config, "is_encoder_decoder", False) and config.model_type not in (*FORMS, *DETECTORS)
+    if texts and not pairs:
+        raise UserError(
+            f"{spec} translates texts to texts ({model_type}): it takes the task 'generation', and for others use an "
+            "encoder or a decoder alone."
+        )
     config.use_cache = False
     return config
 

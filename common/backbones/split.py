@@ -309,8 +309,12 @@ def cuts_of(backbone: Backbone) -> Cuts:
     if backbone.kind == "audio":
         raise UserError(f"{backbone.spec} takes sounds, whose backbones cannot be tuned yet; train the head alone.")
     if backbone.layer == NEXT_TOKEN:
+        from fedhead.backbones.hf_seq2seq import NextTargets
         from fedhead.backbones.split_causal import CausalCuts
+        from fedhead.backbones.split_seq2seq import PairCuts
 
+        if isinstance(backbone.module, NextTargets):
+            return PairCuts(backbone.module, backbone.spec)
         whole: Any = backbone.module
         return CausalCuts(whole, backbone.spec)
     if backbone.spec.startswith("hf:"):

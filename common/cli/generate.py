@@ -24,6 +24,9 @@ def generate(
     temperature: Annotated[
         float, typer.Option(help="0 for the most probable token each time; 1 draws tokens by their probabilities.")
     ] = 0.0,
+    beams: Annotated[
+        int, typer.Option(help="Answers that are continued side by side; the most probable one is taken.")
+    ] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
     weights: Weights = "",
     device: Device = "auto",
@@ -44,7 +47,7 @@ def generate(
     loaded = load_model(model, weights, device)
     asked = prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     lines = []
-    made = answers(loaded, asked, system=system, max_tokens=max_tokens, temperature=temperature, seed=seed)
+    made = answers(loaded, asked, system=system, max_tokens=max_tokens, temperature=temperature, beams=beams, seed=seed)
     for prompt, answer in zip(asked, made, strict=True):
         # Texts of a model may hold commands to a terminal, which JSON leaves unescaped in part.
         lines.append(json.dumps({"prompt": prompt, "completion": answer}, ensure_ascii=out is None))

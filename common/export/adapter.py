@@ -9,6 +9,7 @@ import torch
 
 from fedhead.backbones import Backbone
 from fedhead.backbones.hf_causal import NextTokens
+from fedhead.backbones.hf_seq2seq import NextTargets
 from fedhead.backbones.tail_file import TAIL_FILE, load_tail, peft_files
 from fedhead.backbones.weights import find_backbone, weights_path
 from fedhead.errors import FedheadError, UserError
@@ -84,6 +85,8 @@ def _library_model(backbone: Backbone) -> Any:
 
 def _names(backbone: Backbone) -> tuple[str, str]:
     """Return what precedes the names of layers in the model that PEFT adapts, and PEFT's type of the task."""
+    if isinstance(backbone.module, NextTargets):
+        return "", "SEQ_2_SEQ_LM"
     if isinstance(backbone.module, NextTokens):
         return f"{backbone.module.causal.base_model_prefix}.", "CAUSAL_LM"
     return "", "FEATURE_EXTRACTION"

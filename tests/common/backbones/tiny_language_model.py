@@ -54,3 +54,45 @@ def tiny_language_model(folder: Path, family: str = "llama", template: str = CHA
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def tiny_encoder_decoder(folder: Path, family: str = "t5") -> Path:
+    """Write a random encoder-decoder of two blocks each, with a tokenizer of its form, as transformers does."""
+    import torch
+    from tokenizers.processors import TemplateProcessing
+    from transformers import (
+        BartConfig,
+        BartForConditionalGeneration,
+        MarianConfig,
+        MarianMTModel,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
+
+    tokenizer = tiny_tokenizer("")
+    ends = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    form = "<|im_start|> $A <|im_end|>" if family == "bart" else "$A <|im_end|>"
+    special = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("<|im_start|>", "<|im_end|>")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=form, special_tokens=special)
+    tokenizer.eos_token = "<|im_end|>"
+    torch.manual_seed(0)
+    own = {"vocab_size": len(tokenizer), "pad_token_id": 0, "eos_token_id": ends, "d_model": 32}
+    model: Any
+    if family == "t5":
+        model = T5ForConditionalGeneration(
+            T5Config(**own, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
+        )
+    else:
+        size = {f"{half}_{what}": value for half in ("encoder", "decoder") for what, value in _HALVES.items()}
+        settings = {**own, **size, "max_position_embeddings": 256, "forced_eos_token_id": ends}
+        if family == "bart":
+            model = BartForConditionalGeneration(BartConfig(**settings, bos_token_id=1, decoder_start_token_id=ends))
+        else:
+            model = MarianMTModel(MarianConfig(**settings, decoder_start_token_id=0))
+            model.final_logits_bias.normal_()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+_HALVES = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
