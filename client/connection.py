@@ -136,8 +136,9 @@ class Connection:
         self._pause, self._last_message = PROMPT, time.monotonic()
         metadata = delivery.message.metadata
         begin(delivery)
-        contents: dict[str, bytes] = {}
-        for object_id in delivery.objects:
+        contents = dict(delivery.contents)
+        apart = [object_id for object_id in delivery.objects if object_id not in contents]
+        for object_id in apart:
             contents[object_id] = self._object(delivery, object_id)
             if sum(map(len, contents.values())) > MOST_MESSAGE_BYTES:
                 raise TooLargeError(f"The message has more than {size(MOST_MESSAGE_BYTES)}.")
@@ -145,7 +146,8 @@ class Connection:
             message = assemble(delivery, contents)
         except ValueError as error:
             raise WorkIsOverError(f"A message cannot be used: {error}.") from None
-        self._ask(lambda node: self._fleet.confirm(message), of=metadata.dst_node_id)
+        if apart:
+            self._ask(lambda node: self._fleet.confirm(message), of=metadata.dst_node_id)
         return message
 
     def send(self, reply: Message, seconds: float) -> None:
@@ -161,7 +163,9 @@ class Connection:
         tree, objects = disassemble(reply)
         node = reply.metadata.src_node_id
         for delay in _delays():
-            session, wanted = self._ask(lambda _: self._fleet.push(reply, tree, seconds), of=node, until=give_up)
+            session, wanted = self._ask(
+                lambda _: self._fleet.push(reply, tree, seconds, objects), of=node, until=give_up
+            )
             pushes = [self._pushing(reply, session, each, objects[each]) for each in objects if each in wanted]
             if all(self._ask(push, of=node, until=give_up) for push in pushes):
                 return
@@ -181,7 +185,7 @@ class Connection:
             if node is not None and not self._trouble:
                 if last is not None:
                     tree, objects = disassemble(last)
-                    session, wanted = self._fleet.push(last, tree, 0.0)
+                    session, wanted = self._fleet.push(last, tree, 0.0, objects)
                     for object_id in wanted & objects.keys():
                         self._fleet.push_object(last, session, object_id, objects[object_id])
                 self._fleet.deactivate(node)

@@ -8,6 +8,7 @@ module outside this package reaches past Flower's documented modules.
 - `signing`: the signatures by which a request proves who sent it.
 - `fleet_client`: a site's end of the Fleet API.
 - `fleet_api`: the requests that the Fleet API knows, and their handlers.
+- `inline`: objects in the same request as their message.
 - `site_link`: a coordinator's end, one for each site.
 - `grids`, `strategies`: names that Grids and strategies need.
 """

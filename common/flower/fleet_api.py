@@ -10,7 +10,7 @@ from flwr.superlink.servicer.fleet import fleet_handlers as handlers
 FLEET_PATH, MEDIA_TYPE = "/v1/fleet/", b"application/protobuf"
 ACTIVATE, DEACTIVATE = "activate-node", "deactivate-node"
 PULL_MESSAGES, PUSH_MESSAGES, CONFIRM = "pull-messages", "push-messages", "confirm-message-received"
-PUSH_OBJECT = "push-object"
+PUSH_OBJECT, PULL_OBJECT = "push-object", "pull-object"
 
 REQUESTS: Mapping[str, tuple[type[Any], Callable[[Any, Any], Any]]] = {
     ACTIVATE: (fleet_pb2.ActivateNodeRequest, handlers.activate_node),
@@ -24,7 +24,7 @@ REQUESTS: Mapping[str, tuple[type[Any], Callable[[Any, Any], Any]]] = {
     "get-run": (run_pb2.GetRunRequest, handlers.get_run),
     "get-fab": (fab_pb2.GetFabRequest, handlers.get_fab),
     PUSH_OBJECT: (message_pb2.PushObjectRequest, handlers.push_object),
-    "pull-object": (message_pb2.PullObjectRequest, handlers.pull_object),
+    PULL_OBJECT: (message_pb2.PullObjectRequest, handlers.pull_object),
     CONFIRM: (
         message_pb2.ConfirmMessageReceivedRequest,
         lambda request, state: handlers.confirm_message_received(request, state, state.object_store),

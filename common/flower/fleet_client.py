@@ -2,7 +2,7 @@
 
 import secrets
 import ssl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
@@ -33,6 +33,8 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedhead.addresses import proxy_of, split_address
 from fedhead.errors import UserError
+from fedhead.flower.fleet_api import FLEET_PATH, PULL_OBJECT
+from fedhead.flower.inline import INLINE_HEADER, MOST_INLINE_BYTES, add_objects, fitting, objects_of
 from fedhead.flower.messages import Delivery
 from fedhead.flower.signing import signed_headers
 
@@ -47,7 +49,10 @@ EXTRACTED_HEADER = "x-fedhead-extracted"
 
 MOST_OBJECTS = 1000
 """Parts of a message; ours have four."""
-MOST_RESPONSE_BYTES = 2**29
+MOST_OBJECT_BYTES = 2**29
+"""Limit on the answer to a request for an object."""
+MOST_RESPONSE_BYTES = 2**22
+"""Limit on other answers; a message of many small parts takes more memory than bytes."""
 TIMEOUT = httpx.Timeout(30.0, connect=10.0, write=20.0)
 """Short, so that a lost network is noticed soon; every request may be repeated."""
 HOLD_MARGIN_SECONDS = 10.0
@@ -108,6 +113,7 @@ class FleetClient:
         self._public_key = public_key_to_bytes(key.public_key())
         self._wait = wait
         self._hold = True
+        self._inlines = False
         self._headers = {PROCESS_HEADER: secrets.token_hex(16), SITE_HEADER: name, "accept-encoding": "identity"}
         self._client = FleetHttpClient.from_server_address(
             address, root_certificates is None, None, [NodeAuthHttpInterceptor(key, key.public_key()), self]
@@ -128,9 +134,11 @@ class FleetClient:
         context.request.headers.update(self._headers)
         if (extracted := self._extraction()) is not None:
             context.request.headers[EXTRACTED_HEADER] = f"{extracted[0]}/{extracted[1]}"
-        if self._hold and context.rpc_method.endswith("/PullMessages"):
-            context.request.headers[WAIT_HEADER] = str(self._wait)
-            context.request.extensions["timeout"]["read"] = self._wait + HOLD_MARGIN_SECONDS
+        if context.rpc_method.endswith("/PullMessages"):
+            context.request.headers[INLINE_HEADER] = str(MOST_INLINE_BYTES)
+            if self._hold:
+                context.request.headers[WAIT_HEADER] = str(self._wait)
+                context.request.extensions["timeout"]["read"] = self._wait + HOLD_MARGIN_SECONDS
         request = context.request
         path, timestamp = request.url.raw_path.decode(), request.headers[TIMESTAMP_HEADER]
         request.headers.update(signed_headers(self._key, path, request.content, request.headers, timestamp))
@@ -155,7 +163,7 @@ class FleetClient:
         return self._client.SendNodeHeartbeat(request).success
 
     def pull(self, node_id: int, *, hold: bool = True) -> Delivery | None:
-        """Return the next message for the site, if there is one.
+        """Return the next message for the site, if there is one, with those of its objects that came with it.
 
         Args:
             node_id: the site's.
@@ -168,12 +176,14 @@ class FleetClient:
         try:
             objects = {tree.object_id: None for tree in iterate_object_tree(pulled.message_object_trees[0])}
             message = message_from_proto(pulled.messages_list[0])
+            contents = objects_of(pulled.SerializeToString(), MOST_OBJECTS)
         # Flower raises many kinds on a message that no honest coordinator sends.
         except Exception as error:
             raise ValueError(f"it holds no message: {type(error).__name__}") from None
         if len(objects) > MOST_OBJECTS:
             raise ValueError(f"its message has {len(objects)} parts")
-        return Delivery(message, tuple(objects))
+        self._inlines = bool(contents)
+        return Delivery(message, tuple(objects), {each: contents[each] for each in objects if each in contents})
 
     def pull_object(self, message: Message, object_id: str) -> bytes | None:
         """Return one of a message's objects, or None while it is not there yet.
@@ -200,8 +210,20 @@ class FleetClient:
         )
         self._client.ConfirmMessageReceived(request)
 
-    def push(self, reply: Message, tree: ObjectTree, seconds: float) -> tuple[str, frozenset[str]]:
-        """Announce a reply that took `seconds` to make; return the session, and which objects are to be pushed."""
+    def push(
+        self, reply: Message, tree: ObjectTree, seconds: float, objects: Mapping[str, bytes] | None = None
+    ) -> tuple[str, frozenset[str]]:
+        """Announce a reply, with its objects if the coordinator takes them so and they are small.
+
+        Args:
+            reply: the reply.
+            tree: of its objects.
+            seconds: that it took to make.
+            objects: its objects by id; None announces it alone.
+
+        Returns:
+            The session, and which objects are still to be pushed.
+        """
         bare = remove_content_from_message(reply) if reply.has_content() else reply
         request = PushMessagesRequest(
             node=Node(node_id=reply.metadata.src_node_id),
@@ -209,6 +231,8 @@ class FleetClient:
             message_object_trees=[tree],
             clientapp_runtime_list=[seconds],
         )
+        if objects and self._inlines:
+            add_objects(request, fitting(objects, MOST_INLINE_BYTES).values())
         pushed = self._client.PushMessages(request)
         return pushed.session_id, frozenset(pushed.objects_to_push)
 
@@ -231,14 +255,15 @@ class FleetClient:
 class _Bounded(httpx.SyncByteStream):
     """A body that fails once it is too large."""
 
-    def __init__(self, body: httpx.SyncByteStream) -> None:
+    def __init__(self, body: httpx.SyncByteStream, most: int) -> None:
         self._body = body
+        self._most = most
 
     def __iter__(self) -> Iterator[bytes]:
         count = 0
         for block in self._body:
             count += len(block)
-            if count > MOST_RESPONSE_BYTES:
+            if count > self._most:
                 raise httpx.RemoteProtocolError("the answer is too large")
             yield block
 
@@ -251,4 +276,5 @@ def _bounded(response: httpx.Response) -> None:
     if response.headers.get("content-encoding", "identity") != "identity":
         raise httpx.RemoteProtocolError("the answer is compressed")
     assert isinstance(response.stream, httpx.SyncByteStream)
-    response.stream = _Bounded(response.stream)
+    is_object = response.request.url.path == f"{FLEET_PATH}{PULL_OBJECT}"
+    response.stream = _Bounded(response.stream, MOST_OBJECT_BYTES if is_object else MOST_RESPONSE_BYTES)

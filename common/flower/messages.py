@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flwr.app import Error, Message, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
@@ -48,10 +48,17 @@ def content_from_bytes(blob: bytes) -> RecordDict:
 
 @dataclass(frozen=True)
 class Delivery:
-    """A pulled message, without content yet, and the ids of the objects that make up its content."""
+    """A pulled message, without content yet.
+
+    Attributes:
+        message: the message.
+        objects: the ids of the objects that make up its content.
+        contents: of those objects that came with it, by id.
+    """
 
     message: Message
     objects: tuple[str, ...]
+    contents: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def assemble(delivery: Delivery, contents: dict[str, bytes]) -> Message:

@@ -24,6 +24,7 @@ from flwr.superlink.federation import NoOpFederationManager
 from google.protobuf.message import DecodeError
 
 from fedhead.flower.fleet_api import ACTIVATE, CONFIRM, PULL_MESSAGES, PUSH_MESSAGES, PUSH_OBJECT, REQUESTS, refusal
+from fedhead.flower.inline import add_objects, fitting, objects_of
 from fedhead.flower.messages import PackedContent, error_reply, set_message_id
 from fedhead.flower.signing import IdentityError
 
@@ -133,20 +134,30 @@ class SiteLink:
         """Let a process of the site activate its node while an earlier one, perhaps killed, still counts as active."""
         self._state.deactivate_node(self.node_id)
 
-    def answer(self, request_name: str, body: bytes) -> tuple[int, bytes]:
-        """Answer a request of the site's, whose identity is proven; return the HTTP status and the body.
+    def answer(self, request_name: str, body: bytes, room: int = 0) -> tuple[int, bytes]:
+        """Answer a request of the site's, whose identity is proven.
 
-        The body of a refusal is JSON with a sentence as `detail`.
+        Args:
+            request_name: the last part of its path.
+            body: of the request.
+            room: how many bytes of objects an answer with a message may carry.
+
+        Returns:
+            The HTTP status and the body; that of a refusal is JSON with a sentence as `detail`.
         """
         request_type, handler = REQUESTS[request_name]
         with self._lock:
             try:
                 request = request_type.FromString(body)
                 self._check(request_name, request)
+                carried = objects_of(body, MOST_OBJECTS) if request_name == PUSH_MESSAGES else {}
                 response = self._repeated(request_name, request)
                 if response is None:
                     response = handler(request, self._state)
                     self._note(request_name, request, response)
+                if request_name == PULL_MESSAGES:
+                    self._carry_objects(response, room)
+                self._store_carried(request, response, carried)
                 return 200, response.SerializeToString()
             except TooLargeError as error:
                 return refusal(413, str(error))
@@ -188,9 +199,12 @@ class SiteLink:
                 raise ValueError("the reply and its objects have different ids")
             self._check_tree(metadata, request.message_object_trees[0])
         if request_name == PUSH_OBJECT and not self._state.object_store.get(request.object_id):
-            held = sum(sent.reply_bytes for sent in self._sent.values())
-            if held + len(request.object_content) > self.most_reply_bytes:
-                raise TooLargeError(f"Replies of more than {self.most_reply_bytes} bytes are not taken.")
+            self._check_room(request.object_content)
+
+    def _check_room(self, content: bytes) -> None:
+        held = sum(sent.reply_bytes for sent in self._sent.values())
+        if held + len(content) > self.most_reply_bytes:
+            raise TooLargeError(f"Replies of more than {self.most_reply_bytes} bytes are not taken.")
 
     def _check_tree(self, metadata: Any, tree: ObjectTree) -> None:
         """Check that a reply's objects are few, and form a tree that is announced once.
@@ -249,11 +263,33 @@ class SiteLink:
                 sent_to.reply_tree = request.message_object_trees[0].SerializeToString(deterministic=True)
                 self.replies += not sent_to.missing
         elif request_name == PUSH_OBJECT and response.stored:
-            for sent in self._sent.values():
-                if sent.missing and request.object_id in sent.missing:
-                    sent.missing.discard(request.object_id)
-                    sent.reply_bytes += len(request.object_content)
-                    self.replies += not sent.missing
+            self._arrived(request.object_id, request.object_content)
+
+    def _arrived(self, object_id: str, content: bytes) -> None:
+        for sent in self._sent.values():
+            if sent.missing and object_id in sent.missing:
+                sent.missing.discard(object_id)
+                sent.reply_bytes += len(content)
+                self.replies += not sent.missing
+
+    def _carry_objects(self, response: Any, room: int) -> None:
+        """Let the answer to a pull carry the objects of its message, as far as there is room."""
+        for message in response.messages_list:
+            add_objects(response, fitting(self._sent[message.metadata.message_id].objects, room).values())
+
+    def _store_carried(self, request: Any, response: Any, carried: Mapping[str, bytes]) -> None:
+        """Store the objects that came with a reply, so that the answer does not ask for them.
+
+        Raises:
+            TooLargeError: if they are too much.
+            ValueError: if one is no object.
+        """
+        for object_id in [each for each in carried if each in response.objects_to_push]:
+            self._check_room(carried[object_id])
+            run_id = request.messages_list[0].metadata.run_id
+            if self._state.store_object(run_id, response.session_id, object_id, carried[object_id]):
+                response.objects_to_push.remove(object_id)
+                self._arrived(object_id, carried[object_id])
 
     def send(self, message: Message, content: PackedContent) -> str | None:
         """Hold a message for the site to pull; return its id, or None if the site was never there.

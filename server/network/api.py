@@ -22,6 +22,7 @@ from fedhead.server.network.requests import (
     body_length,
     disconnected,
     hold_seconds,
+    inline_bytes,
     read_body,
     single_headers,
 )
@@ -127,7 +128,7 @@ class FleetApi:
         if name == PULL_MESSAGES:
             process = headers.get(PROCESS_HEADER.encode(), b"")[:64]
             self._note_process(site, process)
-            return await self._pull(site, body, hold_seconds(headers), receive, sequential=bool(process))
+            return await self._pull(site, headers, body, receive, sequential=bool(process))
         if name == DEACTIVATE and (held := self._held.pop(link.name, None)) is not None:
             held.set()
         if len(body) > LARGE_OBJECT_BYTES:
@@ -150,11 +151,11 @@ class FleetApi:
         site.link.deliver_again()
 
     async def _pull(
-        self, site: ConnectedSite, body: bytes, seconds: float, receive: Receive, *, sequential: bool
+        self, site: ConnectedSite, headers: Mapping[bytes, bytes], body: bytes, receive: Receive, *, sequential: bool
     ) -> tuple[int, bytes]:
-        """Answer a pull once there is a message, or after `seconds`, or when the site pulls again."""
+        """Answer a pull once there is a message, or after the time it names, or when the site pulls again."""
         loop = asyncio.get_running_loop()
-        stop = loop.time() + seconds
+        stop, room = loop.time() + hold_seconds(headers), inline_bytes(headers)
         gone = asyncio.ensure_future(disconnected(receive))
         look = asyncio.Event()
         if (earlier := self._held.get(site.link.name)) is not None:
@@ -164,7 +165,7 @@ class FleetApi:
             while not gone.done() and self._held.get(site.link.name) is look:
                 look.clear()
                 due = site.link.deliver_due(sequential)
-                status, answer = site.link.answer(PULL_MESSAGES, body)
+                status, answer = site.link.answer(PULL_MESSAGES, body, room)
                 left = stop - loop.time()
                 if status != 200 or answer or left <= 0 or self.ending:
                     return status, answer

@@ -7,6 +7,7 @@ from typing import Any
 
 from fedhead.flower.fleet_api import refusal
 from fedhead.flower.fleet_client import EXTRACTED_HEADER, WAIT_HEADER
+from fedhead.flower.inline import INLINE_HEADER, MOST_INLINE_BYTES
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -62,6 +63,12 @@ def hold_seconds(headers: Mapping[bytes, bytes]) -> float:
     """Return for how long a pull may be held."""
     asked = headers.get(WAIT_HEADER.encode(), b"")
     return min(float(asked), MAX_HOLD_SECONDS) if asked.isdigit() and len(asked) < 6 else 0.0
+
+
+def inline_bytes(headers: Mapping[bytes, bytes]) -> int:
+    """Return how many bytes of objects the answer to a pull may carry."""
+    asked = headers.get(INLINE_HEADER.encode(), b"")
+    return min(int(asked), MOST_INLINE_BYTES) if asked.isdigit() and len(asked) < 10 else 0
 
 
 def extracted_rows(headers: Mapping[bytes, bytes]) -> tuple[int, int] | None:

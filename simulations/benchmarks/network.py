@@ -8,6 +8,7 @@ import contextlib
 import http.client
 import json
 import os
+import secrets
 import ssl
 import statistics
 import subprocess
@@ -30,8 +31,9 @@ from fedhead.client.app import make_app
 from fedhead.client.release.guard import Guard
 from fedhead.errors import FedheadError
 from fedhead.features.store import FeatureStore
-from fedhead.flower.fleet_api import MEDIA_TYPE
-from fedhead.flower.fleet_client import WAIT_HEADER, FleetClient
+from fedhead.flower.fleet_api import MEDIA_TYPE, PULL_MESSAGES
+from fedhead.flower.fleet_client import PROCESS_HEADER, WAIT_HEADER, FleetClient
+from fedhead.flower.inline import INLINE_HEADER, MOST_INLINE_BYTES
 from fedhead.flower.messages import assemble, disassemble
 from fedhead.flower.signing import signed_headers
 from fedhead.server.flower_app import write_flower_app
@@ -57,7 +59,7 @@ from fedhead.simulations.benchmarks.shipping import shipping
 from fedhead.simulations.sites import SharedData, SimulatedSite
 from fedhead.tasks import make_task
 
-HEARTBEAT_SECONDS = 60.0
+HEARTBEAT_SECONDS, RECONNECT_SECONDS = 60.0, 1.0
 
 
 @app.command()
@@ -240,6 +242,7 @@ class LightSite(threading.Thread):
         key = serialization.load_pem_private_key((kit / "key.pem").read_bytes(), None)
         assert isinstance(key, ec.EllipticCurvePrivateKey)
         self._key = key
+        self._process = secrets.token_hex(16)
         self._app = make_app(lambda _: site)
         self._line = http.client.HTTPSConnection("127.0.0.1", port, context=context, timeout=120)
         self._fleet = FleetClient(f"127.0.0.1:{port}", key, (kit / "ca.pem").read_bytes(), 0, site.name)
@@ -247,7 +250,9 @@ class LightSite(threading.Thread):
 
     def _request(self, *, path: str, request: Any, response_type: Any, **_: Any) -> Any:
         body = request.SerializeToString()
-        headers = {"content-type": MEDIA_TYPE.decode(), WAIT_HEADER: "25"}
+        headers = {"content-type": MEDIA_TYPE.decode(), PROCESS_HEADER: self._process}
+        if path.endswith(PULL_MESSAGES):
+            headers |= {WAIT_HEADER: "25", INLINE_HEADER: str(MOST_INLINE_BYTES)}
         self._line.request("POST", path, body, headers | signed_headers(self._key, path, body, headers))
         response = self._line.getresponse()
         body = response.read()
@@ -256,27 +261,40 @@ class LightSite(threading.Thread):
         return response_type.FromString(body)
 
     def run(self) -> None:
-        """Answer until the coordinator is gone."""
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            node = self._fleet.activate(HEARTBEAT_SECONDS)
-            context = Context(1, node, {}, RecordDict(), {})
-            beat = time.monotonic()
-            while True:
-                self._answer(node, context)
-                if time.monotonic() - beat > HEARTBEAT_SECONDS / 3:
-                    self._fleet.heartbeat(node, HEARTBEAT_SECONDS)
-                    beat = time.monotonic()
+        """Answer until the coordinator is gone; reconnect where it is only slow."""
+        context = Context(1, 0, {}, RecordDict(), {})
+        while True:
+            try:
+                self._serve(context)
+            except ConnectionRefusedError:
+                return
+            except (OSError, http.client.HTTPException):
+                self._line.close()
+                time.sleep(RECONNECT_SECONDS)
+
+    def _serve(self, context: Context) -> None:
+        node = self._fleet.activate(HEARTBEAT_SECONDS)
+        beat = time.monotonic()
+        while True:
+            self._answer(node, context)
+            if time.monotonic() - beat > HEARTBEAT_SECONDS / 3:
+                self._fleet.heartbeat(node, HEARTBEAT_SECONDS)
+                beat = time.monotonic()
 
     def _answer(self, node: int, context: Context) -> None:
         delivery = self._fleet.pull(node)
         if delivery is None:
             return
-        parts = {each: self._fleet.pull_object(delivery.message, each) or b"" for each in delivery.objects}
+        parts = dict(delivery.contents)
+        apart = [each for each in delivery.objects if each not in parts]
+        for each in apart:
+            parts[each] = self._fleet.pull_object(delivery.message, each) or b""
         message = assemble(delivery, parts)
-        self._fleet.confirm(message)
+        if apart:
+            self._fleet.confirm(message)
         reply = self._app(message, context)
         tree, objects = disassemble(reply)
-        session, wanted = self._fleet.push(reply, tree, 0.0)
+        session, wanted = self._fleet.push(reply, tree, 0.0, objects)
         for object_id in wanted:
             self._fleet.push_object(reply, session, object_id, objects[object_id])
 

@@ -8,13 +8,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 from flwr.app import Message
 
 from fedhead.client import connection as module
 from fedhead.client.connection import IDLE, PROMPT, CannotHealError, Connection, TakenOverError, WorkIsOverError
 from fedhead.client.settings import Kit, insecure_key
+from fedhead.flower import fleet_client, site_link
 from fedhead.flower.fleet_client import FleetClient
+from fedhead.flower.inline import MOST_INLINE_BYTES
 from fedhead.protocol.messages import Payload
 from fedhead.server.kit import CoordinatorKit
 from fedhead.server.network import superlink
@@ -119,6 +122,61 @@ def test_a_message_is_answered(kits: Path, connect: Connect, secure: bool) -> No
         assert Payload.from_content(message.content) == CONTENT
         connection.send(answer(message), 0.1)
         assert Payload.from_content(reply_to(grid, message_id).content).values == {"got": {"answer": 42}}
+
+
+def requests_of(connection: Connection) -> list[str]:
+    """Return the last parts of the paths of all requests from now on."""
+    paths: list[str] = []
+    hooks = connection._fleet._client._client.event_hooks
+    connection._fleet._client._client.event_hooks = {
+        **hooks,
+        "request": [lambda request: paths.append(request.url.path.rpartition("/")[2])],
+    }
+    return paths
+
+
+@pytest.mark.parametrize("earlier", ["", "coordinator", "site"])
+def test_a_message_and_its_reply_take_two_requests_where_both_ends_know_how(
+    kits: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch, earlier: str
+) -> None:
+    if earlier == "coordinator":
+        monkeypatch.setattr(site_link, "fitting", lambda objects, room: {})
+        monkeypatch.setattr(site_link, "objects_of", lambda body, most: {})
+    elif earlier == "site":
+        monkeypatch.setattr(fleet_client, "INLINE_HEADER", "x-fedhead-another")
+    with serving(kits) as link:
+        connection = connect(link.port, kits / "here", beat=1000)
+        connection.open()
+        paths, grid = requests_of(connection), NetworkGrid(link)
+        for _ in range(2):
+            message_id = ask(grid)
+            connection.send(answer(receive(connection)), 0.1)
+            assert Payload.from_content(reply_to(grid, message_id).content).values == {"got": {"answer": 42}}
+    if earlier:
+        assert set(paths) == {
+            "pull-messages",
+            "pull-object",
+            "confirm-message-received",
+            "push-messages",
+            "push-object",
+        }
+    else:
+        assert paths == ["pull-messages", "push-messages"] * 2
+
+
+def test_large_objects_take_requests_of_their_own(kits: Path, connect: Connect) -> None:
+    large = Payload({}, {"array": np.random.default_rng(0).random(MOST_INLINE_BYTES // 8)})
+    with serving(kits) as link:
+        connection = connect(link.port, kits / "here", beat=1000)
+        connection.open()
+        paths, grid = requests_of(connection), NetworkGrid(link)
+        (message_id,) = grid.push_messages([Message(large.to_content(), grid.link.online()["here"], "train")])
+        message = receive(connection)
+        np.testing.assert_array_equal(Payload.from_content(message.content).arrays["array"], large.arrays["array"])
+        connection.send(Message(large.to_content(), reply_to=message), 0.1)
+        reply = Payload.from_content(reply_to(grid, message_id).content)
+        np.testing.assert_array_equal(reply.arrays["array"], large.arrays["array"])
+    assert paths == ["pull-messages", "pull-object", "confirm-message-received", "push-messages", "push-object"]
 
 
 def test_our_coordinator_is_asked_once_and_holds_the_pull_until_there_is_a_message(
