@@ -54,6 +54,11 @@ def counted(number: int, what: str, plural: str = "") -> str:
     return f"{number:,} {what if number == 1 else plural or what + 's'}"
 
 
+def signed(value: float, decimals: int) -> str:
+    """Return a number with its sign; what rounds to 0 has none."""
+    return f"{rounded:+.{decimals}f}" if (rounded := round(value, decimals)) else f"{0:.{decimals}f}"
+
+
 def listed(names: Sequence[str], most: int) -> str:
     """Return names with commas between them, after `most` of them only how many others there are."""
     others = len(names) - most

@@ -52,7 +52,7 @@ def prove_adaptations(
 
     sums, exchange = in_two_exchanges(messenger, roster.nodes, roster.rows, ADAPT, payload_at, len(METHODS))
     choice = choose_adaptation(sums)
-    logger.info("%s: %s. %s", choice.question, choice.taken, choice.reason)
+    choice.log()
     by_method = dict(zip(METHODS, sums.temperatures().tolist(), strict=True))
     return Adaptation(stats, choice.taken, solver, by_method, seed), choice, exchange
 

@@ -15,6 +15,7 @@ from fedhead.server.collect import Question
 from fedhead.server.coordinator import Coordinator
 from fedhead.server.exchange import Exchange
 from fedhead.server.runs.history import Outcome, Round
+from fedhead.server.selection import Choice
 from fedhead.server.starting_head import HeadForm
 from fedhead.solvers.clusters import (
     RESTARTS,
@@ -157,16 +158,14 @@ class ClusterCoordinator(Coordinator):
         means = held_out.totals / held_out.rows
         size = knee(found.sizes, means.tolist())
         number = found.sizes.index(size)
-        choice = {
-            "question": "Number of clusters",
-            "taken": str(size),
-            "reason": (
-                f"Mean log-likelihood {means[number]:.2f} on {held_out.rows} held-out rows, {means[0]:.2f} with "
-                f"{found.sizes[0]} and {means[-1]:.2f} with {found.sizes[-1]}; beyond {size} it grows more slowly."
-            ),
-        }
-        self.choices = [choice]
-        logger.info("%s: %s. %s", choice["question"], choice["taken"], choice["reason"])
+        reason = (
+            f"Mean log-likelihood {means[number]:.2f} on {held_out.rows} held-out rows, {means[0]:.2f} with "
+            f"{found.sizes[0]} and {means[-1]:.2f} with {found.sizes[-1]}; beyond {size} it grows more slowly."
+        )
+        rivals = [{"name": str(one), "loss": -float(mean)} for one, mean in zip(found.sizes, means, strict=True)]
+        choice = Choice("Number of clusters", str(size), reason, held_out.rows, rivals)
+        self.choices = [choice.to_dict()]
+        choice.log()
         return number
 
     def _statistics(self, directions: Directions, chosen: Clusterings, rows: Rows) -> FeatureStatistics:

@@ -164,7 +164,7 @@ class Finish:
         exchange.include(asking)
         proven, choice = choose_round(rivals, sums)
         self.choices = [*self.choices, choice.to_dict()]
-        logger.info("%s: %s. %s", choice.question, choice.taken, choice.reason)
+        choice.log()
         return kept.number if proven else 0, kept.arrays, None
 
     def _proven_by_score(
@@ -178,7 +178,7 @@ class Finish:
             exchange.include(evaluation.exchange)
         proven, choice = choose_by_score(self.run.task, found[0], found[1], number)
         self.choices = [*self.choices, choice.to_dict()]
-        logger.info("%s: %s. %s", choice.question, choice.taken, choice.reason)
+        choice.log()
         return (number, arrays, None) if proven else (0, solved, None)
 
     def _kept_tuned(

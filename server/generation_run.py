@@ -103,7 +103,7 @@ class GenerationCoordinator(HeadCoordinator):
         cost = Cost.of(progress.history, last, len(self.roster.nodes))
         proven, choice = choose_adapters(rivals, sums, last.number, cost, by_site)
         self.choices = [*self.choices, choice.to_dict()]
-        logger.info("%s: %s. %s", choice.question, choice.taken, choice.reason)
+        choice.log()
         return best if proven else (0, base)
 
     def _best(self, progress: Progress, last: Version, exchange: Exchange) -> tuple[int, Arrays] | None:
@@ -143,7 +143,7 @@ def choose_adapters(
             f"{'less' if gain > 0 else 'more'} with the adapters of {rivals[1].name} than without, with a paired "
             f"standard error of {error:.4f}; a proof for the best of {rounds} rounds takes {needed:.1f} of them. "
             f"{_without(decisive)}The adapters are {'proven' if proven else 'not proven'} to be better. They cost "
-            f"{cost.megabytes:.2g} MB of each site and {cost.minutes:.2g} minutes."
+            f"{cost}."
         )
     found = [
         {"name": one.name, "loss": loss / rows, "score": None, "temperature": None}

@@ -178,7 +178,7 @@ class HeadCoordinator(Coordinator):
         if self.config.lift == "auto":
             stats, choice, exchange = self.maps.choose()
             self.choices = [choice.to_dict()]
-            logger.info("%s: %s. %s", choice.question, choice.taken, choice.reason)
+            choice.log()
         else:
             exchange = self.maps.prepare()
             collected = self.pooling.statistics(StatisticsRequest())

@@ -10,6 +10,7 @@ from fedhead.evaluation.metrics import Estimate
 from fedhead.server.exchange import POOL
 from fedhead.server.selection import BAR, Choice
 from fedhead.tasks import Task
+from fedhead.wording import signed
 
 LEAST_SITES = 3
 """Sites with a score below which their differences have no standard error worth the name."""
@@ -48,7 +49,7 @@ def choose_by_score(
     limit = "has no standard error" if error is None else f"has {how} of {error:.4f}, and a proof takes {BAR:g} of them"
     verdict = "which proves rounds better" if proven else "which does not prove rounds better"
     reason = (
-        f"{task.score_title} after rounds is {new:.4f}, and {old:.4f} before; the difference, {new - old:+.4f}, "
+        f"{task.score_title} after rounds is {new:.4f}, and {old:.4f} before; the difference, {signed(new - old, 4)}, "
         f"{limit}, {verdict}."
     )
     return proven, Choice("Kept head", names[int(proven)], reason, pooled[0].rows, rivals)

@@ -1,5 +1,6 @@
 """Selection of a head by proof: rivals are compared on the sites' held-out rows, each at its own temperature."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -17,6 +18,8 @@ from fedhead.sums.heads import FloatArray
 from fedhead.sums.rivals import RivalSums
 from fedhead.sums.sums import Arrays
 from fedhead.wording import listed
+
+logger = logging.getLogger(__name__)
 
 LIFT_RATIO = 0.98
 """A lift is taken if its held-out loss is below this share of the best head's without it."""
@@ -67,6 +70,10 @@ class Choice:
     reason: str
     rows: int
     rivals: Sequence[Mapping[str, Any]]
+
+    def log(self) -> None:
+        """Log the choice and its reason."""
+        logger.info("%s: %s. %s", self.question, self.taken, self.reason)
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON types."""

@@ -13,6 +13,7 @@ from fedhead.server.exchange import Exchange
 from fedhead.server.messenger import Messenger
 from fedhead.sums.subgroups import SubgroupSums
 from fedhead.tasks import Task
+from fedhead.wording import listed
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +48,11 @@ def evaluate_subgroups(
     counted = {name: sums for name, sums in zip(names, collected.total.parts, strict=True) if sums.rows}
     if not counted:
         logger.warning(
-            "No subgroup was evaluated: no site has enough held-out rows of %s, or names their column (group_by).",
-            ", ".join(names),
+            "No subgroup was evaluated: at every site, %s (%s) has too few held-out rows, or no site names their "
+            "column (group_by). Merge small subgroups, such as ages into bands.%s",
+            "the only subgroup" if len(names) == 1 else f"each of {len(names)} subgroups",
+            listed(names, 5),
+            collected.exchange.first_reasons(),
         )
         return {}, collected.exchange
     groups = compare_groups(counted, task.columns, config.sensitivity or None)

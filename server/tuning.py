@@ -23,8 +23,12 @@ from fedhead.sums.features import FeatureStatistics
 from fedhead.sums.rivals import RivalSums
 from fedhead.sums.sums import Arrays
 from fedhead.tasks import Task
+from fedhead.wording import duration, signed, size
 
 logger = logging.getLogger(__name__)
+
+LEAST_RATE = 0.01
+"""Points per megabyte or minute that are worth telling."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,11 @@ class Cost:
         total, seconds = (sum(values) for values in zip((0, 0.0), *spent, strict=True))
         return cls(total / 1e6 / max(sites, 1), seconds / 60)
 
+    def __str__(self) -> str:
+        return f"{size(round(1e6 * self.megabytes))} of each site and {duration(60 * self.minutes)}"
 
-def _gain(sums: RivalSums, at: int, cost: Cost) -> str:
+
+def gain_of_tuning(sums: RivalSums, at: int, cost: Cost) -> str:
     """Describe the gain of a tuned version in points, and its cost.
 
     The interval takes the two versions' errors as independent, and so is wider than a paired one.
@@ -92,15 +99,14 @@ def _gain(sums: RivalSums, at: int, cost: Cost) -> str:
     solved, tuned = (float(sums.right[one]) / sums.rows for one in (0, at))
     points = 100 * (tuned - solved)
     half = 196 * math.sqrt((solved * (1 - solved) + tuned * (1 - tuned)) / sums.rows)
+    changed, low, high = (signed(one, 1) for one in (points, points - half, points + half))
     rates = [
-        f"{points / spent:+.2g} {unit}"
-        for spent, unit in ((cost.megabytes, "per megabyte and site"), (cost.minutes, "per minute"))
-        if spent > 0
+        f"{signed(points / spent, 2)} points per {unit}"
+        for spent, unit in ((cost.megabytes, "megabyte and site"), (cost.minutes, "minute"))
+        if spent and abs(points / spent) >= LEAST_RATE
     ]
-    return (
-        f"Tuning changed the score by {points:+.1f} points ({points - half:+.1f} to {points + half:+.1f}), "
-        f"for {cost.megabytes:.2g} MB of each site and {cost.minutes:.2g} minutes: {' and '.join(rates)}."
-    )
+    each = f": {', and '.join(rates)}" if rates else ""
+    return f"Tuning changed the score by {changed} points ({low} to {high}), for {cost}{each}."
 
 
 def _version(
@@ -170,8 +176,8 @@ def decide(
     exchange.include(asking)
     taken, choice = choose_tuned(rivals, bars, sums)
     if sums.rows:
-        choice = replace(choice, reason=f"{choice.reason} {_gain(sums, taken or 1, cost)}")
-    logger.info("%s: %s. %s", choice.question, choice.taken, choice.reason)
+        choice = replace(choice, reason=f"{choice.reason} {gain_of_tuning(sums, taken or 1, cost)}")
+    choice.log()
     number, delivered = versions[taken].number if taken < len(versions) else best[0], None
     if 0 < taken < len(versions):
         kept = versions[taken]

@@ -148,9 +148,9 @@ def _print_change(change: "MembershipChange", console: Console) -> None:
             f"{row}s" + (f", where the model before has {before}" if before else ""),
         )
     if change.skipped:
-        lines.add_row("Skipped", counted(change.skipped, "unreadable row"))
+        lines.add_row("Skipped", counted(change.skipped, f"unreadable {row}"))
     if change.withheld:
-        lines.add_row("Withheld", f"{counted(change.withheld, 'row')}, in classes with too few (--min-class-count)")
+        lines.add_row("Withheld", f"{counted(change.withheld, row)}, in classes with too few (--min-class-count)")
     for note in change.notes:
         lines.add_row("Note", note)
     lines.add_row("Run folder", str(change.run_dir))

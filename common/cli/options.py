@@ -135,10 +135,19 @@ def run_config(path: Path | None, assignments: list[str] | None, settings: dict[
         path: of a TOML file.
         assignments: the values of `--set`.
         settings: changes by flags; see `fedhead.cli.settings`.
+
+    Raises:
+        UserError: if they describe no run, or ask for privacy without an epsilon.
     """
     from fedhead.config import RunConfig, merge, parse_assignments
+    from fedhead.errors import UserError
 
     changes = merge(settings, parse_assignments(assignments or []))
+    if changes.get("privacy", {}).get("epsilon") == 0:
+        raise UserError(
+            "With epsilon 0 a head could not depend on any row: choose one above 0, such as --epsilon 3, or leave it "
+            "out for a run without differential privacy."
+        )
     return RunConfig.from_toml(path, changes) if path else RunConfig.from_values(changes)
 
 

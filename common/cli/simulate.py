@@ -180,7 +180,7 @@ def _add_head(lines: Table, result: "RunResult") -> None:
 
 def _add_cost(lines: Table, result: "RunResult") -> None:
     """Add traffic and time, and the rows that were left out."""
-    summary = result.summary()
+    summary, row = result.summary(), result.task.row_name
     traffic = f"{size(summary['bytes_down'])} down, {size(summary['bytes_up'])} up"
     if summary["bytes_full_model"]:
         share = summary["bytes_full_model"] / max(summary["bytes_down"] + summary["bytes_up"], 1)
@@ -190,15 +190,15 @@ def _add_cost(lines: Table, result: "RunResult") -> None:
     lines.add_row(
         "Time",
         f"{summary['seconds']:.1f} s: features {summary['seconds_extraction']:.1f} s "
-        f"({summary['rows_extracted']} rows extracted), rounds {summary['seconds_rounds']:.1f} s",
+        f"({counted(summary['rows_extracted'], row)} extracted), rounds {summary['seconds_rounds']:.1f} s",
     )
     if summary["rows_skipped"]:
-        lines.add_row("Skipped", counted(summary["rows_skipped"], "unreadable row"))
+        lines.add_row("Skipped", counted(summary["rows_skipped"], f"unreadable {row}"))
     if summary["rows_withheld"]:
         lines.add_row(
             "Withheld",
-            f"{counted(summary['rows_withheld'], 'row')} from {counted(len(result.withheld), 'site')}, in classes or "
-            "sites with too few rows (--min-class-count, --min-rows)",
+            f"{counted(summary['rows_withheld'], row)} from {counted(len(result.withheld), 'site')}, in classes or "
+            f"sites with too few (--min-class-count, --min-rows)",
         )
 
 

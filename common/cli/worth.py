@@ -11,6 +11,7 @@ from rich.table import Table
 
 from fedhead.cli import options
 from fedhead.cli.application import app, in_sentences, output, progress_of
+from fedhead.wording import signed
 
 if TYPE_CHECKING:
     from fedhead.evaluation.worth import Worth
@@ -61,7 +62,7 @@ def _print(found: "Worth", console: Console) -> None:
             f"{one.rows:,}",
             f"{100 * one.shapley:.1f} %{limits}",
             f"{100 * one.alone:.1f} %",
-            f"{100 * one.leave_one_out:+.2f}",
+            signed(100 * one.leave_one_out, 2),
         )
     console.print(table)
     how = f"from {found.permutations} sampled orders of the sites" if found.permutations else "exact"

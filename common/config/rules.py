@@ -72,7 +72,7 @@ def _adapted_heads_are_solved(run: "RunConfig") -> None:
     if "rounds" in run.model_fields_set and run.rounds:
         raise ValueError("adapt solves heads from sums: set rounds to 0")
     if run.privacy.on:
-        raise ValueError("adapt needs exact sums, which differential privacy does not give: leave epsilon at 0")
+        raise ValueError("adapt needs exact sums, which differential privacy does not give: leave epsilon out")
 
 
 @_rule

@@ -189,7 +189,7 @@ class PrivacyConfig(Table):
         False, description="Mask each site's replies, so that the coordinator learns only the sum over all sites."
     )
     epsilon: Epsilon = Field(
-        0.0, description="Differential privacy: the run's epsilon for each row or group of a site. 0 for none."
+        0.0, description="Differential privacy: the run's epsilon for each row or group of a site; by default none."
     )
     delta: float = Field(1e-5, gt=0, lt=1, description="Delta of differential privacy; below 1 / rows.")
     unit: Literal["row", "group"] = Field(

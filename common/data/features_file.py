@@ -67,6 +67,11 @@ def load_features(argument: str) -> Samples:
         raise UserError(f"{spec} names {path.name!r}; expected a file with a suffix of {', '.join(SUFFIXES)}.")
     if not path.is_file():
         raise UserError(f"There is no file {path}.")
+    if options.get("group_by") in (options.get("label", "labels"), options.get("target", "targets")):
+        raise UserError(
+            f"The array {options['group_by']!r} of {path} is to be predicted, so it cannot name subgroups as well. "
+            "Name another one as in ?group_by=sex."
+        )
     wanted = {array: options[option] for array, option in _SINGULAR.items() if option in options}
     arrays = _read(path, {"features": options.get("features", "features"), **wanted})
     samples = _samples(path, arrays, f"features:{join_options(str(path), options)}")

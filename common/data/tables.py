@@ -162,7 +162,7 @@ def samples_of_table(table: Table, options: dict[str, str], spec: str) -> Sample
         annotated=CONVERSATION if conversations else "",
         former=None if fingerprint == before else replace(items.former, fingerprint=before),
         left_out=(*unlabelled, *items.left_out),
-        subgroups=_subgroups(table, rows, options, spec),
+        subgroups=_subgroups(table, rows, options, spec, annotations.columns),
     )
 
 
@@ -412,10 +412,17 @@ def _choose_rows(table: Table, options: dict[str, str], spec: str) -> tuple[IntA
     return rows, [splits[row] for row in rows]
 
 
-def _subgroups(table: Table, rows: IntArray, options: dict[str, str], spec: str) -> list[str | None] | None:
+def _subgroups(
+    table: Table, rows: IntArray, options: dict[str, str], spec: str, predicted: Collection[str]
+) -> list[str | None] | None:
     """Return the subgroup of each row from the column in the option `group_by`; None without the option."""
     if "group_by" not in options:
         return None
+    if options["group_by"] in predicted:
+        raise UserError(
+            f"The column {options['group_by']!r} is to be predicted, so it cannot name subgroups as well: figures by "
+            "class are in every report. Name another column, as in ?group_by=sex."
+        )
     return names_of(chosen_values(table, column_for(table, "group_by", options, spec), rows))
 
 

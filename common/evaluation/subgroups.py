@@ -11,7 +11,7 @@ from fedhead.errors import UserError
 from fedhead.evaluation.metrics import EvaluationReport, reliability, report, wilson_interval
 from fedhead.sums.evaluation import EvaluationSums
 from fedhead.sums.score_bins import ScoreBins
-from fedhead.wording import percent
+from fedhead.wording import percent, signed
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,9 @@ def worst_group(groups: Sequence[GroupReport]) -> str:
     said = f"The worst group is {worst.name!r}: accuracy {percent(value)} ({percent(low)} to {percent(high)})"
     if worst.difference is None or worst.low is None or worst.high is None:
         return f"{said}; there is no other group."
-    limits = f"{100 * worst.low:+.1f} to {100 * worst.high:+.1f}"
+    limits = f"{signed(100 * worst.low, 1)} to {signed(100 * worst.high, 1)}"
     verdict = "lower than" if worst.high < 0 else "not clearly different from"
-    return f"{said}, {verdict} the other groups' ({100 * worst.difference:+.1f} points, {limits})."
+    return f"{said}, {verdict} the other groups' ({signed(100 * worst.difference, 1)} points, {limits})."
 
 
 def _difference(sums: EvaluationSums, others: Iterable[EvaluationSums]) -> tuple[float | None, ...]:

@@ -4,7 +4,7 @@ from fedhead.server.report import charts
 from fedhead.server.report.layout import DASH, Figure, Section, Table
 from fedhead.server.report.quality import MOST_LINES
 from fedhead.server.runs.record import RunRecord, Values
-from fedhead.wording import counted
+from fedhead.wording import counted, signed
 
 QUESTION = "What did each site bring?"
 _KEY = "contributions"
@@ -61,8 +61,8 @@ def _figure(found: Values, sites: list[Values]) -> Figure:
                 _points(one["shapley"])
                 + (f" ({100 * one['low']:.1f}{DASH}{100 * one['high']:.1f})" if sampled else ""),
                 _points(one["alone"]),
-                f"{100 * one['leave_one_out']:+.2f}",
-                DASH if one["leave_one_out_elsewhere"] is None else f"{100 * one['leave_one_out_elsewhere']:+.2f}",
+                signed(100 * one["leave_one_out"], 2),
+                DASH if one["leave_one_out_elsewhere"] is None else signed(100 * one["leave_one_out_elsewhere"], 2),
             ]
             for one in sites
         ],

@@ -2,7 +2,7 @@
 
 from fedhead.server.report.layout import Section, Table
 from fedhead.server.runs.record import RunRecord, Values
-from fedhead.wording import counted, percent
+from fedhead.wording import counted, percent, signed
 
 _MADE = {
     "closed": "from the pooled sums, with the site's own counted more often, by leave-one-out loss",
@@ -45,4 +45,4 @@ def _line(name: str, one: Values) -> list[str]:
 
 
 def _interval(gain: tuple[float, float]) -> str:
-    return f"{100 * gain[0]:+.0f} to {100 * gain[1]:+.0f} points"
+    return f"{signed(100 * gain[0], 0)} to {signed(100 * gain[1], 0)} points"

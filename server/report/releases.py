@@ -71,7 +71,7 @@ def releases(record: RunRecord) -> Section:
     language = record.task.name == GENERATION
     withheld = record.result.rows_withheld if record.result else None
     sentences = [
-        _steps(record) + (f" In this run they withheld {counted(withheld, 'row')}." if withheld else ""),
+        _steps(record) + (f" In this run they withheld {counted(withheld, record.task.row_name)}." if withheld else ""),
         *(secure_sentences(record) if record.secure else ()),
         *((*promise(privacy), *outcome(privacy)) if privacy else ()),
         *(() if record.secure or privacy else _ADAPTERS if language else _PLAIN),

@@ -8,7 +8,7 @@ from statistics import NormalDist
 from fedhead.server.report.layout import DASH, Section, Table
 from fedhead.server.report.scores import number_interval
 from fedhead.server.runs.record import RunRecord, Values
-from fedhead.wording import counted
+from fedhead.wording import counted, signed
 
 CHANCE = 0.05
 """Probability that any of the sites is called unlike the others where all are alike."""
@@ -113,8 +113,8 @@ def compared(record: RunRecord, question: str) -> Section | None:
                 str(one.report["rows"]),
                 number_interval(one.report[record.task.score_name]),
                 f"{one.others:.3f}",
-                f"{one.own - one.others:+.3f}",
-                DASH if one.errors is None else f"{one.errors:+.1f}",
+                signed(one.own - one.others, 3),
+                DASH if one.errors is None else signed(one.errors, 1),
                 one.unlike,
             ]
             for one in sites

@@ -3,7 +3,7 @@
 from fedhead.server.report.layout import Section, Table
 from fedhead.server.report.quality import interval
 from fedhead.server.runs.record import RunRecord, Values
-from fedhead.wording import listed, percent
+from fedhead.wording import listed, percent, signed
 
 
 def subgroups(record: RunRecord) -> Section | None:
@@ -44,8 +44,8 @@ def subgroups(record: RunRecord) -> Section | None:
 def _line(one: Values, thresholds: bool) -> list[str]:
     points = ""
     if one["difference"]:
-        value, low, high = (100 * limit for limit in one["difference"])
-        points = f"{value:+.1f} points ({low:+.1f} to {high:+.1f})"
+        value, low, high = (signed(100 * limit, 1) for limit in one["difference"])
+        points = f"{value} points ({low} to {high})"
     cells = [
         one["name"],
         str(one["rows"]),

@@ -10,7 +10,7 @@ from fedhead.server.report.layout import Figure, Section, Table
 from fedhead.server.report.quality import MOST_LINES, interval
 from fedhead.server.report.scores import number_interval
 from fedhead.server.runs.record import RunRecord, Values
-from fedhead.wording import counted, percent, size
+from fedhead.wording import counted, percent, signed, size
 
 
 def worth(record: RunRecord) -> Section:
@@ -98,7 +98,7 @@ def _choices(compared: Sequence[Values], *, classes: bool) -> Figure:
                 one["site"],
                 str(one["comparison"]["rows"]),
                 *(percent(shares_of(one["comparison"])[name]) for name in HEADS),
-                "{:+.1f} to {:+.1f} points".format(*(100 * limit for limit in one["comparison"]["gain"])),
+                "{} to {} points".format(*(signed(100 * limit, 1) for limit in one["comparison"]["gain"])),
                 f"{one['comparison']['p_value']:.3f}",
             ]
             for one in compared

@@ -228,6 +228,8 @@ def test_a_folder_is_no_configuration() -> None:
     ("arguments", "words"),
     [
         (["--set", "local.lr"], "Expected TABLE.KEY=VALUE"),
+        (["--epsilon", "0"], "choose one above 0"),
+        (["--set", "privacy.epsilon=0"], "choose one above 0"),
         (["--set", "=3"], "Expected TABLE.KEY=VALUE"),
         (["--set", "locl.lr=0.1"], "Did you mean 'local'"),
         (["--set", "local.lrr=0.1"], "Did you mean 'lr'"),

@@ -6,7 +6,7 @@ import unicodedata
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedhead.wording import MOST_CHARACTERS, one_line, without_controls
+from fedhead.wording import MOST_CHARACTERS, one_line, signed, without_controls
 
 REORDERING = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 
@@ -43,3 +43,10 @@ def test_a_line_is_as_short_as_asked(text: str, most: int) -> None:
 def test_bytes_of_a_file_name_become_no_controls() -> None:
     # In Latin-1 this byte is the one-character form of ESC [.
     assert one_line("a\udc9b2Jb") == without_controls("a\udc9b2Jb") == r"a\x9b2Jb"
+
+
+@given(st.floats(-1e6, 1e6), st.integers(0, 4))
+def test_signed_numbers_are_rounded_and_zero_has_no_sign(value: float, decimals: int) -> None:
+    said = signed(value, decimals)
+    assert float(said) == round(value, decimals)
+    assert said[0] in "+-" if float(said) else set(said) <= set("0.")

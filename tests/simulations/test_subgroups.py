@@ -85,7 +85,7 @@ def test_small_subgroups_of_a_site_do_not_leave_it(caplog: pytest.LogCaptureFixt
     with caplog.at_level(logging.WARNING):
         none = run(tmp_path / "none", sites=30, simulation={"min_class_count": 5, "min_rows": 0})
     assert none.outcome.subgroups == {}
-    assert "No subgroup was evaluated" in caplog.text
+    assert "No subgroup was evaluated: at every site, each of 2 subgroups (f, m) has too few held-out" in caplog.text
 
 
 def test_settings_that_do_not_fit_are_refused(tmp_path: Path) -> None:
@@ -119,6 +119,8 @@ def test_a_column_of_a_table_names_subgroups_and_stays_a_feature(tmp_path: Path)
     assert divided.fingerprint == plain.fingerprint
     with pytest.raises(UserError, match="no column 'sex'"):
         load_samples(f"csv:{path}?label=ill&group_by=sex")
+    with pytest.raises(UserError, match="'ill' is to be predicted, so it cannot name subgroups"):
+        load_samples(f"csv:{path}?label=ill&group_by=ill")
 
 
 def test_a_column_of_subgroups_in_words_is_not_left_out(tmp_path: Path) -> None:
@@ -134,3 +136,5 @@ def test_files_of_features_name_subgroups(tmp_path: Path) -> None:
     samples = load_samples(f"features:{path}?group_by=sex")
     assert samples.subgroups == ["f", "m", None, "f"]
     assert samples.fingerprint == load_samples(f"features:{path}").fingerprint
+    with pytest.raises(UserError, match=r"'labels' of .* is to be predicted"):
+        load_samples(f"features:{path}?group_by=labels")

@@ -67,7 +67,7 @@ def test_a_proven_tail_is_delivered(tuned: RunResult) -> None:
     assert choice["taken"] == again["name"]
     assert again["loss"] < solved["loss"]
     assert tuned.outcome.all_rows
-    assert "MB of each site" in choice["reason"]
+    assert "B of each site and" in choice["reason"]
 
 
 def test_a_baseline_is_a_head_alone(tuned: RunResult) -> None:
