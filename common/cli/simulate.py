@@ -198,7 +198,7 @@ def _add_cost(lines: Table, result: "RunResult") -> None:
         lines.add_row(
             "Withheld",
             f"{counted(summary['rows_withheld'], row)} from {counted(len(result.withheld), 'site')}, in classes or "
-            f"sites with too few (--min-class-count, --min-rows)",
+            "sites with too few (--min-class-count, --min-rows)",
         )
 
 
