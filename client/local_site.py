@@ -32,7 +32,6 @@ from fedhead.client.tails import Tuning
 from fedhead.data import IntArray, held_out, load_samples, require_kind
 from fedhead.devices import Precision, pick_device
 from fedhead.errors import FedheadError, UserError
-from fedhead.features.boundary import BoundaryStore
 from fedhead.features.store import FeatureStore
 from fedhead.heads import FeatureMap, Head, LinearHead, delivered_spec, unmapped
 from fedhead.model import TransferModel, site_model_path
@@ -129,10 +128,10 @@ class LocalSite:
         return found
 
     def _cut(self, manifest: Manifest) -> Tuning:
-        (trunk, tail), objective = self._split(manifest)
+        made = self._split(manifest)
         readable = self._store(self._backbone(manifest), manifest).readable()
         logger.info("Activations below the tuned layers are computed once; each round then runs these layers alone.")
-        return Tuning(tail, BoundaryStore.open(trunk, tail, self.samples, readable), objective)
+        return Tuning.open(made, self.samples, readable)
 
     def _split(self, manifest: Manifest) -> Cut:
         """Return the two parts of a tuned run's backbone, and the objective of the tail.

@@ -3,17 +3,19 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedhead.backbones.objectives import Cut
 from fedhead.backbones.split import Tail
 from fedhead.client.agreement import Agreement, head_of
 from fedhead.client.labelled_features import LabelledFeatures, SiteRows
-from fedhead.data import IntArray
+from fedhead.data import IntArray, Samples
 from fedhead.features.boundary import BoundaryStore
+from fedhead.features.tokens import TokenStore
 from fedhead.heads import ObjectiveHead, TunedHead
 from fedhead.heads.objectives import Objective
 from fedhead.heads.tail import OBJECTIVE, TAIL
@@ -27,8 +29,20 @@ class Tuning:
     """What a site needs for tuning: the tail on its device, its activations, and an objective other than the task's."""
 
     tail: Tail
-    store: BoundaryStore
+    store: BoundaryStore | TokenStore
     objective: Objective | None = None
+
+    @classmethod
+    def open(cls, made: Cut, samples: Samples, rows: IntArray) -> Self:
+        """Return the activations of some rows that can be read, extracting missing ones first.
+
+        Raises:
+            FedheadError: if the disk is too small.
+        """
+        store = BoundaryStore.open(made.split.trunk, made.split.tail, samples, rows)
+        tokens = made.objective is not None and made.objective.takes_tokens
+        opened = TokenStore.open(store, made.split.trunk, samples) if tokens else store
+        return cls(made.split.tail, opened, made.objective)
 
     @cached_property
     def form(self) -> Arrays:
@@ -68,7 +82,7 @@ class LabelledActivations(LabelledFeatures):
         parameters: of the tail.
     """
 
-    store: BoundaryStore | FeatureRows = field(kw_only=True)
+    store: BoundaryStore | TokenStore | FeatureRows = field(kw_only=True)
     shares: Tensor | None = None
     head: TunedHead | None = None
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
@@ -140,7 +154,9 @@ def activations_of(data: LabelledFeatures, agreed: Agreement, tuning: Tuning) ->
     return _labelled(data, agreed, tuning.store)
 
 
-def _labelled(data: LabelledFeatures, agreed: Agreement, store: BoundaryStore | FeatureRows) -> LabelledActivations:
+def _labelled(
+    data: LabelledFeatures, agreed: Agreement, store: BoundaryStore | TokenStore | FeatureRows
+) -> LabelledActivations:
     return LabelledActivations(
         data.features,
         data.labels,

@@ -9,8 +9,8 @@ from fedhead.errors import UserError
 
 Method = Literal["head", "full", "bitfit", "norm", "lora"]
 Variant = Literal["", "ffa"]
-ObjectiveName = Literal["task", "supcon", "simsiam"]
-"""What a tail trains on: the task's loss, or another objective; see `fedhead.heads.objectives`."""
+ObjectiveName = Literal["task", "supcon", "simsiam", "mlm"]
+"""What a tail trains on: the task's loss, or another objective; see `fedhead.backbones.objectives`."""
 OBJECTIVES: tuple[ObjectiveName, ...] = get_args(ObjectiveName)
 
 DEFAULT_WHERE = "last:4"

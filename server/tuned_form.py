@@ -25,7 +25,8 @@ def cut(backbone: Backbone, config: RunConfig) -> Cut:
     """
     schedule = config.tune.stages()
     stages = schedule.specs if schedule else ()
-    return objectives.cut(backbone, parse_tune(config.tune.layers), config.tune.objective, stages=stages)
+    tune = config.tune
+    return objectives.cut(backbone, parse_tune(tune.layers), tune.objective, stages=stages, pretrained=True)
 
 
 class TunedForm(HeadForm):

@@ -378,11 +378,11 @@ def _tuning(
         return None, None
     trunk, tail = made.split
     tail.to(plan.backbone.device)
-    opened = BoundaryStore.open(trunk, tail, plan.samples, store.readable())
+    tuning = Tuning.open(made, plan.samples, store.readable())
     test = None
     if test_store is not None and plan.test_samples is not None:
         test = BoundaryStore.open(trunk, tail, plan.test_samples, test_store.readable())
-    return Tuning(tail, opened, made.objective), test
+    return tuning, test
 
 
 def _score_on(

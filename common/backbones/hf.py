@@ -130,11 +130,7 @@ def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
 @detecting.register("hf")
 def is_detector(name: str) -> bool:
     """Return whether a name may be a detector's; True if its folder is not on this machine."""
-    plain, settings = parse_name(name)
-    try:
-        folder = local_folder(plain) or _cached(plain, settings.revision)
-    except UserError:
-        return True
+    folder = folder_here(name)
     return folder is None or finds_objects(folder)
 
 
@@ -362,6 +358,15 @@ def local_folder(name: str) -> Path | None:
             f"{name!r} is neither a folder nor a name on the hub, as in hf:distilbert/distilbert-base-cased."
         )
     return None
+
+
+def folder_here(name: str) -> Path | None:
+    """Return the folder with a model's files if it is on this machine, for a name with settings."""
+    plain, settings = parse_name(name)
+    try:
+        return local_folder(plain) or _cached(plain, settings.revision)
+    except UserError:
+        return None
 
 
 def snapshot(name: str, revision: str | None) -> Path:

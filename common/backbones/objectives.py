@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from fedhead.backbones.backbone import Backbone
+from fedhead.backbones.masked_language import masked_language
 from fedhead.backbones.split import Split, split
 from fedhead.heads.objectives import Objective, SupervisedContrast, ViewAgreement
 from fedhead.tuning import ObjectiveName, TuneSpec
@@ -28,9 +29,22 @@ class Cut(NamedTuple):
 
 
 def cut(
-    backbone: Backbone, tune: TuneSpec, objective: ObjectiveName = "task", *, stages: Sequence[TuneSpec] = ()
+    backbone: Backbone,
+    tune: TuneSpec,
+    objective: ObjectiveName = "task",
+    *,
+    stages: Sequence[TuneSpec] = (),
+    pretrained: bool = False,
 ) -> Cut:
     """Cut a backbone before the first layer that trains, for an objective of these layers.
+
+    Args:
+        backbone: the whole.
+        tune: the layers and parameters that train.
+        objective: of the layers.
+        stages: what trains in each stage of a schedule.
+        pretrained: whether the objective's own parameters start as in the backbone's files, if these hold any. Sites
+            train what the coordinator sends, and look into no files that it names.
 
     Raises:
         UserError: if it cannot be cut so, or does not fit the objective.
@@ -41,4 +55,6 @@ def cut(
         made = SupervisedContrast()
     elif objective == "simsiam":
         made = ViewAgreement(backbone.num_features)
+    elif objective == "mlm":
+        made = masked_language(backbone, parts, pretrained=pretrained)
     return Cut(parts, made)

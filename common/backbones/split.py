@@ -149,9 +149,9 @@ class Tail(nn.Module):
         self.stages: Sequence[Sequence[str]] = ()
         self.eval()
 
-    def forward(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
-        output = self.module(values) if mask is None else self.module(values, mask)
-        return pool(output, self.pooling, mask).to(torch.float32)
+    def forward(self, values: Tensor, mask: Tensor | None = None, pooled: bool = True) -> Tensor:
+        output: Tensor = self.module(values) if mask is None else self.module(values, mask)
+        return pool(output, self.pooling, mask).to(torch.float32) if pooled else output
 
     def train(self, mode: bool = True) -> "Tail":
         """Do nothing: a tail stays in eval mode."""
@@ -195,9 +195,16 @@ class Tail(nn.Module):
             values: `[n, *shape]`.
             mask: for texts `[n, length]`.
         """
+        return self._called(parameters, values, mask, pooled=True)
+
+    def states(self, parameters: Mapping[str, Tensor], values: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return the output before pooling, as of texts `[n, length, d]`; see `run`."""
+        return self._called(parameters, values, mask, pooled=False)
+
+    def _called(self, parameters: Mapping[str, Tensor], values: Tensor, mask: Tensor | None, *, pooled: bool) -> Tensor:
         named = {f"{self.prefix}{name}": tensor for name, tensor in parameters.items()}
-        features: Tensor = functional_call(self, named, (values, mask))
-        return features
+        output: Tensor = functional_call(self, named, (values, mask), {"pooled": pooled})
+        return output
 
 
 class Split(NamedTuple):

@@ -208,6 +208,8 @@ def _objectives_train_layers(run: "RunConfig") -> None:
         raise ValueError(f"objective 'supcon' compares rows of one class each, which task {run.task!r} does not have")
     if objective == "supcon" and run.tune.batch_size == 1:
         raise ValueError("objective 'supcon' compares the rows of a minibatch: set tune.batch_size to 2 or more")
+    if objective == "mlm" and not run.backbone.startswith("hf:"):
+        raise ValueError(f"objective 'mlm' masks words for a text encoder hf:NAME, not for {run.backbone!r}")
     if "head" in run.tune.schedule.values():
         raise ValueError(
             f"in a schedule's stage 'head' no layers train, so that objective {objective!r} has none: begin with "

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,9 @@ class Judged(NamedTuple):
 
 class Objective(ABC):
     """An objective of a tail. Its own parameters train with the tail and travel with it, and are not delivered."""
+
+    takes_tokens: ClassVar[bool] = False
+    """Whether activations have the texts' token ids as one more last column, after the mask."""
 
     def trainable(self) -> dict[str, Tensor]:
         """Return its own parameters, with their initial values."""

@@ -109,9 +109,13 @@ class TunedHead(Head):
         mean, scale = (part.to(rows) for part in self._standardisation)
         return (rows - mean) / scale
 
+    def tail_values(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tail's parameters by their names in the backbone, also those that do not train."""
+        return {**self._fixed, **part_of(parameters, TAIL)}
+
     def features(self, parameters: Mapping[str, Tensor], activations: Tensor) -> Tensor:
         """Return the tail's features `[n, d]`, float32, as they are without standardisation."""
-        own = {**self._fixed, **part_of(parameters, TAIL)}
+        own = self.tail_values(parameters)
         if not self.sequences:
             return self.tail.run(own, activations).float()
         return self.tail.run(own, activations[..., :-1], activations[..., -1]).float()
@@ -175,6 +179,9 @@ class ObjectiveHead(TunedHead):
     def trainable(self) -> dict[str, Tensor]:
         own = {f"{OBJECTIVE}{name}": value.clone() for name, value in self.objective.trainable().items()}
         return {**super().trainable(), **own}
+
+    def features(self, parameters: Mapping[str, Tensor], activations: Tensor) -> Tensor:
+        return super().features(parameters, activations[..., :-1] if self.objective.takes_tokens else activations)
 
     def seed_draws(self, stream: str) -> None:
         digest = hashlib.blake2b(f"draws {stream}".encode(), digest_size=8).digest()
