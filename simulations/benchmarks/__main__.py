@@ -1,5 +1,6 @@
 """`python -m fedhead.simulations.benchmarks NAME`: one command per figure."""
 
+from fedhead.simulations.benchmarks import baselines as baselines
 from fedhead.simulations.benchmarks import cluster as cluster
 from fedhead.simulations.benchmarks import crowd as crowd
 from fedhead.simulations.benchmarks import extraction as extraction

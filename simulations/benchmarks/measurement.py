@@ -73,13 +73,14 @@ class Measurement:
         table = Table(title=self.title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
         table.add_column("")
         table.add_column("seconds", justify="right")
-        table.add_column(self.units, justify="right")
+        if self.ratio:
+            table.add_column(self.units, justify="right")
         more = list(dict.fromkeys(column for columns in self.columns.values() for column in columns))
         for column in more:
             table.add_column(column, justify="right")
         for name in [*self.seconds, *(key for key in self.ratio if key not in self.seconds)]:
-            seconds, ratio = self.seconds.get(name), self.ratio.get(name)
-            cells = ["" if value is None else f"{value:.3g}" for value in (seconds, ratio)]
+            values = [self.seconds.get(name), *([self.ratio.get(name)] if self.ratio else [])]
+            cells = ["" if value is None else f"{value:.3g}" for value in values]
             table.add_row(name, *cells, *(self.columns.get(name, {}).get(column, "") for column in more))
         console.print(table)
         hidden = ("left_out", "runs")
