@@ -1,5 +1,6 @@
 """Answers of a language model to prompts."""
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -7,12 +8,37 @@ import torch
 
 from fedhead.backbones import Backbone
 from fedhead.backbones.hf_causal import ConversationPreprocessing
-from fedhead.data.conversations import Conversation, Turn
+from fedhead.data import Samples, UnreadableSampleError
+from fedhead.data.conversations import CONVERSATION, Conversation, Turn
 from fedhead.errors import UserError
 from fedhead.model import TransferModel
 
+logger = logging.getLogger(__name__)
+
 MOST_BEAMS = 64
 """Limit on the answers that are continued side by side."""
+
+
+def questions(samples: Samples) -> Iterator[tuple[list[Turn], str]]:
+    """Yield of each conversation the turns before its last answer, and this answer; unreadable ones are logged.
+
+    Raises:
+        UserError: if the data holds no conversations.
+    """
+    if samples.annotated != CONVERSATION:
+        raise UserError(
+            f"{samples.spec} holds no conversations. Name a file of JSON lines with messages, or with prompt and "
+            "completion, as in jsonl:questions.jsonl."
+        )
+    for row in range(len(samples)):
+        try:
+            talk = samples.read(row)
+        except UnreadableSampleError as error:
+            logger.warning("%s It is skipped.", error)
+            continue
+        assert isinstance(talk, Conversation)
+        *asked, (_, answer) = talk.turns
+        yield asked, answer
 
 
 def generate(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedhead.backbones import Backbone, load_backbone
 from fedhead.backbones.digests import digest_tensors
+from fedhead.backbones.tail_file import TAIL_FILE, TailFile, load_tail, with_adapters
 from fedhead.backbones.weights import find_backbone, weights_path
 from fedhead.data import Item
 from fedhead.data.conversion import items_of
@@ -286,6 +287,10 @@ class TransferModel:
             backbone = Backbone.load(beside)
         if backbone is None:
             backbone = find_backbone(described.backbone, described.layer, described.weights_digest)
+        if (file := path.with_name(TAIL_FILE)).is_file() and (
+            backbone is None or backbone.digest != described.backbone_digest
+        ):
+            backbone = _tuned(load_tail(file), backbone, described) or backbone
         if backbone is None:
             raise FedheadError(
                 f"The weights of {described.backbone} are not on this machine: they are neither at {beside} nor at "
@@ -312,6 +317,19 @@ class TransferModel:
             unlearned=described.unlearned,
             foreign=_foreign(path, described.head_digest, backbone.num_features),
         )
+
+
+def _tuned(tail: TailFile, base: Backbone | None, described: _Description) -> Backbone | None:
+    """Return the backbone with the adapters of a run, if their pretrained weights are given or on this machine."""
+    if tail.tune.method != "lora" or (tail.spec, tail.layer) != (described.backbone, described.layer):
+        return None
+    base = base or find_backbone(tail.spec, tail.layer, tail.weights_digest)
+    if base is None or base.weights_digest != tail.weights_digest:
+        return None
+    made = with_adapters(base, tail)
+    # Sums of products may be rounded differently on another machine.
+    made.__dict__.update(digest=described.backbone_digest, weights_digest=described.weights_digest)
+    return made
 
 
 def size_of(item: Item) -> tuple[int, int]:

@@ -65,8 +65,8 @@ class GenerationCoordinator(HeadCoordinator):
             full_model_bytes=progress.full_model_bytes,
             statistics=None,
             choices=self.choices,
-            # Merged weights are on no other machine.
-            settled={"with_backbone": True} if number else {},
+            # The folder has the adapters; weights of other origin may be on no other machine.
+            settled={"with_backbone": True} if number and self.config.weights != "default" else {},
             traffic=progress.traffic,
             tuning={"kept": "tuned" if number else BASE, "trainable_parameters": self.form.num_parameters},
             before=before,

@@ -11,7 +11,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fedhead.backbones.adapters import ADAPTER, lora_config
-from fedhead.backbones.split import Tail
+from fedhead.backbones.backbone import Backbone
+from fedhead.backbones.digests import digest_tensors
+from fedhead.backbones.split import Tail, merged, split
 from fedhead.errors import UserError
 from fedhead.files import write_atomically
 from fedhead.tuning import TuneSpec, parse_tune
@@ -55,8 +57,9 @@ def save_tail(path: Path, tail: Tail, parameters: Mapping[str, Tensor]) -> None:
     loaded = copy.deepcopy(tail)
     loaded.load(parameters)
     tensors = loaded.adapters() or loaded.trainable()
-    metadata = {"format": FORMAT, **tail.pretrained._asdict(), "tune": str(tail.tune)}
-    write_atomically(path, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, metadata))
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    about = {"format": FORMAT, **tail.pretrained._asdict(), "tune": str(tail.tune)}
+    write_atomically(path, save(tensors, {**about, "digest": digest_tensors(tensors)}))
 
 
 def load_tail(path: Path) -> TailFile:
@@ -73,7 +76,29 @@ def load_tail(path: Path) -> TailFile:
         raise UserError(f"The tuned parameters {path} cannot be read: {error}.") from None
     if said.get("format") != FORMAT or not {"spec", "layer", "weights_digest", "tune"} <= said.keys():
         raise UserError(f"{path} does not contain tuned parameters of a run.")
+    # Files of earlier versions have no digest.
+    if said.get("digest", digest := digest_tensors(tensors)) != digest:
+        raise UserError(f"The tuned parameters {path} are damaged: they do not match their digest.")
     return TailFile(said["spec"], said["layer"], said["weights_digest"], parse_tune(said["tune"]), tensors)
+
+
+def with_adapters(base: Backbone, tail: TailFile) -> Backbone:
+    """Return the backbone with the adapters of a file added to its weights.
+
+    Args:
+        base: the pretrained backbone of the file; it is not modified.
+        tail: the adapters.
+
+    Raises:
+        UserError: if they are not of this backbone.
+    """
+    made = split(base, tail.tune, check=False).tail
+    own = made.adapters()
+    if {name: one.shape for name, one in own.items()} != {name: one.shape for name, one in tail.tensors.items()}:
+        raise UserError(f"The tuned parameters are not adapters of {base.spec}.")
+    for name, value in own.items():
+        value.copy_(tail.tensors[name])
+    return merged(base, made, made.trainable())
 
 
 def peft_files(tail: TailFile, prefix: str = "", task_type: str = "FEATURE_EXTRACTION") -> dict[str, bytes]:

@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,6 +19,13 @@ def generate(
     prompts: Annotated[
         list[str] | None, typer.Argument(help="Prompts; by default the lines of the standard input.")
     ] = None,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Conversations, as in jsonl:questions.jsonl, whose last answers are left out and generated. Each JSON "
+            "line has prompt, gold (the answer left out) and output."
+        ),
+    ] = "",
     system: Annotated[str, typer.Option(help="Text that tells the model how to answer.")] = "",
     max_tokens: Annotated[int, typer.Option(help="Largest number of tokens of an answer.")] = 128,
     temperature: Annotated[
@@ -32,7 +39,10 @@ def generate(
     device: Device = "auto",
     out: Annotated[
         Path | None,
-        typer.Option(help="File for JSON lines with prompt and completion.", rich_help_panel=options.OUTPUT),
+        typer.Option(
+            help="File for JSON lines with prompt and completion, or with --data also the reference.",
+            rich_help_panel=options.OUTPUT,
+        ),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON lines instead of texts.", rich_help_panel=options.OUTPUT)
@@ -40,17 +50,30 @@ def generate(
     debug: options.Debug = False,
 ) -> None:
     """Generate answers with a model of the task 'generation'."""
+    from fedhead.data import load_samples
+    from fedhead.errors import UserError
     from fedhead.files import disk_errors
     from fedhead.generation import generate as answers
+    from fedhead.generation import questions
     from fedhead.wording import printable, without_controls
 
+    if data and prompts:
+        raise UserError("Give prompts, or conversations with --data, not both.")
+    told = list(questions(load_samples(data))) if data else []
+    asked: list[Any] = [turns for turns, _ in told]
+    if not data:
+        asked = prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     loaded = load_model(model, weights, device)
-    asked = prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    lines = []
     made = answers(loaded, asked, system=system, max_tokens=max_tokens, temperature=temperature, beams=beams, seed=seed)
-    for prompt, answer in zip(asked, made, strict=True):
+    lines = []
+    for place, answer in enumerate(made):
+        if data:
+            turns, gold = told[place]
+            values = {"prompt": "\n".join(said for _, said in turns), "gold": gold, "output": answer}
+        else:
+            values = {"prompt": asked[place], "completion": answer}
         # Texts of a model may hold commands to a terminal, which JSON leaves unescaped in part.
-        lines.append(json.dumps({"prompt": prompt, "completion": answer}, ensure_ascii=out is None))
+        lines.append(json.dumps(values, ensure_ascii=out is None))
         if out is None:
             typer.echo(lines[-1] if as_json else without_controls(answer))
     if out is not None:

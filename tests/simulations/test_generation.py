@@ -21,7 +21,7 @@ from fedhead.client.release.training_limits import TrainingLimits
 from fedhead.config import RunConfig
 from fedhead.data import UnreadableSampleError, held_out, load_samples, samples_from_texts
 from fedhead.data.conversations import Conversation
-from fedhead.errors import UserError
+from fedhead.errors import FedheadError, UserError
 from fedhead.generation import generate
 from fedhead.model import TransferModel
 from fedhead.simulations import simulate
@@ -300,3 +300,93 @@ def test_the_report_names_adapters(tuned: RunResult) -> None:
     assert "adapters of round" in report
     assert "Adapters, sums and counts." in report
     assert not any(words in report for words in ("Sums, heads and counts", "head of round", "first head"))
+
+
+def test_adapters_alone_give_the_delivered_model(folder: Path, tmp_path: Path) -> None:
+    """The run's folder holds the adapters, and the pretrained weights are found by their digest."""
+    run = simulate(config(folder, rounds=1), out=tmp_path / "run")
+    assert run.summary()["kept"] == "tuned"
+    assert not (tmp_path / "run" / "backbone.safetensors").exists()
+    model = TransferModel.load(tmp_path / "run")
+    assert (model.backbone.digest, model.backbone.weights_digest) == (
+        run.model.backbone.digest,
+        run.model.backbone.weights_digest,
+    )
+    torch.testing.assert_close(model.backbone.probe(), run.model.backbone.probe())
+    base = load_backbone(f"hf:{folder / 'model'}", layer="next-token")
+    assert float((base.probe() - model.backbone.probe()).abs().max()) > 0.01
+    given = TransferModel.load(tmp_path / "run", base)
+    torch.testing.assert_close(given.backbone.probe(), run.model.backbone.probe())
+    base.save(tmp_path / "base.safetensors")
+    by_file = TransferModel.load(tmp_path / "run", weights=str(tmp_path / "base.safetensors"))
+    torch.testing.assert_close(by_file.backbone.probe(), run.model.backbone.probe())
+    other = load_backbone(f"hf:{folder / 'model'}", layer="next-token", weights="random", seed=5)
+    with pytest.raises(UserError, match="needs another backbone"):
+        TransferModel.load(tmp_path / "run", other)
+    file = tmp_path / "run" / "tail.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-4] + b"\x00\x00\x80\x3f")
+    with pytest.raises(UserError, match="damaged"):
+        TransferModel.load(tmp_path / "run")
+    file.unlink()
+    with pytest.raises(FedheadError, match="are not on this machine"):
+        TransferModel.load(tmp_path / "run")
+
+
+def test_adapters_with_a_frozen_matrix_are_found_again(folder: Path, tmp_path: Path) -> None:
+    run = simulate(config(folder, rounds=1, tune={"layers": "lora:4:ffa@last:1", "lr": 0.05}), out=tmp_path / "run")
+    assert run.summary()["kept"] == "tuned"
+    torch.testing.assert_close(TransferModel.load(tmp_path / "run").backbone.probe(), run.model.backbone.probe())
+
+
+def test_weights_from_elsewhere_stay_in_the_folder(folder: Path, tmp_path: Path) -> None:
+    base = load_backbone(f"hf:{folder / 'model'}", layer="next-token", weights="random", seed=3)
+    base.save(tmp_path / "own.safetensors")
+    run = simulate(config(folder, rounds=1, weights=str(tmp_path / "own.safetensors")), out=tmp_path / "run")
+    assert run.summary()["kept"] == "tuned"
+    assert (tmp_path / "run" / "backbone.safetensors").exists()
+    (tmp_path / "own.safetensors").unlink()
+    torch.testing.assert_close(TransferModel.load(tmp_path / "run").backbone.probe(), run.model.backbone.probe())
+
+
+def test_answers_to_a_file_are_compared_with_its_references(
+    tuned: RunResult, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The columns are those of FlowerTune's files of generations."""
+    lines = [
+        *(folder / "talks.jsonl").read_text().splitlines()[:2],
+        json.dumps({"prompt": "lonely"}),
+        json.dumps(
+            {
+                "messages": [
+                    {"role": "system", "content": "S"},
+                    {"role": "user", "content": "A"},
+                    {"role": "assistant", "content": "B"},
+                    {"role": "user", "content": "C"},
+                    {"role": "assistant", "content": "D"},
+                ]
+            }
+        ),
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines[:3]))
+    (tmp_path / "talks.jsonl").write_text(lines[3])
+    run, out = str(tuned.run_dir), tmp_path / "answers.jsonl"
+
+    def answered(data: str, *more: str) -> Any:
+        flags = ["generate", run, "--data", data, "--max-tokens", "4", "--out", str(out), *more]
+        return CliRunner().invoke(app, flags)
+
+    done = answered(f"jsonl:{tmp_path / 'pairs.jsonl'}")
+    assert done.exit_code == 0, done.output
+    made = [json.loads(line) for line in out.read_text().splitlines()]
+    asked = [json.loads(line) for line in lines[:2]]
+    assert [(one["prompt"], one["gold"]) for one in made] == [(one["prompt"], one["completion"]) for one in asked]
+    assert [one["output"] for one in made] == list(
+        generate(tuned.model, [one["prompt"] for one in asked], max_tokens=4)
+    )
+    assert "has no completion" in caplog.text
+    assert answered(f"jsonl:{tmp_path / 'talks.jsonl'}").exit_code == 0
+    (talk,) = [json.loads(line) for line in out.read_text().splitlines()]
+    assert (talk["prompt"], talk["gold"]) == ("S\nA\nB\nC", "D")
+    assert answered("digits").exit_code == 2
+    assert answered(f"jsonl:{tmp_path / 'talks.jsonl'}", "Hi").exit_code == 2
