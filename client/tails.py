@@ -103,20 +103,26 @@ class LabelledActivations(LabelledFeatures):
 
     def loss_at(self, sites: Sequence[SiteRows]) -> Loss:
         if isinstance(self.loss, AnswerLoss):
-            tokens = [self.features[torch.from_numpy(site.rows).to(self.features.device), 1] for site in sites]
-            return AnswerLoss(max(float(torch.cat(tokens).mean()), 1.0))
-        if self.shares is None or len(sites) != 1:
+            device = self.features.device
+            tokens = [self.features[torch.from_numpy(site.rows).to(device), 1] for site in sites]
+            return AnswerLoss(torch.stack([one.mean().nan_to_num().clamp(min=1) for one in tokens])[:, None])
+        if self.shares is None:
             return self.loss
-        labels = self.labels[torch.from_numpy(sites[0].rows).to(self.labels.device)]
-        counts = torch.bincount(labels, minlength=len(self.shares)).clamp(min=LEAST_ROWS).double().cpu()
-        offsets = (counts / max(len(labels), 1)).log() - self.shares.double().log()
-        return Adjusted(self.loss, offsets.float().to(self.labels.device))
+        return Adjusted(self.loss, torch.stack([self._offsets(site, self.shares) for site in sites])[:, None])
+
+    def _offsets(self, site: SiteRows, shares: Tensor) -> Tensor:
+        """Return `[C]`, the logarithms of a site's class shares over those of all sites."""
+        labels = self.labels[torch.from_numpy(site.rows).to(self.labels.device)]
+        counts = torch.bincount(labels, minlength=len(shares)).clamp(min=LEAST_ROWS).double().cpu()
+        offsets = (counts / max(len(labels), 1)).log() - shares.double().log()
+        return offsets.float().to(self.labels.device)
 
 
 class NoLayers:
     """A tail without layers: it returns features as they are."""
 
     depths: ClassVar[Mapping[str, int]] = {}
+    takes_sites: ClassVar[bool] = False
 
     def trainable(self) -> dict[str, Tensor]:
         """Return no parameters."""

@@ -5,7 +5,7 @@ incoming head, the settings, the seed and the round, and not on the other sites 
 parameters' own dtype may differ, because batched products may add in another order.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -180,9 +180,9 @@ def chunks(
     settings: LocalConfig,
     incoming: Mapping[str, Tensor],
     chunk_bytes: int,
-    together: int | None = None,
+    together: Callable[[int], int | None] = lambda rows: None,
 ) -> Iterator[IntArray]:
-    """Yield the positions of sites that are trained together, at most `together`, by descending size."""
+    """Yield the positions of sites that are trained together, at most `together(rows)` in batches of so many rows."""
     order = np.argsort(-sizes, kind="stable")
     widths = np.minimum(sizes[order], settings.batch_size)
     copies = 6  # parameter, gradient, up to two of optimiser state, temporaries
@@ -190,7 +190,7 @@ def chunks(
     start = 0
     while start < len(order):
         width = int(widths[start])
-        room = together or max(1, chunk_bytes // (head_bytes + width * row_bytes(incoming)))
+        room = together(width) or max(1, chunk_bytes // (head_bytes + width * row_bytes(incoming)))
         # Rows are padded to the largest site's: a chunk ends where padding would more than double them.
         alike = int(np.count_nonzero(2 * sizes[order] >= sizes[order[start]]))
         stop = min(start + room, alike)

@@ -82,6 +82,40 @@ def add_adapters(module: nn.Module, targets: Collection[str], rank: int, *, froz
         parameter.requires_grad_("lora_B" in name or ("lora_A" in name and not frozen_first))
 
 
+class SiteAdapter(nn.Module):
+    """A linear layer with PEFT's adapter, at several sites at once: the frozen product is one over all their rows.
+
+    Its matrices may have a leading site dimension, `[S, r, i]` and `[S, o, r]`; inputs `[S * n, ..., i]` are then those
+    of one site after the other.
+
+    Args:
+        layer: PEFT's.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.base_layer, self.lora_A, self.lora_B = layer.base_layer, layer.lora_A, layer.lora_B
+        self.scale = layer.scaling[ADAPTER]
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        first, second = self.lora_A[ADAPTER].weight, self.lora_B[ADAPTER].weight
+        sites = max(len(one) if one.ndim > 2 else 1 for one in (first, second))
+        plain: Tensor = self.base_layer(inputs)
+        low = inputs.reshape(sites, -1, inputs.shape[-1]) @ first.mT
+        return plain.add((low @ second.mT).view_as(plain), alpha=self.scale)
+
+
+def for_sites(module: nn.Module) -> bool:
+    """Replace PEFT's layers by `SiteAdapter`s in place; return whether all are linear, so that this is possible."""
+    adapted = {name: one for name, one in module.named_modules() if hasattr(one, "lora_A")}
+    if not all(isinstance(layer.lora_A[ADAPTER], nn.Linear) for layer in adapted.values()):
+        return False
+    for name, layer in adapted.items():
+        parent, _, own = name.rpartition(".")
+        setattr(module.get_submodule(parent), own, SiteAdapter(layer))
+    return bool(adapted)
+
+
 def merged_weights(module: nn.Module) -> Mapping[str, Tensor]:
     """Return the weights of the adapted layers with their adapters added, by the layers' own names."""
     merged = {}

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedhead.backbones.adapters import add_adapters, layers_to_adapt, merged_weights
+from fedhead.backbones.adapters import add_adapters, for_sites, layers_to_adapt, merged_weights
 from fedhead.backbones.backbone import Backbone
 from fedhead.backbones.pooling import pool
 from fedhead.backbones.preprocessing import Batch
@@ -147,7 +147,21 @@ class Tail(nn.Module):
         self.tune = tune
         self.depths: Mapping[str, int] = {}
         self.stages: Sequence[Sequence[str]] = ()
+        # In a tuple, so that its parameters are not this tail's.
+        self._many: tuple[Tail, ...] = ()
         self.eval()
+
+    @property
+    def takes_sites(self) -> bool:
+        """Whether `run` takes parameters `[S, ...]` of several sites."""
+        return bool(self._many)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Tail":
+        """Move the form for several sites along, which shares the parameters and has buffers of its own."""
+        moved: Tail = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for many in self._many:
+            many._apply(fn, recurse)
+        return moved
 
     def forward(self, values: Tensor, mask: Tensor | None = None, pooled: bool = True) -> Tensor:
         output: Tensor = self.module(values) if mask is None else self.module(values, mask)
@@ -191,9 +205,10 @@ class Tail(nn.Module):
         """Return features `[n, d]` with these parameters in place of the tail's own.
 
         Args:
-            parameters: by name, as from `trainable`; others keep their values.
-            values: `[n, *shape]`.
-            mask: for texts `[n, length]`.
+            parameters: by name, as from `trainable`; others keep their values. A tail that takes sites takes them as
+                `[S, ...]`, too.
+            values: `[n, *shape]`; of several sites `[S * n, *shape]`, one after the other.
+            mask: for texts `[n, length]`, or `[S * n, length]`.
         """
         return self._called(parameters, values, mask, pooled=True)
 
@@ -203,8 +218,36 @@ class Tail(nn.Module):
 
     def _called(self, parameters: Mapping[str, Tensor], values: Tensor, mask: Tensor | None, *, pooled: bool) -> Tensor:
         named = {f"{self.prefix}{name}": tensor for name, tensor in parameters.items()}
-        output: Tensor = functional_call(self, named, (values, mask), {"pooled": pooled})
+        several = any(tensor.ndim > self.get_parameter(name).ndim for name, tensor in named.items())
+        module = self._many[0] if several else self
+        output: Tensor = functional_call(module, named, (values, mask), {"pooled": pooled})
         return output
+
+    @torch.no_grad()
+    def join_sites(self, values: Tensor, mask: Tensor | None) -> None:
+        """Run many sites' adapters at once from now on, if all are of linear layers and it gives the same features.
+
+        Args:
+            values: `[n, *shape]`, activations to compare features on.
+            mask: for texts `[n, length]`.
+        """
+        tensors = [*self.parameters(), *self.buffers()]
+        many = copy.deepcopy(self, {id(tensor): tensor for tensor in tensors})
+        if not for_sites(many.module):
+            return
+        generator = torch.Generator().manual_seed(0)
+        sites = [
+            {n: one + 0.1 * torch.randn(one.shape, generator=generator).to(one) for n, one in self.trainable().items()}
+            for _ in range(2)
+        ]
+        # Other values at each site, so that a layer that mixes their rows is found out.
+        own = [values, values / 2]
+        apart = torch.cat([self.run(parameters, given, mask) for parameters, given in zip(sites, own, strict=True)])
+        self._many = (many,)
+        stacked = {name: torch.stack([one[name] for one in sites]) for name in sites[0]}
+        together = self.run(stacked, torch.cat(own), mask if mask is None else torch.cat([mask] * 2))
+        if not bool((together - apart).abs().max() <= TOLERANCE * apart.abs().max()):
+            self._many = ()
 
 
 class Split(NamedTuple):
@@ -247,6 +290,8 @@ def split(
     tail.stages = _stages(cuts, stages, trained, backbone.spec)
     if check:
         _require_equal(backbone, trunk, tail)
+    if tune.method == "lora":
+        tail.join_sites(*trunk.boundary(backbone.probe_batch()))
     return Split(trunk, tail)
 
 

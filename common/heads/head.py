@@ -57,9 +57,6 @@ class Head(nn.Module, ABC):
     averages_in_coefficients: ClassVar[bool] = False
     """Whether gradient steps stay in the span of the features, as `fedhead.client.averaging` assumes."""
 
-    together: ClassVar[int | None] = None
-    """Largest number of sites whose heads are trained at once; None for as many as fit in memory."""
-
     most_rows: ClassVar[int | None] = None
     """Largest number of rows that are evaluated at once; None for as many as fit in memory."""
 
@@ -84,6 +81,10 @@ class Head(nn.Module, ABC):
         if argument:
             raise UserError(f"This head takes no argument, but was given {argument!r}.")
         return cls(num_features, num_classes)
+
+    def together(self, rows: int) -> int | None:
+        """Return the most sites to train at once, in batches of `rows`; None for as many as fit in memory."""
+        return None
 
     @abstractmethod
     def outputs(self, parameters: Mapping[str, Tensor], features: Tensor) -> Tensor:

@@ -19,6 +19,13 @@ TAIL: Literal["tail."] = "tail."
 OBJECTIVE: Literal["objective."] = "objective."
 """Prefixes of the names of parameters."""
 
+ROWS_TOGETHER = 128
+"""Rows of activations that are in memory at a time, while several sites train."""
+ELEMENTS_TOGETHER = 512
+"""Elements of sequences that are computed at once; more at a time were slower."""
+LEAST_FILLED = 0.75
+"""Length of a site's batch, as a share of that of the longest one computed with it."""
+
 T = TypeVar("T")
 
 
@@ -28,6 +35,10 @@ class Tail(Protocol):
     @property
     def depths(self) -> Mapping[str, int]:
         """The number of blocks above the one that each trained parameter is in."""
+
+    @property
+    def takes_sites(self) -> bool:
+        """Whether `run` takes parameters `[S, ...]` of several sites, and their activations one after the other."""
 
     def trainable(self) -> dict[str, Tensor]:
         """Return the parameters that train, with the backbone's own values."""
@@ -39,8 +50,8 @@ class Tail(Protocol):
 class TunedHead(Head):
     """A head on the features of a tail; its inputs are boundary activations `[n, *shape]`.
 
-    Sequences `[n, length, d + 1]` have their mask as the last column. It takes one site at a time: a tail's parameters
-    have no site dimension, or one of size 1.
+    Sequences `[n, length, d + 1]` have their mask as the last column. It takes one site at a time, or several if the
+    tail does: parameters then have a leading site dimension.
 
     Args:
         tail: on the device of the activations.
@@ -53,7 +64,6 @@ class TunedHead(Head):
     """
 
     inits = ()
-    together = 1
     most_rows = 64
     curved = True
 
@@ -92,14 +102,19 @@ class TunedHead(Head):
         """The tail's trained parameters, by their names in the backbone."""
         return dict(self._values)
 
+    def together(self, rows: int) -> int:
+        return max(1, ROWS_TOGETHER // max(rows, 1)) if self.tail.takes_sites else 1
+
     def outputs(self, parameters: Mapping[str, Tensor], features: Tensor) -> Tensor:
         own: dict[str, Tensor] = {f"{HEAD}{name}": value for name, value in self.head.named_parameters()}
         own |= {f"{TAIL}{name}": value for name, value in self._values.items()}
-        batched = any(parameters[name].ndim > value.ndim for name, value in own.items())
-        if batched:
+        sites = next((len(parameters[name]) for name, value in own.items() if parameters[name].ndim > value.ndim), 0)
+        if sites == 1:
             parameters, features = {name: value.squeeze(0) for name, value in parameters.items()}, features.squeeze(0)
-        outputs = self.head.outputs(part_of(parameters, HEAD), self.embed(parameters, features))
-        return outputs.unsqueeze(0) if batched else outputs
+        rows = self.embed(parameters, features.flatten(0, 1) if sites > 1 else features)
+        rows = rows.view(sites, -1, rows.shape[-1]) if sites > 1 else rows
+        outputs = self.head.outputs(part_of(parameters, HEAD), rows)
+        return outputs.unsqueeze(0) if sites == 1 else outputs
 
     def embed(self, parameters: Mapping[str, Tensor], activations: Tensor) -> Tensor:
         """Return the tail's features `[n, d]` as the head sees them, standardised."""
@@ -123,8 +138,35 @@ class TunedHead(Head):
     def gradients(
         self, parameters: Mapping[str, Tensor], features: Tensor, targets: Tensor, weights: Tensor, loss: "Loss"
     ) -> tuple[dict[str, Tensor], Tensor]:
+        gradients = {name: torch.empty_like(value) for name, value in parameters.items()}
+        values = weights.new_empty(len(weights))
         with self.precision(features):
-            return super().gradients(parameters, features, targets, weights, loss)
+            for sites, length in self._groups(features):
+                rows = features[sites, :, :length] if self.sequences else features[sites]
+                some = {name: value[sites] for name, value in parameters.items()}
+                made, values[sites] = super().gradients(some, rows, targets[sites], weights[sites], loss.at(sites))
+                for name, value in made.items():
+                    gradients[name][sites] = value
+        return gradients, values
+
+    def _groups(self, features: Tensor) -> list[tuple[Tensor, int]]:
+        """Return the sites `[k]` that are computed at once, and the length of their sequences.
+
+        Long batches fill a processor's caches by themselves, and those of other lengths would be padded.
+        """
+        count, rows = features.shape[:2]
+        lengths = features.new_full((count,), features[0, 0, ..., 0].numel())
+        if self.sequences:
+            lengths = features[..., -1].sum(-1).amax(-1).clamp(min=1)
+        order, groups = lengths.argsort(descending=True, stable=True), list[tuple[Tensor, int]]()
+        ordered, start = lengths[order].tolist(), 0
+        while start < count:
+            longest = int(ordered[start])
+            alike = sum(LEAST_FILLED * longest <= one for one in ordered[start:])
+            stop = start + max(1, min(alike, ELEMENTS_TOGETHER // (longest * rows)))
+            groups.append((order[start:stop], longest))
+            start = stop
+        return groups
 
     def precision(self, like: Tensor) -> AbstractContextManager[object]:
         """Return the context in which the tail trains."""
@@ -187,6 +229,9 @@ class ObjectiveHead(TunedHead):
         digest = hashlib.blake2b(f"draws {stream}".encode(), digest_size=8).digest()
         self.draw_from(torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1))
 
+    def together(self, rows: int) -> int:
+        return 1
+
     def draw_from(self, generator: torch.Generator) -> None:
         """Draw the random numbers of training from a generator on the CPU."""
         self._generator = generator
@@ -198,8 +243,8 @@ class ObjectiveHead(TunedHead):
             leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
             own = {name: value.squeeze(0) for name, value in leaves.items()}
             judged = self.objective.judge(self, own, features.squeeze(0), targets.squeeze(0), self._generator)
-            outputs = self.head.outputs(part_of(own, HEAD), judged.features)
-            followed = (loss.values(outputs, targets.squeeze(0)) * weights.squeeze(0)).sum()
+            outputs = self.head.outputs(part_of(own, HEAD), judged.features).unsqueeze(0)
+            followed = (loss.values(outputs, targets) * weights).sum()
             slopes = torch.autograd.grad(judged.loss + followed, list(leaves.values()), materialize_grads=True)
         return dict(zip(leaves, slopes, strict=True)), judged.loss.detach().reshape(1)
 

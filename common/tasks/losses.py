@@ -25,6 +25,10 @@ class Loss(ABC):
     def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return `[..., n]`, each row's term of the score at outputs `[..., n, C]`, such as 1 for a correct row."""
 
+    def at(self, sites: Tensor) -> "Loss":
+        """Return the loss at some of the sites that it was made for, given by their positions."""
+        return self
+
 
 LEAST_ROWS = 0.5
 """Rows that count for a class without any, so that its share has a logarithm."""
@@ -37,11 +41,15 @@ class AnswerLoss(Loss):
     the number of tokens.
 
     Args:
-        tokens: the number of tokens of an answer that a loss is divided by, the same for all conversations of a site.
+        tokens: the number of tokens of an answer that a loss is divided by, the same for all conversations of a site;
+            `[S, 1]` for several sites.
     """
 
-    def __init__(self, tokens: float = 1.0) -> None:
+    def __init__(self, tokens: Tensor | float = 1.0) -> None:
         self.tokens = tokens
+
+    def at(self, sites: Tensor) -> Loss:
+        return AnswerLoss(self.tokens[sites]) if isinstance(self.tokens, Tensor) else self
 
     def values(self, outputs: Tensor, targets: Tensor) -> Tensor:
         most = MOST_LOSS * outputs[..., 1]
@@ -65,18 +73,21 @@ class Adjusted(Loss):
 
     Args:
         loss: of classes.
-        offsets: `[C]`.
+        offsets: `[S, 1, C]`, for each site.
     """
 
     def __init__(self, loss: Loss, offsets: Tensor) -> None:
         self.loss = loss
         self.offsets = offsets
 
+    def at(self, sites: Tensor) -> Loss:
+        return Adjusted(self.loss, self.offsets[sites])
+
     def values(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return self.loss.values(outputs + self.offsets.to(outputs), targets)
 
     def slopes(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        return self.loss.slopes(outputs + self.offsets.to(outputs).unsqueeze(-1), targets)
+        return self.loss.slopes(outputs + self.offsets.to(outputs).mT, targets)
 
     def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return self.loss.score(outputs, targets)
