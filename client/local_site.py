@@ -40,7 +40,7 @@ from fedhead.protocol.steps import Masking, Step
 from fedhead.sums.calibration import Calibration
 from fedhead.tasks import Targets, Task, make_task
 from fedhead.tasks.dense import ItemPlaces
-from fedhead.tuning import NEXT_TOKEN, parse_tune
+from fedhead.tuning import NEXT_TOKEN, ActivationsFrom, parse_tune
 from fedhead.wording import quoted
 
 logger = logging.getLogger(__name__)
@@ -75,6 +75,7 @@ class LocalSite:
         ledger: Ledger | None = None,
         before: Sequence[Step] = (),
         precision: Precision = "float32",
+        activations: ActivationsFrom = "auto",
         backbones: AcceptedBackbones | None = None,
         holdout: float = 0.2,
         training: TrainingLimits | None = None,
@@ -90,6 +91,7 @@ class LocalSite:
         self.device = pick_device(device)
         self.strict_data = strict_data
         self.precision = precision
+        self.activations = activations
         self.guard = guard or Guard()
         self.training = training or TrainingLimits(self.guard.min_class_count)
         ledger = ledger or Ledger(ledger_path(name), self.guard.min_class_count)
@@ -130,8 +132,7 @@ class LocalSite:
     def _cut(self, manifest: Manifest) -> Tuning:
         made = self._split(manifest)
         readable = self._store(self._backbone(manifest), manifest).readable()
-        logger.info("Activations below the tuned layers are computed once; each round then runs these layers alone.")
-        return Tuning.open(made, self.samples, readable)
+        return Tuning.open(made, self.samples, readable, self.activations)
 
     def _split(self, manifest: Manifest) -> Cut:
         """Return the two parts of a tuned run's backbone, and the objective of the tail.

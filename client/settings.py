@@ -27,6 +27,7 @@ from fedhead.errors import UserError
 from fedhead.files import require_private, safe_name, write_atomically
 from fedhead.protocol.actions import ACTIONS
 from fedhead.registry import suggest
+from fedhead.tuning import ActivationsFrom
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
@@ -207,6 +208,7 @@ class SiteSettings(_Table):
         data: a data spec.
         device: where its features are computed.
         precision: of its backbones' products, see `fedhead.features.extraction.usable`.
+        activations: how it gets the activations below tuned layers, see `fedhead.features.activations`.
         holdout: the share of rows that it holds out for evaluation.
         strict_data: refuse to take part with unreadable rows, instead of skipping them.
         limits: of its guard.
@@ -227,6 +229,11 @@ class SiteSettings(_Table):
         "float32",
         description="Precision of extraction: 'float32', or 'mixed', which is faster on GPUs and on CPUs that multiply "
         "bfloat16 and used if the backbone's features of two fixed inputs stay within 2 %.",
+    )
+    activations: ActivationsFrom = Field(
+        "auto",
+        description="Activations below tuned layers: 'store' them once, 'recompute' them for each batch, or 'auto' to "
+        "store what takes at most half of the free disk.",
     )
     holdout: float = Field(0.2, ge=0, lt=1, allow_inf_nan=False, description="Share of rows that the site holds out.")
     strict_data: bool = False

@@ -65,6 +65,7 @@ def site_of(
             settings.backbones.check_features,
         ),
         precision=settings.precision,
+        activations=settings.activations,
         holdout=settings.holdout,
         training=training,
         summation=_summation(settings, keys),

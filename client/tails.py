@@ -14,6 +14,8 @@ from fedhead.backbones.split import Tail
 from fedhead.client.agreement import Agreement, head_of
 from fedhead.client.labelled_features import LabelledFeatures, SiteRows
 from fedhead.data import IntArray, Samples
+from fedhead.errors import FedheadError
+from fedhead.features.activations import Activations, open_activations
 from fedhead.features.boundary import BoundaryStore
 from fedhead.features.tokens import TokenStore
 from fedhead.heads import ObjectiveHead, TunedHead
@@ -22,6 +24,7 @@ from fedhead.heads.tail import OBJECTIVE, TAIL
 from fedhead.protocol.messages import check_arrays
 from fedhead.sums.sums import Arrays
 from fedhead.tasks.losses import LEAST_ROWS, Adjusted, AnswerLoss, Loss
+from fedhead.tuning import ActivationsFrom
 
 
 @dataclass(frozen=True)
@@ -29,20 +32,29 @@ class Tuning:
     """What a site needs for tuning: the tail on its device, its activations, and an objective other than the task's."""
 
     tail: Tail
-    store: BoundaryStore | TokenStore
+    store: Activations
     objective: Objective | None = None
 
     @classmethod
-    def open(cls, made: Cut, samples: Samples, rows: IntArray) -> Self:
-        """Return the activations of some rows that can be read, extracting missing ones first.
+    def open(cls, made: Cut, samples: Samples, rows: IntArray, how: ActivationsFrom = "auto") -> Self:
+        """Return the activations of some rows that can be read, extracting missing ones first if they are stored.
+
+        Args:
+            made: the backbone cut for tuning.
+            samples: the data set.
+            rows: `[k]`, ascending.
+            how: see `open_activations`.
 
         Raises:
-            FedheadError: if the disk is too small.
+            FedheadError: if the disk is too small, or the objective needs stored activations.
         """
-        store = BoundaryStore.open(made.split.trunk, made.split.tail, samples, rows)
-        tokens = made.objective is not None and made.objective.takes_tokens
-        opened = TokenStore.open(store, made.split.trunk, samples) if tokens else store
-        return cls(made.split.tail, opened, made.objective)
+        trunk, tail = made.split
+        if made.objective is None or not made.objective.takes_tokens:
+            return cls(tail, open_activations(trunk, tail, samples, rows, how), made.objective)
+        if how == "recompute":
+            raise FedheadError("The objective 'mlm' needs stored activations: set activations to 'auto' or 'store'.")
+        store = TokenStore.open(BoundaryStore.open(trunk, tail, samples, rows), trunk, samples)
+        return cls(tail, store, made.objective)
 
     @cached_property
     def form(self) -> Arrays:
@@ -66,6 +78,11 @@ class FeatureRows:
     values: Tensor
     sequences: ClassVar[bool] = False
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the features."""
+        return self.values.device
+
     def take(self, rows: IntArray) -> Tensor:
         """Return the features `[n, d]` of rows `[n]`."""
         return self.values.index_select(0, torch.from_numpy(rows).to(self.values.device))
@@ -82,7 +99,7 @@ class LabelledActivations(LabelledFeatures):
         parameters: of the tail.
     """
 
-    store: BoundaryStore | TokenStore | FeatureRows = field(kw_only=True)
+    store: Activations = field(kw_only=True)
     shares: Tensor | None = None
     head: TunedHead | None = None
     parameters: Mapping[str, Tensor] = field(default_factory=dict)
@@ -160,9 +177,7 @@ def activations_of(data: LabelledFeatures, agreed: Agreement, tuning: Tuning) ->
     return _labelled(data, agreed, tuning.store)
 
 
-def _labelled(
-    data: LabelledFeatures, agreed: Agreement, store: BoundaryStore | TokenStore | FeatureRows
-) -> LabelledActivations:
+def _labelled(data: LabelledFeatures, agreed: Agreement, store: Activations) -> LabelledActivations:
     return LabelledActivations(
         data.features,
         data.labels,

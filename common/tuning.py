@@ -11,6 +11,8 @@ Method = Literal["head", "full", "bitfit", "norm", "lora"]
 Variant = Literal["", "ffa"]
 ObjectiveName = Literal["task", "supcon", "simsiam", "mlm"]
 """What a tail trains on: the task's loss, or another objective; see `fedhead.backbones.objectives`."""
+ActivationsFrom = Literal["auto", "store", "recompute"]
+"""Whether activations below tuned layers are stored; see `fedhead.features.activations`."""
 OBJECTIVES: tuple[ObjectiveName, ...] = get_args(ObjectiveName)
 
 DEFAULT_WHERE = "last:4"

@@ -42,6 +42,8 @@ data = ""
 device = "auto"
 # Of the backbone's products: float32, or mixed, which is faster on GPUs and on CPUs that multiply bfloat16.
 precision = "float32"
+# Of runs that tune layers: auto, store activations below them on the disk, or recompute them for each batch.
+activations = "auto"
 # Whether an unreadable row stops the site instead of being skipped.
 strict_data = false
 # Share of the rows that are held out for evaluation; a run cannot choose it.

@@ -9,16 +9,18 @@ from dataclasses import dataclass
 import numpy.typing as npt
 
 from fedhead.backbones import Backbone
-from fedhead.backbones.split import blocks_of
+from fedhead.backbones.split import blocks_of, split
 from fedhead.config import RunConfig
 from fedhead.data import Samples
 from fedhead.errors import UserError
+from fedhead.features.activations import time_recomputing
 from fedhead.features.store import Progress
 from fedhead.simulations.plan import Inputs, Plan, make_plan
 from fedhead.simulations.result import RunResult
 from fedhead.simulations.simulate import run_plan
 from fedhead.solvers import cross_validation_error
 from fedhead.solvers.scoring import transferability
+from fedhead.tuning import parse_tune
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,8 @@ class TuningCost:
         bytes_per_round: from a site, in one round.
         bytes_per_row: of stored activations of one row, or of one token of a text.
         bytes_stored: of all rows at all sites; None for texts, whose lengths differ.
+        seconds_per_row: processor seconds of the frozen layers for a row, which activations that are not stored cost in
+            every pass; measured on two small inputs, preprocessing included.
     """
 
     tune: str
@@ -45,6 +49,7 @@ class TuningCost:
     bytes_per_round: int
     bytes_per_row: int
     bytes_stored: int | None
+    seconds_per_row: float
 
 
 @dataclass(frozen=True)
@@ -174,5 +179,7 @@ def tuning_costs(backbone: Backbone, rows: int) -> tuple[TuningCost, ...]:
         parameters = sum(block.parameters for block in blocks[-count:])
         of_row = STORED_BYTES * math.prod(side or 1 for side in shape)
         stored = None if None in shape else of_row * rows
-        found.append(TuningCost(f"last:{count}", parameters, 4 * parameters, of_row, stored))
+        trunk = split(backbone, parse_tune(f"last:{count}"), check=False).trunk
+        seconds = time_recomputing(trunk)
+        found.append(TuningCost(f"last:{count}", parameters, 4 * parameters, of_row, stored, seconds))
     return tuple(found)

@@ -27,8 +27,8 @@ from fedhead.client.tails import Tuning
 from fedhead.config import DENSE_LAYERS, GENERATION, RunConfig, TuneConfig
 from fedhead.data import IntArray, Samples
 from fedhead.errors import UserError
+from fedhead.features.activations import Activations, open_activations
 from fedhead.features.blocks import Extract, extract_blocks
-from fedhead.features.boundary import BoundaryStore
 from fedhead.features.store import FeatureStore, Progress
 from fedhead.flower import in_process_identity
 from fedhead.heads import Head, TunedHead
@@ -355,7 +355,7 @@ def _data_digest(plan: Plan, *stores: FeatureStore | None) -> str:
 
 
 def _test_of(
-    plan: Plan, task: Task, store: FeatureStore | None, activations: BoundaryStore | None
+    plan: Plan, task: Task, store: FeatureStore | None, activations: Activations | None
 ) -> Callable[[Head], float | None] | None:
     """Return a function that scores a head on the pooled test set; None without one."""
     if store is None or plan.test_samples is None or plan.test_labels is None:
@@ -372,21 +372,22 @@ def _score_places(store: FeatureStore, places: ItemPlaces) -> Callable[[Head], f
 
 def _tuning(
     plan: Plan, store: FeatureStore, test_store: FeatureStore | None, made: Cut | None
-) -> tuple[Tuning | None, BoundaryStore | None]:
+) -> tuple[Tuning | None, Activations | None]:
     """Open the activations of the sites' rows and of the test set in a tuned run, given its cut backbone."""
     if made is None:
         return None, None
     trunk, tail = made.split
     tail.to(plan.backbone.device)
-    tuning = Tuning.open(made, plan.samples, store.readable())
+    how = plan.config.simulation.activations
+    tuning = Tuning.open(made, plan.samples, store.readable(), how)
     test = None
     if test_store is not None and plan.test_samples is not None:
-        test = BoundaryStore.open(trunk, tail, plan.test_samples, test_store.readable())
+        test = open_activations(trunk, tail, plan.test_samples, test_store.readable(), how)
     return tuning, test
 
 
 def _score_on(
-    store: FeatureStore, activations: BoundaryStore | None, targets: Tensor, task: Task
+    store: FeatureStore, activations: Activations | None, targets: Tensor, task: Task
 ) -> Callable[[Head], float | None]:
     rows = torch.from_numpy(store.readable())
 

@@ -96,7 +96,14 @@ def rank(
 def _tuning_table(ranked: "Sequence[RankedBackbone]") -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("backbone", overflow="fold")
-    for column in ("--tune", "parameters", "a site and round", "stored, a row", "stored, all rows"):
+    for column in (
+        "--tune",
+        "parameters",
+        "a site and round",
+        "stored, a row",
+        "stored, all rows",
+        "recomputing, a row",
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     for one in ranked:
         for cut in one.cuts:
@@ -107,5 +114,6 @@ def _tuning_table(ranked: "Sequence[RankedBackbone]") -> Table:
                 size(cut.bytes_per_round),
                 size(cut.bytes_per_row) + (" a token" if cut.bytes_stored is None else ""),
                 "-" if cut.bytes_stored is None else size(cut.bytes_stored),
+                f"{1000 * cut.seconds_per_row:.1f} ms",
             )
     return table

@@ -157,6 +157,11 @@ class SimulationConfig(Table):
         description="Precision of extraction: 'float32', or 'mixed', which is faster on GPUs and on CPUs that multiply "
         "bfloat16 and used if the backbone's features of two fixed inputs stay within 2 %.",
     )
+    activations: Literal["auto", "store", "recompute"] = Field(
+        "auto",
+        description="Activations below tuned layers: 'store' them once, 'recompute' them for each batch, or 'auto' to "
+        "store what takes at most half of the free disk.",
+    )
     strict_data: bool = Field(False, description="Stop at unreadable rows instead of skipping them.")
     min_class_count: int = Field(
         5,

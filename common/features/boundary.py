@@ -9,6 +9,7 @@ import hashlib
 import logging
 import shutil
 import zlib
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -96,9 +97,7 @@ class BoundaryStore:
             FedheadError: if the disk is too small.
         """
         number = number or number_for(trunk, tail)
-        chosen = hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()
-        key = hashlib.sha256(f"{trunk.digest} {number} {samples.fingerprint} {chosen}".encode()).hexdigest()[:32]
-        path = (root or home() / "features") / f"boundary-{key}"
+        path = store_path(trunk, samples, rows, number, root or home() / "features")
         extracted = 0
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,11 +133,28 @@ class BoundaryStore:
             taken = torch.from_numpy(self.values[self.starts[rows]].astype(np.float32))
             return taken.view(len(rows), *self.shape).to(self.device)
         starts, lengths = self.starts[rows], self.starts[rows + 1] - self.starts[rows]
-        padded = np.zeros((len(rows), max(int(lengths.max(initial=0)), 1), self.values.shape[1] + 1), np.float32)
-        for row, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
-            padded[row, :length, :-1] = self.values[start : start + length]
-            padded[row, :length, -1] = 1
-        return torch.from_numpy(padded).to(self.device)
+        places = zip(starts.tolist(), lengths.tolist(), strict=True)
+        return padded([self.values[start : start + length] for start, length in places]).to(self.device)
+
+
+def padded(sequences: Sequence[npt.NDArray[Any]]) -> Tensor:
+    """Return sequences `[length, d]` as `[n, longest, d + 1]`, float32, with zeros after the end.
+
+    The last column is 1 for elements and 0 for padding.
+    """
+    longest = max(1, *map(len, sequences))
+    rows = np.zeros((len(sequences), longest, sequences[0].shape[1] + 1), np.float32)
+    for row, values in enumerate(sequences):
+        rows[row, : len(values), :-1] = values
+        rows[row, : len(values), -1] = 1
+    return torch.from_numpy(rows)
+
+
+def store_path(trunk: Trunk, samples: Samples, rows: IntArray, number: Kind, folder: Path) -> Path:
+    """Return the folder of the activations of some rows, among those of all stores."""
+    chosen = hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()
+    key = hashlib.sha256(f"{trunk.digest} {number} {samples.fingerprint} {chosen}".encode()).hexdigest()[:32]
+    return folder / f"boundary-{key}"
 
 
 def number_for(trunk: Trunk, tail: Tail) -> Kind:
@@ -213,34 +229,50 @@ def _extract(trunk: Trunk, samples: Samples, rows: IntArray, path: Path, number:
             counts = np.zeros(stop - start, "<i8")
             for first in range(start, stop, chunk):
                 here = [row for row in range(first, min(first + chunk, stop)) if row in readable]
-                made = _activations(forward, dict(zip(here, islice(prepared, len(here)), strict=True)), batch_size)
+                made = activations_of(forward, dict(zip(here, islice(prepared, len(here)), strict=True)), batch_size)
                 for row in here:
                     if row in made:
                         counts[row - start] = len(made[row])
-                        parts.append(_as_number(made[row], number))
+                        parts.append(as_number(made[row], number))
                 progress(min(first + chunk, stop), len(samples))
             block = b"".join(part.tobytes() for part in parts)
             if shutil.disk_usage(partial).free < len(block):
                 raise FedheadError(
                     f"The activations of {samples.spec} at the boundary do not fit on the disk of {path.parent}. Free "
-                    "some space, set FEDHEAD_HOME to a folder on another disk, or tune fewer layers."
+                    "some space, set FEDHEAD_HOME to a folder on another disk, tune fewer layers, or set activations = "
+                    "'recompute'."
                 )
             blocks.append((block, counts.tobytes()), stop)
     partial.rename(path)
     return len(wanted)
 
 
-def _as_number(activations: npt.NDArray[np.float32], number: Kind) -> npt.NDArray[Any]:
+def as_number(activations: npt.NDArray[np.float32], number: Kind) -> npt.NDArray[Any]:
+    """Return activations as they are stored."""
     if number == "float32":
         return activations.astype("<f4")
     return activations.clip(-LARGEST, LARGEST).astype("<f2")
 
 
-def _activations(trunk: Trunk, read: dict[int, Prepared], batch_size: int) -> dict[int, npt.NDArray[np.float32]]:
-    """Return the elements `[length, *shape]` of each row that can be read, sequences without their padding."""
+def activations_of(
+    trunk: Trunk, read: dict[int, Prepared], batch_size: int, *, as_error: bool = False
+) -> dict[int, npt.NDArray[np.float32]]:
+    """Return the elements `[length, *shape]` of each row that can be read, sequences without their padding.
+
+    Args:
+        trunk: the frozen part.
+        read: the rows, prepared for it.
+        batch_size: rows of one forward pass.
+        as_error: whether a row that cannot be read is an error.
+
+    Raises:
+        FedheadError: if there is such a row, and it is one.
+    """
     rows: dict[int, tuple[tuple[int, int], Tensor]] = {}
     for row, one in read.items():
         if isinstance(one, UnreadableSampleError):
+            if as_error:
+                raise FedheadError(f"{one} It could be read before: the data changed during the run.")
             logger.warning("%s It is skipped.", one)
         else:
             rows[row] = one

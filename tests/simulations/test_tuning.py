@@ -192,6 +192,19 @@ def test_real_sites_give_the_same_tail(odd_digits: str, tmp_path: Path, monkeypa
     assert "fedhead_train" in ledger.read_text() or "train" in ledger.read_text()
 
 
+def test_activations_need_not_be_stored(odd_digits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDHEAD_HOME", str(tmp_path / "home"))
+    found = {}
+    for how in ("recompute", "store"):
+        run = config(odd_digits, rounds=1, tune="last:1", simulation={"sites": 2, "activations": how})
+        found[how] = simulate(run, f"{odd_digits}/test.npz", out=tmp_path / how)
+        stored = list((tmp_path / "home" / "features").glob("boundary-*"))
+        assert bool(stored) == (how == "store")
+    one, other = found.values()
+    np.testing.assert_allclose([each.loss for each in one.history], [each.loss for each in other.history], rtol=1e-3)
+    assert one.summary()["kept"] == other.summary()["kept"]
+
+
 def test_a_site_decides_how_many_parameters_it_trains(
     odd_digits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

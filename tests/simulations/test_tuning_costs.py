@@ -24,6 +24,7 @@ def test_costs_are_those_of_the_cuts() -> None:
         assert one.parameters == sum(value.numel() for value in tail.trainable().values())
         assert one.bytes_per_row == 2 * trunk.boundary(images).values[0].numel()
         assert one.bytes_stored == 100 * one.bytes_per_row
+        assert 0 < one.seconds_per_row < 10
 
 
 def test_a_backbone_without_layers_has_no_costs(caplog: pytest.LogCaptureFixture) -> None:
@@ -35,7 +36,7 @@ def test_the_command_shows_them() -> None:
     flags = ["rank", "bundled:glyphnet", "--sites", "2", "--tune"]
     shown = CliRunner().invoke(app, flags, env={"COLUMNS": "200"})
     assert shown.exit_code == 0, shown.output
-    assert "last:4" in shown.stdout
+    assert "last:4" in shown.stdout and "recomputing, a row" in shown.stdout
     printed = CliRunner().invoke(app, [*flags, "--json"])
     (ranked,) = json.loads(printed.stdout)
     assert ranked["cuts"][0]["tune"] == "last:1"
