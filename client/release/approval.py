@@ -14,6 +14,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 
 from fedhead.client.release.ledger import Entry, entry_of
 from fedhead.client.release.payloads import Payloads
+from fedhead.client.release.tuned import tuned_parameters, tunes
 from fedhead.errors import FedheadError, UserError
 from fedhead.files import disk_errors, home, locked, safe_name, write_atomically
 from fedhead.protocol.actions import ACTIONS, INSTALL
@@ -118,8 +119,8 @@ class Approvals(Step):
                 f"{release.site} releases {release.action} only after a person there has approved it for this run, and "
                 "nobody can be asked: fedhead client --approve was started without a terminal."
             )
-        entry, written = entry_of(payload.blob, release), self._payloads.write(payload, release)
-        described = self._described(release.manifest, release.action, _tuned(payload))
+        entry, written = entry_of(payload, release), self._payloads.write(payload, release)
+        described = self._described(release.manifest, release.action, tuned_parameters(payload))
         if not self._ask(described + _of_release(entry, self._data, written)):
             raise FedheadError(f"The operator of {release.site} did not approve {release.action}.")
         self._remember(wanted)
@@ -148,7 +149,7 @@ class Approvals(Step):
             digest=manifest.backbone_digest,
             layer=manifest.layer,
             weights=manifest.weights_digest,
-            tune=_tunes(manifest),
+            tune=tunes(manifest),
         )
 
     def _described(self, manifest: Manifest, action: str, tuned: int = 0) -> str:
@@ -175,9 +176,7 @@ class Approvals(Step):
                 "weights": f"sha256:{manifest.weights_digest}",
                 "": origin,
                 **(
-                    {"tunes": f"{_tunes(manifest)}, which shows more of rows than a head alone"}
-                    if manifest.tune
-                    else {}
+                    {"tunes": f"{tunes(manifest)}, which shows more of rows than a head alone"} if manifest.tune else {}
                 ),
                 "leaves": asked.tells + (f"; {tuned:,} trained parameters of the backbone" if tuned else ""),
             }
@@ -190,22 +189,6 @@ class Approvals(Step):
         # Read again: while a person was asked, others may have been revoked.
         with _changing(self._path) as before:
             _write(self._path, [*before, agreed])
-
-
-def _tunes(manifest: Manifest) -> str:
-    """Return the layers that a run tunes, with their objective if it is not the task's."""
-    return manifest.tune if manifest.objective == "task" else f"{manifest.tune} by {manifest.objective}"
-
-
-def _tuned(payload: Payload) -> int:
-    """Return the number of parameters of a tail and of its objective in a reply, or of changes to them."""
-    from fedhead.heads.tail import OBJECTIVE, TAIL
-
-    return sum(
-        array.size
-        for name, array in payload.arrays.items()
-        if any(f".{part}" in f".{name}" for part in (TAIL, OBJECTIVE))
-    )
 
 
 _OF_WEIGHTS = """\

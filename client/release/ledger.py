@@ -12,6 +12,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
 
 from fedhead.client.release.guard import MIN_CLASS_COUNT
 from fedhead.client.release.row_sets import Keys, RowSets, few_differing, name_of, sorted_keys
+from fedhead.client.release.tuned import tuned_parameters, tunes
 from fedhead.client.settings import RELEASES_PER_DAY
 from fedhead.errors import FedheadError, UserError
 from fedhead.files import BINARY, disk_errors, home, safe_name, sync_folder
@@ -40,6 +41,8 @@ class Entry(BaseModel):
         layer: of the backbone.
         weights: the digest of the backbone's weights.
         features: the form of the map of features; empty for the backbone's own. Sums of more features say more of rows.
+        tuned: the layers of the backbone whose trained parameters it holds; empty for none.
+        tuned_parameters: how many of these. They say more of rows than a head alone.
         row_set: the digest of the rows that releases rested on, the name of the file with them; empty for none.
         whole: whether these are all the training and held-out rows; else only those of one sum.
     """
@@ -60,14 +63,16 @@ class Entry(BaseModel):
     layer: str = ""
     weights: str = ""
     features: str = ""
+    tuned: str = ""
+    tuned_parameters: int = 0
     row_set: str = ""
     whole: bool = False
 
 
-def entry_of(payload: bytes, release: Release) -> Entry:
+def entry_of(payload: Payload, release: Release) -> Entry:
     """Return the ledger's entry of a payload that is about to leave."""
     basis = Basis(0, {}) if release.basis is None else release.basis()
-    manifest = release.manifest
+    manifest, tuned = release.manifest, tuned_parameters(payload)
     return Entry(
         when=datetime.now(UTC),
         run=release.run,
@@ -75,14 +80,16 @@ def entry_of(payload: bytes, release: Release) -> Entry:
         action=release.action,
         rows=basis.rows,
         classes=dict(basis.classes),
-        bytes=len(payload),
-        digest=hashlib.sha256(payload).hexdigest(),
+        bytes=len(payload.blob),
+        digest=hashlib.sha256(payload.blob).hexdigest(),
         share=basis.share,
         seed=None if manifest is None else manifest.seed,
         backbone="" if manifest is None else manifest.backbone,
         layer="" if manifest is None else manifest.layer,
         weights="" if manifest is None else manifest.weights_digest,
         features=release.features,
+        tuned=tunes(manifest) if manifest is not None and tuned else "",
+        tuned_parameters=tuned,
     )
 
 
@@ -153,7 +160,7 @@ class Ledger(Step):
     def leave(self, payload: Payload, release: Release) -> Payload:
         keys = None if release.basis is None else release.basis().keys
         try:
-            self.record(entry_of(payload.blob, release), None if keys is None else keys())
+            self.record(entry_of(payload, release), None if keys is None else keys())
         except TooCloseError as error:
             logger.error("%s", error)
             raise FedheadError(

@@ -58,7 +58,7 @@ class Payloads(Step):
 
 def summary(payload: Payload, release: Release) -> dict[str, Any]:
     """Return a reply's content, rows and run as text; control characters are escaped as in JSON."""
-    entry, manifest = entry_of(payload.blob, release), release.manifest
+    entry, manifest = entry_of(payload, release), release.manifest
     action = ACTIONS.get(release.action)
     about = {} if manifest is None else {"backbone": manifest.backbone, "weights": manifest.weights_digest}
     return {

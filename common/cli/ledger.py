@@ -44,8 +44,12 @@ def ledger(
         rows, classes, row_set = str(entry.rows), str(len(entry.classes)), entry.row_set[:8]
         figures = (rows, classes, row_set, size(entry.bytes), entry.digest[:8])
         backbone = f"{entry.backbone}, {entry.features}" if entry.features else entry.backbone
+        if entry.tuned:
+            backbone = f"{backbone}, {entry.tuned_parameters:,} parameters of {entry.tuned}"
         table.add_row(when, entry.run, entry.action, backbone, *figures)
     output().print(table)
+    if any(entry.tuned for entry in entries):
+        output().print("Trained parameters of a backbone say more of rows than a head alone.")
     if accounts := statements(read_charges(accounts_path(path))):
         budget = Table(box=SIMPLE_HEAD, pad_edge=False, title="Privacy accounts", title_justify="left")
         for column in ("account", "releases", "mu", "epsilon spent", "epsilon left", "of epsilon", "delta"):

@@ -359,7 +359,8 @@ def _backbone(record: RunRecord) -> list[str]:
     wanted = ("Backbone", "Layer", "Weights digest", "Backbone digest", "Preprocessing")
     facts = [(name, value) for name, value in about(record).facts if name.startswith(wanted)]
     if record.tuned:
-        facts.append(("Tuned", f"{record.tuned}; the digests are those of the pretrained backbone"))
+        by = f" by {record.objective}" if record.objective else ""
+        facts.append(("Tuned", f"{record.tuned}{by}; the digests are those of the pretrained backbone"))
     return ["## Backbone", _table(Table(["", ""], [list(fact) for fact in facts], words=(0, 1)))]
 
 

@@ -244,6 +244,13 @@ class RunRecord(BaseModel):
         return str(tune.get("layers", "")) if isinstance(tune, dict) else str(tune or "")
 
     @property
+    def objective(self) -> str:
+        """The objective of the layers that were tuned, as in `tune.objective`; empty for the task's own loss."""
+        tune = self.config.get("tune")
+        named = str(tune.get("objective", "task")) if self.tuned and isinstance(tune, dict) else "task"
+        return "" if named == "task" else named
+
+    @property
     def kept_round(self) -> int:
         """The round of the delivered head; -1 while that is open."""
         return self.result.kept_round if self.result else -1

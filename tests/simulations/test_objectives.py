@@ -51,6 +51,7 @@ def test_contrast_that_held_out_rows_prove_is_delivered(odd_digits: Path, tmp_pa
     (choice,) = figures["choices"]
     assert choice["taken"] == "round 4 with its head solved again"
     assert choice["rivals"][1]["loss"] < choice["rivals"][0]["loss"]
+    assert "last:2 by supcon; the digests" in (tmp_path / "run" / "MODEL_CARD.md").read_text()
     loaded = TransferModel.load(tmp_path / "run")
     assert loaded.backbone.digest == result.model.backbone.digest != load_backbone("bundled:glyphnet").digest
 
@@ -89,7 +90,7 @@ def test_real_sites_give_the_same_tail(
     assert simulated.history[2].loss != simulated.history[0].loss
     assert real.summary()["kept"] == simulated.summary()["kept"]
     (ledger,) = (tmp_path / "home").rglob("*site-0*.jsonl")
-    assert '"train"' in ledger.read_text() or "fedhead_train" in ledger.read_text()
+    assert f'"tuned":"last:1 by {objective}"' in ledger.read_text()
 
 
 def test_a_sites_limit_counts_the_predictor(odd_digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from fedhead.client.release.population import Population
 from fedhead.client.release.row_sets import HELD_OUT_ROWS, TRAINING_ROWS, keys_of
 from fedhead.data import KeyArray, calibration_half, held_out, samples_from_numbers
 from fedhead.errors import FedheadError
+from fedhead.protocol.messages import Payload
 from fedhead.protocol.steps import Release
 from fedhead.tasks import make_task
 
@@ -73,7 +74,7 @@ class Ward:
         }
         # The ledger refuses nothing that atoms allow.
         Ledger(self.path.with_suffix(".jsonl"), self.guard.min_class_count).record(
-            entry_of(b"", Release("train", "ward")), named
+            entry_of(Payload({}), Release("train", "ward")), named
         )
         return self.by_part(rows, targets, keys, admitted.rows, admitted.held_out)
 

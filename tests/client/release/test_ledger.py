@@ -13,12 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save
+from typer.testing import CliRunner
 
+from fedhead.cli import app
 from fedhead.client.release.guard import Guard
 from fedhead.client.release.ledger import Entry, Ledger, entry_of, ledger_path, read_ledger
 from fedhead.client.release.row_sets import TRAINING_ROWS, Keys, keys_of
+from fedhead.config import LocalConfig
 from fedhead.errors import FedheadError, UserError
-from fedhead.protocol.messages import Payload
+from fedhead.protocol.messages import Manifest, Payload
 from fedhead.protocol.steps import Release
 from fedhead.tasks import make_task
 
@@ -376,7 +379,36 @@ def test_a_reply_is_returned_as_it_was_and_its_payload_is_what_is_recorded(ledge
     assert made.digest == hashlib.sha256(payload.blob).hexdigest()
     assert made.bytes == len(payload.blob)
     assert (made.site, made.action, made.rows) == ("ward", "train", 0)
-    assert made == entry_of(payload.blob, Release("train", "ward")).model_copy(update={"when": made.when})
+    assert made == entry_of(payload, Release("train", "ward")).model_copy(update={"when": made.when})
+
+
+def test_the_trained_parameters_of_a_backbone_are_counted(
+    ledger: Ledger,
+) -> None:
+    run = Manifest(
+        run="5eed",
+        backbone="bundled:glyphnet",
+        layer="penultimate",
+        backbone_digest="1" * 64,
+        weights_digest="2" * 64,
+        num_features=3,
+        classes=("ill", "well"),
+        head="linear",
+        holdout=0.2,
+        seed=0,
+        local=LocalConfig(),
+        tune="last:1",
+        objective="simsiam",
+    )
+    arrays = {"head.bias": np.zeros(5), "tail.layer4.weight": np.zeros((3, 4)), "objective.predictor.a": np.zeros(7)}
+    ledger.leave(Payload({}, arrays), Release("train", "ward", manifest=run))
+    ledger.leave(Payload({}, {"head.bias": np.zeros(5)}), Release("train", "ward", manifest=run))
+    layers, head = read_ledger(ledger.path)
+    assert (layers.tuned, layers.tuned_parameters) == ("last:1 by simsiam", 19)
+    assert (head.tuned, head.tuned_parameters) == ("", 0)
+    shown = CliRunner().invoke(app, ["ledger", str(ledger.path)], env={"COLUMNS": "400"}).output
+    assert "19 parameters of last:1 by simsiam" in shown
+    assert "more of rows than a head alone" in shown
 
 
 @pytest.mark.parametrize(
