@@ -29,6 +29,8 @@ HEARTBEAT_INTERVAL = 20.0
 """The interval that a site promises, in seconds; Flower regards a site as gone after twice as long."""
 LONG_WAIT = 25
 """Seconds for which our coordinator holds a pull that finds nothing."""
+HELD_MARGIN = 1.0
+"""Seconds in which the answer to a held pull arrives; later, heartbeats are sent besides."""
 PROMPT, BUSY, IDLE = 0.05, 0.5, 3.0
 """Seconds between pulls where they are not held: at first, in the minute after a message, and later."""
 BUSY_FOR = 60.0
@@ -101,6 +103,7 @@ class Connection:
         self._connected_before = False
         self._hopeless: FedheadError | None = None
         self._pause = PROMPT
+        self._pulling_since: float | None = None
         self._last_message = float("-inf")
         self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
@@ -129,7 +132,7 @@ class Connection:
             WorkIsOverError: if a message came whose run has ended since.
         """
         began = time.monotonic()
-        delivery = self._ask(lambda node: self._fleet.pull(node, hold=not self._trouble))
+        delivery = self._ask(self._pull)
         if delivery is None:
             self._rest(time.monotonic() - began)
             return None
@@ -149,6 +152,19 @@ class Connection:
         if apart:
             self._ask(lambda node: self._fleet.confirm(message), of=metadata.dst_node_id)
         return message
+
+    def _pull(self, node: int) -> Delivery | None:
+        self._pulling_since = time.monotonic()
+        try:
+            return self._fleet.pull(node, hold=not self._trouble)
+        finally:
+            self._pulling_since = None
+
+    @property
+    def _counted(self) -> bool:
+        """Whether a pull is under way that counts as a heartbeat, and not for longer than it is held."""
+        since = self._pulling_since
+        return since is not None and self._fleet.pulls_count and time.monotonic() - since < LONG_WAIT + HELD_MARGIN
 
     def send(self, reply: Message, seconds: float) -> None:
         """Send a reply that took `seconds` to make; retry for a quarter of an hour while the network is down.
@@ -344,6 +360,8 @@ class Connection:
         delay = self._between_beats
         while not self._ending.wait(delay * random.uniform(0.9, 1.0)):
             delay = self._between_beats
+            if self._counted and self.connected:
+                continue
             try:
                 node = self._active_node()
                 if not self._fleet.heartbeat(node, HEARTBEAT_INTERVAL):

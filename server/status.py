@@ -17,6 +17,7 @@ from typing import Any
 from fedhead.config import RunConfig
 from fedhead.errors import FedheadError, UserError
 from fedhead.files import write_atomically
+from fedhead.server.network.site_registry import ConnectedSite
 from fedhead.server.network.superlink import SuperLink
 from fedhead.server.observer import Observer, Phase, SiteState, Step
 from fedhead.server.runs.history import Outcome, Round
@@ -30,7 +31,9 @@ FILE = "status.json"
 STOP_FILE = "stop"
 """File in a run folder that asks the run's coordinator to end."""
 CHANGED_SECONDS, ALIVE_SECONDS = 1.0, 5.0
-"""How often the file is written at the most, and at the least."""
+"""How often the file is written at the most, and at the least; where that takes long, of many sites, less often."""
+LARGEST_SHARE = 0.02
+"""Share of a processor that may be spent on the file."""
 ALIVE = ("running", "waiting")
 """States of a run whose coordinator is up."""
 LOOK_SECONDS = 0.2
@@ -80,14 +83,14 @@ class RunStatus(Observer):
         """Return everything as plain values."""
         working = {name: action for name, (action, _) in self._outstanding().items()}
         with self._lock:
-            names = sorted({*self._link.sites, *self._standing})
-            sites = {name: {**self._site(name), "working": working.get(name, "")} for name in names}
+            linked = self._link.sites
+            names = sorted({*linked, *self._standing})
+            sites = {name: {**self._site(name, linked.get(name)), "working": working.get(name, "")} for name in names}
             return {**self._values, "updated": time.time(), "sites": sites, "history": list(self._history)}
 
-    def _site(self, name: str) -> dict[str, Any]:
-        connected = self._link.sites.get(name)
+    def _site(self, name: str, connected: ConnectedSite | None) -> dict[str, Any]:
         standing = self._standing.get(name)
-        values: dict[str, Any] = {"standing": "", "rows": None} if standing is None else asdict(standing)
+        values: dict[str, Any] = {"standing": "", "rows": None} if standing is None else dict(vars(standing))
         if self._hides_rows:
             values["rows"] = None
         values["connected"] = connected is not None and connected.link.online
@@ -114,7 +117,7 @@ class RunStatus(Observer):
             (run_dir / STOP_FILE).unlink(missing_ok=True)
             with self._lock:
                 self._history = [asdict(line) for line in read_rounds(run_dir)]
-            self._write()
+            self._write(self.snapshot())
             self._writer.start()
 
     def on_step(self, step: Step, server_round: int) -> None:
@@ -158,11 +161,11 @@ class RunStatus(Observer):
             self._writer.join()
         # The folder of a run that had not begun in earnest is gone by now.
         if self._folder is not None and self._folder.is_dir():
-            self._write()
+            self._write(self.snapshot())
 
-    def _write(self) -> None:
+    def _write(self, values: Mapping[str, Any]) -> None:
         assert self._folder is not None
-        write_atomically(self._folder / FILE, json.dumps(self.snapshot(), indent=1) + "\n")
+        write_atomically(self._folder / FILE, json.dumps(values) + "\n")
 
     def _stop_if_asked(self) -> None:
         """End the main thread as SIGTERM does if somebody asked for that in the run folder."""
@@ -174,20 +177,28 @@ class RunStatus(Observer):
                 _thread.interrupt_main(signal.SIGTERM)
 
     def _write_regularly(self) -> None:
-        written, last = 0.0, ""
+        written, last, due = 0.0, dict[str, Any](), 0.0
         while not self._ended.wait(CHANGED_SECONDS):
             self._stop_if_asked()
-            now = {key: value for key, value in self.snapshot().items() if key != "updated"}
-            for site in now["sites"].values():
-                del site["seen"]
-            text = json.dumps(now)
-            if text != last or time.monotonic() - written > ALIVE_SECONDS:
+            if time.monotonic() < due:
+                continue
+            began = time.thread_time()
+            values = self.snapshot()
+            now = _without_times(values)
+            if now != last or time.monotonic() - written > ALIVE_SECONDS:
                 try:
-                    self._write()
+                    self._write(values)
                 # A full disk ends the run where it writes what matters, not here.
                 except FedheadError:
                     continue
-                written, last = time.monotonic(), text
+                written, last = time.monotonic(), now
+            due = time.monotonic() + min((time.thread_time() - began) / LARGEST_SHARE, ALIVE_SECONDS)
+
+
+def _without_times(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a snapshot's values but those that change though nothing happens."""
+    sites = {name: {**site, "seen": 0.0} for name, site in values["sites"].items()}
+    return {**values, "updated": 0.0, "sites": sites}
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:

@@ -44,6 +44,8 @@ SITE_HEADER = "x-fedhead-site"
 """The site's own name: with `--insecure` it names the site, otherwise its key must be registered under this name."""
 PROCESS_HEADER = "x-fedhead-process"
 """Random id of the site's process; a new process gets the messages that an earlier one left unanswered."""
+COUNTS_HEADER = "x-fedhead-counts"
+"""On the answer to a pull: that the coordinator counts a pull as a heartbeat. Others never send it."""
 EXTRACTED_HEADER = "x-fedhead-extracted"
 """While features are extracted: `DONE/ROWS`, for the coordinator's status."""
 
@@ -94,6 +96,7 @@ class FleetClient:
 
     Attributes:
         proxy: the URL of the proxy that it connects through; empty for none.
+        pulls_count: whether the coordinator counts pulls as heartbeats, as its last answer to one says.
 
     Raises:
         UserError: if a certificate or the environment's proxy cannot be used.
@@ -114,6 +117,7 @@ class FleetClient:
         self._wait = wait
         self._hold = True
         self._inlines = False
+        self.pulls_count = False
         self._headers = {PROCESS_HEADER: secrets.token_hex(16), SITE_HEADER: name, "accept-encoding": "identity"}
         self._client = FleetHttpClient.from_server_address(
             address, root_certificates is None, None, [NodeAuthHttpInterceptor(key, key.public_key()), self]
@@ -142,7 +146,10 @@ class FleetClient:
         request = context.request
         path, timestamp = request.url.raw_path.decode(), request.headers[TIMESTAMP_HEADER]
         request.headers.update(signed_headers(self._key, path, request.content, request.headers, timestamp))
-        return call_next(context)
+        response = call_next(context)
+        if context.rpc_method.endswith("/PullMessages"):
+            self.pulls_count = COUNTS_HEADER in response.headers
+        return response
 
     def register(self) -> None:
         """Make the key known to a SuperLink that does not authenticate nodes."""

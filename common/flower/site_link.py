@@ -13,7 +13,7 @@ from flwr.app.message import make_message, remove_content_from_message
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, ErrorCode
 from flwr.proto.message_pb2 import ConfirmMessageReceivedResponse, ObjectTree, PushObjectResponse
 from flwr.server.superlink.linkstate.in_memory_linkstate import InMemoryLinkState
-from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
+from flwr.supercore.constant import NOOP_FEDERATION_ID, NodeStatus, TaskType
 from flwr.supercore.error import FlowerError
 from flwr.supercore.error.catalog import API_ERROR_MAP
 from flwr.supercore.inflatable.inflatable_object import is_valid_sha256_hash, iterate_object_tree
@@ -109,8 +109,7 @@ class SiteLink:
         assert self._run.primary_task_id is not None
         self._state.claim_task(self._run.primary_task_id)
         self._state.activate_task(self._run.primary_task_id)
-        self.replies = 0
-        """How many complete replies have come."""
+        self._completed: list[str] = []
         self._sent: dict[str, _Sent] = {}
         self._lock = threading.RLock()
 
@@ -122,7 +121,8 @@ class SiteLink:
     @property
     def online(self) -> bool:
         """Whether the site was heard of within twice its heartbeat interval."""
-        return bool(self._state.get_nodes(self._run.run_id))
+        node = self._state.nodes[self.node_id]
+        return bool(node.status == NodeStatus.ONLINE and node.online_until > time.time())
 
     @property
     def online_until(self) -> float:
@@ -130,9 +130,19 @@ class SiteLink:
         (node,) = self._state.get_node_info(node_ids=[self.node_id])
         return float(node.online_until)
 
+    def note_alive(self) -> None:
+        """Count a request as a heartbeat; a site that has left stays away until it activates its node."""
+        if self.online:
+            self._state.acknowledge_node_heartbeat(self.node_id, self._state.nodes[self.node_id].heartbeat_interval)
+
     def take_over(self) -> None:
         """Let a process of the site activate its node while an earlier one, perhaps killed, still counts as active."""
         self._state.deactivate_node(self.node_id)
+
+    def take_completed(self) -> list[str]:
+        """Return the ids of the messages whose replies became complete since the last call."""
+        completed, self._completed = self._completed, []
+        return completed
 
     def answer(self, request_name: str, body: bytes, room: int = 0) -> tuple[int, bytes]:
         """Answer a request of the site's, whose identity is proven.
@@ -261,16 +271,18 @@ class SiteLink:
             if stored == metadata.message_id and sent_to is not None and sent_to.missing != set():
                 sent_to.missing = set(response.objects_to_push)
                 sent_to.reply_tree = request.message_object_trees[0].SerializeToString(deterministic=True)
-                self.replies += not sent_to.missing
+                if not sent_to.missing:
+                    self._completed.append(metadata.reply_to_message_id)
         elif request_name == PUSH_OBJECT and response.stored:
             self._arrived(request.object_id, request.object_content)
 
     def _arrived(self, object_id: str, content: bytes) -> None:
-        for sent in self._sent.values():
+        for message_id, sent in self._sent.items():
             if sent.missing and object_id in sent.missing:
                 sent.missing.discard(object_id)
                 sent.reply_bytes += len(content)
-                self.replies += not sent.missing
+                if not sent.missing:
+                    self._completed.append(message_id)
 
     def _carry_objects(self, response: Any, room: int) -> None:
         """Let the answer to a pull carry the objects of its message, as far as there is room."""

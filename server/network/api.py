@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 
 from fedhead.flower.fleet_api import ACTIVATE, DEACTIVATE, FLEET_PATH, MEDIA_TYPE, PULL_MESSAGES, PUSH_OBJECT, REQUESTS
-from fedhead.flower.fleet_client import PROCESS_HEADER
+from fedhead.flower.fleet_client import COUNTS_HEADER, PROCESS_HEADER
 from fedhead.server.network.listening import CONNECTION
 from fedhead.server.network.requests import (
     MAX_BODY_BYTES,
@@ -32,17 +32,20 @@ LARGE_OBJECT_BYTES = 2**20
 """From this size on an object is checked in another thread, while other requests are answered."""
 
 
+_COUNTS = (COUNTS_HEADER.encode(), b"1")
+
+
 class FleetApi:
     """The ASGI application.
 
     Args:
         registry: the sites that may connect.
-        on_reply: called after each complete reply.
+        on_replies: called with the ids of messages whose replies became complete.
     """
 
-    def __init__(self, registry: SiteRegistry, on_reply: Callable[[], None]) -> None:
+    def __init__(self, registry: SiteRegistry, on_replies: Callable[[list[str]], None]) -> None:
         self._registry = registry
-        self._on_reply = on_reply
+        self._on_replies = on_replies
         self._paths = {f"{FLEET_PATH}{name}".encode(): name for name in REQUESTS}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._held: dict[str, asyncio.Event] = {}
@@ -68,7 +71,7 @@ class FleetApi:
         except RefusedError as error:
             status, body = error.status, error.body
         media_type = MEDIA_TYPE if status == 200 else b"application/json"
-        headers = [(b"content-type", media_type), (b"content-length", str(len(body)).encode())]
+        headers = [(b"content-type", media_type), (b"content-length", str(len(body)).encode()), _COUNTS]
         if status != 200:
             # An unread body may follow on this connection.
             headers.append((b"connection", b"close"))
@@ -90,10 +93,9 @@ class FleetApi:
         body = await (self._newest_upload(site, reading) if name == PUSH_OBJECT else reading)
         if not (await asyncio.to_thread(sent.covers, body) if len(body) > LARGE_OBJECT_BYTES else sent.covers(body)):
             raise RefusedError(400, "The body is not the one that was signed.")
-        before = site.link.replies
         answered = await self._dispatch(site, name, headers, body, receive)
-        if site.link.replies > before:
-            self._on_reply()
+        if completed := site.link.take_completed():
+            self._on_replies(completed)
         return answered
 
     async def _newest_upload(self, site: ConnectedSite, reading: Coroutine[None, None, bytes]) -> bytes:
@@ -128,6 +130,7 @@ class FleetApi:
         if name == PULL_MESSAGES:
             process = headers.get(PROCESS_HEADER.encode(), b"")[:64]
             self._note_process(site, process)
+            link.note_alive()
             return await self._pull(site, headers, body, receive, sequential=bool(process))
         if name == DEACTIVATE and (held := self._held.pop(link.name, None)) is not None:
             held.set()
@@ -158,6 +161,7 @@ class FleetApi:
         stop, room = loop.time() + hold_seconds(headers), inline_bytes(headers)
         gone = asyncio.ensure_future(disconnected(receive))
         look = asyncio.Event()
+        gone.add_done_callback(lambda _: look.set())
         if (earlier := self._held.get(site.link.name)) is not None:
             earlier.set()
         self._held[site.link.name] = look
@@ -167,11 +171,13 @@ class FleetApi:
                 due = site.link.deliver_due(sequential)
                 status, answer = site.link.answer(PULL_MESSAGES, body, room)
                 left = stop - loop.time()
+                if answer:
+                    site.link.note_alive()
                 if status != 200 or answer or left <= 0 or self.ending:
                     return status, answer
-                looking = asyncio.ensure_future(look.wait())
-                await asyncio.wait({gone, looking}, timeout=min(left, due), return_when=asyncio.FIRST_COMPLETED)
-                looking.cancel()
+                timer = loop.call_later(min(left, due), look.set)
+                await look.wait()
+                timer.cancel()
                 site.last_seen = time.time()
             return 200, b""
         finally:

@@ -98,9 +98,8 @@ class NetworkGrid(SiteGrid):
         """Give up messages: sites that have not pulled them never will, and replies to them are dropped."""
         for message_id in message_ids:
             asked = self._asked.pop(message_id, None)
-            site = self.link.named(asked.message.metadata.dst_node_id) if asked else None
-            if site is not None:
-                site.link.forget(message_id)
+            if asked is not None:
+                self.link.forget(asked.message.metadata.dst_node_id, message_id)
 
     def forget_all(self) -> None:
         """Give up every message, at the end of a run."""
@@ -147,10 +146,8 @@ class NetworkGrid(SiteGrid):
         return replies
 
     def _taken(self, message_ids: list[str]) -> Iterator[Message]:
-        for message_id in message_ids:
-            asked = self._asked.get(message_id)
-            site = self.link.named(asked.message.metadata.dst_node_id) if asked else None
-            reply = site.link.take(message_id) if site else None
+        for message_id in self.link.replied(message_ids):
+            reply = self.link.take(self._asked[message_id].message.metadata.dst_node_id, message_id)
             if reply is not None:
                 del self._asked[message_id]
                 yield reply

@@ -88,7 +88,8 @@ async def read_body(receive: Receive, length: int) -> bytes:
     more = True
     while more:
         try:
-            event = await asyncio.wait_for(receive(), BODY_SECONDS)
+            async with asyncio.timeout(BODY_SECONDS):
+                event = await receive()
         except TimeoutError:
             raise RefusedError(408, "The body did not come in time.") from None
         if event["type"] == "http.disconnect":

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Self
 
 import uvicorn
@@ -56,8 +56,9 @@ class SuperLink:
         self.host, self.port = self._socket.getsockname()[:2]
         self._changed = threading.Condition()
         self._answers = 0
+        self._complete: set[str] = set()
         self._ending = threading.Event()
-        self._api = FleetApi(self._registry, self._count_answer)
+        self._api = FleetApi(self._registry, self._note_replies)
         self._server: Listener | None = None
         self._threads = [LastingThread(self._serve, "superlink"), LastingThread(self._keep, "superlink-keeper")]
         self._closing = contextlib.ExitStack()
@@ -141,9 +142,29 @@ class SuperLink:
         with self._changed:
             self._changed.wait_for(lambda: self._answers > seen, seconds)
 
-    def _count_answer(self) -> None:
+    def replied(self, message_ids: Iterable[str]) -> list[str]:
+        """Return those of these messages whose replies are complete."""
         with self._changed:
-            self._answers += 1
+            return [message_id for message_id in message_ids if message_id in self._complete]
+
+    def take(self, node_id: int, message_id: str) -> Message | None:
+        """Return the complete reply to a message, and forget both; None if there is none."""
+        # Before the look: a reply that becomes complete meanwhile is noted again.
+        self._complete.discard(message_id)
+        site = self.named(node_id)
+        return site.link.take(message_id) if site is not None else None
+
+    def forget(self, node_id: int, message_id: str) -> None:
+        """Drop a message and its reply."""
+        site = self.named(node_id)
+        if site is not None:
+            site.link.forget(message_id)
+        self._complete.discard(message_id)
+
+    def _note_replies(self, message_ids: list[str]) -> None:
+        with self._changed:
+            self._complete.update(message_ids)
+            self._answers += len(message_ids)
             self._changed.notify_all()
 
     def _serve(self) -> None:

@@ -101,7 +101,9 @@ class Journal(Observer):
             name: SiteRecord(standing=state.standing, rows=state.rows, reason=state.reason, steps=state.steps)
             for name, state in islice(dict(listed).items(), MOST_SITES)
         }
-        self._write()
+        # While many sites come one by one, the next step writes those of the last seconds.
+        if len(sites) <= MOST_SITES or time.perf_counter() - self._written > _WRITE_SECONDS:
+            self._write()
 
     def on_finished(self, outcome: Outcome) -> None:
         self._end("finished")

@@ -20,7 +20,7 @@ from fedhead.flower.fleet_client import FleetClient
 from fedhead.flower.inline import MOST_INLINE_BYTES
 from fedhead.protocol.messages import Payload
 from fedhead.server.kit import CoordinatorKit
-from fedhead.server.network import superlink
+from fedhead.server.network import api, superlink
 from fedhead.server.network.grid import NetworkGrid
 from fedhead.server.network.superlink import SuperLink
 from fedhead.server.provision import add_sites, provision, revoke
@@ -214,6 +214,34 @@ def test_where_pulls_are_not_held_they_come_ever_more_seldom_until_a_message_com
         pauses.clear()
         assert connection.receive() is None
         assert pauses[0] < 2 * PROMPT
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_a_held_pull_counts_as_a_heartbeat_where_the_coordinator_says_so(
+    kits: Path, connect: Connect, monkeypatch: pytest.MonkeyPatch, counts: bool
+) -> None:
+    if not counts:
+        monkeypatch.setattr(api, "_COUNTS", (b"x-fedhead-another", b"1"))
+    with serving(kits) as link:
+        connection = connect(link.port, kits / "here", beat=0.05, wait=3)
+        connection.open()
+        assert connection.receive() is None
+        fleet, site, beats = connection._fleet, link.sites["here"].link, list[bool]()
+        monkeypatch.setattr(fleet, "heartbeat", lambda *_: beats.append(connection._pulling_since is not None) or True)
+        before = site.online_until
+        assert connection.receive() is None
+        assert site.online_until > before
+    # One may be decided on just before the pull begins.
+    assert (sum(beats) <= 1) == counts
+
+
+def test_a_pull_does_not_bring_back_a_site_that_left(kits: Path) -> None:
+    with serving(kits) as link:
+        client = FleetClient(f"{HOST}:{link.port}", Kit(kits / "here").key, Kit(kits / "here").root_certificates, 0)
+        node = client.activate(20.0)
+        client.deactivate(node)
+        assert client.pull(node) is None
+        assert link.online() == {}
 
 
 def test_a_coordinator_that_restarts_is_found_again_and_the_old_work_dropped(
