@@ -107,12 +107,14 @@ class Baselines:
         plan: of the run.
         rounds: the numbers of rounds from zeros.
         pooled: whether scikit-learn is fitted, too.
+        only: parts of the names to measure; all if there are none.
     """
 
-    def __init__(self, plan: Plan, rounds: Sequence[int], *, pooled: bool) -> None:
+    def __init__(self, plan: Plan, rounds: Sequence[int], *, pooled: bool, only: Sequence[str] = ()) -> None:
         self.plan = plan
         self.rounds = rounds
         self.pooled = pooled
+        self.only = only
         self.sums: dict[str, Any] = {}
         self.alone: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
@@ -157,9 +159,13 @@ class Baselines:
         row: str = "",
     ) -> None:
         """Make a head, and add its evaluation sums on some rows to those of its name, and its seconds to a row."""
+        if self.only and not any(part in (row or name) for part in self.only):
+            return
         seconds, outputs = timed(make)
         sums = test.evaluate(outputs, tested)
         totals[name] = totals[name] + sums if name in totals else sums
+        said = number_interval(test.task.report(sums).score, 3)
+        typer.echo(f"{f'{name} alone' if row else name}: {test.task.score_name} {said} of {sums.rows}", err=True)
         self.seconds[row or name] = self.seconds.get(row or name, 0.0) + seconds
 
     def measurement(self, setting: Mapping[str, Any]) -> Measurement:
@@ -205,6 +211,7 @@ def baselines(
     sites: Annotated[int, typer.Option(min=1)] = 10,
     partition: Annotated[str, typer.Option(help="As in fedhead simulate; 'folder' for the sites of the data.")] = "iid",
     number: Annotated[str, typer.Option("--rounds", help="Numbers of rounds from zeros; empty for none.")] = "1,10",
+    only: Annotated[str, typer.Option(help="Parts of the names to measure, separated by commas.")] = "",
     pooled: Annotated[bool, typer.Option("--pooled", help="Fit scikit-learn on all rows, too.")] = False,
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="TABLE.KEY=VALUE", help="Any other setting.")
@@ -226,7 +233,12 @@ def baselines(
         raise UserError("Give a test set or folds, not both.")
     if pooled and plan.config.task != "classification":
         raise UserError(f"--pooled fits classifiers, not the task {plan.config.task!r}: leave it out.")
-    found = Baselines(plan, [int(one) for one in number.split(",") if one], pooled=pooled)
+    found = Baselines(
+        plan,
+        [int(one) for one in number.split(",") if one],
+        pooled=pooled,
+        only=[one for one in only.split(",") if one],
+    )
     train = Rows.of(plan, plan.samples)
     readable = train.store.readable()
     if test_data:

@@ -67,7 +67,8 @@ def test_a_head_of_a_test_set_is_the_one_that_all_rows_solve(
         "a,b,c,ill\n"
         + "\n".join(",".join(map(str, [*row, "yn"[int(one)]])) for row, one in zip(fresh, true, strict=True))
     )
-    runs = measured(path, "--test-data", f"csv:{other}?label=ill", "--rounds", "")
+    runs = measured(path, "--test-data", f"csv:{other}?label=ill", "--only", "exchange")
+    assert list(runs) == [EXCHANGE]
     stats = FeatureStatistics.from_features(torch.from_numpy(features).float(), torch.from_numpy(1 - labels), 2)
     decided = solve_head(stats, "lda")(torch.from_numpy(fresh)).argmax(1).numpy()
     assert runs[EXCHANGE]["accuracy"][0] == pytest.approx(np.mean(decided == (1 - true)))
