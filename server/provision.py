@@ -155,9 +155,10 @@ def update_rosters(out: Path, add: Mapping[str, Member], remove: Sequence[str] =
     gone = [name for name in remove if name in known]
     if known - set(gone) or add:
         roster = sign_roster(path, key, add, gone)
+        content = roster.to_toml().encode()
         for name in roster.sites:
             if (out / name).is_dir():
-                write_public(out / name / ROSTER, roster.to_toml().encode())
+                write_public(out / name / ROSTER, content)
     elif gone:
         path.unlink()
     return True

@@ -235,6 +235,12 @@ def test_a_forgotten_message_is_not_delivered_and_its_reply_not_kept(link: Super
     grid.forget([second])
     answer(client, Message(content(), reply_to=message))
     assert list(grid.pull_messages([second])) == []
+    kept = ask(grid, node, number=3)
+    _, message = fetch(client, node)
+    answer(client, Message(content(), reply_to=message))
+    assert link.replied([first, second, kept]) == [kept]
+    assert not replies(grid, kept)[kept].has_error()
+    assert link.replied([kept]) == []
 
 
 # Sites that come back.
