@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from fedhead.client.coefficients import Coefficients, RowTable, exact_type, gram_of, pays, train_coefficients
-from fedhead.client.labelled_features import LabelledFeatures, SiteRows, sizes_of
-from fedhead.client.minibatches import table_of
+from fedhead.client.labelled_features import Cohort, LabelledFeatures, SiteRows
 from fedhead.client.training import CHUNK_BYTES, Evaluation, FloatArray, IntArray, chunks, evaluate_head, train_chunk
 from fedhead.config import LocalConfig
 from fedhead.data import BoolArray
@@ -78,11 +77,11 @@ def average_heads(
     data.grams.under(data.standardisation)
     everyone = np.arange(len(sites))
     if head.averages_in_coefficients and settings.optimizer == "sgd":
-        table = RowTable(incoming, data, [*sites, *held_out])
-        evaluation = table.evaluate(incoming, data, held_out)
+        table = RowTable(incoming, data, data.cohorts.of(sites, held_out))
+        evaluation = table.evaluate(data, data.cohorts.of(held_out))
         mean = _Mean(incoming, len(sites), evaluation)
         stepped = _step_coefficients(
-            table, incoming, data, sites, settings, mean, seed, round_number, repeated, min_batch
+            table, incoming, data, data.cohorts.of(sites), settings, mean, seed, round_number, repeated, min_batch
         )
         rest = np.concatenate([everyone[:0], *stepped])
         if not mean.finish(table):
@@ -91,7 +90,7 @@ def average_heads(
     else:
         evaluation = evaluate_head(head, incoming, data, held_out, chunk_bytes=chunk_bytes)
         mean, rest = _Mean(incoming, len(sites), evaluation), everyone
-    sizes = np.array([len(sites[i].rows) for i in rest], dtype=np.int64)
+    sizes = data.cohorts.of(sites).sizes[rest]
     for chosen in chunks(sizes, settings, incoming, chunk_bytes, head.together):
         positions = rest[chosen]
         trained = train_chunk(
@@ -160,7 +159,7 @@ def _step_coefficients(
     table: RowTable,
     incoming: Mapping[str, Tensor],
     data: LabelledFeatures,
-    sites: Sequence[SiteRows],
+    sites: Cohort,
     settings: LocalConfig,
     mean: _Mean,
     seed: int,
@@ -169,8 +168,7 @@ def _step_coefficients(
     min_batch: int,
 ) -> Iterator[IntArray]:
     """Train in coefficient form if that is faster, and add the heads to `mean`; yield the positions of other sites."""
-    sizes = sizes_of(sites)
-    order = np.argsort(-sizes, kind="stable")
+    sizes, order = sites.sizes, sites.by_size
     room, start = data.grams.max_bytes, 0
     make_gram = partial(gram_of, data, like=incoming["weight"])
     itemsize = incoming["weight"].element_size()
@@ -182,18 +180,15 @@ def _step_coefficients(
         # K is padded to the largest site's rows: a chunk ends where padding would more than double it.
         alike = int(np.count_nonzero(2 * sizes[order] ** 2 >= largest**2))
         together = max(1, COEFFICIENT_BYTES // (largest**2 * itemsize))
-        positions = order[start : min(start + together, alike)]
-        start += len(positions)
-        chunk = [sites[i] for i in positions.tolist()]
-        needed = len(chunk) * largest**2 * itemsize
+        stop = min(start + together, alike)
+        positions, part = order[start:stop], (start, stop)
+        start = stop
+        needed = len(positions) * largest**2 * itemsize
         if needed > room or not pays(largest, incoming["weight"], settings, repeated=repeated):
             yield positions
             continue
         room -= needed
-        rows = table_of(chunk)
+        chunk = sites.part(*part)
         gram = data.grams.get(chunk, make_gram)
-        mean.add_coefficients(
-            positions,
-            train_coefficients(table, gram, rows, incoming, data, chunk, settings, seed, round_number, min_batch),
-            table,
-        )
+        trained = train_coefficients(table, gram, incoming, data, chunk, settings, seed, round_number, min_batch)
+        mean.add_coefficients(positions, trained, table)

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedhead.client.labelled_features import LabelledFeatures, SiteRows, sizes_of
-from fedhead.client.minibatches import batches, table_of
+from fedhead.client.labelled_features import Cohort, LabelledFeatures, SiteRows
+from fedhead.client.minibatches import columns_of, orders
 from fedhead.client.optimizers import OPTIMIZERS
 from fedhead.client.training import Evaluation, FloatArray, IntArray
 from fedhead.config import LocalConfig
@@ -40,16 +40,15 @@ class RowTable:
         sites: the sites whose rows are needed.
     """
 
-    def __init__(self, incoming: Mapping[str, Tensor], data: LabelledFeatures, sites: Sequence[SiteRows]) -> None:
-        self.weight = incoming["weight"]
+    def __init__(self, incoming: Mapping[str, Tensor], data: LabelledFeatures, sites: Cohort) -> None:
+        self.weight, self.bias = incoming["weight"], incoming["bias"]
         self.data = data
         self.pending = False
-        wanted = np.concatenate([np.empty(0, dtype=np.int64), *(site.rows for site in sites)])
-        self.first = int(wanted.min(initial=0)) if len(wanted) else 0
-        self.size = int(wanted.max()) + 1 - self.first if len(wanted) else 0
+        self.first, end = sites.span
+        self.size = end - self.first
         self.chosen: IntArray | None = None
-        if _DENSE * len(wanted) < self.size:
-            self.chosen = np.unique(wanted)
+        if _DENSE * len(sites.rows) < self.size:
+            self.chosen = sites.distinct
             self.size = len(self.chosen)
         self._mean, self._scale = (None, None)
         self._folded = False
@@ -66,18 +65,16 @@ class RowTable:
         return torch.from_numpy(found).to(self.weight.device)
 
     def logits(self) -> Tensor:
-        """Return `[size, C]`, the products of the incoming weight with every row."""
+        """Return `[size, C]`, the outputs of the incoming head for every row."""
         if self._logits is None:
             weight = self.weight
             self._logits = weight.new_empty(self.size, len(weight))
-            shift = None
+            shift = self.bias
             if self._folded and self._mean is not None and self._scale is not None:
                 weight = weight / self._scale
-                shift = weight @ self._mean
+                shift = shift - weight @ self._mean
             for part, features in self._blocks():
-                self._logits[part] = _rows_times(features, weight)
-            if shift is not None:
-                self._logits -= shift
+                torch.add(_rows_times(features, weight), shift, out=self._logits[part])
         return self._logits
 
     def add(self, sites: "Coefficients", weights: Tensor) -> None:
@@ -102,19 +99,17 @@ class RowTable:
             total = (total - torch.outer(sums, self._mean.to(total))) / self._scale.to(total)
         return total
 
-    def evaluate(self, incoming: Mapping[str, Tensor], data: LabelledFeatures, sites: Sequence[SiteRows]) -> Evaluation:
-        """Evaluate a head at each site, as `evaluate_head` does."""
-        sizes = sizes_of(sites)
-        rows = np.concatenate([np.empty(0, dtype=np.int64), *(site.rows for site in sites)])
-        owner = np.repeat(np.arange(len(sites)), sizes)
-        logits = self.logits()[self.places(rows)] + incoming["bias"]
+    def evaluate(self, data: LabelledFeatures, sites: Cohort) -> Evaluation:
+        """Evaluate the incoming head at each site, as `evaluate_head` does."""
+        rows, owner = sites.rows, sites.owners
+        logits = self.logits().index_select(0, self.places(rows))
         targets = data.targets(torch.from_numpy(rows), logits)
         losses = data.loss.values(logits, targets).cpu().numpy()
         scores = data.loss.score(logits, targets).cpu().numpy()
         return Evaluation(
             losses=np.bincount(owner, weights=losses, minlength=len(sites)).astype(np.float64),
             scores=np.bincount(owner, weights=scores, minlength=len(sites)).astype(np.float64),
-            rows=sizes,
+            rows=sites.sizes,
             curves=np.zeros((len(sites), 0)),
         )
 
@@ -136,13 +131,13 @@ class RowTable:
 
 @dataclass(frozen=True)
 class Coefficients:
-    """Heads of `k` sites as `anchor * W0 + values X`.
+    """Heads of `k` sites as `anchor * W0 + values X`, with the bias as the weight of one more feature, which is 1.
 
     Attributes:
         places: `[k, n]`, the table positions of their rows.
         values: `[k, C, n]`, 0 beyond a site's own rows.
-        anchor: `[k]`, the factor `a` of the incoming weight.
-        bias: `[k, C]`.
+        anchor: `[k]`, the factor `a` of the incoming head.
+        bias: `[k, C]`, the heads' bias.
         losses: `[k]`, the mean loss in the last epoch.
         rows: `[k]`, the number of rows.
     """
@@ -156,10 +151,10 @@ class Coefficients:
 
     def finite(self) -> Tensor:
         """Return `[k]`, whether all values of a site are finite."""
-        # Checking a sum takes a tenth of the time; it is finite only if all terms are, but it may also overflow.
-        sums = self.values.sum((1, 2)) + self.bias.sum(1)
-        if bool(sums.isfinite().all()):
-            return torch.ones_like(sums, dtype=torch.bool)
+        # The bias is the sum of all values: it is finite only if they all are, but it may also overflow.
+        finite = self.bias.isfinite().all(1)
+        if bool(finite.all()):
+            return finite
         return self.values.reshape(len(self.values), -1).isfinite().all(1) & self.bias.isfinite().all(1)
 
 
@@ -176,25 +171,31 @@ def pays(rows: int, weight: Tensor, settings: LocalConfig, *, repeated: bool) ->
 
 
 def gram_of(data: LabelledFeatures, sites: Sequence[SiteRows], *, like: Tensor) -> Tensor:
-    """Return `[k, n, n]`, the products of each site's rows with each other; 0 beyond a site's own rows."""
-    rows = table_of(sites)
+    """Return `[k, n, n]`, the products of each site's rows with each other; 0 beyond a site's own rows.
+
+    Rows have one more feature, which is 1.
+    """
+    cohort = data.cohorts.of(sites)
+    rows = cohort.table
     count, width = rows.shape
     gram = like.new_empty(count, width, width)
     step = max(1, BLOCK_BYTES // (width * data.width * like.element_size()))
     for start in range(0, count, step):
         features, _ = data.gather(rows[start : start + step], like)
-        gram[start : start + step] = features @ features.mT
-    own = torch.from_numpy(np.arange(width) < sizes_of(sites)[:, None]).to(like.device)
-    return gram.mul_(own[:, None, :]).mul_(own[:, :, None])
+        torch.matmul(features, features.mT, out=gram[start : start + step])
+    gram += 1
+    if cohort.sizes.min(initial=width) < width:
+        own = torch.from_numpy(np.arange(width) < cohort.sizes[:, None]).to(like.device)
+        gram.mul_(own[:, None, :]).mul_(own[:, :, None])
+    return gram
 
 
 def train_coefficients(
     table: RowTable,
     gram: Tensor,
-    rows: IntArray,
     incoming: Mapping[str, Tensor],
     data: LabelledFeatures,
-    sites: Sequence[SiteRows],
+    sites: Cohort,
     settings: LocalConfig,
     seed: int,
     round_number: int,
@@ -202,41 +203,42 @@ def train_coefficients(
 ) -> Coefficients:
     """Train at sites sorted by descending number of rows."""
     like, classes = incoming["weight"], len(incoming["weight"])
-    count, width = rows.shape
-    places = table.places(rows)
-    parameters = {
-        "values": like.new_zeros(count, classes, width),
-        "anchor": like.new_ones(count, 1, 1),
-        "bias": incoming["bias"].repeat(count, 1),
-    }
+    count, width = sites.table.shape
+    places = table.places(sites.table)
+    parameters = {"values": like.new_zeros(count, classes, width), "anchor": like.new_ones(count, 1, 1)}
     step = _Step(incoming, settings)
-    losses = like.new_zeros(count)
-    logits_of = table.logits().index_select(0, places.reshape(-1))
-    labels_of = data.targets(torch.from_numpy(rows.ravel()), like)
+    labels_of = data.targets(torch.from_numpy(sites.table.ravel()), like)
     flat_gram = gram.view(count * width, width)
-    offsets = np.arange(count)[:, None] * width
-    for batch in batches(sites, settings, seed, round_number, min_batch):
-        active = len(batch.places)
-        index = torch.from_numpy(batch.places).to(like.device)
-        chosen = torch.from_numpy((batch.places + offsets[:active]).reshape(-1)).to(like.device)
-        weights, share = (torch.from_numpy(value).to(like) for value in (batch.weights, batch.share))
-        own = {name: value[:active] for name, value in parameters.items()}
-        near = flat_gram.index_select(0, chosen).view(*index.shape, width)
-        first = logits_of.index_select(0, chosen).view(*index.shape, classes)
-        first = first if step.plain else first * own["anchor"]
-        logits = torch.baddbmm((first + own["bias"][:, None, :]).mT, own["values"], near.mT)
-        labels = labels_of.index_select(0, chosen).view(*index.shape, *labels_of.shape[1:])
-        slope_values, slopes = data.loss.slopes(logits, labels)
-        slopes *= weights.unsqueeze(-2)
-        losses[:active] += share * (slope_values * weights).sum(-1)
-        step(own, slopes, index[:, None, :].expand(-1, classes, -1))
+    offsets = torch.arange(0, count * width, width, device=like.device)[:, None]
+    batches = [
+        (batch, torch.from_numpy(batch.weights * step.factor).to(like))
+        for batch in columns_of(sites.sizes, settings.batch_size, min_batch)
+    ]
+    losses = like.new_zeros(count, width)
+    for epoch in range(settings.epochs):
+        order = torch.from_numpy(orders(seed, sites, round_number, np.array([epoch]))).to(like.device)
+        drawn = (order + offsets).view(-1)
+        near = flat_gram.index_select(0, drawn).view(count, width, width)
+        first = table.logits().index_select(0, places.view(-1).index_select(0, drawn)).view(count, width, classes)
+        labels = labels_of.index_select(0, drawn).view(count, width, *labels_of.shape[1:])
+        for batch, weights in batches:
+            active, columns = slice(batch.count), slice(batch.start, batch.stop)
+            own = {name: value[active] for name, value in parameters.items()}
+            incoming_logits = first[active, columns].mT
+            if not step.plain:
+                incoming_logits = incoming_logits * own["anchor"]
+            logits = torch.baddbmm(incoming_logits, own["values"], near[active, columns].mT)
+            losses[active, columns], slopes = data.loss.slopes(logits, labels[active, columns])
+            step(own, slopes.mul_(weights), order[active, None, columns].expand(-1, classes, -1))
+    valid = torch.from_numpy(np.arange(width) < sites.sizes[:, None]).to(like.device)
+    sizes = torch.from_numpy(sites.sizes).to(like.device)
     return Coefficients(
         places=places,
         values=parameters["values"],
         anchor=parameters["anchor"].view(-1),
-        bias=parameters["bias"],
-        losses=losses.cpu().double().numpy(),
-        rows=sizes_of(sites),
+        bias=parameters["anchor"].view(-1, 1) * incoming["bias"] + parameters["values"].sum(2),
+        losses=(losses.where(valid, 0).sum(1) / sizes).cpu().double().numpy(),
+        rows=sites.sizes,
     )
 
 
@@ -245,33 +247,32 @@ class _Step:
 
     Attributes:
         plain: whether only the gradient counts, so that the anchor stays 1.
+        factor: by which the derivatives are multiplied before a step.
     """
 
     def __init__(self, incoming: Mapping[str, Tensor], settings: LocalConfig) -> None:
         like = incoming["weight"]
         self.plain = not (settings.momentum or settings.weight_decay or settings.proximal_mu)
+        self.factor = -settings.lr if self.plain else 1.0
         self._settings = settings
-        self._start = {"values": like.new_zeros(()), "anchor": like.new_ones(()), "bias": incoming["bias"]}
+        self._start = {"values": like.new_zeros(()), "anchor": like.new_ones(())}
         self._optimizer = OPTIMIZERS[settings.optimizer](settings)
 
     def __call__(self, parameters: Mapping[str, Tensor], slopes: Tensor, index: Tensor) -> None:
         """Update the parameters of `k` sites.
 
         Args:
-            parameters: `values` `[k, C, n]`, `anchor` and `bias`.
-            slopes: `[k, C, b]`, the derivatives of the loss by the logits of a batch; overwritten.
+            parameters: `values` `[k, C, n]` and `anchor`.
+            slopes: `[k, C, b]`, the derivatives of the loss by the logits of a batch, times `factor`.
             index: `[k, C, b]`, the rows of the batch.
         """
         settings = self._settings
         if self.plain:
-            bias = parameters["bias"]
-            bias -= settings.lr * slopes.sum(-1)
-            parameters["values"].scatter_add_(2, index, slopes.mul_(-settings.lr))
+            parameters["values"].scatter_add_(2, index, slopes)
             return
         gradients = {
             "values": torch.zeros_like(parameters["values"]).scatter_add_(2, index, slopes),
             "anchor": torch.zeros_like(parameters["anchor"]),
-            "bias": slopes.sum(-1),
         }
         for name, value in parameters.items():
             gradients[name] += settings.proximal_mu * (value - self._start[name])

@@ -4,7 +4,8 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Self
+from itertools import chain
+from typing import Self, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,9 @@ IntArray = npt.NDArray[np.int64]
 GRAM_BYTES = 512 * 2**20
 """Memory for results cached between rounds, in addition to the features."""
 
+KEPT_COHORTS = 3
+"""Those that train, those that evaluate, and both together."""
+
 
 @dataclass(frozen=True)
 class LabelledFeatures:
@@ -36,6 +40,7 @@ class LabelledFeatures:
         mapping: of features `[..., d]` to `[..., D]`, before all else; None for plain features.
         places: how items become the places that are learned from; None if rows are items.
         grams: cached products of the features.
+        cohorts: cached sites of a request.
     """
 
     features: Tensor
@@ -46,6 +51,7 @@ class LabelledFeatures:
     mapping: FeatureMap | None = None
     places: ItemPlaces | None = None
     grams: "GramCache" = field(default_factory=lambda: GramCache(), compare=False, repr=False)
+    cohorts: "CohortCache" = field(default_factory=lambda: CohortCache(), compare=False, repr=False)
 
     @classmethod
     def of(
@@ -151,6 +157,105 @@ class SiteRows:
         return int.from_bytes(hashlib.blake2b(self.name.encode(), digest_size=8).digest(), "little")
 
 
+class Cohort(Sequence[SiteRows]):
+    """Sites of one request, with everything that follows from their names and rows alone, computed once.
+
+    Args:
+        sites: in any order.
+
+    Attributes:
+        parts: some of the sites, by their places in `by_size`.
+    """
+
+    def __init__(self, sites: Sequence[SiteRows]) -> None:
+        self._sites = tuple(sites)
+        self.parts: dict[tuple[int, int], Cohort] = {}
+
+    @overload
+    def __getitem__(self, index: int) -> SiteRows: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[SiteRows]: ...
+    def __getitem__(self, index: int | slice) -> SiteRows | Sequence[SiteRows]:
+        return self._sites[index]
+
+    def __len__(self) -> int:
+        return len(self._sites)
+
+    def __iter__(self) -> Iterator[SiteRows]:
+        return iter(self._sites)
+
+    @cached_property
+    def sizes(self) -> IntArray:
+        """`[S]`, the number of rows of each site."""
+        return np.fromiter((len(site.rows) for site in self._sites), np.int64, len(self._sites))
+
+    @cached_property
+    def keys(self) -> npt.NDArray[np.uint64]:
+        """`[S]`, the keys of the sites."""
+        return np.fromiter((site.key for site in self._sites), np.uint64, len(self._sites))
+
+    @cached_property
+    def rows(self) -> IntArray:
+        """`[N]`, the rows of all sites, one site after the other."""
+        return np.concatenate([np.empty(0, dtype=np.int64), *(site.rows for site in self._sites)])
+
+    @cached_property
+    def owners(self) -> IntArray:
+        """`[N]`, the place of each row's site."""
+        return np.repeat(np.arange(len(self._sites)), self.sizes)
+
+    @cached_property
+    def span(self) -> tuple[int, int]:
+        """The first of the rows, and the one after the last."""
+        return (int(self.rows.min()), int(self.rows.max()) + 1) if len(self.rows) else (0, 0)
+
+    @cached_property
+    def distinct(self) -> IntArray:
+        """The distinct rows, ascending."""
+        return np.unique(self.rows)
+
+    @cached_property
+    def by_size(self) -> IntArray:
+        """`[S]`, the places of the sites by descending number of rows."""
+        return np.argsort(-self.sizes, kind="stable")
+
+    @cached_property
+    def table(self) -> IntArray:
+        """`[S, n]`, the rows of each site, padded with the site's first row."""
+        columns = np.arange(self.sizes.max(initial=0))
+        # One row more, for sites without rows.
+        rows = np.append(self.rows, 0)
+        places = np.where(columns < self.sizes[:, None], columns, 0) + (np.cumsum(self.sizes) - self.sizes)[:, None]
+        table: IntArray = rows[places]
+        table[self.sizes == 0] = 0
+        return table
+
+    def part(self, start: int, stop: int) -> "Cohort":
+        """Return some of the sites, by descending number of rows."""
+        if (start, stop) not in self.parts:
+            self.parts[start, stop] = Cohort([self._sites[place] for place in self.by_size[start:stop].tolist()])
+        return self.parts[start, stop]
+
+
+class CohortCache:
+    """The latest cohorts, so that the same sites are the same cohort in every round."""
+
+    def __init__(self) -> None:
+        # A cohort holds its sites, so that their ids are not reused.
+        self._kept: dict[tuple[int, ...], Cohort] = {}
+
+    def of(self, *groups: Sequence[SiteRows]) -> Cohort:
+        """Return the sites of all groups as one cohort."""
+        if len(groups) == 1 and isinstance(groups[0], Cohort):
+            return groups[0]
+        key = tuple(map(id, chain.from_iterable(groups)))
+        if key not in self._kept:
+            self._kept[key] = Cohort(list(chain.from_iterable(groups)))
+        while len(self._kept) > KEPT_COHORTS:
+            self._kept.pop(next(iter(self._kept)))
+        return self._kept[key]
+
+
 def sizes_of(sites: Sequence[SiteRows]) -> IntArray:
     """Return `[S]`, the number of rows of each site."""
-    return np.fromiter((len(site.rows) for site in sites), np.int64, len(sites))
+    return sites.sizes if isinstance(sites, Cohort) else Cohort(sites).sizes

@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
-from fedhead.client.labelled_features import SiteRows, sizes_of
+from fedhead.client.labelled_features import Cohort, SiteRows, sizes_of
 from fedhead.config import LocalConfig
 from fedhead.data import mix
 
@@ -31,16 +31,18 @@ def shuffled(seed: int, name: str, round_number: int, epoch: int, count: int) ->
 def orders(seed: int, sites: Sequence[SiteRows], round_number: int, epochs: IntArray) -> IntArray:
     """Return `[S, n]`, the order of each site's rows in its current epoch, given as `[S]`.
 
-    `n` is the largest number of rows; entries after a site's own rows are not valid rows.
+    `n` is the largest number of rows; entries after a site's own rows are other places below `n`.
     """
-    sizes = sizes_of(sites)
-    keys = np.array([site.key for site in sites], dtype=np.uint64)
+    cohort = sites if isinstance(sites, Cohort) else Cohort(sites)
+    sizes, keys = cohort.sizes, cohort.keys
     different = epochs[:1] if (epochs == epochs[0]).all() else epochs
     drawn = np.array([_stream(seed, round_number, epoch) for epoch in different.tolist()], dtype=np.uint64)
     columns = np.arange(sizes.max(initial=0), dtype=np.uint64)
     values = mix(np.add(mix(keys ^ drawn)[:, None], columns * _GOLDEN, dtype=np.uint64))
-    values[columns >= sizes[:, None].astype(np.uint64)] = np.iinfo(np.uint64).max
-    drawn_orders: IntArray = values.argsort(axis=1, kind="stable")
+    if sizes.min(initial=len(columns)) < len(columns):
+        values[columns >= sizes[:, None].astype(np.uint64)] = np.iinfo(np.uint64).max
+    # All values of a site differ, because `mix` is a bijection: no sort needs to be stable.
+    drawn_orders: IntArray = values.argsort(axis=1)
     return drawn_orders
 
 
@@ -74,15 +76,15 @@ def batches(
     `min_batch` rows is merged with the previous one.
     """
     sizes = sizes_of(sites)
-    per_epoch = -(-sizes // settings.batch_size)
-    per_epoch -= (per_epoch > 1) & (sizes - (per_epoch - 1) * settings.batch_size < min_batch)
+    per_epoch = batches_per_epoch(sizes, settings.batch_size, min_batch)
     steps = per_epoch * settings.epochs
     order = np.zeros((len(sites), sizes.max(initial=0)), dtype=np.int64)
     for step in range(steps[0]):
         count = np.count_nonzero(steps > step)
         epoch, within = np.divmod(step, per_epoch[:count])
         if len(starting := np.flatnonzero(within == 0)):
-            drawn = orders(seed, [sites[i] for i in starting.tolist()], round_number, epoch[starting])
+            some = sites if len(starting) == len(sites) else [sites[i] for i in starting.tolist()]
+            drawn = orders(seed, some, round_number, epoch[starting])
             order[starting, : drawn.shape[1]] = drawn
         first = within * settings.batch_size
         last = within == per_epoch[:count] - 1
@@ -96,13 +98,36 @@ def batches(
         yield Batch(places, weights, share)
 
 
-def table_of(sites: Sequence[SiteRows]) -> IntArray:
-    """Return `[S, n]`, the rows of each site, padded with the site's first row."""
-    sizes = sizes_of(sites)
-    columns = np.arange(sizes.max(initial=0))
-    # One row more, for sites without rows.
-    rows = np.concatenate([*(site.rows for site in sites), np.zeros(1, dtype=np.int64)])
-    places = np.where(columns < sizes[:, None], columns, 0) + (np.cumsum(sizes) - sizes)[:, None]
-    table: IntArray = rows[places]
-    table[sizes == 0] = 0
-    return table
+@dataclass(frozen=True)
+class Columns:
+    """The columns of one minibatch in the row orders of an epoch, at each of the first `k` sites.
+
+    Attributes:
+        count: `k`.
+        start: the first column.
+        stop: the one after the last, at the site with the longest minibatch.
+        weights: `[k, 1, b]`, the inverse of the minibatch's length, and 0 for rows that are not in it.
+    """
+
+    count: int
+    start: int
+    stop: int
+    weights: FloatArray
+
+
+def columns_of(sizes: IntArray, batch_size: int, min_batch: int = 1) -> Iterator[Columns]:
+    """Yield the minibatches of one epoch of sites of descending `sizes`, as `batches` makes them."""
+    per_epoch = batches_per_epoch(sizes, batch_size, min_batch)
+    for step in range(per_epoch.max(initial=0)):
+        count = int(np.count_nonzero(per_epoch > step))
+        start = step * batch_size
+        lengths = np.where(per_epoch[:count] == step + 1, sizes[:count] - start, batch_size)[:, None]
+        weights = (np.arange(lengths.max()) < lengths) / lengths
+        yield Columns(count, start, start + weights.shape[1], weights[:, None])
+
+
+def batches_per_epoch(sizes: IntArray, batch_size: int, min_batch: int) -> IntArray:
+    """Return `[S]`, the number of minibatches; a last one of fewer than `min_batch` rows is none of its own."""
+    count: IntArray = -(-sizes // batch_size)
+    count -= (count > 1) & (sizes - (count - 1) * batch_size < min_batch)
+    return count

@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fedhead.client.labelled_features import LabelledFeatures, SiteRows, sizes_of
-from fedhead.client.minibatches import batches, table_of
+from fedhead.client.labelled_features import Cohort, LabelledFeatures, SiteRows, sizes_of
+from fedhead.client.minibatches import batches
 from fedhead.client.optimizers import OPTIMIZERS
 from fedhead.config import LocalConfig
 from fedhead.heads import Head
@@ -138,8 +138,8 @@ def evaluate_head(
 ) -> Evaluation:
     """Evaluate one head at each site, with as many rows at once as fit in `chunk_bytes`."""
     like = next(iter(parameters.values()))
-    sizes = sizes_of(sites)
-    rows = np.concatenate([np.empty(0, dtype=np.int64), *(site.rows for site in sites)])
+    cohort = data.cohorts.of(sites)
+    rows = cohort.rows
     losses, scores = np.empty(len(rows)), np.empty(len(rows))
     curves = np.empty((len(rows), len(CURVE) if head.curved else 0))
     step = max(1, chunk_bytes // row_bytes(parameters))
@@ -156,11 +156,11 @@ def evaluate_head(
     if head.curved:
         # A version that diverged is a bad one, and not a broken reply.
         losses, curves = (np.nan_to_num(one, nan=MOST_LOSS).clip(0, MOST_LOSS) for one in (losses, curves))
-    owner = np.repeat(np.arange(len(sites)), sizes)
+    owner = cohort.owners
     return Evaluation(
         losses=np.bincount(owner, weights=losses, minlength=len(sites)).astype(np.float64),
         scores=np.bincount(owner, weights=scores, minlength=len(sites)).astype(np.float64),
-        rows=sizes,
+        rows=cohort.sizes,
         curves=np.array(
             [np.bincount(owner, weights=curve, minlength=len(sites)).astype(np.float64) for curve in curves.T]
         ).T.reshape(len(sites), curves.shape[1]),
@@ -214,13 +214,13 @@ def train_chunk(
     parameters = {name: value.expand(len(sites), *value.shape).clone() for name, value in incoming.items()}
     losses = like.new_zeros(len(sites))
     optimizer = OPTIMIZERS[settings.optimizer](settings, head.rates)
-    table = table_of(sites)
+    cohort = Cohort(sites)
     loss = data.loss_at(sites)
     head.seed_draws(f"{seed}/{sites[0].name}/{round_number}")
-    for batch in batches(sites, settings, seed, round_number, min_batch):
+    for batch in batches(cohort, settings, seed, round_number, min_batch):
         count = len(batch.places)
         active = {name: value[:count] for name, value in parameters.items()}
-        features, labels = data.gather(np.take_along_axis(table[:count], batch.places, axis=1), like)
+        features, labels = data.gather(np.take_along_axis(cohort.table[:count], batch.places, axis=1), like)
         weights = torch.from_numpy(batch.weights).to(like)
         gradients, values = head.gradients(active, features, labels, weights, loss)
         losses[:count] += torch.from_numpy(batch.share).to(like) * values
@@ -228,5 +228,4 @@ def train_chunk(
             for name, value in active.items():
                 gradients[name] = gradients[name].add(value - incoming[name], alpha=settings.proximal_mu)
         optimizer.step(active, gradients)
-    sizes = sizes_of(sites)
-    return TrainedHeads(parameters, losses.cpu().double().numpy(), sizes)
+    return TrainedHeads(parameters, losses.cpu().double().numpy(), cohort.sizes)

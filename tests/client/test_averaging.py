@@ -97,7 +97,7 @@ def sites_at_once(monkeypatch: pytest.MonkeyPatch, function: str, argument: int)
 @pytest.fixture
 def coefficients(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many sites each call trained in coefficient form."""
-    return sites_at_once(monkeypatch, "train_coefficients", 5)
+    return sites_at_once(monkeypatch, "train_coefficients", 4)
 
 
 @pytest.mark.parametrize("spread", [1, 10])

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies
 
-from fedhead.client.labelled_features import SiteRows
-from fedhead.client.minibatches import batches, shuffled, table_of
+from fedhead.client.labelled_features import Cohort, CohortCache, SiteRows
+from fedhead.client.minibatches import batches, columns_of, orders, shuffled
 from fedhead.config import LocalConfig
 
 
@@ -48,4 +48,35 @@ def test_no_minibatch_is_smaller_than_the_site_allows(sizes: list[int], batch_si
 
 def test_the_table_of_rows_is_padded_with_each_sites_first_row() -> None:
     sites = [SiteRows("a", np.array([7, 8, 9])), SiteRows("b", np.array([4])), SiteRows("c", np.array([], np.int64))]
-    assert table_of(sites).tolist() == [[7, 8, 9], [4, 4, 4], [0, 0, 0]]
+    assert Cohort(sites).table.tolist() == [[7, 8, 9], [4, 4, 4], [0, 0, 0]]
+
+
+@given(
+    strategies.lists(strategies.integers(1, 60), min_size=1, max_size=4),
+    strategies.integers(5, 20),
+    strategies.integers(1, 5),
+)
+def test_columns_of_an_epoch_are_the_same_minibatches(sizes: list[int], batch_size: int, min_batch: int) -> None:
+    sizes.sort(reverse=True)
+    sites = [SiteRows(f"site-{number}", np.arange(size)) for number, size in enumerate(sizes)]
+    order = orders(0, sites, 1, np.array([0]))
+    local = LocalConfig(batch_size=batch_size)
+    columns = list(columns_of(np.array(sizes), batch_size, min_batch))
+    for batch, part in zip(batches(sites, local, 0, 1, min_batch), columns, strict=True):
+        assert len(batch.places) == part.count
+        drawn = order[: part.count, part.start : part.stop]
+        for places, weights, mine, own in zip(batch.places, batch.weights, drawn, part.weights[:, 0], strict=True):
+            assert places[weights > 0].tolist() == mine[own > 0].tolist()
+            assert weights[weights > 0].tolist() == own[own > 0].tolist()
+
+
+def test_sites_are_the_same_cohort_in_every_round() -> None:
+    sites = [SiteRows("a", np.array([7, 8, 9])), SiteRows("b", np.array([4])), SiteRows("c", np.array([3, 2]))]
+    cohorts = CohortCache()
+    first = cohorts.of(sites)
+    assert cohorts.of(list(sites)) is first is cohorts.of(first)
+    assert cohorts.of(sites[:1], sites[1:]) is first
+    assert cohorts.of(sites[::-1]) is not first
+    assert [site.name for site in first.part(1, 3)] == ["c", "b"]
+    assert first.part(1, 3) is first.part(1, 3)
+    assert (first.span, first.distinct.tolist()) == ((2, 10), [2, 3, 4, 7, 8, 9])
