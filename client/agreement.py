@@ -3,8 +3,8 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from flwr.app import ConfigRecord, Context
@@ -117,7 +117,7 @@ def agreement(context: Context) -> Agreement:
     record = context.state.get(RECORD)
     if not isinstance(record, ConfigRecord):
         raise FedheadError(f"{UNDESCRIBED}; the coordinator must describe it again.")
-    manifest = Manifest.model_validate_json(str(record["manifest"]))
+    manifest = _manifest(str(record["manifest"]))
     standardisation = None
     if "mean" in record:
         standardisation = (_tensor(record, "mean"), _tensor(record, "scale"))
@@ -133,6 +133,12 @@ def agreement(context: Context) -> Agreement:
         unfit=" ".join(str(record[name]) for name in _UNFIT.values() if name in record),
         shares=_tensor(record, "shares") if "shares" in record else None,
     )
+
+
+@lru_cache(maxsize=8)
+def _manifest(text: str) -> Manifest:
+    """Read a kept manifest; every message of a run needs it."""
+    return Manifest.model_validate_json(text)
 
 
 def proposed(manifest: Manifest, payload: Payload) -> Agreement:
@@ -254,5 +260,14 @@ def head_of(agreed: Agreement) -> "Head":
 
 
 def empty_head(agreed: Agreement) -> Arrays:
-    """Return arrays of the names, shapes and dtype that the run's head has."""
-    return {name: value.numpy() for name, value in head_of(agreed).trainable().items()}
+    """Return arrays of the names, shapes and dtype that the run's head has; they cannot be written to."""
+    forms = _forms(agreed.manifest.head, agreed.num_features, len(agreed.manifest.classes))
+    return {name: np.broadcast_to(np.zeros((), dtype), shape) for name, shape, dtype in forms}
+
+
+@lru_cache(maxsize=8)
+def _forms(spec: str, num_features: int, num_classes: int) -> list[tuple[str, tuple[int, ...], np.dtype[Any]]]:
+    from fedhead.heads import make_head
+
+    parameters = make_head(spec, num_features, num_classes).trainable()
+    return [(name, tuple(value.shape), value.numpy().dtype) for name, value in parameters.items()]

@@ -77,11 +77,12 @@ def average_heads(
     data.grams.under(data.standardisation)
     everyone = np.arange(len(sites))
     if head.averages_in_coefficients and settings.optimizer == "sgd":
-        table = RowTable(incoming, data, data.cohorts.of(sites, held_out))
-        evaluation = table.evaluate(data, data.cohorts.of(held_out))
+        training, evaluating = data.cohorts.of(sites), data.cohorts.of(held_out)
+        table = RowTable(incoming, data, training.with_others(evaluating))
+        evaluation = table.evaluate(data, evaluating)
         mean = _Mean(incoming, len(sites), evaluation)
         stepped = _step_coefficients(
-            table, incoming, data, data.cohorts.of(sites), settings, mean, seed, round_number, repeated, min_batch
+            table, incoming, data, training, settings, mean, seed, round_number, repeated, min_batch
         )
         rest = np.concatenate([everyone[:0], *stepped])
         if not mean.finish(table):
@@ -90,7 +91,7 @@ def average_heads(
     else:
         evaluation = evaluate_head(head, incoming, data, held_out, chunk_bytes=chunk_bytes)
         mean, rest = _Mean(incoming, len(sites), evaluation), everyone
-    sizes = data.cohorts.of(sites).sizes[rest]
+    sizes = np.array([len(sites[i].rows) for i in rest.tolist()], dtype=np.int64)
     for chosen in chunks(sizes, settings, incoming, chunk_bytes, head.together):
         positions = rest[chosen]
         trained = train_chunk(

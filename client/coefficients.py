@@ -102,6 +102,9 @@ class RowTable:
     def evaluate(self, data: LabelledFeatures, sites: Cohort) -> Evaluation:
         """Evaluate the incoming head at each site, as `evaluate_head` does."""
         rows, owner = sites.rows, sites.owners
+        if not len(rows):
+            nothing = np.zeros(len(sites))
+            return Evaluation(nothing, nothing.copy(), sites.sizes, np.zeros((len(sites), 0)))
         logits = self.logits().index_select(0, self.places(rows))
         targets = data.targets(torch.from_numpy(rows), logits)
         losses = data.loss.values(logits, targets).cpu().numpy()
@@ -227,7 +230,10 @@ def train_coefficients(
             incoming_logits = first[active, columns].mT
             if not step.plain:
                 incoming_logits = incoming_logits * own["anchor"]
-            logits = torch.baddbmm(incoming_logits, own["values"], near[active, columns].mT)
+            logits = incoming_logits
+            # The first minibatch meets the incoming head.
+            if epoch or batch.start:
+                logits = torch.baddbmm(incoming_logits, own["values"], near[active, columns].mT)
             losses[active, columns], slopes = data.loss.slopes(logits, labels[active, columns])
             step(own, slopes.mul_(weights), order[active, None, columns].expand(-1, classes, -1))
     valid = torch.from_numpy(np.arange(width) < sites.sizes[:, None]).to(like.device)

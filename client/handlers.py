@@ -139,7 +139,7 @@ def _admit(action: str, sites: Sequence[Site], manifest: Manifest, *, masked: bo
     Raises:
         FedheadError: if a site does not answer it.
     """
-    for steps in {id(site.steps): site.steps for site in sites}.values():
+    for steps in {id(steps): steps for steps in (site.steps for site in sites)}.values():
         for step in steps:
             step.admit(action, manifest, masked=masked)
 

@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
 from typing import Self, overload
 
 import numpy as np
@@ -23,8 +22,8 @@ IntArray = npt.NDArray[np.int64]
 GRAM_BYTES = 512 * 2**20
 """Memory for results cached between rounds, in addition to the features."""
 
-KEPT_COHORTS = 3
-"""Those that train, those that evaluate, and both together."""
+KEPT_COHORTS = 2
+"""Those that train, and those that evaluate."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +169,7 @@ class Cohort(Sequence[SiteRows]):
     def __init__(self, sites: Sequence[SiteRows]) -> None:
         self._sites = tuple(sites)
         self.parts: dict[tuple[int, int], Cohort] = {}
+        self._together: tuple[Cohort, Cohort] | None = None
 
     @overload
     def __getitem__(self, index: int) -> SiteRows: ...
@@ -236,6 +236,12 @@ class Cohort(Sequence[SiteRows]):
             self.parts[start, stop] = Cohort([self._sites[place] for place in self.by_size[start:stop].tolist()])
         return self.parts[start, stop]
 
+    def with_others(self, others: "Cohort") -> "Cohort":
+        """Return the sites of both as one cohort."""
+        if self._together is None or self._together[0] is not others:
+            self._together = others, Cohort([*self, *others])
+        return self._together[1]
+
 
 class CohortCache:
     """The latest cohorts, so that the same sites are the same cohort in every round."""
@@ -244,13 +250,13 @@ class CohortCache:
         # A cohort holds its sites, so that their ids are not reused.
         self._kept: dict[tuple[int, ...], Cohort] = {}
 
-    def of(self, *groups: Sequence[SiteRows]) -> Cohort:
-        """Return the sites of all groups as one cohort."""
-        if len(groups) == 1 and isinstance(groups[0], Cohort):
-            return groups[0]
-        key = tuple(map(id, chain.from_iterable(groups)))
+    def of(self, sites: Sequence[SiteRows]) -> Cohort:
+        """Return the cohort of some sites."""
+        if isinstance(sites, Cohort):
+            return sites
+        key = tuple(map(id, sites))
         if key not in self._kept:
-            self._kept[key] = Cohort(list(chain.from_iterable(groups)))
+            self._kept[key] = Cohort(sites)
         while len(self._kept) > KEPT_COHORTS:
             self._kept.pop(next(iter(self._kept)))
         return self._kept[key]

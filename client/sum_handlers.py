@@ -32,6 +32,9 @@ from fedhead.sums.sums import Arrays, Sums
 BLOCK_ROWS = 2048
 """Rows whose features are summed at a time: few enough to stay in a processor's cache."""
 
+MOMENT_ROWS = 256
+"""The same for moments, which are few operations on each value in float64."""
+
 
 def statistics(sites: Sequence[Site], payload: Payload, context: Context, merged: bool) -> Iterator[Answer]:
     """Sum over the sites' rows, block by block in float64 about the probe's mean."""
@@ -116,7 +119,7 @@ def _moments(data: LabelledFeatures, agreed: Agreement, rows: IntArray) -> Featu
             for places in data.places.each(data.features, distinct.numpy()):
                 total = total.with_item(places)
             continue
-        for block in torch.split(distinct, BLOCK_ROWS):
+        for block in torch.split(distinct, MOMENT_ROWS):
             total = total.updated(agreed.task.to_standardise(data.exact(block), data.labels[block].cpu()))
     return total
 

@@ -21,7 +21,7 @@ from fedhead.client.release.training_limits import TrainingLimits
 from fedhead.client.site_data import Holding, hold, refuse_if_withheld
 from fedhead.client.tails import Tuning
 from fedhead.config import RunConfig
-from fedhead.data import IntArray, held_out
+from fedhead.data import BoolArray, IntArray, held_out
 from fedhead.errors import FedheadError, UserError
 from fedhead.features.store import FeatureStore
 from fedhead.heads import FeatureMap, Head
@@ -86,6 +86,8 @@ class SharedData:
         self.data = LabelledFeatures.of(store.features, labels, task, device, places)
         self.tuning = tuning
         self._compared: Tensor | None = None
+        self._held_out: dict[float, BoolArray] = {}
+        self._files: set[str] = set()
 
     @cached_property
     def probe(self) -> Tensor:
@@ -98,6 +100,18 @@ class SharedData:
             raise FedheadError("A worker has no backbone.")
         return self.backbone.probe()
 
+    def held_out(self, share: float) -> BoolArray:
+        """Return which of all rows are held out, computed once for all sites."""
+        if share not in self._held_out:
+            self._held_out = {share: held_out(self.keys, share)}
+        return self._held_out[share]
+
+    def has_file(self, weights_digest: str) -> bool:
+        """Return whether weights are in this machine's folder, where the coordinator of the same machine puts them."""
+        if weights_digest not in self._files and weights_path(weights_digest).is_file():
+            self._files.add(weights_digest)
+        return weights_digest in self._files
+
     def check(self, manifest: Manifest, probe: Tensor) -> None:
         """Check the backbone against the coordinator's, for all sites once."""
         if probe is not self._compared and self.backbone is not None:
@@ -106,7 +120,7 @@ class SharedData:
 
     def count_allowed(self, sites: Sequence[IntArray], config: RunConfig) -> IntArray:
         """Return `[S]`, how many of its rows the guard leaves each site; 0 where it refuses the site as a whole."""
-        out = held_out(self.keys, config.holdout)
+        out = self.held_out(config.holdout)
         allowed = [np.empty(0, dtype=np.int64)]
         for start in range(0, len(sites), _COUNTED_AT_ONCE):
             part = sites[start : start + _COUNTED_AT_ONCE]
@@ -130,7 +144,7 @@ class SharedData:
         if len(names) < 2 or not sites:
             return
         owners, rows = np.repeat(np.arange(len(sites)), [len(own) for own in sites]), np.concatenate(sites)
-        train = ~held_out(self.keys[rows], config.holdout)
+        train = ~self.held_out(config.holdout)[rows]
         counts = self.task.count_rows(self.labels[rows[train]], owners[train], len(sites))
         left = [names[one] for one in np.flatnonzero((counts >= max(self.guard.min_class_count, 1)).any(0))]
         if len(left) == 1:
@@ -178,7 +192,7 @@ class SimulatedSite:
         if received < chunk.size:
             return received
         # The coordinator of this machine has written the file that a site would keep.
-        if not weights_path(manifest.weights_digest).is_file():
+        if not self._shared.has_file(manifest.weights_digest):
             raise FedheadError(f"The weights that were sent to {self.name} are not there.")
         self._has_weights = True
         return None
@@ -223,7 +237,7 @@ class SimulatedSite:
     def open(self, manifest: Manifest) -> Holding:
         if self._holding is None:
             shared = self._shared
-            out = held_out(shared.keys[self._rows], manifest.holdout)
+            out = shared.held_out(manifest.holdout)[self._rows]
             self._holding = hold(
                 self.name,
                 self._rows,

@@ -5,7 +5,7 @@ about one person. It prevents accidents. It does not hide a row from someone who
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -28,16 +28,25 @@ class GuardedRows:
     Attributes:
         train: the rows left to train on.
         held_out: the rows left to evaluate on.
-        counts: how many rows are left, by class name; a multi-label row counts for each of its classes.
-        withheld: how many are not, by class name. For the site's own eyes: these are the small numbers.
+        count: counts the rows by class name, those that are left or the others; a multi-label row counts for each of
+            its classes.
         refusal: why the whole site is withheld; empty if it is not. May travel: it contains no number of rows.
     """
 
     train: IntArray
     held_out: IntArray
-    counts: Mapping[str, int]
-    withheld: Mapping[str, int]
+    count: Callable[[bool], Mapping[str, int]]
     refusal: str = ""
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """How many rows are left, by class name."""
+        return self.count(True)
+
+    @property
+    def withheld(self) -> Mapping[str, int]:
+        """How many rows are not left, by class name. For the site's own eyes: these are the small numbers."""
+        return self.count(False)
 
     @property
     def num_rows(self) -> int:
@@ -166,8 +175,7 @@ class Guard(Step):
         return GuardedRows(
             train=rows[keep & ~held_out],
             held_out=rows[keep & held_out],
-            counts=count_rows(targets[keep], task),
-            withheld=count_rows(targets[~keep], task),
+            count=lambda left: count_rows(targets[keep == left], task),
             refusal=refusal,
         )
 
@@ -219,6 +227,8 @@ class Guard(Step):
             people: `[n]`, see `people_of`.
             labels: `[n]` or `[n, C]`, the site's own labels; None for rows with real targets.
         """
+        if not len(rows):
+            return rows
         positions, groups = task.memberships(targets)
         every = np.ones(len(rows), dtype=np.bool_)
         if labels is None:
@@ -258,6 +268,8 @@ class Guard(Step):
         if owners is not None and len(groups):
             groups = groups + (int(groups.max()) + 1) * owners[positions]
         keep = np.ones(len(counted), dtype=np.bool_)
+        if not self.min_class_count:
+            return keep
         among = None if people is None else people[positions]
         while True:
             counts = count_people(groups, (keep & counted)[positions], among)

@@ -177,9 +177,19 @@ def _adopt(before: Path, path: Path, former: Former, spec: str) -> None:
             before.rename(path)
 
 
+_intact: dict[Path, tuple[tuple[int, int, int], ...]] = {}
+"""The files of stores that this process has read and found intact."""
+
+
 def _is_whole(path: Path) -> bool:
     def is_intact(meta: Meta) -> bool:
-        return bool(meta["format"] == FORMAT and list(_checksums(path, meta)) == meta["checksums"])
+        files = [(path / name).stat() for name in (META, "features.bin", "keys.bin")]
+        stamps = tuple((one.st_ino, one.st_size, one.st_mtime_ns) for one in files)
+        if _intact.get(path) != stamps:
+            if meta["format"] != FORMAT or list(_checksums(path, meta)) != meta["checksums"]:
+                return False
+            _intact[path] = stamps
+        return True
 
     return is_whole(path, is_intact, "features")
 

@@ -100,11 +100,12 @@ class CrossEntropy(Loss):
         return functional.cross_entropy(outputs.movedim(-1, 1), targets, reduction="none")
 
     def slopes(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        # Softmax minus one-hot; torch's softmax over a short last dimension is slow.
-        logs = functional.log_softmax(outputs, dim=-2)
-        targets = targets.unsqueeze(-2)
-        values = -logs.gather(-2, targets).squeeze(-2)
-        return values, logs.exp_().scatter_add_(-2, targets, logs.new_full((1,), -1.0).expand_as(targets))
+        # Softmax minus one-hot; torch's softmax over a short dimension is fast only if it is the first.
+        logs = torch.log_softmax(outputs.movedim(-2, 0), 0)
+        targets = targets.unsqueeze(0)
+        values = logs.gather(0, targets).squeeze(0).neg_()
+        slopes = logs.exp_().scatter_add_(0, targets, logs.new_full((1,), -1.0).expand_as(targets))
+        return values, slopes.movedim(0, -2)
 
     def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return outputs.argmax(-1) == targets

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -39,6 +40,9 @@ MOST_SITES = 1000
 _WRITE_SECONDS = 2.0
 
 
+_version = cache(version)
+
+
 class Journal(Observer):
     """Updates `journal.json` in a run folder during the run, and writes the run's report at its end.
 
@@ -58,7 +62,7 @@ class Journal(Observer):
             started=_now(),
             simulated=simulated,
             backbone=_about(backbone),
-            versions={"python": platform.python_version(), **{name: version(name) for name in SOFTWARE}},
+            versions={"python": platform.python_version(), **{name: _version(name) for name in SOFTWARE}},
             release_steps=None if release_steps is None else tuple(release_steps),
         )
         self._since = time.perf_counter()

@@ -75,7 +75,9 @@ def test_sites_are_the_same_cohort_in_every_round() -> None:
     cohorts = CohortCache()
     first = cohorts.of(sites)
     assert cohorts.of(list(sites)) is first is cohorts.of(first)
-    assert cohorts.of(sites[:1], sites[1:]) is first
+    together = first.with_others(cohorts.of(sites[:1]))
+    assert [site.name for site in together] == ["a", "b", "c", "a"]
+    assert first.with_others(cohorts.of(sites[:1])) is together
     assert cohorts.of(sites[::-1]) is not first
     assert [site.name for site in first.part(1, 3)] == ["c", "b"]
     assert first.part(1, 3) is first.part(1, 3)
