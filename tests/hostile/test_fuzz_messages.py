@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from fedhead.backbones import load_backbone
 from fedhead.client.app import make_app
+from fedhead.client.backbones import AcceptedBackbones
 from fedhead.client.connection import Connection
 from fedhead.client.local_site import LocalSite
 from fedhead.client.release.guard import Guard
@@ -294,14 +295,17 @@ UNKNOWN_ACTIONS = st.sampled_from(["query", "query.further", "evaluate.x", "trai
 class Machine:
     """A site's process, in this one: its home, and everything beside it that must not change."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(
+        self, root: Path, name: str = "here", data: str = "fuzzed-rows:0-60", backbones: Collection[str] = ()
+    ) -> None:
         self.root = root
         self.home = root / "home"
-        settings_of_site = SiteSettings(name="here", coordinator="127.0.0.1:9092", data="fuzzed-rows:0-60")
-        guard = Guard(0, 0)
-        site = LocalSite("here", "fuzzed-rows:0-60", "cpu", guard=guard, ledger=Ledger(ledger_path("here"), 0))
+        self.name = name
+        settings_of_site = SiteSettings(name=name, coordinator="127.0.0.1:9092", data=data)
+        ledger, accepted = Ledger(ledger_path(name), 0), AcceptedBackbones(frozenset(backbones))
+        site = LocalSite(name, data, "cpu", guard=Guard(0, 0), ledger=ledger, backbones=accepted)
         self.process = SiteProcess(
-            settings_of_site, site, Connection.__new__(Connection), self.home / "sites" / "here", None
+            settings_of_site, site, Connection.__new__(Connection), self.home / "sites" / name, None
         )
         self.outside = self.files_outside()
 
@@ -314,7 +318,7 @@ class Machine:
         }
 
     def entered(self) -> int:
-        path = ledger_path("here")
+        path = ledger_path(self.name)
         return len(read_ledger(path)) if path.exists() else 0
 
     def send(self, action: str, content: RecordDict, run: int) -> None:
