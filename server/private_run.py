@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from fedhead.privacy.stages import (
     CENTRE_SHARE,
     LARGEST_WEIGHT,
     LOSS_LIMIT,
-    ROUNDS_SHARE,
+    NAMES_SHARE,
     better_solver,
     calibration_share,
     centre_of,
@@ -55,9 +56,9 @@ _SETTLED = "settled"
 class PrivateCoordinator(Coordinator):
     """Runs a differentially private configuration on a Grid; see `Coordinator`.
 
-    Its `mu^2` of the training rows goes to their centre, to the sums that a head is solved from and to rounds of noisy
-    gradients, if the run asks for these, and a share of that of the held-out rows to the head's evaluation. What is
-    asked for depends on public figures and earlier noisy replies alone.
+    Its `mu^2` of the training rows goes to their centre, and to rounds of noisy gradients or the sums that a head is
+    solved from, and a share of that of the held-out rows to the head's evaluation. What is asked for depends on public
+    figures and earlier noisy replies alone.
     """
 
     def run(self) -> Outcome:
@@ -191,14 +192,14 @@ class PrivateCoordinator(Coordinator):
 
 @dataclass(frozen=True)
 class Solved:
-    """A head solved from noisy sums.
+    """A head of noisy releases.
 
     Attributes:
-        solver: the sums that it was solved from.
+        solver: `gradients`, or the sums that it was solved from or starts from.
         weight: `[C, d]`, float32, for rows of norm 1 about the centre.
         bias: `[C]`.
         shift: `[d]`, the noisy centre.
-        rounds: of noisy gradients after that.
+        rounds: of noisy gradients.
         names: whether class means were shrunk to the names of classes.
     """
 
@@ -250,10 +251,9 @@ def named_features(backbone: Backbone, classes: Sequence[str]) -> Tensor | None:
 
 
 def solve_private(ask: Ask, mu: float, classes: int, rounds: int = 0, names: Tensor | None = None) -> Solved:
-    """Solve a head from the centre of the rows and sums about it, and calibrate it if that is worth its share.
+    """Solve a head by rounds of noisy gradients about the centre of the rows, or from sums about it.
 
-    Rounds of noisy gradients start from the solved head, if they are asked for and worth their share: public figures
-    and the noisy number of rows decide it before the sums are asked for.
+    Public figures and the noisy number of rows decide between the two, before anything else is asked for.
 
     Args:
         ask: makes the releases.
@@ -265,41 +265,85 @@ def solve_private(ask: Ask, mu: float, classes: int, rounds: int = 0, names: Ten
     released = ask(PrivateRequest("centre", mu * math.sqrt(CENTRE_SHARE)))
     count = float(released.sums["count"][0])
     shift = centre_of(count, released.sums["total"], released.sigma("total")).astype(np.float32)
-    calibrating = calibration_share(count, mu / released.deviations)
+    about = _Centre(shift, count, released.deviations)
+    if names is not None:
+        names = unit_rows(names - torch.from_numpy(shift).double())
+    rest = mu * math.sqrt(1 - CENTRE_SHARE)
+    if descends(about.noise_level(rest, classes), rounds):
+        return _descended(ask, rest, about, classes, rounds, names)
+    return _summed(ask, mu, about, classes, names)
+
+
+@dataclass(frozen=True, eq=False)
+class _Centre:
+    """The first release: the noisy centre of rows.
+
+    Attributes:
+        shift: `[d]`, float32.
+        count: the noisy number of rows.
+        deviations: see `Released`.
+    """
+
+    shift: npt.NDArray[np.float32]
+    count: float
+    deviations: float
+
+    def noise_level(self, mu: float, classes: int) -> float:
+        """Return the noise on the mean of a class if sums of all classes spend `mu`."""
+        return noise_level(self.count, classes, len(self.shift), mu / self.deviations)
+
+
+def _descended(ask: Ask, mu: float, about: _Centre, classes: int, rounds: int, names: Tensor | None) -> Solved:
+    """Make rounds of noisy gradients, starting from zeros, or from class means if these prove near the names."""
+    size, named, rest = len(about.shift), False, mu
+    weight, bias = torch.zeros(classes, size), torch.zeros(classes)
+    if names is not None:
+        noisy = _class_sums(ask, PrivateRequest("nearest-mean", mu * math.sqrt(NAMES_SHARE)), about, names)
+        rest = mu * math.sqrt(1 - NAMES_SHARE)
+        if named := trusted_names(noisy) is not None:
+            weight, bias = (part.float() for part in solve_noisy(noisy).affine())
+    each = rest / math.sqrt(rounds)
+
+    def gradient(step: int, weight: Tensor, bias: Tensor) -> Tensor:
+        arrays = {"shift": about.shift, "weight": weight.numpy(), "bias": bias.numpy()}
+        return torch.from_numpy(ask(PrivateRequest("gradient", each, arrays, step)).sums["gradient"])
+
+    level = about.noise_level(rest, classes)
+    weight, bias = descend(gradient, weight, bias, max(about.count, 1.0), rounds, level)
+    solver = "nearest-mean" if named else "gradients"
+    return Solved(solver, weight, bias, torch.from_numpy(about.shift), rounds, named)
+
+
+def _summed(ask: Ask, mu: float, about: _Centre, classes: int, names: Tensor | None) -> Solved:
+    """Solve a head from sums, and calibrate it if that is worth its share of all `mu`."""
+    calibrating = calibration_share(about.count, mu / about.deviations)
     rest = mu * math.sqrt(1 - CENTRE_SHARE - calibrating)
-    level = noise_level(count, classes, len(shift), rest / released.deviations)
-    solver = better_solver(level)
-    descending = rounds > 0 and descends(level)
-    one = rest * math.sqrt(1 - ROUNDS_SHARE) if descending else rest
-    released = ask(PrivateRequest(solver, one, {"shift": shift}))
+    solver = better_solver(about.noise_level(rest, classes))
+    noisy = _class_sums(ask, PrivateRequest(solver, rest), about, names)
+    head = solve_noisy(noisy)
+    temperature = temperature_of(head, noisy)
+    weight, bias = ((part / temperature).clamp(-LARGEST_WEIGHT, LARGEST_WEIGHT).float() for part in head.affine())
+    if calibrating:
+        arrays = {"shift": about.shift, "weight": weight.numpy(), "bias": bias.numpy()}
+        released = ask(PrivateRequest("calibration", mu * math.sqrt(calibrating), arrays))
+        best = temperature_from(released.sums["excess"], released.sigma("excess"))
+        weight, bias = weight / best, bias / best
+    return Solved(solver, weight, bias, torch.from_numpy(about.shift), names=trusted_names(noisy) is not None)
+
+
+def _class_sums(ask: Ask, request: PrivateRequest, about: _Centre, names: Tensor | None) -> NoisySums:
+    """Ask for sums by class about the centre."""
+    released = ask(replace(request, arrays={"shift": about.shift}))
     sums, gram = released.sums, "gram" in released.sums
-    noisy = NoisySums(
+    return NoisySums(
         counts=torch.from_numpy(sums["counts"]),
         sums=torch.from_numpy(sums["sums"]),
         gram=torch.from_numpy(sums["gram"]) if gram else None,
         sigma_counts=released.sigma("counts"),
         sigma_sums=released.sigma("sums"),
         sigma_gram=released.sigma("gram") if gram else 0.0,
-        names=None if names is None else unit_rows(names - torch.from_numpy(shift).double()),
+        names=names,
     )
-    head = solve_noisy(noisy)
-    temperature = temperature_of(head, noisy)
-    weight, bias = ((part / temperature).clamp(-LARGEST_WEIGHT, LARGEST_WEIGHT).float() for part in head.affine())
-    if descending:
-        each = rest * math.sqrt(ROUNDS_SHARE / rounds)
-
-        def gradient(step: int, weight: Tensor, bias: Tensor) -> Tensor:
-            arrays = {"shift": shift, "weight": weight.numpy(), "bias": bias.numpy()}
-            return torch.from_numpy(ask(PrivateRequest("gradient", each, arrays, step)).sums["gradient"])
-
-        weight, bias = descend(gradient, weight, bias, float(noisy.shrunk_counts().sum()), rounds)
-    if calibrating:
-        arrays = {"shift": shift, "weight": weight.numpy(), "bias": bias.numpy()}
-        released = ask(PrivateRequest("calibration", mu * math.sqrt(calibrating), arrays))
-        best = temperature_from(released.sums["excess"], released.sigma("excess"))
-        weight, bias = weight / best, bias / best
-    named = trusted_names(noisy) is not None
-    return Solved(solver, weight, bias, torch.from_numpy(shift), rounds if descending else 0, named)
 
 
 def evaluation_of(sums: Arrays, sigmas: Mapping[str, float]) -> dict[str, Any]:

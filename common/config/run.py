@@ -231,9 +231,7 @@ class RunConfig(Table):
             return self.changed({"rounds": 0})
         if not self.privacy.on:
             return self
-        rounds = self.rounds if "rounds" in self.model_fields_set else 0
-        decided = {"head": "unit", "init": "zeros", "rounds": rounds, "keep_sums": "total", "diagnose": False}
-        return self.changed(decided)
+        return self.changed({"head": "unit", "init": "zeros", "keep_sums": "total", "diagnose": False})
 
     def _settled_generation(self) -> Self:
         decided: dict[str, Any] = {

@@ -40,14 +40,17 @@ BIAS_FEATURE = 0.3
 LARGEST_WEIGHT = 1e6
 """Bar on the weights of a head for unit-norm rows; larger ones saturate every loss."""
 
-ROUNDS_SHARE = 0.6
-"""Share of the `mu^2` of sums and rounds together that rounds spend, where they are worth it."""
+LEAST_ROUNDS = 10
+"""Least number of rounds that are worth their share: fewer do not come near the minimum of the cross entropy."""
+
+ROUNDS_NOISE = 0.005
+"""Least `noise_level` for which rounds are worth their share."""
+
+NAMES_SHARE = 0.2
+"""Share of the `mu^2` of sums and rounds together for the class sums that tell whether names of classes are near."""
 
 LDA_NOISE = 0.12
 """Largest `noise_level` for which the Gram matrix is worth its share."""
-
-ROUNDS_NOISE = 0.35
-"""Largest `noise_level` for which rounds are worth their share."""
 
 LARGEST_NOISE = 0.1
 """Largest standard deviation of the noise on a mean confidence for which a calibration is made."""
@@ -122,13 +125,13 @@ def better_solver(level: float) -> Literal["lda", "nearest-mean"]:
     return "lda" if level < LDA_NOISE else "nearest-mean"
 
 
-def descends(level: float) -> bool:
-    """Return whether rounds of noisy gradients after nearest means are worth their share, given the `noise_level`.
+def descends(level: float, rounds: int) -> bool:
+    """Return whether rounds of noisy gradients are better than a head solved from sums, given the `noise_level`.
 
-    Gradients correct the means by the covariance that the Gram matrix would be too noisy for. With less noise,
-    discriminant analysis does this at once; with more, so do neither.
+    The limited gradient of a row tells more of the boundary between classes than the row's part of the class sums, and
+    moves as few numbers. Only where there is little noise does discriminant analysis come as near in one release.
     """
-    return LDA_NOISE <= level < ROUNDS_NOISE
+    return rounds >= LEAST_ROUNDS and level >= ROUNDS_NOISE
 
 
 def calibration_share(rows: float, mu: float) -> float:

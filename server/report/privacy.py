@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from fedhead.privacy.stages import LEAST_ROUNDS
 from fedhead.server.report import charts
 from fedhead.server.report.layout import DASH, Figure, Table
 from fedhead.wording import counted
@@ -50,24 +51,28 @@ def solver_of(privacy: Mapping[str, Any] | None) -> str:
     solvers = {"lda": "discriminant analysis", "nearest-mean": "nearest class means"}
     if not privacy:
         return ""
-    rounds = int(privacy.get("rounds", 0))
-    more = f" and {counted(rounds, 'round')} of noisy gradients" if rounds else ""
+    made = f"{counted(int(privacy.get('rounds', 0)), 'round')} of noisy gradients"
+    if privacy["solver"] == "gradients":
+        return made
     near = ", near the classes' names," if privacy.get("names") else ""
+    more = f" and {made}" if privacy.get("rounds") else ""
     return f"{solvers[str(privacy['solver'])]}{near} on noisy sums{more}"
 
 
 def outcome(privacy: Mapping[str, Any]) -> list[str]:
     """Return sentences on the head and its noisy evaluation."""
-    said = [f"{solver_of(privacy).capitalize()}, chosen by public figures."]
-    if privacy.get("asked_rounds") and not privacy["rounds"]:
+    solved = solver_of(privacy)
+    said = [f"{solved[0].upper()}{solved[1:]}, chosen by public figures."]
+    asked = int(privacy.get("asked_rounds", 0))
+    if asked and not privacy["rounds"]:
         why = (
-            "discriminant analysis corrects means by the covariance at once"
-            if privacy["solver"] == "lda"
-            else "for so few rows, the noise on gradients would outweigh what rounds gain"
+            f"{counted(asked, 'round')} would not come near the best head, and {LEAST_ROUNDS} are the least"
+            if asked < LEAST_ROUNDS
+            else "with so little noise, a head solved from sums is as good at once"
         )
         said.append(
-            f"No rounds were made: {why}, so the sums received the rounds' share of the budget. This was decided by "
-            "the noisy number of rows, the classes, the features and epsilon."
+            f"No rounds were made: {why}, so sums received the rounds' share of the budget. This was decided by "
+            "the noisy number of rows, the classes, the features, epsilon and the number of rounds."
         )
     if evaluation := privacy.get("evaluation"):
         said.append(noisy_accuracy(evaluation))

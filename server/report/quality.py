@@ -135,10 +135,12 @@ def calibration(record: RunRecord) -> list[str]:
     if record.task.dense:
         return ["Not measured: places of one image are alike, so their probabilities are not calibrated by counts."]
     if record.private:
-        return [
-            "Not measured on rows: the temperature follows from the noisy sums that the head was solved from, and its "
-            "privacy budget buys no other measurement."
-        ]
+        kept = (
+            " Noisy counts of right predictions by confidence are in evaluation.json."
+            if record.evaluation.get("privacy", {}).get("evaluation")
+            else ""
+        )
+        return [f"Not measured on more rows: the privacy budget buys no such measurement.{kept}"]
     found = record.evaluation.get("calibration")
     if found and found["rows_judged_on"]:
         before, after = found["before"]["reliability"]["error"], found["after"]["reliability"]["error"]

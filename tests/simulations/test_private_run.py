@@ -47,7 +47,8 @@ SITE = "site-0"
 
 
 def private(epsilon: float = 8.0, **changes: Any) -> RunConfig:
-    return RunConfig.from_values({"privacy": {"epsilon": epsilon, **changes}})
+    """Return a run that solves a head from sums."""
+    return RunConfig.from_values({"rounds": 0, "privacy": {"epsilon": epsilon, **changes}})
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +65,9 @@ def test_a_private_head_is_nearly_as_good_as_the_exact_one(run: RunResult) -> No
 
 
 @pytest.mark.parametrize("epsilon", [3.0, 8.0])
-def test_private_heads_are_calibrated(epsilon: float, tmp_path: Path) -> None:
-    result = simulate(private(epsilon), out=tmp_path / "out")
+@pytest.mark.parametrize("asked", [0, 20])
+def test_private_heads_are_calibrated(asked: int, epsilon: float, tmp_path: Path) -> None:
+    result = simulate(private(epsilon).changed({"rounds": asked}), out=tmp_path / "out")
     samples = load_samples("digits")
     backbone = result.model.backbone
     with torch.inference_mode():
@@ -160,19 +162,44 @@ def test_secure_summation_adds_the_same_noise(tmp_path: Path) -> None:
     assert "Differential privacy was on" in text
 
 
-def test_rounds_spend_their_share_and_are_reported(tmp_path: Path) -> None:
-    result = simulate(private(3.0).changed({"rounds": 3}), out=tmp_path / "rounds")
-    assert result.accuracy is not None
-    assert result.accuracy > 0.9
-    assert result.outcome.privacy["rounds"] == 3
-    assert result.outcome.privacy["accounts"]["training rows"]["epsilon"] == pytest.approx(3.0)
-    text = (tmp_path / "rounds" / "report.html").read_text()
-    assert "noisy sums and 3 rounds of noisy gradients" in text
+@pytest.fixture(scope="module")
+def rounds(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    """A run by rounds, as private runs are by default."""
+    config = RunConfig.from_values({"privacy": {"epsilon": 1.0}})
+    return simulate(config, out=tmp_path_factory.mktemp("rounds") / "out")
 
 
-@pytest.mark.parametrize(("epsilon", "why"), [(0.5, "would outweigh"), (8.0, "corrects means")])
-def test_rounds_that_gain_nothing_are_left_out(epsilon: float, why: str, tmp_path: Path) -> None:
-    result = simulate(private(epsilon).changed({"rounds": 3}), out=tmp_path / "rounds")
+def test_rounds_spend_their_share_and_are_reported(rounds: RunResult) -> None:
+    assert rounds.outcome.privacy["rounds"] == 20
+    assert rounds.outcome.privacy["solver"] == "gradients"
+    assert rounds.outcome.privacy["accounts"]["training rows"]["epsilon"] == pytest.approx(1.0)
+    assert rounds.run_dir is not None
+    for name in ("report.html", "MODEL_CARD.md"):
+        assert "20 rounds of noisy gradients" in (rounds.run_dir / name).read_text()
+    assert TransferModel.load(rounds.run_dir).head_spec == "unit"
+
+
+def test_rounds_beat_a_head_from_sums_where_there_is_noise(rounds: RunResult, tmp_path: Path) -> None:
+    samples = load_samples("digits")
+    sums = simulate(private(1.0), test_data=samples, out=tmp_path / "sums")
+    assert rounds.model is not None
+    backbone = rounds.model.backbone
+    with torch.inference_mode():
+        features = torch.cat(
+            [backbone.features(backbone.preprocessing(samples.read(row))[None]) for row in range(ROWS)]
+        )
+    labels = torch.from_numpy(samples.labels[:ROWS]).long()
+    losses = []
+    for result in (rounds, sums):
+        logits = result.model.head(features).detach().double()
+        losses.append(float(torch.nn.functional.cross_entropy(logits, labels)))
+    assert losses[0] < losses[1]
+    assert losses[0] < 0.5
+
+
+@pytest.mark.parametrize(("epsilon", "asked", "why"), [(1.0, 9, "10 are the least"), (500.0, 20, "so little noise")])
+def test_rounds_that_gain_nothing_are_left_out(epsilon: float, asked: int, why: str, tmp_path: Path) -> None:
+    result = simulate(private(epsilon).changed({"rounds": asked}), out=tmp_path / "rounds")
     assert result.outcome.privacy["rounds"] == 0
     text = (tmp_path / "rounds" / "report.html").read_text()
     assert "No rounds were made" in text
@@ -276,6 +303,26 @@ def test_a_real_site_charges_its_accounts_and_tells_no_rows(asked: Asker, tmp_pa
     described = [reply for action, _, reply in asked.contents if action == DESCRIBE]
     assert Description.from_content(described[0].content).rows == 0
     assert {entry.action for entry in read_ledger(tmp_path / "site.jsonl")} == {DESCRIBE, PRIVATE}
+
+
+def test_a_real_site_charges_its_account_for_every_round(tmp_path: Path) -> None:
+    asker = real_site(tmp_path, epsilon=10.0)
+    config = private(1.0, noise="own", evaluate=0.0).changed({"rounds": 12})
+    result = simulate(config, "digits", [range(ROWS)], apps={SITE: asker}, out=tmp_path / "run")
+    charges = read_charges(accounts_path(tmp_path / "site.jsonl"))
+    assert [charge.stage for charge in charges] == ["centre"] + 12 * ["gradient"]
+    assert len({charge.key for charge in charges}) == 13
+    mu = compose(charge.mu for charge in charges)
+    assert 0.99 * mu_for(1.0, 1e-5) < mu <= mu_for(1.0, 1e-5)
+    assert result.outcome.privacy["rounds"] == 12
+    # A round done again costs nothing, and gives nothing new; another head would, and the run has nothing left.
+    (action, content, reply) = asker.contents[-1]
+    again = Payload.from_content(asker.ask(action, content).content).arrays["gradient"]
+    np.testing.assert_array_equal(again, Payload.from_content(reply.content).arrays["gradient"])
+    payload = Payload.from_content(content)
+    other = {**payload.arrays, "bias": payload.arrays["bias"] + np.float32(1)}
+    assert "has spent the privacy budget" in asker.refusal(PRIVATE, Payload(payload.values, other).to_content())
+    assert len(read_charges(accounts_path(tmp_path / "site.jsonl"))) == 13
 
 
 def test_a_repeated_request_gets_the_same_noise(asked: Asker, tmp_path: Path) -> None:

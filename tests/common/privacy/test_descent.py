@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -9,20 +10,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from fedhead.privacy.descent import descend
+from fedhead.privacy.descent import LENGTH, descend
 from fedhead.privacy.heads import NoisySums, solve_noisy
-from fedhead.privacy.mechanism import Mechanism
 from fedhead.privacy.sensitivity import svec, unit_rows
 from fedhead.privacy.stages import (
     BIAS_FEATURE,
     CLIP,
     LDA_NOISE,
+    LEAST_ROUNDS,
     ROUNDS_NOISE,
-    ROUNDS_SHARE,
     better_solver,
     descends,
-    forms,
+    noise_level,
 )
+from fedhead.protocol.private import PrivateRequest
+from fedhead.server.private_run import Released, solve_private
 
 CLASSES, FEATURES, ROWS = 3, 5, 400
 
@@ -55,31 +57,56 @@ def test_rounds_without_noise_lower_the_loss(rows: tuple[Tensor, Tensor]) -> Non
     def loss(weight: Tensor, bias: Tensor) -> float:
         return float(functional.cross_entropy(features @ weight.double().T + bias.double(), labels))
 
-    losses = [math.log(CLASSES), *(loss(*descend(gradient, weight, bias, ROWS, rounds)) for rounds in (5, 40))]
+    level = noise_level(ROWS, CLASSES, FEATURES, 10.0)
+    losses = [math.log(CLASSES), *(loss(*descend(gradient, weight, bias, ROWS, rounds, level)) for rounds in (10, 40))]
     assert losses == sorted(losses, reverse=True)
     assert losses[0] - losses[-1] > 1e-3
-    assert asked == [*range(1, 6), *range(1, 41)]
+    assert asked == [*range(1, 11), *range(1, 41)]
 
 
 def test_rounds_without_gradients_change_nothing() -> None:
     weight, bias = torch.zeros(CLASSES, FEATURES), torch.zeros(CLASSES)
-    still = descend(lambda step, weight, bias: torch.zeros(CLASSES, FEATURES + 1).double(), weight, bias, ROWS, 1)
+    still = descend(lambda step, weight, bias: torch.zeros(CLASSES, FEATURES + 1).double(), weight, bias, ROWS, 1, 0.1)
     assert torch.equal(still[0], weight)
     assert torch.equal(still[1], bias)
 
 
-@given(st.floats(0.1, 20), st.integers(1, 500))
-def test_sums_and_all_rounds_spend_their_mu_and_no_more(mu: float, rounds: int) -> None:
-    each = mu * (ROUNDS_SHARE / rounds) ** 0.5
-    sums = Mechanism.split(mu * (1 - ROUNDS_SHARE) ** 0.5, forms("lda", CLASSES, FEATURES)).mu
-    gradient = Mechanism.split(each, forms("gradient", CLASSES, FEATURES))
-    spent = (sums**2 + rounds * gradient.mu**2) ** 0.5
+@pytest.mark.parametrize(("level", "rounds"), [(0.3, 10), (0.3, 40), (1.0, 20)])
+def test_noise_adds_up_to_its_length_in_the_weights_of_a_class(level: float, rounds: int) -> None:
+    """Of noise alone, the last head would have the norm `LENGTH`, and the mean of all heads a little less."""
+    features, rows, mu = 500, 1000, CLASSES * math.sqrt(501) / (1000 * level)
+    assert noise_level(rows, CLASSES, features, mu) == pytest.approx(level)
+    sigma = CLIP / (mu / math.sqrt(rounds))
+    generator = torch.Generator().manual_seed(0)
+
+    def gradient(step: int, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.randn(CLASSES, features + 1, generator=generator, dtype=torch.float64) * sigma
+
+    weight, _ = descend(gradient, torch.zeros(CLASSES, features), torch.zeros(CLASSES), rows, rounds, level)
+    averaged = sum((sum(range(step, rounds + 1)) * 2 / (rounds * (rounds + 1))) ** 2 for step in range(1, rounds + 1))
+    assert float(weight.norm(dim=1).mean()) == pytest.approx(LENGTH * math.sqrt(averaged / rounds), rel=0.05)
+
+
+@given(st.floats(0.1, 20), st.integers(10, 500), st.booleans())
+def test_all_releases_spend_their_mu_and_no_more(mu: float, rounds: int, named: bool) -> None:
+    asked = []
+
+    def ask(request: PrivateRequest) -> Released:
+        mechanism = request.mechanism(CLASSES, FEATURES)
+        asked.append((request.stage, mechanism.mu))
+        # Few rows, of which nothing is known: there is noise enough for rounds.
+        return Released(mechanism, {name: np.zeros(form.shape) for name, form in mechanism.arrays.items()})
+
+    solved = solve_private(ask, mu, CLASSES, rounds, torch.eye(CLASSES, FEATURES) if named else None)
+    assert solved.rounds == rounds
+    assert [stage for stage, _ in asked] == ["centre", *(["nearest-mean"] if named else []), *["gradient"] * rounds]
+    spent = math.sqrt(sum(one**2 for _, one in asked))
     assert spent <= mu * (1 + 1e-12)
     assert spent == pytest.approx(mu, rel=1e-3)
-    assert gradient.sigma("gradient") == pytest.approx(CLIP / each, rel=1e-2)
 
 
-def test_rounds_follow_nearest_means_only() -> None:
-    levels = [0.5 * LDA_NOISE, LDA_NOISE, 0.9 * ROUNDS_NOISE, ROUNDS_NOISE, 10.0]
-    assert [descends(level) for level in levels] == [False, True, True, False, False]
-    assert [better_solver(level) for level in levels] == ["lda"] + 4 * ["nearest-mean"]
+def test_few_rounds_and_rounds_with_little_noise_are_not_made() -> None:
+    levels = [0.5 * ROUNDS_NOISE, ROUNDS_NOISE, LDA_NOISE, 10.0]
+    assert [descends(level, LEAST_ROUNDS) for level in levels] == [False, True, True, True]
+    assert not any(descends(level, LEAST_ROUNDS - 1) for level in levels)
+    assert [better_solver(level) for level in levels] == ["lda", "lda", "nearest-mean", "nearest-mean"]
