@@ -179,31 +179,11 @@ def test_rounds_spend_their_share_and_are_reported(rounds: RunResult) -> None:
     assert TransferModel.load(rounds.run_dir).head_spec == "unit"
 
 
-def test_rounds_beat_a_head_from_sums_where_there_is_noise(rounds: RunResult, tmp_path: Path) -> None:
-    samples = load_samples("digits")
-    sums = simulate(private(1.0), test_data=samples, out=tmp_path / "sums")
-    assert rounds.model is not None
-    backbone = rounds.model.backbone
-    with torch.inference_mode():
-        features = torch.cat(
-            [backbone.features(backbone.preprocessing(samples.read(row))[None]) for row in range(ROWS)]
-        )
-    labels = torch.from_numpy(samples.labels[:ROWS]).long()
-    losses = []
-    for result in (rounds, sums):
-        logits = result.model.head(features).detach().double()
-        losses.append(float(torch.nn.functional.cross_entropy(logits, labels)))
-    assert losses[0] < losses[1]
-    assert losses[0] < 0.5
-
-
-@pytest.mark.parametrize(("epsilon", "asked", "why"), [(1.0, 9, "10 are the least"), (500.0, 20, "so little noise")])
-def test_rounds_that_gain_nothing_are_left_out(epsilon: float, asked: int, why: str, tmp_path: Path) -> None:
-    result = simulate(private(epsilon).changed({"rounds": asked}), out=tmp_path / "rounds")
+def test_few_rounds_are_left_out(tmp_path: Path) -> None:
+    result = simulate(private(1.0).changed({"rounds": 9}), out=tmp_path / "rounds")
     assert result.outcome.privacy["rounds"] == 0
     text = (tmp_path / "rounds" / "report.html").read_text()
-    assert "No rounds were made" in text
-    assert why in text
+    assert "No rounds were made: 9 rounds would not come near the best head, and 10 are the least" in text
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
+from fedhead.client.private_sums import clipped_residuals
 from fedhead.privacy.descent import LENGTH, descend
 from fedhead.privacy.heads import NoisySums, solve_noisy
 from fedhead.privacy.sensitivity import svec, unit_rows
@@ -19,6 +20,7 @@ from fedhead.privacy.stages import (
     LDA_NOISE,
     LEAST_ROUNDS,
     ROUNDS_NOISE,
+    TEMPERATURES,
     better_solver,
     descends,
     noise_level,
@@ -110,3 +112,50 @@ def test_few_rounds_and_rounds_with_little_noise_are_not_made() -> None:
     assert [descends(level, LEAST_ROUNDS) for level in levels] == [False, True, True, True]
     assert not any(descends(level, LEAST_ROUNDS - 1) for level in levels)
     assert [better_solver(level) for level in levels] == ["lda", "lda", "nearest-mean", "nearest-mean"]
+
+
+@pytest.mark.parametrize("mu", [0.1, 0.3])
+def test_rounds_beat_heads_from_sums_of_correlated_features(mu: float) -> None:
+    """Class means differ where rows of a class hardly vary, and the noise hides most of the covariance."""
+    rng, size, count = np.random.default_rng(0), 60, 1500
+    labels = torch.from_numpy(rng.integers(0, CLASSES, 2 * count))
+    means, scales = rng.normal(size=(CLASSES, size)) * 0.25, np.where(np.arange(size) < 20, 2.0, 0.3)
+    drawn = torch.from_numpy(means[labels] + rng.normal(size=(2 * count, size)) * scales)
+    found = {}
+    for rounds in (0, 20):
+        solved = solve_private(Noisy(drawn[:count], labels[:count], rng), mu, CLASSES, rounds)
+        assert solved.rounds == rounds
+        others = unit_rows(unit_rows(drawn[count:]) - solved.shift.double()).float()
+        right = (others @ solved.weight.T + solved.bias).argmax(1) == labels[count:]
+        found[rounds] = float(right.double().mean())
+    assert found[20] > found[0] + 0.02
+
+
+class Noisy:
+    """Makes releases of rows, with Gaussian noise."""
+
+    def __init__(self, rows: Tensor, labels: Tensor, rng: np.random.Generator) -> None:
+        self.rows = unit_rows(rows)
+        self.labels = labels
+        self.rng = rng
+
+    def __call__(self, request: PrivateRequest) -> Released:
+        mechanism = request.mechanism(CLASSES, self.rows.shape[1])
+        head = {name: torch.from_numpy(np.array(array)).double() for name, array in request.arrays.items()}
+        rows = unit_rows(self.rows - head["shift"]) if "shift" in head else self.rows
+        one_hot = functional.one_hot(self.labels, CLASSES).double()
+        sums = {
+            "count": torch.tensor([len(rows)]).double(),
+            "total": rows.sum(0),
+            "counts": one_hot.sum(0),
+            "sums": one_hot.T @ rows,
+            "gram": svec(rows.T @ rows),
+            "excess": torch.zeros(len(TEMPERATURES)).double(),
+        }
+        if request.stage == "gradient":
+            residuals = clipped_residuals(rows, self.labels, head)
+            sums["gradient"] = torch.cat([residuals.T @ rows, BIAS_FEATURE * residuals.sum(0)[:, None]], 1)
+        noise = {
+            name: self.rng.normal(size=form.shape) * mechanism.sigma(name) for name, form in mechanism.arrays.items()
+        }
+        return Released(mechanism, {name: sums[name].numpy() + drawn for name, drawn in noise.items()})
