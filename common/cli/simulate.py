@@ -232,8 +232,9 @@ def _origin_of_head(result: "RunResult") -> str:
 
 
 def _history_table(result: "RunResult") -> Table:
+    kind = "Private run" if result.config.privacy.on else result.config.strategy.name
     table = Table(
-        title=f"{result.config.strategy.name} on {counted(len(result.outcome.participants), 'site')}",
+        title=f"{kind} on {counted(len(result.outcome.participants), 'site')}",
         title_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,

@@ -27,7 +27,7 @@ def about(record: RunRecord) -> Section:
         *((str(one["question"]), f"{one['taken']}. {one['reason']}") for one in record.evaluation.get("choices", ())),
         ("Foreign inputs", _foreign(record.evaluation.get("foreign") or {})),
         ("Head", "" if record.headless else f"{config.get('head', '')}, {_start(record)}"),
-        ("Strategy", f"{config.get('strategy', {}).get('name', '')}, {counted(int(config.get('rounds', 0)), 'round')}"),
+        ("Strategy", _strategy(record)),
         ("Seed", str(config.get("seed", ""))),
         (record.task.output_names[1].capitalize(), "" if record.headless else _outputs(record)),
         ("Started", journal.started or "unknown"),
@@ -73,6 +73,14 @@ def _size(num_bytes: int | None) -> str:
     if num_bytes == 0:
         return "nothing: it has no weights"
     return "unknown" if num_bytes is None else size(num_bytes)
+
+
+def _strategy(record: RunRecord) -> str:
+    """Name the strategy and its rounds; empty for a private run, which has none."""
+    if record.private:
+        return ""
+    rounds = counted(int(record.config.get("rounds", 0)), "round")
+    return f"{record.config.get('strategy', {}).get('name', '')}, {rounds}"
 
 
 def _start(record: RunRecord) -> str:

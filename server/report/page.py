@@ -148,6 +148,8 @@ def _rounds_tile(record: RunRecord) -> tuple[str, str, str]:
         return ("Rounds", f"{done} of {rounds}", "")
     if record.kept_round == 0 and record.task.name == GENERATION:
         return ("Rounds", f"{rounds}", record.task.kept_words(0))
+    if made := record.evaluation.get("privacy", {}).get("rounds"):
+        return ("Rounds", f"{made}", "of noisy gradients")
     if record.kept_round == 0:
         solved = solver_of(record.evaluation.get("privacy"))
         kept = f"the head is {solved}" if solved else "the head solved from sums is kept"

@@ -44,9 +44,10 @@ class RunLog(Observer):
         self._score_name = tasks[config.task].score_name
         self._run = run_dir.name if run_dir else ""
         self._rounds = config.rounds
+        kind = "noisy gradients" if config.privacy.on else config.strategy.name
         self._log(
             "start",
-            f"Run {self._run} begins: {config.backbone}, {counted(config.rounds, 'round')} of {config.strategy.name}. "
+            f"Run {self._run} begins: {config.backbone}, {counted(config.rounds, 'round')} of {kind}. "
             f"It needs {counted(config.min_sites, 'site')} or more; with fewer it waits up to "
             f"{duration(config.round_deadline)}.",
             backbone=config.backbone,

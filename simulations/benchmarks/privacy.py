@@ -121,7 +121,7 @@ def privacy(
     rows: Annotated[int, typer.Option(help="Rows to train on, drawn evenly from the classes; 0 for all.")] = 0,
     sites: Annotated[int, typer.Option(min=1)] = 20,
     noise: Annotated[str, typer.Option(help="'shared' or 'own'.")] = "shared",
-    rounds: Annotated[int, typer.Option(min=0, help="Rounds of noisy gradients, where they are worth it.")] = 20,
+    rounds: Annotated[int, typer.Option(min=0, help="Rounds of noisy gradients; 0 for heads from sums.")] = 20,
     repeats: Annotated[int, typer.Option(min=1, help="Runs with fresh noise for each epsilon.")] = 5,
     epsilons: Annotated[str, typer.Option(help="Values of epsilon.")] = "0.5,1,3,8",
     as_json: Json = False,

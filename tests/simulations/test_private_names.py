@@ -46,11 +46,14 @@ def test_names_are_read_as_texts(vectors: Path) -> None:
     assert named_features(load_backbone("bundled:glyphnet"), CLASSES) is None
 
 
-def test_private_heads_of_few_texts_rest_on_names(vectors: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rounds", "epsilon"), [(0, 0.5), (20, 1.5)])
+def test_private_heads_of_few_texts_rest_on_names(rounds: int, epsilon: float, vectors: Path, tmp_path: Path) -> None:
     found = {}
     for kind, classes in (("names", CLASSES), ("numbers", ("0", "1", "2", "3"))):
         data = notes(tmp_path / f"{kind}.csv", classes)
-        config = RunConfig.from_values({"backbone": f"vectors:{vectors}", "privacy": {"epsilon": 0.5}, "seed": 1})
+        config = RunConfig.from_values(
+            {"backbone": f"vectors:{vectors}", "rounds": rounds, "privacy": {"epsilon": epsilon}, "seed": 1}
+        )
         result = simulate(config, data, [range(0, ROWS, 2), range(1, ROWS, 2)], test_data=data, out=tmp_path / kind)
         assert result.test_accuracy is not None
         found[kind] = (result.outcome.privacy["names"], result.test_accuracy)
