@@ -15,9 +15,10 @@ from fedhead.client.agreement import agreement, map_form
 from fedhead.client.answers import Answer, Handler
 from fedhead.client.clusters import clusters
 from fedhead.client.description_handlers import describe, install
-from fedhead.client.head_handlers import calibrate, compare, evaluate, gradient, report, subgroups, train
+from fedhead.client.head_handlers import calibrate, compare, gradient, report, subgroups
 from fedhead.client.map_handlers import map_features, standardise
 from fedhead.client.personal import personalise
+from fedhead.client.personal_tails import evaluate, train
 from fedhead.client.private_sums import private
 from fedhead.client.refusals import sayable
 from fedhead.client.release.masking import Asked, masking_of

@@ -20,17 +20,18 @@ from fedhead.client.agreement import (
 from fedhead.client.answers import Answer, of_several, shared
 from fedhead.client.averaging import average_heads
 from fedhead.client.gradients import sum_gradient
+from fedhead.client.head_answers import answered_alone, evaluated, merged_reply
 from fedhead.client.labelled_features import LabelledFeatures
 from fedhead.client.place_training import outputs_at_places, train_on_places
 from fedhead.client.site_data import Holding, Site
 from fedhead.client.tails import activations_of, lone_head, tuned_head
 from fedhead.client.training import evaluate_head, train_in_chunks
 from fedhead.config import LocalConfig
-from fedhead.data import BoolArray, IntArray, calibration_half
+from fedhead.data import IntArray, calibration_half
 from fedhead.evaluation.comparison import HEADS
 from fedhead.heads import Head, LinearHead
 from fedhead.heads.tail import HEAD, TAIL, part_of
-from fedhead.protocol.heads import CalibrateRequest, HeadReply, HeadRequest, ReportRequest, SubgroupsRequest
+from fedhead.protocol.heads import CalibrateRequest, HeadRequest, ReportRequest, SubgroupsRequest
 from fedhead.protocol.messages import (
     MessageError,
     Payload,
@@ -46,7 +47,6 @@ from fedhead.sums.heads import (
     TRAIN_LOSS,
     FloatArray,
     HeadSums,
-    mean_metrics,
 )
 from fedhead.sums.score_bins import ScoreBins
 from fedhead.sums.subgroups import SubgroupSums
@@ -97,7 +97,7 @@ def train(sites: Sequence[Site], payload: Payload, context: Context, merged: boo
     agreed = agreement(context)
     manifest = agreed.manifest
     request = HeadRequest.from_payload(payload, form_of(sites, agreed, payload.arrays, part=True))
-    asked, limits = _asked_settings(agreed, request), sites[0].training
+    asked, limits = asked_settings(agreed, request), sites[0].training
     limits.check(asked)
     ready = prepare(sites, agreed, request)
     local = agreed.task.local(asked, ready.head)
@@ -124,7 +124,7 @@ def train(sites: Sequence[Site], payload: Payload, context: Context, merged: boo
             [averaged.rows, averaged.losses, evaluation.rows, evaluation.losses, evaluation.scores, evaluation.curves]
         ).astype(np.float64)
         arrays = {name: value.cpu().numpy() for name, value in averaged.parameters.items()}
-        yield Answer(range(len(sites)), _merged(sites, metrics, averaged.usable, arrays), manifest, parts)
+        yield Answer(range(len(sites)), merged_reply(sites, metrics, averaged.usable, arrays), manifest, parts)
         return
     metrics = evaluate_sites(ready)
     for positions, trained in train_in_chunks(
@@ -156,12 +156,8 @@ def _train_on_places(
     merged: bool,
 ) -> Iterator[Answer]:
     """Train the head on places of items at each site, and evaluate the incoming one on their held-out items."""
-    table = evaluate_sites(ready)
-    parts: tuple[Part, ...] = ("train", "held_out")
     base = {name: value.cpu().numpy() for name, value in ready.parameters.items()}
-    together = HeadSums({name: np.zeros_like(value) for name, value in base.items()})
-    usable: BoolArray = np.array([_finite(row) for row in table], np.bool_)
-    for position, trained in train_on_places(
+    made = train_on_places(
         ready.head,
         ready.parameters,
         ready.data,
@@ -170,26 +166,16 @@ def _train_on_places(
         seed=agreed.manifest.seed,
         round_number=round_number,
         min_batch=min_batch,
-    ):
-        table[position, [EXAMPLES, TRAIN_LOSS]] = trained.rows[0], trained.losses[0]
-        heads = {name: value[0].cpu().numpy() for name, value in trained.parameters.items()}
-        sums = HeadSums(heads, table[position])
-        if not merged:
-            yield Answer([position], Payload({}, sums.to_arrays()), agreed.manifest, parts)
-        elif usable[position] and np.isfinite(table[position]).all() and all(map(_finite, heads.values())):
-            together = together + sums
-        else:
-            usable[position] = False
-    if merged:
-        mean = {name: together.heads[name].astype(value.dtype) for name, value in base.items()}
-        yield Answer(range(len(sites)), _merged(sites, table, usable, mean), agreed.manifest, parts)
+    )
+    trained = (
+        (at, {name: value[0].cpu().numpy() for name, value in one.parameters.items()}, one.rows[0], one.losses[0])
+        for at, one in made
+    )
+    yield from answered_alone(sites, agreed.manifest, base, evaluate_sites(ready), trained, merged)
 
 
-def _finite(array: npt.NDArray[Any]) -> bool:
-    return bool(np.isfinite(array).all())
-
-
-def _asked_settings(agreed: Agreement, request: HeadRequest) -> LocalConfig:
+def asked_settings(agreed: Agreement, request: HeadRequest) -> LocalConfig:
+    """Return how sites are asked to train in a round."""
     local = agreed.manifest.local
     return local if request.proximal_mu is None else local.model_copy(update={"proximal_mu": request.proximal_mu})
 
@@ -217,7 +203,7 @@ def gradient(sites: Sequence[Site], payload: Payload, context: Context, merged: 
         means = {"weight": (summed.weight / rows).numpy(), "bias": (summed.bias / rows).numpy()}
         if merged:
             usable = np.ones(len(sites), np.bool_)
-            yield Answer(positions, _merged(sites, table, usable, means), agreed.manifest, ("train", "held_out"))
+            yield Answer(positions, merged_reply(sites, table, usable, means), agreed.manifest, ("train", "held_out"))
         else:
             alone = Payload({}, HeadSums(means, table[0]).to_arrays())
             yield Answer(positions, alone, agreed.manifest, ("train", "held_out"))
@@ -227,24 +213,7 @@ def evaluate(sites: Sequence[Site], payload: Payload, context: Context, merged: 
     """Evaluate the head on the held-out rows of all sites at once."""
     agreed = agreement(context)
     request = HeadRequest.from_payload(payload, form_of(sites, agreed, payload.arrays))
-    metrics = evaluate_sites(prepare(sites, agreed, request))
-    if merged:
-        finite: BoolArray = np.isfinite(metrics.sum(1))
-        yield Answer(range(len(sites)), _merged(sites, metrics, finite, {}), agreed.manifest, ("held_out",))
-        return
-    for position, row in enumerate(metrics):
-        yield Answer([position], Payload({}, HeadSums({}, row).to_arrays()), agreed.manifest, ("held_out",))
-
-
-def _merged(sites: Sequence[Site], metrics: FloatArray, usable: BoolArray, arrays: Arrays) -> Payload:
-    """Return one reply of several sites, without those whose results are not usable."""
-    reason = "its head or its metrics hold values that are not finite"
-    return HeadReply(
-        HeadSums(arrays, mean_metrics(metrics[usable])),
-        metrics[usable],
-        tuple(site.name for site, use in zip(sites, usable.tolist(), strict=True) if use),
-        {site.name: reason for site, use in zip(sites, usable.tolist(), strict=True) if not use},
-    ).payload()
+    yield from evaluated(sites, agreed.manifest, evaluate_sites(prepare(sites, agreed, request)), merged)
 
 
 def report(sites: Sequence[Site], payload: Payload, context: Context, merged: bool) -> Iterator[Answer]:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -14,10 +14,12 @@ from fedhead.backbones import Backbone
 from fedhead.backbones.geometry import Geometry
 from fedhead.backbones.identity import marks_of
 from fedhead.backbones.objectives import Cut, cut
+from fedhead.backbones.split import merged
 from fedhead.backbones.weights import PartialWeights, weights_path
 from fedhead.client.backbones import AcceptedBackbones, check_backbone, require_same
 from fedhead.client.isolation import Features, Isolation, commonly_marked, isolation
 from fedhead.client.labelled_features import LabelledFeatures
+from fedhead.client.own_adapters import OwnAdapters
 from fedhead.client.release.atoms import Atoms
 from fedhead.client.release.guard import Guard, count_rows, labels_of, named_people, people_of
 from fedhead.client.release.ledger import Ledger, ledger_path
@@ -33,8 +35,9 @@ from fedhead.data import IntArray, held_out, load_samples, require_kind
 from fedhead.devices import Precision, pick_device
 from fedhead.errors import FedheadError, UserError
 from fedhead.features.store import FeatureStore
+from fedhead.files import home, safe_name
 from fedhead.heads import FeatureMap, Head, LinearHead, delivered_spec, unmapped
-from fedhead.model import TransferModel, site_model_path
+from fedhead.model import BACKBONE_FILE, TransferModel, clear_site_model
 from fedhead.protocol.messages import Manifest, WeightsChunk
 from fedhead.protocol.steps import Masking, Step
 from fedhead.sums.calibration import Calibration
@@ -214,13 +217,27 @@ class LocalSite:
         found = isolation(features, manifest.num_features, rows)
         self.backbones.require_features(f"a tail of {manifest.backbone}", found, chosen=True)
 
-    def keep_head(self, manifest: Manifest, head: Head, temperature: float, about: str) -> None:
+    @property
+    def own_adapters(self) -> OwnAdapters:
+        return OwnAdapters(home() / "site-adapters" / safe_name(self.name))
+
+    def keep_head(
+        self,
+        manifest: Manifest,
+        head: Head,
+        temperature: float,
+        about: str,
+        tail: Mapping[str, Tensor] | None = None,
+    ) -> None:
         if not self.keeps_heads:
             return
-        path = site_model_path(self.name)
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        backbone = self._backbone(manifest)
+        path = clear_site_model(self.name, tuned=tail is not None)
+        if tail is not None:
+            backbone = merged(backbone, self._split(manifest).split.tail, tail)
+            backbone.save(path.with_name(BACKBONE_FILE))
         model = TransferModel(
-            self._backbone(manifest),
+            backbone,
             head,
             manifest.classes,
             delivered_spec(head, "linear" if isinstance(unmapped(head), LinearHead) else manifest.head),

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from fedhead.client.agreement import Agreement, agreement, empty_head, head_of
 from fedhead.client.answers import Answer, of_several, shared
-from fedhead.client.head_handlers import outputs_of, prepare
+from fedhead.client.head_handlers import outputs_of, prepare, tail_form
 from fedhead.client.labelled_features import LabelledFeatures, SiteRows
+from fedhead.client.personal_tails import is_personal, own_outputs, personal_model
 from fedhead.client.release.training_limits import TrainingLimits
 from fedhead.client.site_data import Holding, Site
 from fedhead.client.training import evaluate_head, train_in_chunks
@@ -23,6 +24,7 @@ from fedhead.data import held_out
 from fedhead.errors import FedheadError
 from fedhead.evaluation.comparison import head_under, joint_counts
 from fedhead.heads import Head, LinearHead, behind
+from fedhead.heads.tail import HEAD, TAIL
 from fedhead.protocol.heads import HeadRequest
 from fedhead.protocol.messages import MessageError, Payload
 from fedhead.solvers.personal import choose_personal
@@ -45,25 +47,27 @@ _VALIDATION = 0.2
 class _Values(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    mode: Literal["closed", "head", "ditto"]
+    mode: Literal["closed", "head", "ditto", "adapters"]
 
 
 @dataclass(frozen=True)
 class PersonalRequest:
-    """The shared head, and for `closed` the pooled training statistics.
+    """The shared head, and for `closed` the pooled training statistics, for `adapters` the shared part of the tail.
 
     Attributes:
         mode: how the head is made.
         head: the shared head, in the coordinates of training.
         pooled: the statistics of all sites' training rows; None for trained heads.
+        family: the tail's shared parameters with the head that they were trained with; None for other modes.
     """
 
-    mode: Literal["closed", "head", "ditto"]
+    mode: Literal["closed", "head", "ditto", "adapters"]
     head: HeadRequest
     pooled: FeatureStatistics | None
+    family: HeadRequest | None = None
 
     @classmethod
-    def from_payload(cls, payload: Payload, agreed: Agreement) -> "PersonalRequest":
+    def from_payload(cls, payload: Payload, agreed: Agreement, sites: Sequence[Site]) -> "PersonalRequest":
         """Read and validate a received request.
 
         Raises:
@@ -73,16 +77,20 @@ class PersonalRequest:
             raise MessageError(f"personal heads are not for the task {agreed.task.name!r}")
         values = _read_mode(payload)
         rest = {name: value for name, value in payload.values.items() if name != "mode"}
-        arrays = {name: array for name, array in payload.arrays.items() if not name.startswith(POOL)}
+        arrays = {name: array for name, array in payload.arrays.items() if not name.startswith((POOL, HEAD, TAIL))}
         head = HeadRequest.from_payload(Payload(rest, arrays), empty_head(agreed))
         sums = {name.removeprefix(POOL): array for name, array in payload.arrays.items() if name.startswith(POOL)}
         if bool(sums) != (values.mode == "closed"):
             raise MessageError("pooled statistics belong to the mode 'closed'")
+        tail = {name: array for name, array in payload.arrays.items() if name.startswith((HEAD, TAIL))}
+        if bool(tail) != (values.mode == "adapters") or (tail and not is_personal(agreed.manifest)):
+            raise MessageError("parts of a tail belong to the mode 'adapters' of a run whose adapters stay at sites")
+        family = HeadRequest.from_payload(Payload(rest, tail), tail_form(sites, agreed)) if tail else None
         try:
             pooled = FeatureStatistics.from_arrays(sums, _no_rows(agreed)) if sums else None
         except ValueError as error:
             raise MessageError(str(error)) from None
-        return cls(values.mode, head, pooled)
+        return cls(values.mode, head, pooled, family)
 
 
 def _read_mode(payload: Payload) -> _Values:
@@ -214,7 +222,7 @@ def _loss(head: Head, parameters: Mapping[str, Tensor], data: LabelledFeatures, 
 
 
 def compare_heads(
-    made: MadeHead,
+    personal: Tensor,
     predicted: Tensor,
     rows: Tensor,
     data: LabelledFeatures,
@@ -224,7 +232,7 @@ def compare_heads(
     """Count the held-out rows that personal, shared and own heads predict correctly, `[2, 2, 2]`.
 
     Args:
-        made: the personal head.
+        personal: `[n]`, the personal model's predictions.
         predicted: `[n]`, the shared head's predictions.
         rows: `[n]`, the held-out rows.
         data: the site's features.
@@ -238,25 +246,31 @@ def compare_heads(
     features = data.exact(rows).double()
     labels = data.labels[rows].cpu()
     with torch.inference_mode():
-        personal = made.head.double()(features).argmax(1)
         return joint_counts([personal, predicted, own(features).argmax(1)], labels)
 
 
 def personalise(sites: Sequence[Site], payload: Payload, context: Context, merged: bool) -> Iterator[Answer]:
     """Make each site's personal head, keep it there, and compare it on the site's held-out rows."""
     agreed = agreement(context)
-    request = PersonalRequest.from_payload(payload, agreed)
+    request = PersonalRequest.from_payload(payload, agreed, sites)
     ready = prepare(sites, agreed, request.head)
     for positions in shared(sites, merged):
         sums = ComparisonSums.zeros()
         for position in positions:
             site, holding = sites[position], ready.holdings[position]
             own = own_statistics(holding, ready.data, agreed)
-            made = make_personal(holding, ready.data, agreed, request, site.training, own)
-            rows = holding.held_out.rows
-            outputs, _ = outputs_of(rows, ready, agreed)
-            joint = compare_heads(made, outputs.argmax(1), torch.from_numpy(rows), ready.data, agreed, own[0])
-            head = behind(agreed.mapping, made.head.float())
-            site.keep_head(agreed.manifest, head, made.temperature, made.about)
+            rows = torch.from_numpy(holding.held_out.rows)
+            if request.family is not None:
+                personal = own_outputs([site], agreed, request.family)[0].argmax(1)
+                tuned, tail = personal_model(site, agreed, request.family)
+                site.keep_head(agreed.manifest, tuned, 1.0, "with adapters of its own", tail)
+            else:
+                made = make_personal(holding, ready.data, agreed, request, site.training, own)
+                with torch.inference_mode():
+                    personal = made.head.double()(ready.data.exact(rows).double()).argmax(1)
+                head = behind(agreed.mapping, made.head.float())
+                site.keep_head(agreed.manifest, head, made.temperature, made.about)
+            outputs, _ = outputs_of(holding.held_out.rows, ready, agreed)
+            joint = compare_heads(personal, outputs.argmax(1), rows, ready.data, agreed, own[0])
             sums += ComparisonSums(joint.numpy())
         yield Answer(positions, of_several(sums.to_arrays(), len(positions)), agreed.manifest, ("train", "held_out"))

@@ -10,6 +10,7 @@ from flwr.app import Context
 from fedhead.client.agreement import Agreement, agreement, empty_head
 from fedhead.client.answers import Answer, of_several, shared
 from fedhead.client.head_handlers import held_out_rows, outputs_of, prepare, tail_form
+from fedhead.client.personal_tails import is_personal, own_outputs
 from fedhead.client.site_data import Site
 from fedhead.protocol.heads import HeadRequest
 from fedhead.protocol.messages import MessageError, Payload
@@ -32,8 +33,12 @@ def rivals(sites: Sequence[Site], payload: Payload, context: Context, merged: bo
         chosen = [sites[position] for position in positions]
         logits, right, targets = [], [], torch.empty(0)
         for head, level in zip(request.heads, request.levels, strict=True):
-            ready = prepare(chosen, levels[level], HeadRequest(head, server_round=0))
-            outputs, targets = outputs_of(held_out_rows(ready), ready, levels[level])
+            asked, known = HeadRequest(head, server_round=0), levels[level]
+            if level == "tail" and is_personal(agreed.manifest):
+                outputs, targets = own_outputs(chosen, known, asked)
+            else:
+                ready = prepare(chosen, known, asked)
+                outputs, targets = outputs_of(held_out_rows(ready), ready, known)
             logits.append(outputs)
             right.append(int(agreed.task.loss.score(outputs, targets).sum()) if agreed.task.counts_scores else 0)
         if agreed.task.scales_outputs:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedhead.client.isolation import Features
 from fedhead.client.labelled_features import LabelledFeatures, SiteRows
+from fedhead.client.own_adapters import OwnAdapters
 from fedhead.client.release.guard import Guard, GuardedRows
 from fedhead.client.release.masking import Asked
 from fedhead.client.release.row_sets import HELD_OUT_ROWS, TRAINING_ROWS, keys_of
@@ -192,8 +193,26 @@ class Site(OpenSite, Protocol):
             FedheadError: why not, in words that the site's engineer can act on.
         """
 
-    def keep_head(self, manifest: Manifest, head: Head, temperature: float, about: str) -> None:
+    @property
+    def own_adapters(self) -> OwnAdapters:
+        """The adapters that stay at the site."""
+
+    def keep_head(
+        self,
+        manifest: Manifest,
+        head: Head,
+        temperature: float,
+        about: str,
+        tail: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Keep the site's personal head, for features as they are, as a model on this machine.
+
+        Args:
+            manifest: of the run.
+            head: the head.
+            temperature: the divisor of its outputs.
+            about: how it was made.
+            tail: the tail's parameters that belong to it; None for a head on the frozen backbone.
 
         Raises:
             FedheadError: if it cannot be written.

@@ -59,7 +59,13 @@ class Tuning:
     @cached_property
     def form(self) -> Arrays:
         """The names, shapes and dtype of the tail's parameters on the wire, as arrays without memory of their own."""
-        return _form(TAIL, self.tail.trainable())
+        return _form(TAIL, self.tail.shared())
+
+    @cached_property
+    def own_form(self) -> Arrays:
+        """The same of the tail's parameters that stay at the site."""
+        shared = self.tail.shared()
+        return _form(TAIL, {name: one for name, one in self.tail.trainable().items() if name not in shared})
 
     @cached_property
     def objective_form(self) -> Arrays:

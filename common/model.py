@@ -1,6 +1,7 @@
 """TransferModel: a backbone and a head that classify or regress images, texts or tables; the result of a run."""
 
 import logging
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -340,6 +341,29 @@ def size_of(item: Item) -> tuple[int, int]:
 def site_model_path(site: str) -> Path:
     """Return where the personal model of a site is kept on the site's machine."""
     return home() / "site-models" / f"{safe_name(site)}.safetensors"
+
+
+def clear_site_model(site: str, *, tuned: bool) -> Path:
+    """Return the path of a site's new personal model, whose folder exists, and delete the site's one of the other kind.
+
+    Args:
+        site: its name.
+        tuned: whether the model has a backbone of its own, which is then beside it in a folder.
+    """
+    plain, folder = site_model_path(site), site_model_path(site).with_suffix("")
+    path = folder / MODEL_FILE if tuned else plain
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if tuned:
+        plain.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+    return path
+
+
+def find_site_model(site: str) -> Path | None:
+    """Return the file of a site's personal model on this machine; None without one."""
+    plain = site_model_path(site)
+    return next((path for path in (plain, plain.with_suffix("") / MODEL_FILE) if path.is_file()), None)
 
 
 def _foreign(model: Path, head_digest: str, width: int) -> Foreign | None:

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from fedhead.errors import UserError
 
 Method = Literal["head", "full", "bitfit", "norm", "lora"]
-Variant = Literal["", "ffa"]
+Variant = Literal["", "ffa", "sa"]
 ObjectiveName = Literal["task", "supcon", "simsiam", "mlm"]
 """What a tail trains on: the task's loss, or another objective; see `fedhead.backbones.objectives`."""
 ActivationsFrom = Literal["auto", "store", "recompute"]
@@ -37,7 +37,8 @@ class TuneSpec:
         where: the layers: `last:K` for the last K blocks, `all` for all blocks, or names and patterns of layers, joined
             by `+`. Empty for `head`.
         rank: of the adapters; 0 without.
-        variant: `ffa` freezes the adapters' first matrix at its initial values (Sun et al., 2024).
+        variant: `ffa` freezes the adapters' first matrix at its initial values (Sun et al., 2024);
+            `sa` keeps their second one at each site (Guo et al., 2024).
         chosen: whether `where` was given, so that too many blocks are an error.
     """
 
@@ -52,6 +53,11 @@ class TuneSpec:
             return self.where or "head"
         name = f"lora:{self.rank}" + (f":{self.variant}" if self.variant else "") if self.rank else self.method
         return f"{name}@{self.where}" if self.chosen else name
+
+    @property
+    def personal(self) -> bool:
+        """Whether a part of the parameters stays at each site."""
+        return self.variant == "sa"
 
     @property
     def blocks(self) -> int | None:
@@ -133,14 +139,14 @@ def parse_schedule(stages: Mapping[int, str]) -> Schedule:
 
 
 def _lora(text: str, whole: str) -> tuple[int, Variant]:
-    found = re.fullmatch(r"(\d{1,5})(?::(ffa))?", text, re.ASCII)
+    found = re.fullmatch(r"(\d{1,5})(?::(ffa|sa))?", text, re.ASCII)
     rank = int(found[1]) if found else 0
     if found is None or not 0 < rank <= MOST_RANK:
         raise UserError(
-            f"The rank of LoRA is 1 to {MOST_RANK}, optionally with 'ffa', as in 'lora:8' or 'lora:8:ffa', "
+            f"The rank of LoRA is 1 to {MOST_RANK}, optionally with 'ffa' or 'sa', as in 'lora:8' or 'lora:8:ffa', "
             f"not {whole!r}."
         )
-    return rank, "ffa" if found[2] else ""
+    return rank, "ffa" if found[2] == "ffa" else "sa" if found[2] else ""
 
 
 def _where(text: str, whole: str) -> str:

@@ -16,10 +16,11 @@ from fedhead.server.evaluation import some_sites
 from fedhead.server.exchange import Exchange
 from fedhead.server.foreign import foreign_test
 from fedhead.server.personal import personalise
+from fedhead.server.rounds import Version
 from fedhead.server.runs.checkpoint import Progress
 from fedhead.server.runs.history import Outcome
 from fedhead.server.score_proof import choose_by_score
-from fedhead.server.selection import Rival, choose_round, compare_rivals
+from fedhead.server.selection import BAR, Rival, choose_round, choose_tuned, compare_rivals
 from fedhead.server.site_diagnosis import diagnose_sites
 from fedhead.server.subgroups import evaluate_subgroups
 from fedhead.server.tuned_form import TunedForm
@@ -44,6 +45,7 @@ class Finish:
         self.run = run
         self.progress = progress
         self.choices = run.choices
+        self.family: Arrays | None = None
 
     def outcome(self) -> Outcome:
         """Evaluate the last head, and the one that is kept in detail; diagnose the sites; deliver."""
@@ -141,7 +143,8 @@ class Finish:
         """Return figures of a tuned run, other than its choices; empty for other runs."""
         if not isinstance(self.run.form, TunedForm):
             return {}
-        return {"kept": "tuned" if kept else "solved", "trainable_parameters": self.run.form.num_parameters}
+        named = "personal" if self.family is not None else "tuned" if kept else "solved"
+        return {"kept": named, "trainable_parameters": self.run.form.num_parameters}
 
     def _kept(self, exchange: Exchange) -> tuple[int, Arrays, Arrays | None]:
         """Return the round whose head is kept, and this head; a head from rounds must be proven better.
@@ -187,6 +190,8 @@ class Finish:
         """Return the round whose tail is kept and the parameters, also as delivered; round 0 for the solved head."""
         progress = self.progress
         last = progress.current
+        if form.personal:
+            return 0, self._kept_family(form, stats, last, exchange), None
         # A version that no site could evaluate has diverged.
         if exchange.metrics:
             progress.best.add(last.number, last.arrays, exchange)
@@ -210,6 +215,27 @@ class Finish:
         self.choices = [*self.choices, decision.choice]
         return decision.number, decision.arrays, decision.delivered
 
+    def _kept_family(self, form: TunedForm, stats: FeatureStatistics, last: Version, exchange: Exchange) -> Arrays:
+        """Compare the solved head with the sites' own models of the last round; return the solved head.
+
+        It is delivered in either case, since a part of each other model never leaves its site.
+        """
+        solved = form.start(stats)
+        if not (last.number and exchange.metrics):
+            return solved
+        rivals = [
+            Rival("the solved head", solved),
+            Rival("each site's own adapters", last.arrays, "tail", trained=True),
+        ]
+        nodes = some_sites(self.run.roster.nodes, self.run.config.seed)
+        sums, asking = compare_rivals(self.run.messenger, nodes, self.run.roster.rows, rivals)
+        exchange.include(asking)
+        proven, choice = choose_tuned(rivals, [0.0, BAR], sums)
+        self.choices = [*self.choices, choice.to_dict()]
+        logger.info("%s: %s. %s", choice.question, choice.taken, choice.reason)
+        self.family = last.arrays if proven else None
+        return solved
+
     def _diagnose(
         self, request: HeadRequest, stats: FeatureStatistics | None, exchange: Exchange
     ) -> tuple[list[SiteDiagnosis], PersonalHeads | None]:
@@ -227,9 +253,10 @@ class Finish:
                 self.run.form.num_features,
             )
             exchange.include(asking)
-        if self.run.config.personal == "none":
+        mode = self.run.config.personal if self.family is None else "adapters"
+        if mode == "none":
             return diagnoses, None
-        personal, asking = personalise(self.run.messenger, self.run.roster, self.run.config.personal, request, stats)
+        personal, asking = personalise(self.run.messenger, self.run.roster, mode, request, stats, self.family)
         exchange.include(asking)
         return [delivered(one, personal) for one in diagnoses], personal
 

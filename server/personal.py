@@ -23,21 +23,27 @@ _POOL = "pool."
 
 
 def personalise(
-    messenger: Messenger, roster: Roster, mode: str, head: HeadRequest, stats: FeatureStatistics | None
+    messenger: Messenger,
+    roster: Roster,
+    mode: str,
+    head: HeadRequest,
+    stats: FeatureStatistics | None,
+    family: Arrays | None = None,
 ) -> tuple[PersonalHeads | None, Exchange]:
     """Have every site make and keep a head of its own, and compare it with the shared head.
 
     Args:
         messenger: reaches the sites.
         roster: the sites that take part.
-        mode: the setting `personal`, other than `none`.
+        mode: the setting `personal`, other than `none`; `adapters` for those that stay at sites.
         head: the shared head, in the coordinates of training.
         stats: the pooled training statistics.
+        family: the parameters that sites share, for `adapters`.
 
     Returns:
         The comparison, and the traffic; None if no site was asked.
     """
-    arrays: Arrays = {}
+    arrays: Arrays = family or {}
     if mode == "closed":
         if stats is None or len(roster.nodes) < LEAST_SITES:
             logger.warning(

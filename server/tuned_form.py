@@ -48,9 +48,14 @@ class TunedForm(HeadForm):
         self._tail = made.split.tail
         self._schedule = config.tune.stages()
         self._sequences = backbone.kind == "text"
-        self._own = {f"{TAIL}{name}": value.cpu().float().numpy() for name, value in self._tail.trainable().items()}
+        self._own = {f"{TAIL}{name}": value.cpu().float().numpy() for name, value in self._tail.shared().items()}
         started = made.objective.trainable() if made.objective is not None else {}
         self._objective = {f"{OBJECTIVE}{name}": value.cpu().float().numpy() for name, value in started.items()}
+
+    @property
+    def personal(self) -> bool:
+        """Whether a part of the tail stays at each site, so that the run makes a family of personal models."""
+        return self._tail.tune.personal
 
     @property
     def num_parameters(self) -> int:
@@ -101,7 +106,12 @@ class TunedForm(HeadForm):
         """Return a head for boundary activations; for features of the frozen backbone without a tail."""
         if not self.tail_of(parameters):
             return super().leave(parameters)
-        made = TunedHead(self._tail, super().leave(part_of(parameters, HEAD)), sequences=self._sequences)
+        made = TunedHead(
+            self._tail,
+            super().leave(part_of(parameters, HEAD)),
+            sequences=self._sequences,
+            names=self._tail.shared(),
+        )
         tail = {name: torch.from_numpy(np.array(value)) for name, value in self.tail_of(parameters).items()}
         made.assign({**{f"{HEAD}{name}": value for name, value in made.head.trainable().items()}, **tail})
         return made

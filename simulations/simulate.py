@@ -56,6 +56,9 @@ logger = logging.getLogger(__name__)
 
 RUN_ID = 1
 
+OWN_ADAPTERS = "site-adapters"
+"""Folder in a run's folder with the adapters that would stay at each site."""
+
 
 def simulate(
     config: RunConfig | None = None,
@@ -139,7 +142,7 @@ def run_plan(
     task = make_task(config.task, config.classes)
     made = cut(plan.backbone, config) if config.tune.on else None
     tuning, test_rows = _tuning(plan, store, test_store, made)
-    shared = _shared(plan, store, task, tuning)
+    shared = _shared(plan, store, task, tuning, parts.path / OWN_ADAPTERS if parts is not None else None)
     held, empty = _held_rows(plan, store, apps)
     allowed = dict(zip(held, shared.count_allowed(list(held.values()), config).tolist(), strict=True))
     if not apps:
@@ -175,7 +178,7 @@ def run_plan(
     )
 
 
-def _shared(plan: Plan, store: FeatureStore, task: Task, tuning: Tuning | None) -> SharedData:
+def _shared(plan: Plan, store: FeatureStore, task: Task, tuning: Tuning | None, adapters: Path | None) -> SharedData:
     """Return the data of all sites."""
     places, labels = ItemPlaces.with_targets(task, plan.backbone.geometry, plan.samples, plan.labels, store.features)
     return SharedData(
@@ -189,6 +192,7 @@ def _shared(plan: Plan, store: FeatureStore, task: Task, tuning: Tuning | None) 
         places,
         tuning=tuning,
         subgroups=Subgroups.of(plan.samples),
+        adapters=adapters,
     )
 
 

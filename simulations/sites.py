@@ -1,7 +1,8 @@
 """Simulated sites: lists of row numbers that share one backbone and one store of features."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from fedhead.backbones.weights import PACKAGED, weights_path
 from fedhead.client.backbones import check_backbone
 from fedhead.client.isolation import Features
 from fedhead.client.labelled_features import LabelledFeatures
+from fedhead.client.own_adapters import OwnAdapters
 from fedhead.client.release.guard import Guard, people_of
 from fedhead.client.release.masking import Asked
 from fedhead.client.release.noise import Noise
@@ -24,6 +26,7 @@ from fedhead.config import RunConfig
 from fedhead.data import BoolArray, IntArray, held_out
 from fedhead.errors import FedheadError, UserError
 from fedhead.features.store import FeatureStore
+from fedhead.files import safe_name
 from fedhead.heads import FeatureMap, Head
 from fedhead.protocol.messages import Manifest, MessageError, WeightsChunk
 from fedhead.protocol.steps import Masking, Step
@@ -50,6 +53,7 @@ class SharedData:
         device: for training; by default the backbone's.
         tuning: the tail and its activations, in a tuned run.
         subgroups: of all rows; None if the data names none.
+        adapters: the folder of adapters that stay at sites.
 
     Attributes:
         has_weights: whether every site has the backbone's weights before it is sent any.
@@ -68,8 +72,10 @@ class SharedData:
         device: torch.device | None = None,
         tuning: Tuning | None = None,
         subgroups: Subgroups | None = None,
+        adapters: Path | None = None,
     ) -> None:
         self.subgroups = subgroups
+        self.adapters = adapters
         self.own_labels = own_labels
         self.people = people_of(store.keys, store.contents)
         self.backbone = backbone
@@ -203,6 +209,12 @@ class SimulatedSite:
         return self._shared.tuning
 
     @property
+    def own_adapters(self) -> OwnAdapters:
+        if self._shared.adapters is None:
+            raise FedheadError("This site has no folder for adapters of its own: its run was opened without one.")
+        return OwnAdapters(self._shared.adapters / safe_name(self.name))
+
+    @property
     def sessions(self) -> SecureSessions:
         raise FedheadError("Simulated sites send sums without masks.")
 
@@ -231,7 +243,14 @@ class SimulatedSite:
     def check_tail(self, manifest: Manifest, features: Features) -> None:
         """Check nothing: the coordinator is this process."""
 
-    def keep_head(self, manifest: Manifest, head: Head, temperature: float, about: str) -> None:
+    def keep_head(
+        self,
+        manifest: Manifest,
+        head: Head,
+        temperature: float,
+        about: str,
+        tail: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Keep nothing: a simulated site has no machine of its own."""
 
     def open(self, manifest: Manifest) -> Holding:

@@ -180,6 +180,11 @@ class Tail(nn.Module):
         }
         return {name: named[name] for name in sorted(named)}
 
+    def shared(self) -> dict[str, Tensor]:
+        """Return those of `trainable` that travel: all but the adapters' second matrices where these stay at sites."""
+        stays = ".lora_B." if self.tune.personal else None
+        return {name: value for name, value in self.trainable().items() if stays is None or stays not in name}
+
     def adapters(self) -> dict[str, Tensor]:
         """Return both matrices of each adapter, detached, also a frozen one; none without LoRA."""
         return {

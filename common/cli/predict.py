@@ -132,13 +132,13 @@ def _site_model(site: str) -> Path:
         UserError: if this machine has none.
     """
     from fedhead.errors import UserError
-    from fedhead.model import site_model_path
+    from fedhead.model import find_site_model, site_model_path
 
-    path = site_model_path(site)
-    if not path.is_file():
+    path = find_site_model(site)
+    if path is None:
         raise UserError(
-            f"No personal head of {site!r} is on this machine ({path}): a run makes one at the site with "
-            "personal = 'closed', 'head' or 'ditto'."
+            f"No personal head of {site!r} is on this machine ({site_model_path(site)}): a run makes one at the site "
+            "with personal = 'closed', 'head' or 'ditto', or with tune = 'lora:8:sa'."
         )
     return path
 

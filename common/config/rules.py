@@ -218,6 +218,20 @@ def _objectives_train_layers(run: "RunConfig") -> None:
 
 
 @_rule
+def _adapters_that_stay_at_sites_are_of_classifiers(run: "RunConfig") -> None:
+    if not run.tune.on or not parse_tune(run.tune.layers).personal:
+        return
+    if run.task != "classification":
+        raise ValueError(f"adapters that stay at sites ('lora:8:sa') are for task 'classification', not {run.task!r}")
+    if run.tune.schedule:
+        raise ValueError("adapters that stay at sites ('lora:8:sa') train from the first round: leave schedule out")
+    if run.tune.objective != "task":
+        raise ValueError(
+            f"adapters that stay at sites ('lora:8:sa') train on the task: leave objective {run.tune.objective!r} out"
+        )
+
+
+@_rule
 def _tuned_runs_start_from_a_solved_head(run: "RunConfig") -> None:
     if not run.tune.on:
         return

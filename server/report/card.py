@@ -14,6 +14,7 @@ from fedhead.files import write_atomically
 from fedhead.model import BACKBONE_FILE, MODEL_FILE
 from fedhead.server.report.about import about
 from fedhead.server.report.layout import Figure, Section, Table
+from fedhead.server.report.personal import ADAPTERS
 from fedhead.server.report.privacy import solver_of
 from fedhead.server.report.quality import calibration, quality
 from fedhead.server.report.releases import releases
@@ -209,6 +210,8 @@ def _what(record: RunRecord) -> list[str]:
         f"{_ITEM[_kind(record)]} left its site.",
         f"{record.task.output_names[1].capitalize()}: {listed(record.task.shown(record.classes), _MOST_CLASSES)}.",
     ]
+    if (record.evaluation.get("personal") or {}).get("mode") == "adapters":
+        said.append(ADAPTERS)
     if change := record.result and record.result.membership:
         verb = "left" if change.get("action") == "leave" else "joined"
         said.append(

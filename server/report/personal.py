@@ -10,6 +10,12 @@ _MADE = {
     "ditto": "by training near the shared head at the site",
 }
 
+ADAPTERS = (
+    "The result of this run is a family of personal models: the sites share the first matrix of each adapter and a "
+    "head, and each site's second matrices never left it. Each site keeps its model: fedhead predict --site-model. The "
+    "delivered model is the solved head without adapters, for anybody else."
+)
+
 
 def personal(record: RunRecord) -> Section | None:
     """Return the section; None if the run made no personal heads."""
@@ -23,7 +29,9 @@ def personal(record: RunRecord) -> Section | None:
         f"correctly, the shared head {percent(right['shared'] / rows)} and the sites' own heads "
         f"{percent(right['own'] / rows)}."
     )
-    sentences = [f"Each site made a head {_MADE[made['mode']]}, and keeps it: fedhead predict --site-model."]
+    sentences = [ADAPTERS]
+    if made["mode"] in _MADE:
+        sentences = [f"Each site made a head {_MADE[made['mode']]}, and keeps it: fedhead predict --site-model."]
     sites = made.get("sites", {})
     worse = [name for name, one in sites.items() if one["gain"][1] < 0 or one["gain_over_own"][1] < 0]
     if worse:
