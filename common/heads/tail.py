@@ -138,6 +138,10 @@ class TunedHead(Head):
     def gradients(
         self, parameters: Mapping[str, Tensor], features: Tensor, targets: Tensor, weights: Tensor, loss: "Loss"
     ) -> tuple[dict[str, Tensor], Tensor]:
+        if len(weights) == 1:
+            with self.precision(features):
+                alone = loss.at(torch.zeros(1, dtype=torch.int64))
+                return super().gradients(parameters, features, targets, weights, alone)
         gradients = {name: torch.empty_like(value) for name, value in parameters.items()}
         values = weights.new_empty(len(weights))
         with self.precision(features):
