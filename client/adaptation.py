@@ -111,5 +111,5 @@ def compare_adapted(holding: Holding, agreed: Agreement, request: AdaptationRequ
     targets = data.labels[held].cpu()
     with torch.inference_mode():
         logits = [head(rows) for head in heads.values()]
-    right = [int((one.argmax(1) == targets).sum()) for one in logits]
+    right = np.stack([(one.argmax(1) == targets).numpy() for one in logits])
     return RivalSums.from_logits(logits, targets, right, request.temperatures)

@@ -40,10 +40,12 @@ def rivals(sites: Sequence[Site], payload: Payload, context: Context, merged: bo
                 ready = prepare(chosen, known, asked)
                 outputs, targets = outputs_of(held_out_rows(ready), ready, known)
             logits.append(outputs)
-            right.append(int(agreed.task.loss.score(outputs, targets).sum()) if agreed.task.counts_scores else 0)
+            counted = agreed.task.counts_scores
+            scores = agreed.task.loss.score(outputs, targets) if counted else torch.zeros(len(outputs))
+            right.append(scores.bool().numpy())
         if agreed.task.scales_outputs:
-            sums = RivalSums.from_logits(logits, targets, right, request.temperatures, kind=agreed.task.kind)
+            sums = RivalSums.from_logits(logits, targets, np.stack(right), request.temperatures, kind=agreed.task.kind)
         else:
             losses = np.stack([agreed.task.losses(one, targets).double().numpy() for one in logits])
-            sums = RivalSums.from_losses(losses, right)
+            sums = RivalSums.from_losses(losses, np.stack(right))
         yield Answer(positions, of_several(sums.to_arrays(), len(positions)), agreed.manifest, ("held_out",))

@@ -92,13 +92,9 @@ class Cost:
 
 
 def gain_of_tuning(sums: RivalSums, at: int, cost: Cost) -> str:
-    """Describe the gain of a tuned version in points, and its cost.
-
-    The interval takes the two versions' errors as independent, and so is wider than a paired one.
-    """
-    solved, tuned = (float(sums.right[one]) / sums.rows for one in (0, at))
-    points = 100 * (tuned - solved)
-    half = 196 * math.sqrt((solved * (1 - solved) + tuned * (1 - tuned)) / sums.rows)
+    """Describe the gain of a tuned version in points with its paired 95 % interval, and its cost."""
+    points, error = (100 * one for one in sums.more_right(at, 0))
+    half = 1.96 * error if math.isfinite(error) else 100.0
     changed, low, high = (signed(one, 1) for one in (points, points - half, points + half))
     rates = [
         f"{signed(points / spent, 2)} points per {unit}"

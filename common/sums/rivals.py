@@ -1,5 +1,6 @@
 """Losses of several heads on the same rows, from sums: their temperatures, and the error of every difference."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -14,6 +15,8 @@ from fedhead.sums.targets import CLASSES, TargetKind
 if TYPE_CHECKING:
     from torch import Tensor
 
+BoolArray = npt.NDArray[np.bool_]
+
 
 @dataclass(frozen=True, eq=False)
 class RivalSums:
@@ -22,24 +25,24 @@ class RivalSums:
     Attributes:
         paired: losses at the heads' own temperatures.
         curves: `[H, K]`, losses for logits divided by each of `TEMPERATURES`.
-        right: `[H]`, int64, the score: rows that each head predicts correctly.
+        both: `[H, H]`, int64, rows that two heads predict correctly; on the diagonal, those of each.
     """
 
     paired: PairedLosses
     curves: FloatArray
-    right: npt.NDArray[np.int64]
+    both: npt.NDArray[np.int64]
 
     @classmethod
     def zeros(cls, heads: int) -> Self:
         """Return the sums over no rows."""
-        return cls(PairedLosses.zeros(heads), np.zeros((heads, len(TEMPERATURES))), np.zeros(heads, np.int64))
+        return cls(PairedLosses.zeros(heads), np.zeros((heads, len(TEMPERATURES))), np.zeros((heads, heads), np.int64))
 
     @classmethod
     def from_logits(
         cls,
         logits: "list[Tensor]",
         targets: "Tensor",
-        right: "list[int]",
+        right: BoolArray,
         temperatures: FloatArray,
         *,
         kind: TargetKind = CLASSES,
@@ -49,7 +52,7 @@ class RivalSums:
         Args:
             logits: `[n, C]`, of each head.
             targets: `[n]` or `[n, C]`.
-            right: the summed score of each head.
+            right: `[H, n]`, whether each head predicts each row correctly.
             temperatures: `[H]`.
             kind: of the targets.
         """
@@ -63,24 +66,40 @@ class RivalSums:
                 for one, value in zip(logits, temperatures.tolist(), strict=True)
             ]
         )
-        return cls(PairedLosses.of(at), np.array(curves), np.array(right, np.int64))
+        return cls(PairedLosses.of(at), np.array(curves), _together(right))
 
     @classmethod
-    def from_losses(cls, losses: FloatArray, right: "list[int]") -> Self:
+    def from_losses(cls, losses: FloatArray, right: BoolArray) -> Self:
         """Sum over rows whose losses `[H, n]` depend on no temperature."""
         paired = PairedLosses.of(losses)
-        return cls(paired, np.repeat(paired.losses[:, None], len(TEMPERATURES), 1), np.array(right, np.int64))
+        return cls(paired, np.repeat(paired.losses[:, None], len(TEMPERATURES), 1), _together(right))
 
     def __add__(self, other: Self) -> Self:
-        return type(self)(self.paired + other.paired, self.curves + other.curves, self.right + other.right)
+        return type(self)(self.paired + other.paired, self.curves + other.curves, self.both + other.both)
 
     def __sub__(self, other: Self) -> Self:
-        return type(self)(self.paired - other.paired, self.curves - other.curves, self.right - other.right)
+        return type(self)(self.paired - other.paired, self.curves - other.curves, self.both - other.both)
 
     @property
     def rows(self) -> int:
         """The number of rows."""
         return self.paired.rows
+
+    @property
+    def right(self) -> npt.NDArray[np.int64]:
+        """`[H]`, the score: rows that each head predicts correctly."""
+        return self.both.diagonal()
+
+    def more_right(self, head: int, over: int) -> tuple[float, float]:
+        """Return the gain in the share of correct rows by a head over another one, and its standard error.
+
+        The rows are paired: only those count that one head predicts correctly and the other one does not.
+        """
+        if self.rows < 2:
+            return 0.0, math.inf
+        mean = float(self.right[head] - self.right[over]) / self.rows
+        apart = float(self.right[head] + self.right[over] - 2 * self.both[head, over]) / self.rows
+        return mean, math.sqrt(max(apart - mean**2, 0.0) / (self.rows - 1))
 
     @property
     def losses(self) -> FloatArray:
@@ -93,7 +112,7 @@ class RivalSums:
 
     def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
         """Return the arrays for the wire."""
-        return {**self.paired.to_arrays(), "curves": self.curves, "right": self.right}
+        return {**self.paired.to_arrays(), "curves": self.curves, "both": self.both}
 
     @classmethod
     def from_arrays(cls, arrays: Arrays, like: Self) -> Self:
@@ -104,8 +123,17 @@ class RivalSums:
         """
         check_form(arrays, like.to_arrays())
         paired = PairedLosses.from_arrays({name: arrays[name] for name in like.paired.to_arrays()}, like.paired)
-        right = arrays["right"]
-        if (right < 0).any() or (right > paired.rows).any():
+        both = arrays["both"].astype(np.int64)
+        right = both.diagonal()
+        either = np.add.outer(right, right) - both
+        if (both < 0).any() or (both > np.minimum.outer(right, right)).any() or (either > paired.rows).any():
             raise ValueError("it counts an impossible number of rows")
+        if (both != both.T).any():
+            raise ValueError("'both' is not symmetric")
         check_losses("curves", arrays["curves"], paired.rows)
-        return cls(paired, arrays["curves"], right.astype(np.int64))
+        return cls(paired, arrays["curves"], both)
+
+
+def _together(right: BoolArray) -> npt.NDArray[np.int64]:
+    counted = right.astype(np.float64)
+    return (counted @ counted.T).astype(np.int64)

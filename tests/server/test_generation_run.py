@@ -19,7 +19,8 @@ def losses(rows: int, gain: float, seed: int) -> RivalSums:
     """Return sums of conversations whose mean loss of a token falls by `gain`, give or take 0.3."""
     generator = np.random.default_rng(seed)
     before = generator.uniform(2, 4, rows)
-    return RivalSums.from_losses(np.stack([before, before - gain + generator.normal(0, 0.3, rows)]), [0, 0])
+    after = before - gain + generator.normal(0, 0.3, rows)
+    return RivalSums.from_losses(np.stack([before, after]), np.zeros((2, rows), np.bool_))
 
 
 def chosen(sites: dict[str, RivalSums]) -> tuple[bool, str]:

@@ -39,7 +39,7 @@ def sums_of(losses: list[float], errors: list[int], rows: int = 100) -> RivalSum
     each = np.array(losses)
     curves = np.repeat(each[:, None] * rows, len(TEMPERATURES), axis=1)
     paired = PairedLosses(rows, each * rows, np.outer(each, each) * rows)
-    return RivalSums(paired, curves, rows - np.array(errors))
+    return RivalSums(paired, curves, np.diag(rows - np.array(errors)))
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_rounds_must_be_better_by_two_standard_errors() -> None:
         noise = generator.normal(0, 0.2, 400)
         trained = solved - gain + noise - noise.mean()
         paired = PairedLosses.of(np.stack([solved, trained]))
-        sums = RivalSums(paired, np.zeros((2, len(TEMPERATURES))), np.array([300, 300]))
+        sums = RivalSums(paired, np.zeros((2, len(TEMPERATURES))), np.full((2, 2), 300))
         assert choose_round(RIVALS[:2], sums)[0] == taken
 
 
@@ -96,7 +96,7 @@ def tuned_sums(gains: list[float], right: list[int], seed: int = 0, rows: int = 
     for gain in gains:
         noise = generator.normal(0, 0.2, rows)
         losses.append(solved - gain + noise - noise.mean())
-    return RivalSums(PairedLosses.of(np.stack(losses)), np.zeros((4, len(TEMPERATURES))), np.array(right))
+    return RivalSums(PairedLosses.of(np.stack(losses)), np.zeros((4, len(TEMPERATURES))), np.diag(right))
 
 
 @pytest.mark.parametrize(

@@ -24,13 +24,14 @@ def test_the_cost_of_tuning_includes_the_last_round_and_not_the_first_head() -> 
 
 
 @pytest.mark.parametrize(
-    ("right", "said"),
+    ("both", "said"),
     [
-        ([80, 80], "changed the score by 0.0 points (-11.1 to +11.1), for 5 MB of each site and 30.0 s."),
-        ([80, 90], ": +2.00 points per megabyte and site, and +20.00 points per minute."),
+        ([[80, 75], [75, 80]], "changed the score by 0.0 points (-6.2 to +6.2), for 5 MB of each site and 30.0 s."),
+        ([[80, 80], [80, 90]], "by +10.0 points (+4.1 to +15.9), for"),
+        ([[80, 79], [79, 90]], ": +2.00 points per megabyte and site, and +20.00 points per minute."),
     ],
 )
-def test_the_gain_of_tuning_is_told_per_megabyte_if_there_is_one(right: list[int], said: str) -> None:
+def test_the_gain_of_tuning_is_told_per_megabyte_if_there_is_one(both: list[list[int]], said: str) -> None:
     none = RivalSums.zeros(2)
-    sums = replace(none, paired=replace(none.paired, rows=100), right=np.array(right))
+    sums = replace(none, paired=replace(none.paired, rows=100), both=np.array(both))
     assert said in gain_of_tuning(sums, 1, Cost(5.0, 0.5))

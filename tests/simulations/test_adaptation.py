@@ -189,6 +189,6 @@ def test_an_adaptation_is_taken_only_beyond_two_standard_errors() -> None:
     worse = plain - 0.3 * torch.eye(2)[targets]
     for changed_one, taken in ((better, "mean"), (worse, "plain")):
         logits = [changed_one if name == "mean" else plain for name in METHODS]
-        sums = RivalSums.from_logits(logits, targets, [0] * len(METHODS), np.ones(len(METHODS)))
+        sums = RivalSums.from_logits(logits, targets, np.zeros((len(METHODS), 400), np.bool_), np.ones(len(METHODS)))
         assert choose_adaptation(sums).taken == taken
     assert choose_adaptation(RivalSums.zeros(len(METHODS))).taken == "plain"

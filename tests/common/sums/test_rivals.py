@@ -21,7 +21,7 @@ def rows_of(seed: int, count: int) -> tuple[list[Tensor], Tensor]:
 
 
 def summed(logits: list[Tensor], targets: Tensor) -> RivalSums:
-    right = [int((one.argmax(1) == targets).sum()) for one in logits]
+    right = np.stack([(one.argmax(1) == targets).numpy() for one in logits])
     return RivalSums.from_logits(logits, targets, right, TEMPERATURES)
 
 
@@ -54,12 +54,32 @@ def test_a_gain_is_that_of_paired_rows() -> None:
     assert RivalSums.zeros(3).paired.gain(0, 1) == (0.0, np.inf)
 
 
+def test_a_gain_in_correct_rows_is_that_of_paired_rows() -> None:
+    logits, targets = rows_of(3, 200)
+    correct = [(one.argmax(1) == targets).double().numpy() for one in logits]
+    difference = correct[0] - correct[2]
+    mean, error = summed(logits, targets).more_right(0, 2)
+    assert mean == pytest.approx(difference.mean())
+    assert error == pytest.approx(difference.std(ddof=1) / 200**0.5, rel=1e-6)
+    assert summed(logits, targets).more_right(1, 1) == (0.0, 0.0)
+    assert RivalSums.zeros(3).more_right(0, 1) == (0.0, np.inf)
+
+
+def test_correct_rows_that_contradict_each_other_are_refused() -> None:
+    arrays = dict(summed(*rows_of(1, 50)).to_arrays())
+    for both in ([[40, 20], [20, 40]], [[30, 31], [31, 40]], [[30, 25], [24, 30]]):
+        changed = arrays["both"].copy()
+        changed[:2, :2] = both
+        with pytest.raises(ValueError, match=r"rows|symmetric"):
+            RivalSums.from_arrays({**arrays, "both": changed}, RivalSums.zeros(3))
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         ("rows", -1),
-        ("right", 300),
-        ("right", -1),
+        ("both", 300),
+        ("both", -1),
         ("losses", np.nan),
         ("losses", 1e12),
         ("losses", -1.0),
@@ -71,7 +91,7 @@ def test_a_gain_is_that_of_paired_rows() -> None:
 def test_what_no_rows_can_have_is_refused(name: str, value: float) -> None:
     arrays = {key: array.copy() for key, array in summed(*rows_of(1, 50)).to_arrays().items()}
     arrays[name][..., 0] = value
-    with pytest.raises(ValueError, match=name if name not in ("rows", "right") else "rows"):
+    with pytest.raises(ValueError, match=name if name not in ("rows", "both") else "rows"):
         RivalSums.from_arrays(arrays, RivalSums.zeros(3))
 
 
