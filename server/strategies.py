@@ -39,6 +39,7 @@ from fedhead.protocol.messages import (
 )
 from fedhead.registry import suggest
 from fedhead.server.pooled_lbfgs import NAME, PooledLBFGS
+from fedhead.server.strategy_state import AnyArray
 from fedhead.sums.heads import EXAMPLES, HELD_OUT, TRAIN_LOSS, HeadSums
 from fedhead.sums.sums import Arrays
 
@@ -148,6 +149,19 @@ class Cohort(Grid):
         return self._grid.send_and_receive(messages, timeout=timeout)
 
 
+class KeptArray(Array):
+    """A Flower array that remembers the values it was made of, so that nobody parses its bytes in the same process."""
+
+    def __init__(self, values: AnyArray) -> None:
+        self._values = np.ascontiguousarray(values)
+        super().__init__(self._values)
+        self._made = self.data
+
+    def numpy(self) -> AnyArray:
+        """Return a copy of the values; what somebody else has put in their place counts."""
+        return self._values.copy() if self.data is self._made else super().numpy()
+
+
 def sample_sites(strategy: Strategy, names: Sequence[str], seed: int, server_round: int) -> list[str]:
     """Draw a round's sites by name, in the number given by the strategy's `fraction_train` and `min_train_nodes`.
 
@@ -166,7 +180,7 @@ def configure_round(
     strategy: Strategy, server_round: int, head: Arrays, grid: Grid, node_ids: Sequence[int]
 ) -> list[Message]:
     """Have the strategy make this round's messages, for `node_ids` only."""
-    arrays = ArrayRecord({name: Array(np.ascontiguousarray(value)) for name, value in head.items()})
+    arrays = ArrayRecord({name: KeptArray(value) for name, value in head.items()})
     with _taking_all(strategy), _quiet_flower():
         return list(strategy.configure_train(server_round, arrays, ConfigRecord(), Cohort(grid, node_ids)))
 
@@ -200,7 +214,7 @@ def aggregate_round(
     messages = []
     for instruction, sums in results:
         metrics = MetricRecord({weight: sums.examples, "train_loss": float(sums.metrics[TRAIN_LOSS])})
-        heads = {name: Array(np.ascontiguousarray(sums.heads[name], dtypes[name])) for name in expected}
+        heads = {name: KeptArray(sums.heads[name].astype(dtypes[name], copy=False)) for name in expected}
         messages.append(Message(RecordDict({key: ArrayRecord(heads), "metrics": metrics}), reply_to=instruction))
     try:
         with _quiet_flower(), _quick_collections():

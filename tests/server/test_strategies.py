@@ -2,7 +2,7 @@ import random
 
 import numpy as np
 import pytest
-from flwr.app import Message, MetricRecord, RecordDict
+from flwr.app import Array, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg, FedMedian
 
 from fedhead.config import StrategyConfig
@@ -13,6 +13,7 @@ from fedhead.protocol.actions import TRAIN
 from fedhead.protocol.heads import HeadReply
 from fedhead.server.strategies import (
     NAMES,
+    KeptArray,
     aggregate_round,
     averages,
     build_strategy,
@@ -114,3 +115,13 @@ def test_an_averaging_strategy_gets_the_exact_mean_and_a_robust_one_every_reply(
     assert averaged["bias"].dtype == np.float32
     assert median.received == 7
     assert np.array_equal(chosen["bias"], np.median(heads, axis=0))
+
+
+def test_kept_arrays_give_copies_of_their_values_until_these_are_replaced() -> None:
+    values = np.arange(6, dtype=np.float32).reshape(2, 3)
+    kept = KeptArray(values.T)
+    kept.numpy()[:] = 7
+    np.testing.assert_array_equal(kept.numpy(), values.T)
+    np.testing.assert_array_equal(Array(kept.dtype, kept.shape, kept.stype, kept.data).numpy(), values.T)
+    kept.data = Array(np.zeros((3, 2), np.float32)).data
+    np.testing.assert_array_equal(kept.numpy(), np.zeros((3, 2)))
