@@ -21,5 +21,6 @@ def test_accuracy_falls_as_epsilon_does() -> None:
     assert done.exit_code == 0, done.output
     (found,) = json.loads(done.stdout)["accuracy"].values()
     assert found.keys() == {"none", "0.1", "8"}
-    assert max(found["0.1"]) < min(found["8"]) <= found["none"][0]
+    # Of 360 rows, one or two can be right by luck.
+    assert max(found["0.1"]) < min(found["8"]) <= found["none"][0] + 0.01
     assert min(found["8"]) > 0.95
