@@ -23,13 +23,14 @@ from torch.nn import functional
 from fedhead.backbones import Backbone, load_backbone
 from fedhead.backbones.adapters import add_adapters
 from fedhead.backbones.pooling import pool
+from fedhead.backbones.preprocessing import Batch
 from fedhead.backbones.split import Tail, split
 from fedhead.client.averaging import average_heads
 from fedhead.client.labelled_features import SiteRows
 from fedhead.client.minibatches import shuffled
 from fedhead.client.tails import LabelledActivations
 from fedhead.config import LocalConfig, RunConfig
-from fedhead.data import Samples, samples_from_arrays
+from fedhead.data import Samples, load_samples, samples_from_arrays
 from fedhead.errors import FedheadError, UserError
 from fedhead.features.boundary import BoundaryStore, Kind
 from fedhead.heads import LinearHead, TunedHead
@@ -78,14 +79,14 @@ class Problem:
 
     def head(self, tail: Tail) -> TunedHead:
         """Return the head that the round starts from, on the tail."""
-        head = LinearHead(self.backbone.num_features, CLASSES)
+        head = LinearHead(self.backbone.num_features, len(self.samples.classes))
         head.randomise(torch.Generator().manual_seed(SEED))
-        return TunedHead(tail, head)
+        return TunedHead(tail, head, sequences=self.backbone.kind == "text")
 
-    def batch(self, rows: np.ndarray[Any, Any]) -> Tensor:
+    def batch(self, rows: np.ndarray[Any, Any]) -> Batch:
         """Read and preprocess rows."""
         made = [self.backbone.preprocessing(self.samples.read(int(row))) for row in rows]
-        return torch.stack(made)
+        return self.backbone.preprocessing.collate(made)
 
 
 class Stored:
@@ -113,9 +114,10 @@ class Stored:
         """Return the processor seconds that the usual loop spends in the frozen part: the most that storing saves."""
         seconds = 0.0
         for site in problem.sites:
-            for images in torch.split(problem.batch(site.rows), problem.local.batch_size):
+            for start in range(0, len(site.rows), problem.local.batch_size):
+                batch = problem.batch(site.rows[start : start + problem.local.batch_size])
                 started = time.process_time()
-                self.trunk.boundary(images)
+                self.trunk.boundary(batch)
                 seconds += time.process_time() - started
         return seconds
 
@@ -125,22 +127,26 @@ class Whole:
 
     def __init__(self, problem: Problem, tail: Tail) -> None:
         module = copy.deepcopy(problem.backbone.module).eval().requires_grad_(False)
+        # A tail of a model of transformers lies inside the backbone's module.
+        prefix = tail.prefix.removeprefix("module.")
         if tail.tune.method == "lora":
-            layers = {name.partition(".lora_")[0] for name in tail.adapters()}
+            layers = {f"{prefix}{name.partition('.lora_')[0]}" for name in tail.adapters()}
             add_adapters(module, layers, tail.tune.rank, frozen_first=tail.tune.variant == "ffa", seed=SEED)
         self.module, self.pooling = module, problem.backbone.pooling
         named = dict(module.named_parameters())
-        self.unfrozen = {name: named[name].requires_grad_() for name in tail.trainable()}
-        self.head = nn.Linear(problem.backbone.num_features, CLASSES)
+        self.unfrozen = {name: named[f"{prefix}{name}"].requires_grad_() for name in tail.trainable()}
+        self.head = nn.Linear(problem.backbone.num_features, len(problem.samples.classes))
 
     def trained(self) -> dict[str, Tensor]:
         """Return the parameters that train, by the names of ours."""
         head = {f"head.{name}": value for name, value in self.head.named_parameters()}
         return {**head, **{f"{TAIL}{name}": value for name, value in self.unfrozen.items()}}
 
-    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, batch: Batch, labels: Tensor) -> Tensor:
         """Return the mean cross entropy."""
-        return functional.cross_entropy(self.head(pool(self.module(images), self.pooling)), labels)
+        mask = None if isinstance(batch, Tensor) else batch["attention_mask"]
+        output = self.module(batch) if isinstance(batch, Tensor) else self.module(**batch)
+        return functional.cross_entropy(self.head(pool(output, self.pooling, mask)), labels)
 
 
 def usual_loop(problem: Problem, tail: Tail) -> tuple[float, Parameters]:
@@ -151,7 +157,6 @@ def usual_loop(problem: Problem, tail: Tail) -> tuple[float, Parameters]:
     labels = torch.from_numpy(problem.samples.labels)
     seconds, rows = 0.0, sum(len(site.rows) for site in problem.sites)
     for site in problem.sites:
-        images = problem.batch(site.rows)
         order = torch.from_numpy(shuffled(SEED, site.name, ROUND, 0, len(site.rows)))
         started = time.process_time()
         with torch.no_grad():
@@ -161,10 +166,16 @@ def usual_loop(problem: Problem, tail: Tail) -> tuple[float, Parameters]:
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(every, lr=problem.local.lr, weight_decay=decay)
         if problem.local.optimizer == "sgd":
             optimizer = torch.optim.SGD(every, lr=problem.local.lr, weight_decay=decay)
+        seconds += time.process_time() - started
         for places in torch.split(order, problem.local.batch_size):
+            chosen = site.rows[places.numpy()]
+            batch = problem.batch(chosen)
+            started = time.process_time()
             optimizer.zero_grad()
-            model.loss(images[places], labels[torch.from_numpy(site.rows)[places]]).backward()  # type: ignore[no-untyped-call]
+            model.loss(batch, labels[torch.from_numpy(chosen)]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
+            seconds += time.process_time() - started
+        started = time.process_time()
         for name, value in trained.items():
             total[name] += value.detach().double() * (len(site.rows) / rows)
         seconds += time.process_time() - started
@@ -284,6 +295,7 @@ def pictures(rows: int) -> Samples:
 @app.command("tuning")
 def tuning(
     backbone: Annotated[str, typer.Option()] = "torchvision:squeezenet1_1",
+    data: Annotated[str, typer.Option(help="A data spec; generated pictures by default.")] = "",
     weights: Annotated[str, typer.Option(help="'random' does as well as any, for time.")] = "random",
     only: Annotated[str, typer.Option(help="What to tune, separated by commas.")] = "last:1,lora:8",
     sites: Annotated[str, typer.Option(help="Numbers of sites, separated by commas.")] = "10,100",
@@ -297,5 +309,9 @@ def tuning(
         raise UserError(f"The numbers of sites are separated by commas, as in '10,100', not {sites!r}.")
     torch.set_num_threads(1)
     sizes = sorted({int(one) for one in sites.split(",")})
-    model, samples = load_backbone(backbone, weights=weights), pictures(sizes[-1] * rows)
+    most = sizes[-1] * rows
+    model = load_backbone(backbone, weights="default" if backbone.startswith("hf:") else weights)
+    samples = load_samples(data) if data else pictures(most)
+    if len(samples) < most:
+        raise UserError(f"{sizes[-1]} sites of {rows} rows are {most} rows, and {data} has {len(samples)}.")
     measure(model, samples, sizes, rows, batch_size, only.split(","), repeats).show(as_json=as_json)
