@@ -28,7 +28,7 @@ from fedhead.errors import FedheadError, UserError
 from fedhead.features.store import FeatureStore
 from fedhead.flower.fleet_client import FleetClient
 from fedhead.server.network.superlink import SuperLink
-from fedhead.server.observer import SiteState
+from fedhead.server.observer import Phase, SiteState
 from fedhead.server.runs.history import Round
 from fedhead.server.runs.record import read_rounds
 from fedhead.server.status import FILE, RunStatus, read_status
@@ -85,6 +85,21 @@ def test_a_resumed_run_keeps_the_rounds_that_were_complete(link: SuperLink, fold
     assert [entry["number"] for entry in values["history"]] == [0, 1, 2]
     assert values["history"][2]["score"] == 0.9
     assert values["state"] == "interrupted"
+
+
+@pytest.mark.parametrize("phase", ["open", "mask", "agree", "unmask"])
+def test_each_exchange_of_a_secure_sum_is_shown(phase: Phase, link: SuperLink, folder: Path) -> None:
+    status = RunStatus(link)
+    status.on_started(RunConfig(rounds=2), folder)
+    status.on_step("train", 2)
+    status.on_phase(phase)
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(run_tables(status.snapshot()))
+    assert f"round 2 of 2, secure sum: {phase}" in console.export_text()
+    status.on_step("evaluate", 2)
+    console.print(run_tables(status.snapshot()))
+    assert "secure sum" not in console.export_text()
+    status.on_failed(FedheadError("The test ends."))
 
 
 def test_the_score_of_an_evaluation_at_the_end_is_in_the_table(link: SuperLink, folder: Path) -> None:
