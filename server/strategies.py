@@ -162,6 +162,14 @@ class KeptArray(Array):
         return self._values.copy() if self.data is self._made else super().numpy()
 
 
+def kept_record(arrays: Arrays) -> ArrayRecord:
+    """Return a record of kept arrays; Flower's own constructor copies their bytes into plain ones."""
+    record = ArrayRecord()
+    for name, values in arrays.items():
+        record[name] = KeptArray(values)
+    return record
+
+
 def sample_sites(strategy: Strategy, names: Sequence[str], seed: int, server_round: int) -> list[str]:
     """Draw a round's sites by name, in the number given by the strategy's `fraction_train` and `min_train_nodes`.
 
@@ -180,7 +188,7 @@ def configure_round(
     strategy: Strategy, server_round: int, head: Arrays, grid: Grid, node_ids: Sequence[int]
 ) -> list[Message]:
     """Have the strategy make this round's messages, for `node_ids` only."""
-    arrays = ArrayRecord({name: KeptArray(value) for name, value in head.items()})
+    arrays = kept_record(head)
     with _taking_all(strategy), _quiet_flower():
         return list(strategy.configure_train(server_round, arrays, ConfigRecord(), Cohort(grid, node_ids)))
 
@@ -214,8 +222,8 @@ def aggregate_round(
     messages = []
     for instruction, sums in results:
         metrics = MetricRecord({weight: sums.examples, "train_loss": float(sums.metrics[TRAIN_LOSS])})
-        heads = {name: KeptArray(sums.heads[name].astype(dtypes[name], copy=False)) for name in expected}
-        messages.append(Message(RecordDict({key: ArrayRecord(heads), "metrics": metrics}), reply_to=instruction))
+        heads = kept_record({name: sums.heads[name].astype(dtypes[name], copy=False) for name in expected})
+        messages.append(Message(RecordDict({key: heads, "metrics": metrics}), reply_to=instruction))
     try:
         with _quiet_flower(), _quick_collections():
             made, _ = strategy.aggregate_train(server_round, messages)

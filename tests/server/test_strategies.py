@@ -17,6 +17,7 @@ from fedhead.server.strategies import (
     aggregate_round,
     averages,
     build_strategy,
+    kept_record,
     required_sites,
     sample_sites,
 )
@@ -119,7 +120,8 @@ def test_an_averaging_strategy_gets_the_exact_mean_and_a_robust_one_every_reply(
 
 def test_kept_arrays_give_copies_of_their_values_until_these_are_replaced() -> None:
     values = np.arange(6, dtype=np.float32).reshape(2, 3)
-    kept = KeptArray(values.T)
+    kept = kept_record({"weight": values.T})["weight"]
+    assert isinstance(kept, KeptArray)
     kept.numpy()[:] = 7
     np.testing.assert_array_equal(kept.numpy(), values.T)
     np.testing.assert_array_equal(Array(kept.dtype, kept.shape, kept.stype, kept.data).numpy(), values.T)
