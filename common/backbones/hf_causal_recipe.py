@@ -120,7 +120,13 @@ def read_causal_recipe(source: Path, max_length: int | None, spec: str) -> Causa
     told = chat.start or chat.system or ""
     ends = backend.encode(chat.end, add_special_tokens=False).ids[:1]
     starts = getattr(config, "decoder_start_token_id", None) if pairs else None
-    known = (starts, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, 0)
+    known = (
+        starts if isinstance(starts, int) else None,
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+        0,
+    )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     stops = {one for one in (tokenizer.eos_token_id, *ends) if one is not None}
     return CausalRecipe(

@@ -38,8 +38,9 @@ class NextTargets(NextTokens):
 
     def __init__(self, whole: "PreTrainedModel", spec: str) -> None:
         nn.Module.__init__(self)
-        if getattr(whole.config, "decoder_start_token_id", None) is None:
-            raise UserError(f"The configuration of {spec} lacks decoder_start_token_id, the first token of answers.")
+        start = getattr(whole.config, "decoder_start_token_id", None)
+        if not isinstance(start, int) or not 0 <= start < whole.get_input_embeddings().weight.shape[0]:
+            raise UserError(f"The configuration of {spec} has no valid decoder_start_token_id, which starts answers.")
         self.model = whole
         self._causal = (whole,)
 

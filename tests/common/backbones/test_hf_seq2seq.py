@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +122,11 @@ def test_models_without_a_start_or_a_readable_tokenizer_are_refused(
         T5Config(vocab_size=300, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     ).save_pretrained(tmp_path)
     config = tmp_path / "config.json"
-    config.write_text(config.read_text().replace('"decoder_start_token_id": 0', '"decoder_start_token_id": null'))
-    with pytest.raises(UserError, match="decoder_start_token_id"):
-        load_backbone(f"hf:{tmp_path}", layer=NEXT_TOKEN)
+    values = json.loads(config.read_text())
+    for start in (None, -1, 300, "a", 1.5):
+        config.write_text(json.dumps({**values, "decoder_start_token_id": start}))
+        with pytest.raises(UserError, match=r"decoder_start_token_id|config.json"):
+            load_backbone(f"hf:{tmp_path}", layer=NEXT_TOKEN)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *given, **settings: object())
     with pytest.raises(UserError, match="tokenizer in Python code"):
         load_backbone(f"hf:{folder}", layer=NEXT_TOKEN)
