@@ -19,7 +19,7 @@ DEFAULT_WHERE = "last:4"
 """The layers of `lora`, `bitfit` and `norm` without another choice; all of them in models with fewer blocks."""
 
 NEXT_TOKEN = "next-token"
-"""Layer of causal language models that gives the losses of answers."""
+"""Layer of language models that gives the losses of answers."""
 
 MOST_RANK = 1024
 MOST_LENGTH = 500

@@ -1,4 +1,4 @@
-"""Generation: a causal language model learns the answers in conversations, by low-rank adapters trained in rounds."""
+"""Generation: a language model learns the answers in conversations, by low-rank adapters trained in rounds."""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar

@@ -21,7 +21,8 @@ def cost(record: RunRecord) -> Section:
     figures = []
     if whole > total > 0:
         sentences.append(
-            "Sending the whole model, backbone and head, in both directions in every round would have taken "
+            f"Sending the whole model{'' if record.headless else ', backbone and head'}, in both directions in every "
+            "round would have taken "
             f"{size(whole)}: {whole / total:,.{0 if whole >= 10 * total else 1}f} times as much."
         )
         compared = [("this run", (float(total),)), ("whole model", (float(whole),))]

@@ -158,11 +158,12 @@ def _progress(record: RunRecord) -> list[Figure]:
             ]
             for total, line in zip(spent, record.rounds, strict=True)
         ],
-        note="Round 0 is the initial head. The last line includes the final evaluation.",
+        note=f"Round 0 is the {'base model' if record.headless else 'initial head'}. The last line includes the final "
+        "evaluation.",
     )
     where = "the pooled test set" if tested else "held-out rows"
     ringed = " The ring marks the kept one." if kept >= 0 else ""
-    caption = f"A dot for each head, on {where}.{ringed}"
+    caption = f"A dot for each {'round' if record.headless else 'head'}, on {where}.{ringed}"
     shares = record.task.score_name == "accuracy"
     title = f"{'Accuracy' if shares else record.task.score_title} over the bytes exchanged"
     return [Figure(title, charts.progress(points, kept, reference, shares=shares), table, caption)]
