@@ -238,19 +238,24 @@ class Tail(nn.Module):
         """
         tensors = [*self.parameters(), *self.buffers()]
         many = copy.deepcopy(self, {id(tensor): tensor for tensor in tensors})
-        if not for_sites(many.module):
+        module: Any = many.module
+        if not getattr(module, "joins_sites", True) or not for_sites(module):
             return
+        # A layer tells sites apart by their rows, of which none may hold texts of two.
+        module.packs = False
         generator = torch.Generator().manual_seed(0)
         sites = [
             {n: one + 0.1 * torch.randn(one.shape, generator=generator).to(one) for n, one in self.trainable().items()}
             for _ in range(2)
         ]
-        # Other values at each site, so that a layer that mixes their rows is found out.
-        own = [values, values / 2]
-        apart = torch.cat([self.run(parameters, given, mask) for parameters, given in zip(sites, own, strict=True)])
+        # Other rows at each site, so that a layer that mixes them is found out; halves of them may be no ids.
+        own, masks = [values, values.flip(0)], None if mask is None else [mask, mask.flip(0)]
+        apart = torch.cat(
+            [self.run(sites[at], own[at], None if masks is None else masks[at]) for at in range(len(sites))]
+        )
         self._many = (many,)
         stacked = {name: torch.stack([one[name] for one in sites]) for name in sites[0]}
-        together = self.run(stacked, torch.cat(own), mask if mask is None else torch.cat([mask] * 2))
+        together = self.run(stacked, torch.cat(own), None if masks is None else torch.cat(masks))
         if not bool((together - apart).abs().max() <= TOLERANCE * apart.abs().max()):
             self._many = ()
 

@@ -76,6 +76,10 @@ class _Tokens(nn.Module):
 
 
 class _Whole(nn.Module):
+    """The whole model, for one site at a time: it takes some rows after the others, and ids instead of activations."""
+
+    joins_sites = False
+
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model

@@ -68,6 +68,7 @@ def test_few_logits_at_a_time_give_the_same_losses(backbone: Backbone, monkeypat
 def test_adapters_of_queries_and_values_train_and_merge(backbone: Backbone, where: str) -> None:
     pytest.importorskip("peft")
     trunk, tail = split(backbone, parse_tune(f"lora:2@{where}"))
+    assert not tail.takes_sites
     names = {name.partition(".lora_")[0].rpartition(".")[2] for name in tail.trainable()}
     assert names in ({"q", "v"}, {"q_proj", "v_proj"})
     adapted = {name.partition(".lora_")[0] for name in tail.trainable()}

@@ -121,3 +121,21 @@ def test_a_model_that_mixes_neighbours_is_not_packed(backbone: Backbone, monkeyp
     monkeypatch.setattr(above, "_packed", failing)
     torch.testing.assert_close(tail.run(tail.trainable(), values, mask), apart, rtol=1e-5, atol=1e-3)
     assert above.packs is False
+
+
+def test_conversations_of_several_sites_share_no_row(backbone: Backbone) -> None:
+    pytest.importorskip("peft")
+    trunk, tail = split(backbone, parse_tune("lora:2@last:1"))
+    if not tail.takes_sites:
+        pytest.skip("this model's adapters train at one site after the other")
+    values, mask = trunk.boundary(backbone.preprocessing.collate([backbone.preprocessing(talk) for talk in TALKS]))
+    assert mask is not None
+    assert Packing.of(mask) is not None
+    generator = torch.Generator().manual_seed(0)
+    sites = [
+        {name: one + 0.1 * torch.randn(one.shape, generator=generator) for name, one in tail.trainable().items()}
+        for _ in range(2)
+    ]
+    apart = [tail.run(own, values[3 * at : 3 * at + 3], mask[3 * at : 3 * at + 3]) for at, own in enumerate(sites)]
+    together = tail.run({name: torch.stack([one[name] for one in sites]) for name in sites[0]}, values, mask)
+    torch.testing.assert_close(together, torch.cat(apart), rtol=1e-5, atol=1e-3)
