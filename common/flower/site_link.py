@@ -4,6 +4,7 @@ import hashlib
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -109,7 +110,7 @@ class SiteLink:
         assert self._run.primary_task_id is not None
         self._state.claim_task(self._run.primary_task_id)
         self._state.activate_task(self._run.primary_task_id)
-        self._completed: list[str] = []
+        self._completed: deque[str] = deque()
         self._sent: dict[str, _Sent] = {}
         self._lock = threading.RLock()
 
@@ -141,8 +142,8 @@ class SiteLink:
 
     def take_completed(self) -> list[str]:
         """Return the ids of the messages whose replies became complete since the last call."""
-        completed, self._completed = self._completed, []
-        return completed
+        # Another thread may be storing an object of this site's, so each step is atomic.
+        return [self._completed.popleft() for _ in range(len(self._completed))]
 
     def answer(self, request_name: str, body: bytes, room: int = 0) -> tuple[int, bytes]:
         """Answer a request of the site's, whose identity is proven.
@@ -294,7 +295,6 @@ class SiteLink:
 
         Raises:
             TooLargeError: if they are too much.
-            ValueError: if one is no object.
         """
         for object_id in [each for each in carried if each in response.objects_to_push]:
             self._check_room(carried[object_id])
