@@ -138,12 +138,14 @@ def _classes(model: Any, weights: Mapping[str, Tensor]) -> int:
 
 
 class _Detector(Proposer):
-    """A model of torchvision's whose weights keep their names.
+    """A detector of torchvision's, whose weights keep their names.
 
     Args:
         model: run in eval mode; must not be used otherwise afterwards.
         count: the number of proposals of an image; None for the model's own.
     """
+
+    by_image = True
 
     def __init__(self, model: Any, count: int | None) -> None:
         super().__init__()

@@ -29,6 +29,9 @@ from fedhead.backbones.state_dict import assign_weights, read_weights
 from fedhead.errors import UserError
 from fedhead.wording import listed
 
+CHOOSING = ("d_fine", "rt_detr", "rt_detr_v2")
+"""Architectures whose queries are the best of many places of an image; other runtimes order these differently."""
+
 SIZE = 640
 """Default height and width of images, where neither the processor nor the model has a size."""
 
@@ -105,6 +108,8 @@ class Queries(Proposer):
         super().__init__()
         self.model = model
         self.count = count
+        if model.config.model_type in CHOOSING:
+            self.not_exported = f"the family {model.config.model_type!r} chooses its queries by the content of an image"
 
     def forward(self, images: Tensor) -> Tensor:
         output = self.model(pixel_values=images, return_dict=True)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from fedhead.backbones.geometry import Geometry
@@ -77,7 +78,7 @@ class Proposals(Geometry):
         return (self.places(values) * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp_min(1)
 
     def _rows(self, values: Tensor) -> Tensor:
-        return values.reshape(len(values), self.num_places, -1)
+        return values.reshape(-1, self.num_places, 4 + self.num_features)
 
 
 def with_area(corners: Tensor) -> Tensor:
@@ -91,6 +92,12 @@ class Proposer(nn.Module, ABC):
     The first four numbers of a row are left, top, right and bottom as shares of the image; the others are features.
     """
 
+    by_image: bool = False
+    """Whether an exported program takes one image at a time, since what it computes depends on the image's boxes."""
+
+    not_exported: str = ""
+    """Why programs cannot be exported, as the end of a sentence; empty if they can."""
+
     @abstractmethod
     def steady(self, images: Tensor) -> Tensor:
         """Return mean features `[n, d]` that hang on no choice of boxes, for comparing two machines.
@@ -103,9 +110,6 @@ def rows_of(corners: Sequence[Tensor], features: Sequence[Tensor], count: int, i
     """Return proposals `[n, P, 4 + d]` of `n` images, given those of each by descending score, in pixels."""
     height, width = images.shape[2:]
     shares = images.new_tensor([width, height, width, height])
-    rows = images.new_zeros(len(corners), count, 4 + features[0].shape[1])
-    for own, boxes, vectors in zip(rows, corners, features, strict=True):
-        filled = min(len(boxes), count)
-        own[:filled, :4] = boxes[:filled] / shares
-        own[:filled, 4:] = vectors[:filled]
-    return rows
+    rows = [torch.cat([boxes / shares, own], 1) for boxes, own in zip(corners, features, strict=True)]
+    # Exports trace it: the number of boxes is a tensor's, and only then cut to the count.
+    return torch.stack([torch.cat([own, own.new_zeros(count, own.shape[1])])[:count] for own in rows])

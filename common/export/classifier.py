@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fedhead.backbones import Backbone
 from fedhead.backbones.hf_audio import AudioEncoder
 from fedhead.backbones.pooling import pool
+from fedhead.backbones.proposals import Proposer
 from fedhead.data import Clip, Item, Kind, TableRow
 from fedhead.evaluation.foreign import Distances, Foreign
 from fedhead.model import TransferModel
@@ -92,6 +93,11 @@ def classifier_of(model: TransferModel) -> Classifier:
         "audio": _AudioClassifier,
     }
     return modules[model.backbone.kind](model).eval()
+
+
+def by_image(backbone: Backbone) -> bool:
+    """Return whether an exported program takes one image at a time."""
+    return isinstance(backbone.module, Proposer) and backbone.module.by_image
 
 
 def input_names(backbone: Backbone) -> list[str]:

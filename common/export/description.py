@@ -13,7 +13,7 @@ from fedhead.backbones.digests import digest_tensors
 from fedhead.backbones.hf_audio import LEAST_SECONDS, AudioEncoder
 from fedhead.backbones.preprocessing import ImagePreprocessing, TextPreprocessing
 from fedhead.evaluation.foreign import UNLIKE, Foreign
-from fedhead.export.classifier import EXCESS, input_names, sample_inputs
+from fedhead.export.classifier import EXCESS, by_image, input_names, sample_inputs
 from fedhead.model import TransferModel
 from fedhead.tasks.dense import DenseTask
 
@@ -30,7 +30,7 @@ def describe_export(model: TransferModel) -> dict[str, Any]:
         first, *others = sample_inputs(backbone, 1)
         shapes = {"clips": ["batch", "length", *first.shape[2:]], **({"lengths": ["batch"]} if others else {})}
     elif not text:
-        shapes = {input_names(backbone)[0]: ["batch", *sample_inputs(backbone, 1)[0].shape[1:]]}
+        shapes = {input_names(backbone)[0]: [batch_of(backbone), *sample_inputs(backbone, 1)[0].shape[1:]]}
     return {
         "format": "fedhead-export-1",
         "fedhead": __version__,
@@ -39,7 +39,7 @@ def describe_export(model: TransferModel) -> dict[str, Any]:
         "preprocessing": describe_preprocessing(backbone),
         "output": {
             "name": model.task.answer_name,
-            "shape": ["batch", *_answer_shape(model)],
+            "shape": [batch_of(backbone), *_answer_shape(model)],
             "meaning": model.task.answer_meaning,
         },
         **({} if model.foreign is None else {"foreign": _describe_foreign(model.foreign)}),
@@ -57,6 +57,11 @@ def describe_export(model: TransferModel) -> dict[str, Any]:
         },
         "head": {"spec": model.head_spec, "digest": digest_tensors(model.head.state_dict())},
     }
+
+
+def batch_of(backbone: Backbone) -> int | str:
+    """Return the first dimension of a program's inputs and outputs: 1 if it takes one image at a time."""
+    return 1 if by_image(backbone) else "batch"
 
 
 def _answer_shape(model: TransferModel) -> list[int]:

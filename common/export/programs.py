@@ -14,17 +14,21 @@ from fedhead.backbones import Backbone
 from fedhead.backbones.audio import WINDOW
 from fedhead.backbones.hf_audio import AudioEncoder
 from fedhead.errors import FedheadError
-from fedhead.export.classifier import EXCESS, Outputs, classifier_of, input_names, sample_inputs
+from fedhead.export.classifier import EXCESS, Outputs, by_image, classifier_of, input_names, sample_inputs
 from fedhead.export.description import DOCUMENT, metadata_of
 from fedhead.export.formats import FORMATS
 from fedhead.export.verification import first_line
 from fedhead.extras import require
 from fedhead.model import TransferModel
+from fedhead.tasks.dense import DenseTask
 
 EXTRA_FILE = "fedhead.json"
 """Name of the description among the extra files of a torch export."""
 
 _TRACED = 3
+
+_OPSET = 18
+"""Version of the operators of a detector's program: the first with all those of `fedhead.export.suppression`."""
 
 _ONNX_LIMIT = 2**31 - 2**20
 
@@ -76,6 +80,8 @@ def write_onnx(model: TransferModel) -> tuple[bytes, Callable[..., Outputs]]:
             f"{model.backbone.spec} has {model.backbone.num_bytes / 1e9:.1f} GB of weights, but an ONNX file is "
             "limited to 2 GB; use --format torch-export."
         )
+    if by_image(model.backbone):
+        return _write_detector(model)
     program = _traced(model, "onnx")
     names = input_names(model.backbone)
     outputs = [model.task.answer_name, *([] if model.foreign is None else [EXCESS])]
@@ -94,6 +100,48 @@ def write_onnx(model: TransferModel) -> tuple[bytes, Callable[..., Outputs]]:
         return found if len(found) > 1 else found[0]
 
     return content, first_or_all
+
+
+def _write_detector(model: TransferModel) -> tuple[bytes, Callable[..., Outputs]]:
+    """Return an ONNX file of one image at a time, and its program for several.
+
+    Only the exporter that records a run supports torchvision's detectors: the number of boxes depends on the image.
+    """
+    names, outputs = input_names(model.backbone), [model.task.answer_name]
+    # The exporter takes an open file, too, other than its types say.
+    buffer: Any = io.BytesIO()
+    inputs = sample_inputs(model.backbone, 1)
+    onnx = require("onnx", "onnx", "An export to ONNX")
+    with torch.no_grad(), _quiet(), _as_a_sentence(model, "onnx"):
+        torch.onnx.export(
+            classifier_of(model),
+            inputs,
+            buffer,
+            dynamo=False,
+            opset_version=_OPSET,
+            input_names=names,
+            output_names=outputs,
+        )
+        proto = onnx.load_from_string(buffer.getvalue())
+        assert isinstance(model.task, DenseTask) and model.backbone.geometry is not None
+        shape = [1, *model.task.program_shape(model.backbone.geometry)]
+        del proto.graph.output[:]
+        proto.graph.output.append(onnx.helper.make_tensor_value_info(*outputs, onnx.TensorProto.FLOAT, shape))
+        for key, value in metadata_of(model).items():
+            proto.metadata_props.add(key=key, value=value)
+        content: bytes = proto.SerializeToString()
+        run = image_by_image(in_runtime(content, names, outputs))
+    return content, lambda *given: run(*given)[0]
+
+
+def image_by_image(run: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """Return a program of one image at a time as one of several images."""
+
+    def several(*inputs: Tensor) -> tuple[Tensor, ...]:
+        found = [run(*(one[row : row + 1] for one in inputs)) for row in range(len(inputs[0]))]
+        return tuple(map(torch.cat, zip(*found, strict=True)))
+
+    return several
 
 
 def in_runtime(content: bytes, names: Sequence[str], outputs: Sequence[str]) -> Callable[..., tuple[Tensor, ...]]:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fedhead.errors import FedheadError, UserError
-from fedhead.export.classifier import Outputs, input_names, sample_inputs
-from fedhead.export.description import DOCUMENT
-from fedhead.export.programs import in_runtime
+from fedhead.export.classifier import Outputs, by_image, input_names, sample_inputs
+from fedhead.export.description import DOCUMENT, batch_of
+from fedhead.export.programs import image_by_image, in_runtime
 from fedhead.export.verification import BATCH_SIZES, TOLERANCE
 from fedhead.extras import require
 from fedhead.model import TransferModel
@@ -43,7 +43,8 @@ def require_boxes(model: TransferModel, file_format: str) -> None:
 def describe_boxes(model: TransferModel) -> dict[str, Any]:
     """Return the description of the outputs as JSON types."""
     most = _most(model)
-    shapes = {BOXES: ["batch", most, 4], SCORES: ["batch", most], LABELS: ["batch", most]}
+    batch = batch_of(model.backbone)
+    shapes = {BOXES: [batch, most, 4], SCORES: [batch, most], LABELS: [batch, most]}
     return {"names": [BOXES, SCORES, LABELS], "shapes": shapes, "meaning": MEANING}
 
 
@@ -64,7 +65,8 @@ def with_suppression(content: bytes, model: TransferModel) -> tuple[bytes, Calla
     document.value = json.dumps(described, ensure_ascii=False, indent=1)
     onnx.checker.check_model(proto)
     changed: bytes = proto.SerializeToString()
-    return changed, in_runtime(changed, input_names(model.backbone), (BOXES, SCORES, LABELS))
+    run = in_runtime(changed, input_names(model.backbone), (BOXES, SCORES, LABELS))
+    return changed, image_by_image(run) if by_image(model.backbone) else run
 
 
 def add_suppression(proto: Any, model: TransferModel) -> None:
@@ -124,7 +126,7 @@ def add_suppression(proto: Any, model: TransferModel) -> None:
     del graph.output[:]
     real, whole = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
     for name, kind, shape in ((BOXES, real, [most, 4]), (SCORES, real, [most]), (LABELS, whole, [most])):
-        graph.output.append(onnx.helper.make_tensor_value_info(name, kind, ["batch", *shape]))
+        graph.output.append(onnx.helper.make_tensor_value_info(name, kind, [batch_of(model.backbone), *shape]))
 
 
 def require_same_boxes(

@@ -9,7 +9,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fedhead.backbones import Backbone
-from fedhead.backbones.proposals import Proposals
+from fedhead.backbones.proposals import Proposer
 from fedhead.errors import UserError
 from fedhead.export.classifier import Outputs, classifier_of
 from fedhead.export.description import metadata_of
@@ -51,11 +51,8 @@ def export_model(model: TransferModel, file_format: str, path: Path | str, *, nm
             f"A model of the task {model.task.name!r} gives several answers per text, which the format {file_format!r} "
             "does not support; export it as 'fedhead' or 'state-dict'."
         )
-    if isinstance(model.backbone.geometry, Proposals) and file_format in ("onnx", "torch-export"):
-        raise UserError(
-            f"The backbone {model.backbone.spec} chooses its proposals by the content of an image, which a program in "
-            f"the format {file_format!r} does not support; export it as 'fedhead' or 'state-dict'."
-        )
+    if isinstance(model.backbone.module, Proposer) and file_format in ("onnx", "torch-export"):
+        _require_program(model.backbone.spec, model.backbone.module, file_format)
     if model.head_spec == "none" and file_format != "fedhead":
         raise UserError("A language model is exported as 'fedhead', or its adapters as 'peft'.")
     if file_format == "fedhead":
@@ -67,6 +64,14 @@ def export_model(model: TransferModel, file_format: str, path: Path | str, *, nm
         difference = max(difference, require_same_boxes(model, run, boxes))
     write_atomically(path, content)
     return Exported(path, len(content), difference)
+
+
+def _require_program(spec: str, proposer: Proposer, file_format: str) -> None:
+    reason, others = proposer.not_exported, "'fedhead' or 'state-dict'"
+    if not reason and proposer.by_image and file_format != "onnx":
+        reason, others = "the number of its boxes depends on the image", "'onnx', 'fedhead' or 'state-dict'"
+    if reason:
+        raise UserError(f"{spec} cannot be exported as {file_format!r}, since {reason}. Export the model as {others}.")
 
 
 def check_format(file_format: str) -> None:

@@ -226,7 +226,8 @@ class LinearHead(AffineHead):
         return head
 
     def outputs(self, parameters: Mapping[str, Tensor], features: Tensor) -> Tensor:
-        return features @ parameters["weight"].mT + parameters["bias"].unsqueeze(-2)
+        # Not `mT`, which the exporter of detectors does not support.
+        return features @ parameters["weight"].transpose(-1, -2) + parameters["bias"].unsqueeze(-2)
 
     @torch.no_grad()
     def gradients(

@@ -16,7 +16,7 @@ from fedhead.tasks.detection import Detection
 def suppressing(classes: int, grid: tuple[int, int]) -> onnxruntime.InferenceSession:
     """Return a program from boxes and scores `[n, P, C, 5]` of all cells to those that are left."""
     task = Detection([f"class {number}" for number in range(classes)])
-    model: Any = SimpleNamespace(task=task, backbone=SimpleNamespace(geometry=Geometry(((1, *grid),))))
+    model: Any = SimpleNamespace(task=task, backbone=SimpleNamespace(geometry=Geometry(((1, *grid),)), module=None))
     shape = ["batch", grid[0] * grid[1], classes, 5]
     values = onnx.helper.make_tensor_value_info
     graph = onnx.helper.make_graph(
