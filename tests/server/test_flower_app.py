@@ -69,7 +69,8 @@ def test_an_app_without_classes_or_over_something_is_refused(tmp_path: Path) -> 
         ({"task": "generation", "backbone": "hf:x/y"}, 5),
         ({"task": "segmentation", "backbone": "torchvision:mobilenet_v2", "classes": ("a", "b")}, 0),
         ({"classes": ("a", "b"), "tune": {"layers": "last:1"}}, 10),
-        ({"classes": ("a", "b"), "privacy": {"epsilon": 1.0}}, 0),
+        ({"classes": ("a", "b"), "privacy": {"epsilon": 1.0}}, 20),
+        ({"classes": ("a", "b"), "privacy": {"epsilon": 1.0}, "rounds": 0}, 0),
     ],
     ids=str,
 )

@@ -76,6 +76,7 @@ def test_a_site_reads_its_settings_and_may_be_asked_everything(kits: Path) -> No
         "data": "",
         "device": "auto",
         "precision": "float32",
+        "activations": "auto",
         "strict_data": False,
         "holdout": 0.2,
         "limits": {"min_class_count": 5, "min_rows": 20, "max_backbone_bytes": 2**32},

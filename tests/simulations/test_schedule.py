@@ -135,7 +135,8 @@ def test_rounds_equal_the_same_by_hand(
         start, ours = (torch.from_numpy(np.array(one)) for one in (versions[0][name], value))
         moved = float((expected[name] - start).norm())
         assert moved > 0
-        assert float((ours - expected[name]).norm()) < 1e-3 * moved
+        # A bias of -9 that moves by 0.003 has few bits of float32 for it.
+        assert float((ours - expected[name]).norm()) < 1e-3 * moved + 5e-7 * float(start.norm())
 
 
 class _KillAfter(Observer):
