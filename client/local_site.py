@@ -37,7 +37,7 @@ from fedhead.errors import FedheadError, UserError
 from fedhead.features.store import FeatureStore
 from fedhead.files import home, safe_name
 from fedhead.heads import FeatureMap, Head, LinearHead, delivered_spec, unmapped
-from fedhead.model import BACKBONE_FILE, TransferModel, clear_site_model
+from fedhead.model import BACKBONE_FILE, TransferModel, forget_other_kind, new_site_model
 from fedhead.protocol.messages import Manifest, WeightsChunk
 from fedhead.protocol.steps import Masking, Step
 from fedhead.sums.calibration import Calibration
@@ -232,7 +232,7 @@ class LocalSite:
         if not self.keeps_heads:
             return
         backbone = self._backbone(manifest)
-        path = clear_site_model(self.name, tuned=tail is not None)
+        path = new_site_model(self.name, tuned=tail is not None)
         if tail is not None:
             backbone = merged(backbone, self._split(manifest).split.tail, tail)
             backbone.save(path.with_name(BACKBONE_FILE))
@@ -245,6 +245,7 @@ class LocalSite:
             calibration=Calibration(temperature),
         )
         model.save(path)
+        forget_other_kind(self.name, tuned=tail is not None)
         logger.info("This site's personal head (%s) is in %s.", about, path)
 
     def open(self, manifest: Manifest) -> Holding:

@@ -35,7 +35,7 @@ class OwnAdapters:
         """Return the adapters of the latest round before one; none before the site's first.
 
         Args:
-            run: the run's name.
+            run: the name of a run and its layers.
             number: of the round.
             form: arrays of the expected names, shapes and dtype.
 

@@ -41,10 +41,15 @@ def is_personal(manifest: Manifest) -> bool:
     return bool(manifest.tune) and parse_tune(manifest.tune).personal
 
 
+def _family(manifest: Manifest) -> str:
+    """Return the name under which adapters stay: a coordinator can give several runs one name."""
+    return f"{manifest.run} {manifest.backbone_digest} {manifest.tune} {manifest.objective}"
+
+
 def train(sites: Sequence[Site], payload: Payload, context: Context, merged: bool) -> Iterator[Answer]:
-    """Train as `head_handlers.train`, or each site with its own part of the tail, which it keeps."""
+    """Train as `head_handlers.train`, or a tail at each site with its own part of it, which it keeps."""
     agreed = agreement(context)
-    if not is_personal(agreed.manifest):
+    if not is_personal(agreed.manifest) or not part_of(payload.arrays, TAIL):
         yield from head_handlers.train(sites, payload, context, merged)
         return
     request = HeadRequest.from_payload(payload, form_of(sites, agreed, payload.arrays, part=True))
@@ -69,7 +74,7 @@ def train(sites: Sequence[Site], payload: Payload, context: Context, merged: boo
             arrays = {name: value[0].cpu().numpy() for name, value in made.parameters.items()}
             own = {name: value for name, value in arrays.items() if name not in request.arrays}
             if all(bool(np.isfinite(value).all()) for value in arrays.values()):
-                site.own_adapters.keep(manifest.run, number, own)
+                site.own_adapters.keep(_family(manifest), number, own)
             shared = {name: arrays[name] for name in request.arrays}
             yield position, shared, int(made.rows[0]), float(made.losses[0])
 
@@ -98,7 +103,7 @@ def prepare_with_own(site: Site, agreed: Agreement, request: HeadRequest, number
     if not part_of(request.arrays, TAIL) or not is_personal(agreed.manifest):
         return ready
     tuning = site.tuning(agreed.manifest)
-    stored = site.own_adapters.before(agreed.manifest.run, number, tuning.own_form)
+    stored = site.own_adapters.before(_family(agreed.manifest), number, tuning.own_form)
     own = {f"{TAIL}{name}": value for name, value in tuning.tail.trainable().items()}
     device = tuning.store.device
     kept: Mapping[str, Tensor] = {name: torch.from_numpy(value).to(device) for name, value in stored.items()}

@@ -288,17 +288,21 @@ class TransferModel:
             backbone = Backbone.load(beside)
         if backbone is None:
             backbone = find_backbone(described.backbone, described.layer, described.weights_digest)
+        adapted = None
         if (file := path.with_name(TAIL_FILE)).is_file() and (
             backbone is None or backbone.digest != described.backbone_digest
         ):
-            backbone = _tuned(load_tail(file), backbone, described) or backbone
+            adapted = _tuned(load_tail(file), backbone, described)
+        backbone = adapted or backbone
         if backbone is None:
             raise FedheadError(
                 f"The weights of {described.backbone} are not on this machine: they are neither at {beside} nor at "
                 f"{weights_path(described.weights_digest)}. Copy their file here and pass it with --weights FILE, put "
                 f"{BACKBONE_FILE} beside the model, or load the backbone here once, as on the site."
             )
-        if backbone.digest != described.backbone_digest:
+        # Sums of products may be rounded differently on another machine. The adapted backbone keeps its own digest, by
+        # which its features are cached.
+        if adapted is None and backbone.digest != described.backbone_digest:
             raise UserError(
                 f"The model {path} needs another backbone than {backbone.spec} with digest "
                 f"{backbone.digest[:12]}…: its own is {described.backbone}, {described.backbone_digest[:12]}…."
@@ -327,10 +331,7 @@ def _tuned(tail: TailFile, base: Backbone | None, described: _Description) -> Ba
     base = base or find_backbone(tail.spec, tail.layer, tail.weights_digest)
     if base is None or base.weights_digest != tail.weights_digest:
         return None
-    made = with_adapters(base, tail)
-    # Sums of products may be rounded differently on another machine.
-    made.__dict__.update(digest=described.backbone_digest, weights_digest=described.weights_digest)
-    return made
+    return with_adapters(base, tail)
 
 
 def size_of(item: Item) -> tuple[int, int]:
@@ -343,8 +344,8 @@ def site_model_path(site: str) -> Path:
     return home() / "site-models" / f"{safe_name(site)}.safetensors"
 
 
-def clear_site_model(site: str, *, tuned: bool) -> Path:
-    """Return the path of a site's new personal model, whose folder exists, and delete the site's one of the other kind.
+def new_site_model(site: str, *, tuned: bool) -> Path:
+    """Return the path of a site's new personal model, whose folder exists.
 
     Args:
         site: its name.
@@ -353,11 +354,16 @@ def clear_site_model(site: str, *, tuned: bool) -> Path:
     plain, folder = site_model_path(site), site_model_path(site).with_suffix("")
     path = folder / MODEL_FILE if tuned else plain
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return path
+
+
+def forget_other_kind(site: str, *, tuned: bool) -> None:
+    """Delete a site's personal model of the other kind, once the new one is whole."""
+    plain = site_model_path(site)
     if tuned:
         plain.unlink(missing_ok=True)
     else:
-        shutil.rmtree(folder, ignore_errors=True)
-    return path
+        shutil.rmtree(plain.with_suffix(""), ignore_errors=True)
 
 
 def find_site_model(site: str) -> Path | None:

@@ -14,6 +14,9 @@ FloatArray = npt.NDArray[np.float64]
 MOST_LOSS = 50.0
 """Limit on the loss of a row, so that no row, and no liar beyond its number of rows, decides a comparison."""
 
+MOST_COUNTED = 2**50
+"""Limit on the rows of a reply, so that sums of counts over thousands of sites fit into int64."""
+
 _SLACK = 1e-6
 
 
@@ -77,7 +80,7 @@ class PairedLosses:
         """
         check_form(arrays, like.to_arrays())
         rows, losses, products = int(arrays["rows"][0]), arrays["losses"], arrays["products"]
-        if rows < 0:
+        if not 0 <= rows <= MOST_COUNTED:
             raise ValueError("it counts an impossible number of rows")
         check_losses("losses", losses, rows)
         check_losses("products", products, rows, MOST_LOSS**2)

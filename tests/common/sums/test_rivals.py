@@ -118,3 +118,13 @@ def test_a_gain_cannot_be_claimed_as_certain() -> None:
     uneven["products"][0, 1] *= 0.9
     with pytest.raises(ValueError, match="symmetric"):
         PairedLosses.from_arrays(uneven, PairedLosses.zeros(2))
+
+
+@pytest.mark.parametrize("rows", [2**50 + 1, 5 * 10**18, 2**63 - 1])
+@pytest.mark.parametrize("shared", [0, 1])
+def test_counts_that_overflow_a_sum_are_refused(rows: int, shared: int) -> None:
+    like = RivalSums.zeros(2)
+    both = np.array([[rows, shared * rows], [shared * rows, rows]], np.int64)
+    lie = {**like.to_arrays(), "rows": np.array([rows], np.int64), "both": both}
+    with pytest.raises(ValueError, match="impossible number of rows"):
+        RivalSums.from_arrays(lie, like)
