@@ -20,20 +20,16 @@ from fedhead.backbones.backbone import Backbone, backbone_sources, detecting, re
 from fedhead.backbones.catalogue import Catalogue, Entry, catalogues, image_input
 from fedhead.backbones.downloads import not_to_be_had
 from fedhead.backbones.hf_audio import AudioEncoder, form_of, limit_of, max_seconds_of
+from fedhead.backbones.hf_config import configure, first_line, model_class, quiet, without_pooler
 from fedhead.backbones.hf_detectors import build, files_find_objects, finds_objects
 from fedhead.backbones.hf_recipe import (
     Recipe,
-    configure,
-    first_line,
     image_size,
     longest_text,
-    model_class,
     optional_json,
     preprocessing_of,
-    quiet,
     read_recipe,
     require_no_dense,
-    without_pooler,
 )
 from fedhead.backbones.state_dict import assign_weights, read_weights
 from fedhead.data.items import ITEMS

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 
-from fedhead.backbones.hf_recipe import first_line
+from fedhead.backbones.hf_config import first_line
 from fedhead.errors import UserError
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from fedhead.backbones.backbone import Backbone, read_files
 from fedhead.backbones.chat import encode
 from fedhead.backbones.hf import local_folder, parse_name, query_of, require_safetensors, snapshot
 from fedhead.backbones.hf_causal_recipe import GGUF, CausalRecipe, located, read_causal_recipe
-from fedhead.backbones.hf_recipe import configure, first_line, quiet
+from fedhead.backbones.hf_config import configure, first_line, quiet
 from fedhead.backbones.preprocessing import Batch
 from fedhead.backbones.state_dict import assign_weights, read_weights
 from fedhead.data import Item, Kind

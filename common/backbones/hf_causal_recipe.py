@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from fedhead.backbones.chat import ChatForm
-from fedhead.backbones.hf_recipe import MAX_LENGTH, UNREAD, architecture, first_line, longest_text
+from fedhead.backbones.hf_config import UNREAD, architecture, first_line
+from fedhead.backbones.hf_recipe import MAX_LENGTH, longest_text
 from fedhead.data.conversations import Turn
 from fedhead.errors import UserError
 

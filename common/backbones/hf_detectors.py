@@ -11,18 +11,8 @@ from torch import Tensor
 
 from fedhead.backbones import hf_building as building
 from fedhead.backbones.backbone import Backbone
-from fedhead.backbones.hf_recipe import (
-    DETECTORS,
-    UNREAD,
-    Recipe,
-    configure,
-    first_line,
-    image_size,
-    optional_json,
-    processor_of,
-    quiet,
-    to_preprocessing,
-)
+from fedhead.backbones.hf_config import DETECTORS, UNREAD, configure, first_line, quiet
+from fedhead.backbones.hf_recipe import Recipe, image_size, optional_json, processor_of, to_preprocessing
 from fedhead.backbones.preprocessing import ImagePreprocessing
 from fedhead.backbones.proposals import PROPOSALS, Proposer, split_proposals
 from fedhead.backbones.state_dict import assign_weights, read_weights

@@ -3,11 +3,9 @@
 import copy
 import functools
 import hashlib
-import inspect
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -25,6 +23,7 @@ from fedhead.backbones.hf_audio import (
     form_of,
     own_vector,
 )
+from fedhead.backbones.hf_config import UNREAD, architecture, configure, first_line, model_class, quiet, without_pooler
 from fedhead.backbones.preprocessing import ImagePreprocessing, Preprocessing, TextPreprocessing
 from fedhead.data import Kind
 from fedhead.errors import UserError
@@ -53,15 +52,6 @@ _SENTENCE_POOLINGS: dict[str, PoolingName] = {
 
 _SENTENCE_MODULES = ("Transformer", "Pooling", "Normalize", "Dropout")
 """Modules of sentence-transformers that are applied, or that have no effect on heads."""
-
-DETECTORS = (
-    *("conditional_detr", "d_fine", "deformable_detr", "detr"),
-    *("rt_detr", "rt_detr_v2", "table-transformer", "yolos"),
-)
-"""Architectures that find objects by queries."""
-
-UNREAD = ("_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version")
-"""Keys of a configuration that do not affect the module."""
 
 _PROCESSING_TOLERANCE = 1e-4
 
@@ -124,18 +114,6 @@ class Recipe:
             raise UserError(f"{path} has no valid description of its model and inputs: {error}.") from None
 
 
-def architecture(text: str) -> Mapping[str, Any]:
-    """Parse a `config.json`, which may come from another machine.
-
-    Raises:
-        ValueError: if it does not contain named values.
-    """
-    config = json.loads(text)
-    if not isinstance(config, dict):
-        raise ValueError("its config.json does not contain named values")
-    return config
-
-
 def read_recipe(folder: Path, spec: str) -> Recipe:
     """Read everything besides the weights from a folder in the library's format."""
     values = _json(folder / "config.json", spec)
@@ -154,57 +132,6 @@ def read_recipe(folder: Path, spec: str) -> Recipe:
         if getattr(cls, "main_input_name", "input_ids") in INPUTS:
             form_of(config, spec)
         return _text_recipe(folder, kept, config, spec)
-
-
-def configure(values: Mapping[str, Any], spec: str, *, pairs: bool = False) -> "PreTrainedConfig":
-    """Build a configuration of an architecture that is part of the library.
-
-    Args:
-        values: as in `config.json`.
-        spec: the backbone, for messages.
-        pairs: whether encoder-decoders of texts are taken.
-
-    Raises:
-        UserError: if there is no such architecture, or it is not taken.
-    """
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    model_type = values.get("model_type")
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        code = " Its folder contains code for it, which fedhead does not execute." if "auto_map" in values else ""
-        raise UserError(f"{spec} has the architecture {model_type!r}, which transformers does not include.{code}")
-    known = {key: value for key, value in values.items() if key not in UNREAD}
-    try:
-        config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(known)
-    # Configurations validate themselves and may raise any error.
-    except Exception as error:
-        raise UserError(f"transformers cannot read the config.json of {spec}: {first_line(error)}") from None
-    vision = getattr(config, "vision_config", None)
-    if vision is not None and not isinstance(vision, dict):
-        config = vision
-    texts = getattr(config, "is_encoder_decoder", False) and config.model_type not in (*FORMS, *DETECTORS)
-    if texts and not pairs:
-        raise UserError(
-            f"{spec} translates texts to texts ({model_type}): it takes the task 'generation', and for others use an "
-            "encoder or a decoder alone."
-        )
-    config.use_cache = False
-    return config
-
-
-def model_class(config: "PreTrainedConfig", spec: str) -> Any:
-    """Return the class for encoding without a task.
-
-    Raises:
-        UserError: if the architecture has none.
-    """
-    from transformers.models.auto.modeling_auto import MODEL_MAPPING
-
-    try:
-        cls = MODEL_MAPPING[type(config)]
-    except KeyError:
-        raise UserError(f"transformers has no plain encoder for {spec} ({config.model_type}).") from None
-    return cls[0] if isinstance(cls, tuple) else cls
 
 
 def _text_recipe(folder: Path, kept: Mapping[str, Any], config: "PreTrainedConfig", spec: str) -> Recipe:
@@ -277,11 +204,6 @@ def require_no_dense(folder: Path, spec: str) -> None:
             f"{spec} has the modules {', '.join(types)}: sentence-transformers also applies {' and '.join(others)}, "
             f"but fedhead does not. To use the features before them: {spec}{'&' if '?' in spec else '?'}dense=no."
         )
-
-
-def without_pooler(cls: Any) -> dict[str, Any]:
-    """Return the options for omitting a pooling layer trained for another task, which many checkpoints lack."""
-    return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(cls.__init__).parameters else {}
 
 
 def _vision_pooling(config: "PreTrainedConfig", spec: str) -> PoolingName:
@@ -443,25 +365,3 @@ def optional_json(path: Path) -> dict[str, Any]:
         UserError: if it is damaged.
     """
     return _json(path, str(path.parent)) if path.is_file() else {}
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the library's progress bars and reports off the terminal; problems are raised as fedhead's own errors."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of a library's error, as the end of a sentence."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") + "." if lines else f"{type(error).__name__}."
