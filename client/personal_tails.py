@@ -52,7 +52,7 @@ def train(sites: Sequence[Site], payload: Payload, context: Context, merged: boo
     if not is_personal(agreed.manifest) or not part_of(payload.arrays, TAIL):
         yield from head_handlers.train(sites, payload, context, merged)
         return
-    request = HeadRequest.from_payload(payload, form_of(sites, agreed, payload.arrays, part=True))
+    request = HeadRequest.from_payload(payload, form_of(sites, agreed, payload.arrays))
     asked, limits = asked_settings(agreed, request), sites[0].training
     limits.check(asked)
     local = agreed.task.local(asked, head_of(agreed))

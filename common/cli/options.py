@@ -143,7 +143,8 @@ def run_config(path: Path | None, assignments: list[str] | None, settings: dict[
     from fedhead.errors import UserError
 
     changes = merge(settings, parse_assignments(assignments or []))
-    if changes.get("privacy", {}).get("epsilon") == 0:
+    privacy = changes.get("privacy")
+    if isinstance(privacy, dict) and privacy.get("epsilon") == 0:
         raise UserError(
             "With epsilon 0 a head could not depend on any row: choose one above 0, such as --epsilon 3, or leave it "
             "out for a run without differential privacy."

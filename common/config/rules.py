@@ -210,6 +210,8 @@ def _objectives_train_layers(run: "RunConfig") -> None:
         raise ValueError("objective 'supcon' compares the rows of a minibatch: set tune.batch_size to 2 or more")
     if objective == "mlm" and not run.backbone.startswith("hf:"):
         raise ValueError(f"objective 'mlm' masks words for a text encoder hf:NAME, not for {run.backbone!r}")
+    if objective == "mlm" and run.simulation.activations == "recompute":
+        raise ValueError("objective 'mlm' needs stored activations: set simulation.activations to 'auto' or 'store'")
     if "head" in run.tune.schedule.values():
         raise ValueError(
             f"in a schedule's stage 'head' no layers train, so that objective {objective!r} has none: begin with "

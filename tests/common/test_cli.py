@@ -234,6 +234,7 @@ def test_a_folder_is_no_configuration() -> None:
         (["--set", "locl.lr=0.1"], "Did you mean 'local'"),
         (["--set", "local.lrr=0.1"], "Did you mean 'lr'"),
         (["--set", "local=3"], "Setting 'local'"),
+        (["--set", "privacy=3"], "Setting 'privacy'"),
         (["--set", "rounds.deep=3"], "Setting 'rounds'"),
         (["--set", "local.lr=fast"], "Setting 'local.lr'"),
         (["--set", "local.lr=-1"], "Setting 'local.lr'"),

@@ -161,6 +161,14 @@ def test_stages_train_more_and_more_layers_on_an_objective(odd_digits: Path, tmp
         ({"tune": {"layers": "last:1", "objective": "nonsense"}}, "objective"),
         ({"tune": {"layers": "last:1", "objective": "supcon", "batch_size": 1}}, "2 or more"),
         ({"tune": {"layers": "last:1", "objective": "supcon"}, "task": "multi-label"}, "one class each"),
+        (
+            {
+                "tune": {"layers": "last:1", "objective": "mlm"},
+                "backbone": "hf:any",
+                "simulation": {"activations": "recompute"},
+            },
+            "needs stored activations",
+        ),
         ({"tune": {"layers": "last:1", "objective": "simsiam"}, "task": "regression"}, "une is for the tasks"),
         ({"tune": {"layers": "lora:8", "objective": "simsiam"}, "task": "generation", "backbone": "hf:a"}, "answers"),
         ({"tune": {"objective": "simsiam", "schedule": {1: "head", 2: "last:1"}}}, "stage 'head'"),

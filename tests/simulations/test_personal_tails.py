@@ -20,11 +20,14 @@ from fedhead.client.local_site import LocalSite
 from fedhead.client.release.guard import Guard
 from fedhead.config import RunConfig
 from fedhead.errors import UserError
+from fedhead.heads.tail import TAIL
 from fedhead.model import TransferModel, find_site_model
 from fedhead.server.observer import Observer
 from fedhead.server.runs.history import Round
+from fedhead.server.tuned_form import TunedForm
 from fedhead.simulations import simulate
 from fedhead.simulations.result import RunResult
+from fedhead.sums.sums import Arrays
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -166,6 +169,19 @@ def test_real_sites_make_the_same_family_and_keep_their_models(
     Image.fromarray(digits.images[0]).save(tmp_path / "one.png")
     done = CliRunner().invoke(app, ["predict", "--site-model", "site-0", str(tmp_path / "one.png"), "--json"])
     assert done.exit_code == 0, done.output
+
+
+def test_no_site_trains_on_a_part_of_the_shared_adapters(
+    digits: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_one(form: TunedForm, number: int, parameters: Arrays) -> Arrays:
+        first = next(name for name in parameters if name.startswith(TAIL))
+        return {name: value for name, value in parameters.items() if name != first}
+
+    monkeypatch.setattr(TunedForm, "trained_in", without_one)
+    result = simulate(config(rounds=1), digits.data, digits.rows, out=tmp_path / "run")
+    assert result.summary()["kept"] == "solved"
+    assert not list((tmp_path / "run").rglob("site-adapters/**/*.safetensors"))
 
 
 @pytest.mark.parametrize(
