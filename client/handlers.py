@@ -81,17 +81,8 @@ def answer(
         FedheadError: if the message cannot be answered; a sentence that may leave the site.
         UserError: if the site's own data or settings forbid it; not for others' eyes.
     """
-    about = None
-    if action in ABOUT_ROWS:
-        agreed = agreement(context)
-        manifest = agreed.manifest
-        answered = ABOUT_PLACES if agreed.task.dense else ABOUT_ROWS
-        if manifest.layer == NEXT_TOKEN or manifest.task == GENERATION:
-            answered = ABOUT_CONVERSATIONS
-        if action not in answered:
-            raise MessageError(f"it asks for {action}, which the task {manifest.task!r} does not answer")
-        _admit(action, sites, manifest, masked=SECURE in payload.values)
-        about = manifest if len(sites) == 1 else None
+    manifest = _admitted(action, sites, payload, context) if action in ABOUT_ROWS else None
+    about = manifest if len(sites) == 1 else None
     payload, maskings = _maskings(action, sites, payload, context)
     made = HANDLERS[action](sites, payload, context, merged)
     if maskings and (unfit := agreement(context).unfit):
@@ -125,6 +116,24 @@ def answer(
             private=one.private,
         )
         yield one.positions, left
+
+
+def _admitted(action: str, sites: Sequence[Site], payload: Payload, context: Context) -> Manifest:
+    """Return the run's manifest, if its task and all sites answer an action about rows.
+
+    Raises:
+        MessageError: if the task does not.
+        FedheadError: if a site does not.
+    """
+    agreed = agreement(context)
+    manifest = agreed.manifest
+    answered = ABOUT_PLACES if agreed.task.dense else ABOUT_ROWS
+    if manifest.layer == NEXT_TOKEN or manifest.task == GENERATION:
+        answered = ABOUT_CONVERSATIONS
+    if action not in answered:
+        raise MessageError(f"it asks for {action}, which the task {manifest.task!r} does not answer")
+    _admit(action, sites, manifest, masked=SECURE in payload.values)
+    return manifest
 
 
 def _refusing(reason: str) -> Iterator[Answer]:

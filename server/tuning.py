@@ -28,7 +28,7 @@ from fedhead.wording import duration, signed, size
 logger = logging.getLogger(__name__)
 
 LEAST_RATE = 0.01
-"""Points per megabyte or minute that are worth telling."""
+"""Points per megabyte or minute that are worth reporting."""
 
 
 @dataclass(frozen=True)
@@ -166,8 +166,7 @@ def decide(
         rivals.append(Rival(f"round {best[0]}", best[1], "tail", trained=True))
         bars.append(selected)
     if len(rivals) == 1:
-        choice = Choice("Tuning", rivals[0].name, "No tuned version could be compared with it.", 0, [])
-        return Decision(0, rivals[0].arrays, None, choice.to_dict(), exchange)
+        return _undecided(rivals[0], exchange)
     sums, asking = compare_rivals(messenger, some_sites(roster.nodes, seed), roster.rows, rivals)
     exchange.include(asking)
     taken, choice = choose_tuned(rivals, bars, sums)
@@ -176,13 +175,25 @@ def decide(
     choice.log()
     number, delivered = versions[taken].number if taken < len(versions) else best[0], None
     if 0 < taken < len(versions):
-        kept = versions[taken]
-        try:
-            held_out = _tuned_statistics(pooling, task, kept.tail, StatisticsRequest(rows="held_out"), exchange)
-            delivered = form.solved_on(kept.tail, kept.train + held_out)
-        except FedheadError as error:
-            logger.warning("The head is solved from training rows alone: %s", error)
+        delivered = _solved_from_all(pooling, form, task, versions[taken], exchange)
     return Decision(number, rivals[taken].arrays, delivered, choice.to_dict(), exchange)
+
+
+def _solved_from_all(
+    pooling: Pooling, form: TunedForm, task: Task, kept: _Version, exchange: Exchange
+) -> Arrays | None:
+    """Return a version with its head solved from held-out rows, too; None if these could not be summed."""
+    try:
+        held_out = _tuned_statistics(pooling, task, kept.tail, StatisticsRequest(rows="held_out"), exchange)
+    except FedheadError as error:
+        logger.warning("The head is solved from training rows alone: %s", error)
+        return None
+    return form.solved_on(kept.tail, kept.train + held_out)
+
+
+def _undecided(solved: Rival, exchange: Exchange) -> Decision:
+    choice = Choice("Tuning", solved.name, "No tuned version could be compared with it.", 0, [])
+    return Decision(0, solved.arrays, None, choice.to_dict(), exchange)
 
 
 def _tuned_statistics(

@@ -90,12 +90,9 @@ def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
         if settings != Settings(revision=settings.revision):
             raise UserError(f"{spec} finds objects in images: of the settings, only revision applies.")
         return build(spec, folder, files, weights, layer, seed)
-    if folder is None:
-        recipe = Recipe.from_files(files, weights)
-    else:
-        if settings.dense is None:
-            require_no_dense(folder, spec)
-        recipe = read_recipe(folder, spec)
+    if folder is not None and settings.dense is None:
+        require_no_dense(folder, spec)
+    recipe = Recipe.from_files(files, weights) if folder is None else read_recipe(folder, spec)
     with quiet():
         config = configure(recipe.config, spec)
         hidden = _hidden(layer, config, spec)
@@ -107,9 +104,8 @@ def load(name: str, weights: str, layer: str, seed: int) -> Backbone:
             model = _random(config, seed, weights if files else "")
     # A model's own pooling applies to its last layer.
     pooled = chosen.pooling == "pooler" and hidden is None
-    encoder: nn.Module = _Encoder(model, pooled, hidden)
-    if recipe.audio is not None:
-        encoder = AudioEncoder(model, form_of(config, spec), pooled, hidden)
+    audio = form_of(config, spec) if recipe.audio is not None else None
+    encoder = _Encoder(model, pooled, hidden) if audio is None else AudioEncoder(model, audio, pooled, hidden)
     if weights not in ("default", "random"):
         assign_weights(encoder, read_weights(weights), set(), spec, weights)
     return Backbone(

@@ -3,13 +3,16 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fedhead.cli import options
 from fedhead.cli.application import app, in_sentences
 from fedhead.cli.predict import Device, Model, Weights, load_model
+
+if TYPE_CHECKING:
+    from fedhead.data.conversations import Turn
 
 
 @app.command(epilog='Example: [bold]fedhead generate runs/support "Where is my card?"[/bold]')
@@ -40,7 +43,7 @@ def generate(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="File for JSON lines with prompt and completion, or with --data also the reference.",
+            help="File for JSON lines with prompt and completion; with --data, with prompt, gold and output.",
             rich_help_panel=options.OUTPUT,
         ),
     ] = None,
@@ -59,19 +62,13 @@ def generate(
 
     if data and prompts:
         raise UserError("Give prompts, or conversations with --data, not both.")
-    told = list(questions(load_samples(data))) if data else []
-    asked: list[Any] = [turns for turns, _ in told]
-    if not data:
-        asked = prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    known = list(questions(load_samples(data))) if data else []
+    asked: list[Any] = [turns for turns, _ in known] if data else prompts or _standard_input()
     loaded = load_model(model, weights, device)
     made = answers(loaded, asked, system=system, max_tokens=max_tokens, temperature=temperature, beams=beams, seed=seed)
     lines = []
     for place, answer in enumerate(made):
-        if data:
-            turns, gold = told[place]
-            values = {"prompt": "\n".join(said for _, said in turns), "gold": gold, "output": answer}
-        else:
-            values = {"prompt": asked[place], "completion": answer}
+        values = _with_gold(*known[place], answer) if data else {"prompt": asked[place], "completion": answer}
         # Texts of a model may hold commands to a terminal, which JSON leaves unescaped in part.
         lines.append(json.dumps(values, ensure_ascii=out is None))
         if out is None:
@@ -79,3 +76,12 @@ def generate(
     if out is not None:
         with disk_errors(out):
             out.write_text(printable("".join(f"{line}\n" for line in lines)), encoding="utf-8")
+
+
+def _standard_input() -> list[str]:
+    return [line.rstrip("\n") for line in sys.stdin if line.strip()]
+
+
+def _with_gold(turns: "list[Turn]", gold: str, answer: str) -> dict[str, str]:
+    """Return a line of FlowerTune's generations."""
+    return {"prompt": "\n".join(said for _, said in turns), "gold": gold, "output": answer}

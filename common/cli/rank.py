@@ -60,6 +60,12 @@ def rank(
     if as_json:
         typer.echo(json.dumps([asdict(one) for one in ranked]))
         return
+    output().print(_compared(ranked, layers=bool(layers)))
+    if costs:
+        output().print(_tuning_table(ranked))
+
+
+def _compared(ranked: "Sequence[RankedBackbone]", *, layers: bool) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     tested = any(one.accuracy_test is not None for one in ranked)
     table.add_column("backbone", overflow="fold")
@@ -88,9 +94,7 @@ def rank(
             size(one.bytes_per_site),
             f"{one.seconds_extraction:.1f}",
         )
-    output().print(table)
-    if costs:
-        output().print(_tuning_table(ranked))
+    return table
 
 
 def _tuning_table(ranked: "Sequence[RankedBackbone]") -> Table:
