@@ -30,7 +30,7 @@ HEARTBEAT_INTERVAL = 20.0
 LONG_WAIT = 25
 """Seconds for which our coordinator holds a pull that finds nothing."""
 HELD_MARGIN = 1.0
-"""Seconds in which the answer to a held pull arrives; later, heartbeats are sent besides."""
+"""Seconds after its hold in which a pull still counts as a heartbeat; then the site sends heartbeats again."""
 PROMPT, BUSY, IDLE = 0.05, 0.5, 3.0
 """Seconds between pulls where they are not held: at first, in the minute after a message, and later."""
 BUSY_FOR = 60.0
@@ -162,7 +162,7 @@ class Connection:
 
     @property
     def _counted(self) -> bool:
-        """Whether a pull is under way that counts as a heartbeat, and not for longer than it is held."""
+        """Whether a pull is under way that counts as a heartbeat, and is not overdue."""
         since = self._pulling_since
         return since is not None and self._fleet.pulls_count and time.monotonic() - since < LONG_WAIT + HELD_MARGIN
 

@@ -32,7 +32,7 @@ def answered_alone(
         base: the head that reached them.
         table: `[S, width]`, the metrics of its evaluation, which is modified.
         trained: of each site its position, head, number of rows and training loss.
-        merged: whether one reply is to speak for all of them.
+        merged: whether to give one reply for all of them.
     """
     parts: tuple[Part, ...] = ("train", "held_out")
     together = HeadSums({name: np.zeros_like(value) for name, value in base.items()})

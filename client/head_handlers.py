@@ -296,8 +296,8 @@ def form_of(sites: Sequence[Site], agreed: Agreement, arrays: Arrays, *, part: b
         sites: that were asked.
         agreed: what is known of the run.
         arrays: as received.
-        part: whether they are for training: then any of the tail's parameters will do, as in a stage of a schedule, in
-            which the others are fixed, and those of the objective come with them.
+        part: whether they are for training. Then a part of the tail's parameters is enough, since a stage of a schedule
+            fixes the others, and those of the objective are required.
     """
     if agreed.manifest.head == "none":
         return tail_form(sites, agreed)

@@ -127,7 +127,7 @@ def columns_of(sizes: IntArray, batch_size: int, min_batch: int = 1) -> Iterator
 
 
 def batches_per_epoch(sizes: IntArray, batch_size: int, min_batch: int) -> IntArray:
-    """Return `[S]`, the number of minibatches; a last one of fewer than `min_batch` rows is none of its own."""
+    """Return `[S]`, the number of minibatches; a last one below `min_batch` rows is merged with the previous one."""
     count: IntArray = -(-sizes // batch_size)
     count -= (count > 1) & (sizes - (count - 1) * batch_size < min_batch)
     return count

@@ -52,7 +52,7 @@ class _Values(BaseModel):
 
 @dataclass(frozen=True)
 class PersonalRequest:
-    """The shared head, and for `closed` the pooled training statistics, for `adapters` the shared part of the tail.
+    """The shared head, with pooled training statistics for `closed`, or the shared part of the tail for `adapters`.
 
     Attributes:
         mode: how the head is made.

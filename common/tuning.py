@@ -10,7 +10,7 @@ from fedhead.errors import UserError
 Method = Literal["head", "full", "bitfit", "norm", "lora"]
 Variant = Literal["", "ffa", "sa"]
 ObjectiveName = Literal["task", "supcon", "simsiam", "mlm"]
-"""What a tail trains on: the task's loss, or another objective; see `fedhead.backbones.objectives`."""
+"""Objective of a tail: the task's loss, or another one; see `fedhead.backbones.objectives`."""
 ActivationsFrom = Literal["auto", "store", "recompute"]
 """Whether activations below tuned layers are stored; see `fedhead.features.activations`."""
 OBJECTIVES: tuple[ObjectiveName, ...] = get_args(ObjectiveName)

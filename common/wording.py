@@ -55,7 +55,7 @@ def counted(number: int, what: str, plural: str = "") -> str:
 
 
 def signed(value: float, decimals: int) -> str:
-    """Return a number with its sign; what rounds to 0 has none."""
+    """Return a number with its sign; a number that rounds to 0 has none."""
     return f"{rounded:+.{decimals}f}" if (rounded := round(value, decimals)) else f"{0:.{decimals}f}"
 
 

@@ -232,7 +232,7 @@ class Finish:
         exchange.include(asking)
         proven, choice = choose_tuned(rivals, [0.0, BAR], sums)
         self.choices = [*self.choices, choice.to_dict()]
-        logger.info("%s: %s. %s", choice.question, choice.taken, choice.reason)
+        choice.log()
         self.family = last.arrays if proven else None
         return solved
 

@@ -151,7 +151,7 @@ class HeadCoordinator(Coordinator):
             exchange.add_traffic(spent)
             # A secure sum is opened once: the sites do not answer again for other survivors.
             enough = bool(exchange.summed) or exchange.answered >= min(self.attendance.needed, exchange.asked)
-            # All of them diverged, and would again.
+            # If all sites diverged, they would again.
             diverged = self.config.tune.on and not exchange.answered and not exchange.late and bool(exchange.dropped)
             if self.messenger.in_process or enough or diverged:
                 exchange.joined = self.attendance.take_joined()

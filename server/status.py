@@ -31,7 +31,7 @@ FILE = "status.json"
 STOP_FILE = "stop"
 """File in a run folder that asks the run's coordinator to end."""
 CHANGED_SECONDS, ALIVE_SECONDS = 1.0, 5.0
-"""How often the file is written at the most, and at the least; where that takes long, of many sites, less often."""
+"""Shortest and longest interval between writes of the file; with many sites, slow writes lengthen both."""
 LARGEST_SHARE = 0.02
 """Share of a processor that may be spent on the file."""
 ALIVE = ("running", "waiting")
@@ -159,7 +159,7 @@ class RunStatus(Observer):
         self._ended.set()
         if self._writer.is_alive():
             self._writer.join()
-        # The folder of a run that had not begun in earnest is gone by now.
+        # A run that ended before its first step has no folder.
         if self._folder is not None and self._folder.is_dir():
             self._write(self.snapshot())
 
@@ -196,7 +196,7 @@ class RunStatus(Observer):
 
 
 def _without_times(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a snapshot's values but those that change though nothing happens."""
+    """Return a snapshot without the times that change in every one."""
     sites = {name: {**site, "seen": 0.0} for name, site in values["sites"].items()}
     return {**values, "updated": 0.0, "sites": sites}
 

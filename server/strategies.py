@@ -150,7 +150,7 @@ class Cohort(Grid):
 
 
 class KeptArray(Array):
-    """A Flower array that remembers the values it was made of, so that nobody parses its bytes in the same process."""
+    """A Flower array that keeps its values, so that the same process need not parse its bytes."""
 
     def __init__(self, values: AnyArray) -> None:
         self._values = np.ascontiguousarray(values)
@@ -158,7 +158,7 @@ class KeptArray(Array):
         self._made = self.data
 
     def numpy(self) -> AnyArray:
-        """Return a copy of the values; what somebody else has put in their place counts."""
+        """Return a copy of the values, or parse the bytes if somebody replaced them."""
         return self._values.copy() if self.data is self._made else super().numpy()
 
 

@@ -1,4 +1,4 @@
-"""The part of a reply that trained layers of a backbone are."""
+"""Trained layers of a backbone in a reply."""
 
 from fedhead.protocol.messages import Manifest, Payload
 

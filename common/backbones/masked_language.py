@@ -51,7 +51,7 @@ class Vocabulary(NamedTuple):
 
 
 class MaskedLanguage(Objective):
-    """Words that are masked are predicted from the others. It uses no labels.
+    """Masked words are predicted from the others, without labels.
 
     The whole encoder runs on the altered texts, the frozen layers without gradients. Words are predicted by a dense
     layer with GELU and layer norm, and the encoder's own word embeddings, which stay as they are. The dense layer
@@ -118,7 +118,7 @@ class MaskedLanguage(Objective):
 
 
 def masked(ids: Tensor, mask: Tensor, vocabulary: Vocabulary, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return texts with altered tokens, and which tokens are to be predicted.
+    """Return texts with altered tokens, and the tokens to predict.
 
     Args:
         ids: `[n, length]`.
@@ -173,7 +173,7 @@ def _vocabulary(backbone: Backbone, size: int) -> Vocabulary:
     found = [special[name] for name in _MASK_TOKENS if name in special]
     if not found or found[0] >= size:
         raise UserError(
-            f"The tokenizer of {backbone.spec} has no mask token, so that it cannot learn masked words; choose "
+            f"The tokenizer of {backbone.spec} has no mask token, which masked words need; choose "
             "'simsiam', or leave tune.objective out."
         )
     preprocessing = backbone.preprocessing

@@ -43,8 +43,8 @@ def cut(
         tune: the layers and parameters that train.
         objective: of the layers.
         stages: what trains in each stage of a schedule.
-        pretrained: whether the objective's own parameters start as in the backbone's files, if these hold any. Sites
-            train what the coordinator sends, and look into no files that it names.
+        pretrained: whether the objective's own parameters start from the backbone's files, if these hold any. Sites
+            leave it off, because they train parameters from the coordinator and open no file that it names.
 
     Raises:
         UserError: if it cannot be cut so, or does not fit the objective.

@@ -93,7 +93,7 @@ class Proposer(nn.Module, ABC):
     """
 
     by_image: bool = False
-    """Whether an exported program takes one image at a time, since what it computes depends on the image's boxes."""
+    """Whether an exported program takes one image at a time, because its operations depend on the image's boxes."""
 
     not_exported: str = ""
     """Why programs cannot be exported, as the end of a sentence; empty if they can."""

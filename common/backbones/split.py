@@ -112,7 +112,7 @@ class Tail(nn.Module):
         self.tune = tune
         self.depths: Mapping[str, int] = {}
         self.stages: Sequence[Sequence[str]] = ()
-        # In a tuple, so that its parameters are not this tail's.
+        # A tuple hides its parameters from this module.
         self._many: tuple[Tail, ...] = ()
         self.eval()
 
@@ -195,7 +195,7 @@ class Tail(nn.Module):
 
     @torch.no_grad()
     def join_sites(self, values: Tensor, mask: Tensor | None) -> None:
-        """Run many sites' adapters at once from now on, if all are of linear layers and it gives the same features.
+        """Let `run` take several sites' adapters, if all adapt linear layers and a comparison gives equal features.
 
         Args:
             values: `[n, *shape]`, activations to compare features on.
@@ -206,14 +206,14 @@ class Tail(nn.Module):
         module: Any = many.module
         if not getattr(module, "joins_sites", True) or not for_sites(module):
             return
-        # A layer tells sites apart by their rows, of which none may hold texts of two.
+        # Adapters assign rows to sites by position, so no row may hold texts of two sites.
         module.packs = False
         generator = torch.Generator().manual_seed(0)
         sites = [
             {n: one + 0.1 * torch.randn(one.shape, generator=generator).to(one) for n, one in self.trainable().items()}
             for _ in range(2)
         ]
-        # Other rows at each site, so that a layer that mixes them is found out; halves of them may be no ids.
+        # Each site gets other rows, so that the comparison detects layers that mix them.
         own, masks = [values, values.flip(0)], None if mask is None else [mask, mask.flip(0)]
         apart = torch.cat(
             [self.run(sites[at], own[at], None if masks is None else masks[at]) for at in range(len(sites))]

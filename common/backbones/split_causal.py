@@ -64,7 +64,7 @@ class _AboveTokens(Above):
         return packing.unpack(self._packed(packing.pack(values), packing))
 
     def _packed(self, values: Tensor, packing: Packing) -> Tensor:
-        # Without a mask the library sees by the positions where sequences begin, and masks them from each other.
+        # Without a mask, the library finds the sequences by their positions, and masks them from each other.
         return self.of({"inputs_embeds": values, "attention_mask": None, "position_ids": packing.positions}, values)
 
     def _keeps_apart(self, values: Tensor, mask: Tensor) -> bool:

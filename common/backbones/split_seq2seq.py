@@ -20,7 +20,7 @@ COLUMNS = 4
 class PairCuts:
     """The only cut of an encoder-decoder, before its first layer.
 
-    Encoder and decoder meet in every block of the decoder, so that no single tensor lies between two of them.
+    Encoder and decoder meet in every block of the decoder, so that no single tensor separates two of them.
     """
 
     def __init__(self, whole: NextTargets, spec: str) -> None:
@@ -76,7 +76,7 @@ class _Tokens(nn.Module):
 
 
 class _Whole(nn.Module):
-    """The whole model, for one site at a time: it takes some rows after the others, and ids instead of activations."""
+    """The whole model, on token ids and for one site at a time, because it splits a batch into steps."""
 
     joins_sites = False
 

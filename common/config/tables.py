@@ -74,7 +74,7 @@ class TuneConfig(Table):
     )
     objective: ObjectiveName = Field(
         "task",
-        description="What the layers train on: the loss of the 'task'; 'supcon', supervised contrast of the rows of a "
+        description="Objective of the layers: the loss of the 'task'; 'supcon', supervised contrast of the rows of a "
         "batch; or, without labels, 'simsiam', agreement of two views of a row, and 'mlm', masked words of texts.",
     )
     schedule: dict[Annotated[int, Field(ge=1)], str] = Field(

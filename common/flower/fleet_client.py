@@ -45,7 +45,7 @@ SITE_HEADER = "x-fedhead-site"
 PROCESS_HEADER = "x-fedhead-process"
 """Random id of the site's process; a new process gets the messages that an earlier one left unanswered."""
 COUNTS_HEADER = "x-fedhead-counts"
-"""On the answer to a pull: that the coordinator counts a pull as a heartbeat. Others never send it."""
+"""Header of answers by a coordinator that counts pulls as heartbeats."""
 EXTRACTED_HEADER = "x-fedhead-extracted"
 """While features are extracted: `DONE/ROWS`, for the coordinator's status."""
 
@@ -96,7 +96,7 @@ class FleetClient:
 
     Attributes:
         proxy: the URL of the proxy that it connects through; empty for none.
-        pulls_count: whether the coordinator counts pulls as heartbeats, as its last answer to one says.
+        pulls_count: whether the coordinator counts pulls as heartbeats, by the header of its last answer to one.
 
     Raises:
         UserError: if a certificate or the environment's proxy cannot be used.

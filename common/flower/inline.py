@@ -1,7 +1,7 @@
 """Objects in the same request or answer as their message, which otherwise each take a request of their own.
 
-They are in a field that Flower's types do not have. Protobuf ignores unknown fields, so a stock SuperLink that is sent
-objects so asks for them once more, one by one, and one that sends none is asked for them one by one.
+A protobuf field that Flower's types do not have carries them. Protobuf ignores unknown fields, so a stock SuperLink
+requests these objects again, one by one, and a site requests the objects that a stock SuperLink did not send.
 """
 
 from collections.abc import Iterable, Mapping

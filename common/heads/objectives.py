@@ -55,7 +55,7 @@ class Objective(ABC):
             parameters: of head, tail and objective, under their names on the wire.
             activations: `[n, *shape]`.
             targets: `[n]` or `[n, C]`.
-            generator: on the CPU; draws what is random.
+            generator: on the CPU, for random draws.
         """
 
 
@@ -125,7 +125,7 @@ def batch_standardised(rows: Tensor) -> Tensor:
 
 
 def predict(parameters: Mapping[str, Tensor], rows: Tensor) -> Tensor:
-    """Return what the predictor expects of another view of rows `[n, d]`."""
+    """Return the prediction of another view of rows `[n, d]`."""
     weights = {name.removeprefix("objective.predictor."): value for name, value in parameters.items()}
     hidden = functional.relu(batch_standardised(rows @ weights["first.weight"].mT))
     return functional.linear(hidden, weights["second.weight"], weights["second.bias"])

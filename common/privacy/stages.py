@@ -47,7 +47,7 @@ ROUNDS_NOISE = 0.005
 """Least `noise_level` for which rounds are worth their share."""
 
 NAMES_SHARE = 0.2
-"""Share of the `mu^2` of sums and rounds together for the class sums that tell whether names of classes are near."""
+"""Share of the `mu^2` of sums and rounds together for class sums, which test whether names of classes are near."""
 
 LDA_NOISE = 0.12
 """Largest `noise_level` for which the Gram matrix is worth its share."""
@@ -128,8 +128,8 @@ def better_solver(level: float) -> Literal["lda", "nearest-mean"]:
 def descends(level: float, rounds: int) -> bool:
     """Return whether rounds of noisy gradients are better than a head solved from sums, given the `noise_level`.
 
-    The limited gradient of a row tells more of the boundary between classes than the row's part of the class sums, and
-    moves as few numbers. Only where there is little noise does discriminant analysis come as near in one release.
+    The limited gradient of a row carries more about the boundary between classes than the row's part of the class sums,
+    in as few numbers. Only where there is little noise does discriminant analysis come as near in one release.
     """
     return rounds >= LEAST_ROUNDS and level >= ROUNDS_NOISE
 

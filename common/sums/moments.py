@@ -45,7 +45,7 @@ class FeatureMoments:
         return type(self)(self.origin, self.rows + len(block), total, self.squares + block.square_().sum(0))
 
     def with_item(self, places: Tensor) -> Self:
-        """Return the moments with one item added, by the means over its places `[p, d]`, of which there must be one."""
+        """Return the moments with one item added, by the means over its places `[p, d]`, at least one."""
         block = places.to(torch.float64, copy=True).sub_(self.origin)
         total = self.total + block.mean(0)
         return type(self)(self.origin, self.rows + 1, total, self.squares + block.square_().mean(0))

@@ -157,7 +157,7 @@ class Task(Predictions):
 
     @classmethod
     def kept_words(cls, number: int) -> str:
-        """Return what a run keeps of its rounds, for a sentence."""
+        """Name the model that a run keeps, for a sentence."""
         return f"head of round {number} is kept"
 
     @property

@@ -105,7 +105,7 @@ class Journal(Observer):
             name: SiteRecord(standing=state.standing, rows=state.rows, reason=state.reason, steps=state.steps)
             for name, state in islice(dict(listed).items(), MOST_SITES)
         }
-        # While many sites come one by one, the next step writes those of the last seconds.
+        # With many sites, changes within the interval wait for the next write.
         if len(sites) <= MOST_SITES or time.perf_counter() - self._written > _WRITE_SECONDS:
             self._write()
 

@@ -35,7 +35,7 @@ class RunSummary(BaseModel):
     score_solved: float | None = Field(None, description="Of a tuned run: before tuning.")
     kept: str | None = Field(
         None,
-        description="Of a tuned run: the model that is delivered, 'tuned', or else 'solved' or 'base'; 'personal' if "
+        description="Of a tuned run: the delivered model, 'tuned', 'solved' or 'base'; 'personal' if "
         "each site keeps a tuned model of its own, and the solved head is delivered.",
     )
     trainable_parameters: int | None = Field(None, ge=0, description="Of a tuned run: the parameters that trained.")
