@@ -24,7 +24,16 @@ from flwr.supercore.object_store.object_store import NoObjectInStoreError
 from flwr.superlink.federation import NoOpFederationManager
 from google.protobuf.message import DecodeError
 
-from fedhead.flower.fleet_api import ACTIVATE, CONFIRM, PULL_MESSAGES, PUSH_MESSAGES, PUSH_OBJECT, REQUESTS, refusal
+from fedhead.flower.fleet_api import (
+    ACTIVATE,
+    CONFIRM,
+    DEACTIVATE,
+    PULL_MESSAGES,
+    PUSH_MESSAGES,
+    PUSH_OBJECT,
+    REQUESTS,
+    refusal,
+)
 from fedhead.flower.inline import add_objects, fitting, objects_of
 from fedhead.flower.messages import PackedContent, error_reply, set_message_id
 from fedhead.flower.signing import IdentityError
@@ -110,6 +119,7 @@ class SiteLink:
         assert self._run.primary_task_id is not None
         self._state.claim_task(self._run.primary_task_id)
         self._state.activate_task(self._run.primary_task_id)
+        self._came = False
         self._completed: deque[str] = deque()
         self._sent: dict[str, _Sent] = {}
         self._lock = threading.RLock()
@@ -132,8 +142,8 @@ class SiteLink:
         return float(node.online_until)
 
     def note_alive(self) -> None:
-        """Count a request as a heartbeat; a site that has left stays away until it activates its node."""
-        if self.online:
+        """Count a request as a heartbeat, also after a silence; a site that left must activate its node first."""
+        if self._came:
             self._state.acknowledge_node_heartbeat(self.node_id, self._state.nodes[self.node_id].heartbeat_interval)
 
     def take_over(self) -> None:
@@ -256,8 +266,10 @@ class SiteLink:
         return None
 
     def _note(self, request_name: str, request: Any, response: Any) -> None:
-        """Keep track of deliveries and replies."""
-        if request_name == PULL_MESSAGES:
+        """Keep track of whether the site is there, of deliveries and of replies."""
+        if request_name in (ACTIVATE, DEACTIVATE):
+            self._came = request_name == ACTIVATE
+        elif request_name == PULL_MESSAGES:
             for message in response.messages_list:
                 sent = self._sent[message.metadata.message_id]
                 sent.delivered, sent.deliveries = time.monotonic(), sent.deliveries + 1

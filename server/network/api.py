@@ -171,7 +171,7 @@ class FleetApi:
                 due = site.link.deliver_due(sequential)
                 status, answer = site.link.answer(PULL_MESSAGES, body, room)
                 left = stop - loop.time()
-                if answer or left <= 0:
+                if (answer or left <= 0) and site.link.online:
                     site.link.note_alive()
                 if status != 200 or answer or left <= 0 or self.ending:
                     return status, answer

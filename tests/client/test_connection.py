@@ -244,6 +244,20 @@ def test_a_pull_does_not_bring_back_a_site_that_left(kits: Path) -> None:
         assert link.online() == {}
 
 
+def test_a_pull_brings_back_a_site_that_was_silent(kits: Path) -> None:
+    """Its machine slept, or somebody held its packets up; where pulls count, it sends no other heartbeats."""
+    with serving(kits) as link:
+        client = FleetClient(f"{HOST}:{link.port}", Kit(kits / "here").key, Kit(kits / "here").root_certificates, 0)
+        node = client.activate(20.0)
+        known = link.sites["here"].link
+        known._state.nodes[node].online_until = time.time() - 1
+        assert known.online_until < time.time()
+        assert link.online() == {}
+        assert client.pull(node) is None
+        assert link.online() == {"here": node}
+        assert known.online_until > time.time() + 30
+
+
 def test_a_coordinator_that_restarts_is_found_again_and_the_old_work_dropped(
     kits: Path, connect: Connect, caplog: pytest.LogCaptureFixture
 ) -> None:
