@@ -139,7 +139,8 @@ class CompletedRun:
             return self.history[0].test_score
         if self.outcome.before:
             return self.task.score_of(self.task.pooled(self.outcome.before.values()))
-        return float(self.outcome.choices[-1]["rivals"][0]["score"])
+        score = self.outcome.choices[-1]["rivals"][0]["score"]
+        return None if score is None else float(score)
 
     @property
     def record(self) -> RunSummary:

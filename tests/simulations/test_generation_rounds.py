@@ -1,6 +1,8 @@
 """Rounds of a language model: every strategy, killed and resumed runs, sites that diverge or lie."""
 
+import itertools
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +139,10 @@ class _Altered(ClientApp):
         return Message(Payload(payload.values, arrays).to_content(), reply_to=message)
 
 
-def simulated_with(folder: Path, out: Path, alter: dict[str, Any], **values: Any) -> RunResult:
-    """Run with four sites, of which the last one's replies are altered."""
+def simulated_with(
+    folder: Path, out: Path, alter: dict[str, Any], liars: Collection[int] = (3,), **values: Any
+) -> RunResult:
+    """Run with four sites, of which the replies of some are altered."""
     lines = (folder / "talks.jsonl").read_text().splitlines()
     rows = [range(start, start + 15) for start in range(0, 60, 15)]
     accepted = AcceptedBackbones(frozenset({f"hf:{folder / 'model'}"}))
@@ -149,7 +153,7 @@ def simulated_with(folder: Path, out: Path, alter: dict[str, Any], **values: Any
         data = f"jsonl:{out / str(number)}.jsonl"
         site = LocalSite(f"site-{number}", data, "cpu", guard=Guard(0, 0), training=WILD, backbones=accepted)
         app = make_app(lambda context, site=site: site)
-        apps[site.name] = _Altered(app, alter if number == 3 else {})
+        apps[site.name] = _Altered(app, alter if number in liars else {})
     return simulate(config(folder, **values), sites=rows, apps=apps, out=out / "run")
 
 
@@ -161,6 +165,13 @@ def test_real_sites_that_all_diverge_leave_the_base_model(
     assert wild.summary()["kept"] == "base"
 
 
+def boast_in_detail(arrays: dict[str, Any]) -> None:
+    rows = int(arrays["counts"][0])
+    tokens = 10**6 * rows
+    arrays["counts"] = np.array([rows, tokens, 0])
+    arrays["sums"] = np.array([1.0, 1.0, float(tokens) ** 2, float(tokens)])
+
+
 def test_tokens_that_no_conversations_have_do_not_weigh(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,18 +181,28 @@ def test_tokens_that_no_conversations_have_do_not_weigh(
         arrays[TABLE][0, SCORE] = 1e12
         arrays[TABLE][0, LOSS_SUM] = 1e-3
 
-    def boast_in_detail(arrays: dict[str, Any]) -> None:
-        rows = int(arrays["counts"][0])
-        tokens = 10**6 * rows
-        arrays["counts"] = np.array([rows, tokens, 0])
-        arrays["sums"] = np.array([1.0, 1.0, float(tokens) ** 2, float(tokens)])
-
     alter = {TRAIN: boast, EVALUATE: boast, REPORT: boast_in_detail}
     result = simulated_with(folder, tmp_path / "lying", alter, rounds=1)
     assert "tokens of answers" in result.history[1].dropped["site-3"]
     assert result.summary()["perplexity"] > 100
     assert "site-3" not in result.score_by_site
     assert len(result.score_by_site) == 3
+
+
+@pytest.mark.parametrize("honest", [0, 4])
+def test_a_run_ends_although_no_site_tells_usable_figures(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, honest: int
+) -> None:
+    """All sites lie about the base model, and the adapters before that if none of their reports is honest."""
+    monkeypatch.setenv("FEDHEAD_HOME", str(tmp_path / "home"))
+    reports = itertools.count()
+    alter = {REPORT: lambda arrays: boast_in_detail(arrays) if next(reports) >= honest else None}
+    result = simulated_with(folder, tmp_path / "lying", alter, range(4), rounds=1)
+    summary = result.summary()
+    assert summary["kept"] == "tuned"
+    assert summary["perplexity_solved"] is None
+    assert (summary["perplexity"] is not None) == bool(honest)
+    assert (tmp_path / "lying" / "run" / "report.html").exists()
 
 
 def test_a_liar_cannot_have_useless_adapters_kept(
