@@ -158,6 +158,12 @@ def proposed(manifest: Manifest, payload: Payload) -> Agreement:
         )
     if manifest.objective != "task" and (manifest.task == GENERATION or not manifest.tune):
         raise MessageError(f"It has the objective {manifest.objective!r}, but tunes no layers below a head.")
+    usual = ("classification", "task")
+    if manifest.tune and parse_tune(manifest.tune).personal and (manifest.task, manifest.objective) != usual:
+        raise MessageError(
+            f"Adapters that stay at sites train on the task 'classification', not {manifest.task!r} with the objective "
+            f"{manifest.objective!r}."
+        )
     if manifest.objective == "supcon" and manifest.task != "classification":
         raise MessageError(
             f"Its objective 'supcon' needs one class of each row, which {manifest.task!r} does not have."

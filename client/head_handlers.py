@@ -307,7 +307,8 @@ def form_of(sites: Sequence[Site], agreed: Agreement, arrays: Arrays, *, part: b
     if not part:
         return whole
     trained = {name: value for name, value in whole.items() if name in arrays or name.startswith(HEAD)}
-    return {**trained, **sites[0].tuning(agreed.manifest).objective_form}
+    tunes = any(name.startswith(TAIL) for name in arrays)
+    return {**trained, **sites[0].tuning(agreed.manifest).objective_form} if tunes else trained
 
 
 def _is_tuned(agreed: Agreement, arrays: Arrays) -> bool:

@@ -9,6 +9,7 @@ import pytest
 from flwr.app import Message
 
 from fedhead.backbones import load_backbone
+from fedhead.backbones.objectives import cut
 from fedhead.backbones.split import split
 from fedhead.client.connection import Connection
 from fedhead.client.release.ledger import ledger_path
@@ -174,3 +175,23 @@ def test_a_personal_model_outlives_a_failure_to_write_its_successor(
     TransferModel.load(second)
     arrays_of(attack.personalise("head"))
     assert find_site_model("ward") == first and not second.exists()
+
+
+@pytest.mark.parametrize("values", [{"objective": "simsiam"}, {"objective": "supcon"}, {"task": "multi-label"}])
+def test_adapters_stay_at_sites_in_classification_alone(tmp_path: Path, values: dict[str, Any]) -> None:
+    attack = Attack(tmp_path)
+    assert "train on the task 'classification'" in attack.describe(**values)
+    assert attack.ask(TRAIN, {"server_round": 1}, attack.shared()).has_error()
+    assert not attack.files
+
+
+def test_parameters_of_an_objective_come_with_layers(tmp_path: Path) -> None:
+    attack = Attack(tmp_path)
+    tune = "lora:2@last:1"
+    assert not attack.describe(objective="simsiam", tune=tune)
+    made = cut(attack.backbone, parse_tune(tune), "simsiam").objective
+    assert made is not None
+    own = {f"objective.{name}": value.numpy() for name, value in made.trainable().items()}
+    alone = attack.ask(TRAIN, {"server_round": 1}, {**attack.head(), **own})
+    assert "it contains the arrays" in alone.error.reason
+    arrays_of(attack.ask(TRAIN, {"server_round": 1}, {**attack.shared(tune), **own}))
