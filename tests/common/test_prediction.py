@@ -194,6 +194,6 @@ def test_a_reader_that_has_enough_is_no_failure(run_dir: Path, unseen: Path) -> 
     assert reader.stdout is not None and reader.stderr is not None
     assert reader.stdout.readline().startswith("path,label")
     reader.stdout.close()
-    assert reader.wait(60) == 0
+    assert reader.wait(300) == 0
     assert "Error" not in reader.stderr.read()
     reader.stderr.close()
